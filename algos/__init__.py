@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: advantages, objectives, corrections, KL, aggregation. No I/O, never platform/."""

@@ -1,0 +1,1 @@
+"""Contracts shared by every room: no torch, no I/O."""

@@ -1,0 +1,108 @@
+"""The three seams: Engine (makes tokens), Driver (turns a lease into requests and back), Scorer (neural scores)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from offtrail.core.types import FinishReason, Float32, Group, Int32, Lease, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``samples`` independent answers to one prompt; the prompt is prefilled once for all of them.
+
+    ``id`` is unique among the engine's unfinished requests and keys the randomness (with ``sampling.seed``).
+    """
+
+    id: int
+    prompt_tokens: Int32
+    samples: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished answer. ``tokens`` [T], ``logprobs`` [T], ``versions`` [T]; the stop token, where one ended it, is
+    the last of ``tokens``. ``times``: seconds since the epoch at submission, first and last token.
+    """
+
+    request: int
+    index: int
+    tokens: Int32
+    logprobs: Float32
+    versions: Int32
+    finish: FinishReason
+    times: tuple[float, float, float]
+
+
+class Engine(Protocol):
+    """Makes tokens under one weight version at a time and keeps unfinished samples across a change of weights.
+
+    Not thread-safe: one loop calls ``generate``, ``step`` and ``load_weights``. Weights change only between decode
+    steps; a token's version is the one whose weights made it.
+    """
+
+    version: int
+    vocab_size: int
+    counters: dict[str, float]
+    """Cumulative: ``decoded_tokens``, ``prefilled_tokens``, ``prefix_hit_tokens``, ``reprefilled_tokens``, ``flops``."""
+
+    @property
+    def unfinished(self) -> int:
+        """Samples submitted and not yet returned."""
+
+    def generate(self, requests: Sequence[Request]) -> None:
+        """Queue requests; their samples enter in order as room allows. ValueError on a token id ≥ vocabulary, on a
+        prompt that leaves no room for ``max_new_tokens``, or on a sampling parameter the engine does not honour.
+        """
+
+    def step(self) -> list[Completion]:
+        """Advance every running sample by at least one token (or wait for the server); return those that finished."""
+
+    def score(self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float) -> list[Float32]:
+        """Log-probabilities [T_i] of the given output tokens under the current weights, at ``temperature``."""
+
+    def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:
+        """Apply a version between decode steps; ``weights`` has the checkpoint's tensor names. ValueError when names or
+        shapes differ from the model's, before anything is changed.
+        """
+
+    def pause(self) -> None:
+        """Stop making tokens; unfinished samples are kept."""
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+
+    def abort(self) -> list[Completion]:
+        """Return every unfinished sample as it is, with finish reason ``abort``."""
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+
+class Driver(Protocol):
+    """Turns one lease into engine requests, and their completions into one group."""
+
+    def start(self, lease: Lease, prompt_tokens: Int32) -> list[Request]:
+        """The requests to queue now."""
+
+    def finished(self, completion: Completion) -> tuple[list[Request], Group | None]:
+        """Take a completion of one of this lease's requests: more requests, and the group once it is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of one group by one version of a scorer: a group never mixes versions."""
+
+    version: int
+    scalar: Float32 | None = None
+    channels: Mapping[str, Float32] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Neural scores (reward model, PRM, search value) asked for before a group is submitted."""
+
+    def score(self, group: Group) -> Scores:
+        """Score all samples of the group under one version."""

@@ -1,0 +1,175 @@
+"""The words every room shares: Problem, Sampling, Group, Sample, Batch.
+
+Who uses them: tasks/ make Problems; the broker leases them; generators turn a lease into one Group; the broker keeps
+Groups until they are trained; the learner receives Batches of B Groups. Legend of shapes: G samples of a group, P prompt
+tokens, T output tokens of the whole group (samples one after another), B groups of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+UInt8 = npt.NDArray[np.uint8]
+
+FinishReason = Literal["stop", "length", "abort"]
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One prompt and what its verifier needs. Plain JSON values only, so that it travels in a lease.
+
+    ``index`` is its place in the data order of its split; ``meta`` is the family's own (start value, operations, …).
+    """
+
+    task: str
+    index: int
+    prompt: str
+    answer: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. Log-probabilities are taken at ``temperature`` (I5); 0 means greedy.
+
+    ``seed`` and the request's id, the sample's index and the token's position key the random number of each token
+    (I3): the same keys under the same weights give the same token, whatever else is in flight.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer of a group: views into the group's arrays, all of length [T_i] except the scalars."""
+
+    index: int
+    tokens: Int32
+    logprobs: Float32
+    versions: Int32
+    finish: FinishReason
+    reward: float
+
+
+@dataclass(slots=True)
+class Group:
+    """G samples of one prompt, columnar: what one lease yields, what the wire carries, what the ledger counts.
+
+    Shapes: ``prompt_tokens`` [P] int32; ``lengths`` [G] int32; ``tokens`` [T] int32, ``logprobs`` [T] float32 (behaviour,
+    at the sampling temperature), ``versions`` [T] int32 (weight version of each token, stamped where weights are
+    applied); ``finish`` [G] uint8 indexes FINISH_REASONS; ``rewards`` [G] float32 (the weighted total) and
+    ``components`` name → [G] float32; ``times`` [G, 3] float64, seconds since the epoch at submission, first and last
+    token. ``channels``: name → array, for step or token scores and for a tree's node and parent ids (empty by default).
+    ``queued_version`` and ``queued_at`` are the broker's stamp on arrival (−1 before).
+    """
+
+    group: int
+    slot: int
+    attempt: int
+    problem: Problem
+    generator: str
+    temperature: float
+    prompt_tokens: Int32
+    lengths: Int32
+    tokens: Int32
+    logprobs: Float32
+    versions: Int32
+    finish: UInt8
+    rewards: Float32
+    components: dict[str, Float32]
+    times: Float64
+    channels: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    queued_version: int = -1
+    queued_at: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """G, the number of samples."""
+        return len(self.lengths)
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples in order, as views."""
+        end = 0
+        for i, length in enumerate(self.lengths.tolist()):
+            start, end = end, end + length
+            part = slice(start, end)
+            yield Sample(
+                i,
+                self.tokens[part],
+                self.logprobs[part],
+                self.versions[part],
+                FINISH_REASONS[self.finish[i]],
+                float(self.rewards[i]),
+            )
+
+    def check(self, *, vocab_size: int | None = None) -> None:
+        """Raise ValueError, naming the field, unless shapes, counts and values agree with each other."""
+        G, T = len(self.lengths), len(self.tokens)
+        if G == 0 or len(self.prompt_tokens) == 0:
+            raise ValueError(f"group {self.group}: empty (lengths {self.lengths.shape}, prompt {self.prompt_tokens.shape})")
+        if (self.lengths < 0).any() or int(self.lengths.sum()) != T:
+            raise ValueError(f"group {self.group}: lengths sum to {int(self.lengths.sum())}, but there are {T} tokens")
+        for name, array, shape in (
+            ("logprobs", self.logprobs, (T,)),
+            ("versions", self.versions, (T,)),
+            ("finish", self.finish, (G,)),
+            ("rewards", self.rewards, (G,)),
+            ("times", self.times, (G, 3)),
+            *((f"components[{k}]", v, (G,)) for k, v in self.components.items()),
+        ):
+            if array.shape != shape:
+                raise ValueError(f"group {self.group}: {name} has shape {array.shape}, expected {shape}")
+        if not np.isfinite(self.rewards).all() or not np.isfinite(self.logprobs).all():
+            raise ValueError(f"group {self.group}: a reward or log-probability is not finite")
+        if T and (self.logprobs > 1e-4).any():
+            raise ValueError(f"group {self.group}: a log-probability is above 0 ({float(self.logprobs.max()):.4g})")
+        if (self.finish >= len(FINISH_REASONS)).any():
+            raise ValueError(f"group {self.group}: unknown finish reason {int(self.finish.max())}")
+        low = min(int(self.prompt_tokens.min()), int(self.tokens.min()) if T else 0)
+        high = max(int(self.prompt_tokens.max()), int(self.tokens.max()) if T else 0)
+        if low < 0 or (vocab_size is not None and high >= vocab_size):
+            raise ValueError(f"group {self.group}: token ids span {low}…{high}, vocabulary is {vocab_size}")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B groups in their durable order: one learner step, from version ``step`` to version ``step + 1``."""
+
+    step: int
+    groups: tuple[Group, ...]
+    replay: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to make one group, held until it is submitted, failed, or its holder's heartbeats stop.
+
+    ``min_version`` is the oldest version whose tokens may enter (I2). In exact mode (I2b) ``exact_version`` is the one
+    version that must make every token, and ``wave`` numbers the batch: a wave enters the engine whole, in slot order,
+    and nothing else is in flight with it (I3). ``driver`` names what turns the lease into samples.
+    """
+
+    group: int
+    slot: int
+    attempt: int
+    problem: Problem
+    samples: int
+    min_version: int
+    exact_version: int = -1
+    wave: int = -1
+    wave_size: int = 0
+    driver: str = "sample"

@@ -1,0 +1,223 @@
+"""Every key of offtrail, its type, default and one line. No torch here: `launch.py --help` imports this.
+
+Who calls whom: `compose.py` builds a Config out of these classes, configs/*.yaml, a file and the command line, and ends
+with OmegaConf.to_object, so that each `__post_init__` below has run before anything starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from offtrail.algos.config import AlgoConfig, CorrectionConfig, DecoupledConfig, GrpoConfig
+from offtrail.rewards.config import RewardConfig
+from offtrail.tasks.config import ChainConfig, TaskConfig
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class RunConfig:
+    """The run and its directory."""
+
+    name: str = ""
+    """Name of the run directory; empty = JOB-TASK-ALGO and the time."""
+    dir: str = "runs"
+    seed: int = 0
+    resume: bool = False
+    """Go on with the run of that name from its last checkpoint."""
+
+
+@dataclass
+class ModelConfig:
+    """The policy: `path`, or the small Qwen3-architecture model that offtrail makes and cold-starts itself."""
+
+    name: str = "tiny"
+    path: str = ""
+    """A Hugging Face directory or name; empty = make the model below and cold-start it (job=sft), once per cache."""
+    hidden_size: int = 64
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    mlp_size: int = 192
+    init_std: float = 0.05
+    max_length: int = 256
+    """Longest prompt + answer, in tokens, that the local engine and the learner hold."""
+
+
+@dataclass
+class SftConfig:
+    """Supervised fine-tuning on the task's worked answers (job=sft; also the cold start of job=rl)."""
+
+    steps: int = 600
+    batch_size: int = 32
+    lr: float = 4e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_steps: int = 50
+    final_lr_share: float = 0.1
+    """Cosine decay ends at this share of lr."""
+
+
+@dataclass
+class BatchConfig:
+    """One learner step."""
+
+    groups: int = 16
+    """B, the groups of a batch."""
+    group_size: int = 8
+    """G, the samples of a group."""
+
+
+@dataclass
+class SamplingConfig:
+    """How training samples are drawn. top_p and top_k would bias the importance ratios and are refused in training."""
+
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass
+class StalenessConfig:
+    """How old data may be, in weight versions (invariants I2, I2b, I3)."""
+
+    max: int = 2
+    """η: no token older than this is trained; 0 = the synchronous loop."""
+    mode: Literal["bound", "exact"] = "bound"
+    """bound: as fresh as timing allows, up to η. exact: batch k wholly on version max(0, k−η), repeatable bit for bit."""
+    on_violation: Literal["wait", "drop"] = "wait"
+    """wait: batch k is admission slots kB…(k+1)B−1, so η holds by construction. drop: completion order, stale groups are refused."""
+    max_refusals: int = 10_000
+    """The run fails when so many groups are refused since the last learner step, and names the reason."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    warmup_updates: int = 0
+
+
+@dataclass
+class LearnerConfig:
+    """The training loop."""
+
+    steps: int = 40
+    """Learner steps, each one batch and one new version."""
+    ranks: int = 1
+    """Processes of the FSDP2 world; 1 trains the plain module."""
+    minibatches: int = 2
+    """K, optimizer updates of a learner step; B must be divisible by it."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    tokens_per_microbatch: int = 16_384
+    """Budget of prompt + answer tokens packed into one forward pass."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    """torch threads of each rank."""
+    checkpoint_every: int = 10
+    """In learner steps; the last step is always saved."""
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class GeneratorConfig:
+    """The rollout processes."""
+
+    count: int = 1
+    max_in_flight: int = 64
+    """Groups leased to all generators together."""
+    threads: int = 1
+
+
+@dataclass
+class EngineConfig:
+    """The local engine: continuous batching over Hugging Face weights with a KV cache."""
+
+    name: str = "local"
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_running: int = 256
+    """Samples that decode together."""
+    kv_on_update: Literal["recompute", "keep"] = "recompute"
+    """When weights change under unfinished samples: recompute their KV cache under the new weights, or keep the old."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out evaluation of published versions: 0, every `every`-th, and the last."""
+
+    every: int = 10
+    """In learner steps; 0 = only the first and the last version."""
+    prompts: int = 512
+    samples: int = 1
+    temperature: float = 1.0
+    threads: int = 1
+
+
+@dataclass
+class WeightsConfig:
+    """How a published version reaches the engines."""
+
+    channel: Literal["shm", "disk"] = "shm"
+    """shm: safetensors in shared memory, on one host. disk: the same below the run directory, on a shared file system."""
+    dir: str = ""
+    """Folder of the channel; empty = /dev/shm/offtrail-… or runs/NAME/weights."""
+
+
+@dataclass
+class BrokerConfig:
+    """The broker's endpoint and patience."""
+
+    address: str = "127.0.0.1"
+    """Address to bind; any but loopback requires CURVE keys, made per run."""
+    port: int = 0
+    """0 = any free port."""
+    heartbeat_seconds: float = 1.0
+    lease_heartbeats: int = 30
+    """A lease goes to another generator after so many lost heartbeats; never because an answer is long."""
+    deadline_seconds: float = 600.0
+    """The longest a role waits for another without progress before it fails and says for what (I4)."""
+
+
+@dataclass
+class TrackingConfig:
+    """What is written beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    sample_texts: int = 2
+    """Sample groups whose texts are logged at each learner step."""
+    progress: Literal["auto", "live", "plain", "off"] = "auto"
+    """Terminal view; auto = live on a terminal, plain lines elsewhere."""
+
+
+@dataclass
+class Config:
+    """One resolved configuration: what runs/NAME/config.yaml holds."""
+
+    schema_version: int = SCHEMA_VERSION
+    job: Literal["rl", "sft"] = "rl"
+    """rl: the asynchronous loop. sft: supervised fine-tuning on the task's worked answers."""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=ChainConfig)
+    algo: AlgoConfig = field(default_factory=GrpoConfig)
+    correction: CorrectionConfig = field(default_factory=DecoupledConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    staleness: StalenessConfig = field(default_factory=StalenessConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    broker: BrokerConfig = field(default_factory=BrokerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

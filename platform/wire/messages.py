@@ -1,0 +1,242 @@
+"""Every message of the wire. A request is answered by exactly one reply; hints (PUB) may be lost.
+
+    generator ── Hello, LeaseRequest, SubmitGroup, FailGroup ──► broker
+    learner 0 ── Hello, NextBatch, Commit, Checkpointed ───────► broker
+    evaluator ── Hello, NextEval, EvalResult ──────────────────► broker
+    all roles ── Heartbeat, Failure ───────────────────────────► broker      launcher ── StatusRequest ──► broker
+    broker ── VersionHint (PUB) ──► all
+
+Arrays travel as raw frames behind the header (codec.py); here stand only the headers. A reply to a long poll
+(LeaseRequest, NextBatch, NextEval) may be empty: then `waiting` says for what the broker waits, and the role asks again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from offtrail.core.types import Lease, Problem
+
+PROTOCOL = 1
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base of all headers; the tag is the class name."""
+
+
+class Hello(Message, frozen=True):
+    """First message of a role: the broker refuses another protocol or another run."""
+
+    role: str
+    index: int
+    pid: int
+    run: str
+    protocol: int = PROTOCOL
+
+
+class Welcome(Message, frozen=True):
+    """Where the run stands. ``step`` is the version to start from; ``logged`` batches from there on are replayed."""
+
+    run: str
+    step: int
+    version: int
+    lineage: int
+    logged: int = 0
+
+
+class LeaseRequest(Message, frozen=True):
+    """Ask for up to ``room`` groups. ``version`` is what the engine has applied."""
+
+    room: int
+    version: int
+
+
+class Leases(Message, frozen=True):
+    """Granted leases, perhaps none; ``version`` is the newest published one."""
+
+    leases: list[Lease]
+    version: int
+    stop: bool = False
+    waiting: str = ""
+
+
+class GroupHeader(Message, frozen=True):
+    """The scalars of core.types.Group; its arrays stand in frames."""
+
+    group: int
+    slot: int
+    attempt: int
+    problem: Problem
+    generator: str
+    temperature: float
+    component_names: list[str]
+    channel_names: list[str]
+    queued_version: int = -1
+    queued_at: float = 0.0
+
+
+class SubmitGroup(Message, frozen=True):
+    """A finished group; acknowledged only when it is durable."""
+
+    header: GroupHeader
+
+
+class GroupAck(Message, frozen=True):
+    """``accepted`` is false for a late attempt or a refused group; ``reason`` then says why."""
+
+    group: int
+    accepted: bool
+    reason: str = ""
+
+
+class FailGroup(Message, frozen=True):
+    """The holder gives the group up: it is refused as ``reason`` (failed, filtered, stale)."""
+
+    group: int
+    attempt: int
+    reason: str
+    detail: str = ""
+
+
+class NextBatch(Message, frozen=True):
+    """Ask for the batch of a learner step."""
+
+    step: int
+
+
+class BatchReply(Message, frozen=True):
+    """The groups of one batch in their durable order; empty while ``waiting`` says for what."""
+
+    step: int
+    headers: list[GroupHeader]
+    replay: bool = False
+    stop: bool = False
+    waiting: str = ""
+
+
+class Commit(Message, frozen=True):
+    """The batch of ``step`` is trained and version ``step + 1`` is published under ``checksum``.
+
+    ``metrics`` are the scalars of the step; ``histograms`` name → values; ``texts`` name → markdown for TensorBoard.
+    Step −1 publishes the start: version 0 with no batch, or after a restart the checkpoint's version again.
+    """
+
+    step: int
+    version: int
+    checksum: str
+    metrics: dict[str, float]
+    histograms: dict[str, list[float]] = {}
+    texts: dict[str, str] = {}
+
+
+class Committed(Message, frozen=True):
+    """The commit is durable. ``lineage`` rises when a replay's checksum differs from the logged one."""
+
+    lineage: int
+    diverged: bool = False
+    stop: bool = False
+
+
+class Checkpointed(Message, frozen=True):
+    """A checkpoint covers all batches before ``step``: their payloads may leave the spool for the archive."""
+
+    step: int
+    path: str
+
+
+class NextEval(Message, frozen=True):
+    """Ask for a version to evaluate."""
+
+
+class EvalJob(Message, frozen=True):
+    """Evaluate ``version`` (−1: nothing to do yet, ``waiting`` says for what)."""
+
+    version: int
+    stop: bool = False
+    waiting: str = ""
+
+
+class EvalResult(Message, frozen=True):
+    """Scores of one version, names as in docs/metrics.md (eval/…)."""
+
+    version: int
+    metrics: dict[str, float]
+    texts: dict[str, str] = {}
+
+
+class Heartbeat(Message, frozen=True):
+    """Sent by a thread of every role, from a socket of its own, at broker.heartbeat_seconds.
+
+    ``activity`` and ``waiting_on`` say what the role does now (I4); ``seconds`` are cumulative by activity, ``compute``
+    the cumulative charges of the compute ledger (I6).
+    """
+
+    role: str
+    index: int
+    pid: int
+    activity: str
+    waiting_on: str
+    since: float
+    seconds: dict[str, float]
+    compute: dict[str, float]
+    gauges: dict[str, float] = {}
+
+
+class Beat(Message, frozen=True):
+    """Reply to a heartbeat."""
+
+    version: int
+    stop: bool = False
+
+
+class Failure(Message, frozen=True):
+    """A role says why it dies."""
+
+    role: str
+    index: int
+    error: str
+
+
+class StatusRequest(Message, frozen=True):
+    """The launcher asks how the run stands."""
+
+
+class Status(Message, frozen=True):
+    """``summary`` has the keys of summary.json; ``roles`` the last heartbeat of each role; ``metrics`` the last step's."""
+
+    summary: dict[str, Any]
+    roles: list[Heartbeat]
+    metrics: dict[str, float]
+    failures: list[Failure]
+    finished: bool
+
+
+class StopRun(Message, frozen=True):
+    """The launcher ends the run: nothing is leased any more, the spool is sealed, the summary written."""
+
+    status: str
+    reason: str = ""
+
+
+class Done(Message, frozen=True):
+    """Plain acknowledgement."""
+
+
+class Error(Message, frozen=True):
+    """The request was refused; ``error`` is one line for a person."""
+
+    error: str
+
+
+class VersionHint(Message, frozen=True):
+    """PUB: a version was published."""
+
+    version: int
+
+
+Request = (
+    Hello | LeaseRequest | SubmitGroup | FailGroup | NextBatch | Commit | Checkpointed | NextEval | EvalResult
+    | Heartbeat | Failure | StatusRequest | StopRun
+)  # fmt: skip
+Reply = Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | Beat | Status | Done | Error

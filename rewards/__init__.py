@@ -1,0 +1,1 @@
+"""What a score is: pure functions of (problem, text). Processes and deadlines are platform/generator's."""

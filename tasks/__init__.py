@@ -1,0 +1,1 @@
+"""Prompts with a verifier's answer: generated families and local sets."""
