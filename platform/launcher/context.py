@@ -1,0 +1,60 @@
+"""What every role process is given: RoleContext, and the Connection it opens to the broker.
+
+Called by role.py (one process a role); roles call `connect()` once, before anything slow, so that a dead broker is told
+from a slow role.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.wire.heart import Heart
+from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+
+import os
+
+
+@dataclass
+class Connection:
+    """A role's lines to the broker: requests, heartbeats, and what the role is doing."""
+
+    client: Client
+    heart: Heart
+    activity: Activity
+    welcome: Welcome
+
+    def close(self) -> None:
+        """Stop the heart and close the sockets."""
+        self.heart.close()
+        self.client.close()
+
+
+@dataclass(frozen=True)
+class RoleContext:
+    """One role process: who it is, its configuration and its run directory."""
+
+    config: Config
+    run_dir: Path
+    role: str
+    index: int
+
+    def connect(self) -> Connection:
+        """Dial the broker named by endpoint.json, say Hello, start the heartbeat.
+
+        Raises WaitError when no broker answers in broker.deadline_seconds and RefusedError when it speaks another
+        protocol or serves another run.
+        """
+        settings = self.config.broker
+        endpoint = Endpoint.read(self.run_dir / "endpoint.json", settings.deadline_seconds)
+        keys = ClientKeys.read(self.run_dir)
+        activity = Activity()
+        client = Client(endpoint, f"{self.role}-{self.index}", keys)
+        hello = Hello(role=self.role, index=self.index, pid=os.getpid(), run=self.run_dir.name, protocol=PROTOCOL)
+        welcome, _ = client.request(hello, what="a welcome", deadline_s=settings.deadline_seconds)
+        assert isinstance(welcome, Welcome)
+        heart = Heart(endpoint, self.role, self.index, keys, activity, settings.heartbeat_seconds)
+        return Connection(client, heart, activity, welcome)
