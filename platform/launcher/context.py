@@ -6,6 +6,8 @@ from a slow role.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +16,6 @@ from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.wire.heart import Heart
 from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
-
-import os
 
 
 @dataclass
@@ -42,6 +42,16 @@ class RoleContext:
     role: str
     index: int
 
+    @property
+    def start_model(self) -> Path:
+        """The Hugging Face directory that version 0 comes from: a link that the launcher makes."""
+        return self.run_dir / "start"
+
+    @property
+    def weights_folder(self) -> Path:
+        """The weight channel's folder, the same for every role of the run."""
+        return weights_folder(self.config, self.run_dir)
+
     def connect(self) -> Connection:
         """Dial the broker named by endpoint.json, say Hello, start the heartbeat.
 
@@ -58,3 +68,13 @@ class RoleContext:
         assert isinstance(welcome, Welcome)
         heart = Heart(endpoint, self.role, self.index, keys, activity, settings.heartbeat_seconds)
         return Connection(client, heart, activity, welcome)
+
+
+def weights_folder(config: Config, run_dir: Path) -> Path:
+    """weights.dir if set; else a folder of shared memory named after the user and the run, or runs/NAME/weights."""
+    if config.weights.dir:
+        return Path(config.weights.dir)
+    if config.weights.channel == "disk":
+        return run_dir / "weights"
+    tag = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
+    return Path("/dev/shm") / f"offtrail-{os.getuid()}-{tag}"

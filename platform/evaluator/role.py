@@ -1,0 +1,134 @@
+"""The evaluator role: scores published versions on held-out prompts with an engine of its own, and stops nobody.
+
+The loop consumes evaluation jobs (versions 0, every eval.every-th, the last) and yields one EvalResult each; it is
+unblocked by the broker. The learner has pinned the version's weights, so they outlive newer versions until read.
+Every version is asked the same prompts with the same random numbers: versions are compared paired.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from offtrail.core.protocols import Completion, Engine, Request
+from offtrail.core.types import Problem, Sampling
+from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.generator.text import Text
+from offtrail.platform.generator.verifiers import VerifierPool
+from offtrail.platform.launcher.context import RoleContext
+from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.weights.store import Subscriber
+from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
+from offtrail.tasks.registry import make_task
+
+log = logging.getLogger("offtrail.evaluator")
+
+EVAL_SEED = 0x0E7A1  # held-out sampling never shares its random numbers with training
+
+
+def main(context: RoleContext) -> None:
+    """Run until the broker says stop."""
+    connection, deadline = context.connect(), context.config.broker.deadline_seconds
+    weights = Subscriber(context.weights_folder)
+    evaluation = Evaluation(context, connection.activity)
+    try:
+        while True:
+            with connection.activity.waiting("a version to evaluate", on="broker"):
+                job, _ = connection.client.request(NextEval(), what="a version to evaluate", deadline_s=deadline)
+            assert isinstance(job, EvalJob)
+            if job.stop:
+                return
+            if job.version >= 0:
+                evaluation.engine.load_weights(job.version, weights.load(job.version))
+                weights.unpin(job.version)
+                metrics, texts = evaluation.run()
+                result = EvalResult(version=job.version, metrics=metrics, texts=texts)
+                connection.client.request(result, what="an acknowledged evaluation", deadline_s=deadline)
+    finally:
+        evaluation.close()
+        connection.close()
+
+
+class Evaluation:
+    """Held-out problems, an engine and verifiers; ``run`` scores the weights that the engine holds."""
+
+    def __init__(self, context: RoleContext, activity: Activity) -> None:
+        self.config: Config = context.config
+        self.activity = activity
+        self.text = Text(context.start_model, chat=getattr(self.config.task, "chat", False))
+        self.problems = make_task(self.config.task, self.config.run.seed).held_out(self.config.eval.prompts)
+        self.engine: Engine = LocalEngine(
+            context.start_model,
+            self.config.engine,
+            max_length=self.config.model.max_length,
+            threads=self.config.eval.threads,
+        )
+        self.verifiers = VerifierPool(self.config)
+        self._charged: dict[str, float] = {}
+
+    def run(self) -> tuple[dict[str, float], dict[str, str]]:
+        """Accuracy, format and lengths over eval.prompts × eval.samples answers, and a few answers as text."""
+        with self.activity.busy("evaluate"):
+            answers = self._answers()
+            components = self._verify(answers)
+        self._charge()
+        lengths = np.array([len(c.tokens) for group in answers for c in group])
+        stopped = np.array([c.finish == "stop" for group in answers for c in group])
+        metrics = {f"eval/{name}": float(np.concatenate(columns).mean()) for name, columns in components.items()}
+        metrics |= {
+            "eval/length_mean": float(lengths.mean()),
+            "eval/truncated_share": float(1.0 - stopped.mean()),
+            "eval/prompts": float(len(self.problems)),
+            "eval/version": float(self.engine.version),
+        }
+        log.info("version %d: accuracy %.3f", self.engine.version, metrics["eval/accuracy"])
+        return metrics, self._texts(answers)
+
+    def close(self) -> None:
+        """End the verifiers and the engine."""
+        self.verifiers.close()
+        self.engine.close()
+
+    def _answers(self) -> list[list[Completion]]:
+        sampling = Sampling(
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            temperature=self.config.eval.temperature,
+            stop_token_ids=self.text.stop_token_ids,
+            seed=EVAL_SEED,
+        )
+        samples = self.config.eval.samples
+        self.engine.generate(
+            [Request(i, self.text.encode(p), samples, sampling) for i, p in enumerate(self.problems)]
+        )
+        answers: list[list[Completion]] = [[] for _ in self.problems]
+        while self.engine.unfinished:
+            for completion in self.engine.step():
+                answers[completion.request].append(completion)
+        return [sorted(group, key=lambda c: c.index) for group in answers]
+
+    def _verify(self, answers: list[list[Completion]]) -> dict[str, list[np.ndarray]]:
+        for i, group in enumerate(answers):
+            texts = [self.text.decode(c.tokens) for c in group]
+            self.verifiers.submit(i, self.problems[i], texts, [c.finish == "stop" for c in group])
+        columns: dict[str, list[np.ndarray]] = {}
+        pending = len(answers)
+        while pending:
+            for _, components in self.verifiers.poll(timeout_s=0.05):
+                pending -= 1
+                for name, column in (components or {}).items():
+                    columns.setdefault(name, []).append(column)
+        return columns
+
+    def _texts(self, answers: list[list[Completion]]) -> dict[str, str]:
+        shown: list[tuple[Problem, Completion]] = [
+            (problem, group[0]) for problem, group in zip(self.problems, answers, strict=True)
+        ][: self.config.tracking.sample_texts]
+        body = "\n\n".join(f"    {p.prompt.strip()}\n    {self.text.decode(c.tokens)}" for p, c in shown)
+        return {"eval/samples": body}
+
+    def _charge(self) -> None:
+        for name, value in self.engine.counters.items():
+            self.activity.charge(name, value - self._charged.get(name, 0.0))
+            self._charged[name] = value

@@ -1,0 +1,73 @@
+"""The generator role: keeps its engine full and turns leases into acknowledged groups (parts in rollout.py).
+
+The loop consumes leases and weight versions and yields groups; it is unblocked by the broker (leases) and by the learner
+(versions), and waits only while the engine is empty.
+"""
+
+from __future__ import annotations
+
+from offtrail.core.types import Int32, Lease, Sampling
+from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.generator.rollout import Rollout
+from offtrail.platform.generator.text import Text
+from offtrail.platform.generator.verifiers import VerifierPool
+from offtrail.platform.launcher.context import Connection, RoleContext
+from offtrail.platform.weights.store import Subscriber
+from offtrail.search.sample import SampleDriver
+
+
+def main(context: RoleContext) -> None:
+    """Run until the broker says stop."""
+    connection = context.connect()
+    rollout = open_rollout(context, connection)
+    try:
+        while not rollout.stopping:
+            rollout.take_replies()
+            rollout.ask_for_leases()
+            rollout.apply_weights()
+            rollout.start_ready()
+            if rollout.engine.unfinished:
+                rollout.decode()
+            else:
+                rollout.wait()
+            rollout.submit_scored()
+            rollout.charge()
+    finally:
+        rollout.close()
+
+
+def open_rollout(context: RoleContext, connection: Connection) -> Rollout:
+    """Engine, tokenizer, verifiers and weight channel of one generator."""
+    config = context.config
+    text = Text(context.start_model, chat=getattr(config.task, "chat", False))
+    sampling = training_sampling(config, text.stop_token_ids)
+    name = f"{context.role}-{context.index}"
+
+    def encode(lease: Lease) -> Int32:
+        return text.encode(lease.problem)
+
+    return Rollout(
+        config=config,
+        connection=connection,
+        engine=LocalEngine(
+            context.start_model, config.engine, max_length=config.model.max_length, threads=config.generator.threads
+        ),
+        weights=Subscriber(context.weights_folder),
+        verifiers=VerifierPool(config),
+        make_driver=lambda lease: SampleDriver(sampling, name),
+        encode=encode,
+        decode_text=text.decode,
+    )
+
+
+def training_sampling(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
+    """How training samples are drawn: the run's seed keys every token's random number (I3)."""
+    return Sampling(
+        max_new_tokens=config.sampling.max_new_tokens,
+        temperature=config.sampling.temperature,
+        top_p=config.sampling.top_p,
+        top_k=config.sampling.top_k,
+        stop_token_ids=stop_token_ids,
+        seed=config.run.seed,
+    )

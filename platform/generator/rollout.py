@@ -1,0 +1,229 @@
+"""The rollout loop's parts. One Rollout owns one engine and everything between a lease and its acknowledged group.
+
+    leases ──► waiting ──(version applied)──► engine ──► driver ──► verifiers ──► submitted ──(ack)──► forgotten
+
+Invariants kept here
+- I2: a group enters the engine only when the engine's version is ≥ its lease's ``min_version``.
+- I2b, I3: in exact mode a wave enters whole, in slot order, into an empty engine that holds exactly its version.
+- I1: a group is forgotten only after the broker's acknowledgement, which comes after the group is durable.
+Nothing here blocks while the engine has work: replies, verdicts and weights are looked for between decode steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from offtrail.core.protocols import Driver, Engine
+from offtrail.core.types import FINISH_REASONS, Group, Int32, Lease
+from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.verifiers import VerifierPool
+from offtrail.platform.launcher.context import Connection
+from offtrail.platform.weights.store import Subscriber
+from offtrail.platform.wire.groups import group_frames
+from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
+from offtrail.platform.wire.sockets import WaitError
+from offtrail.rewards.rule import total
+
+log = logging.getLogger("offtrail.generator")
+
+
+@dataclass
+class Rollout:
+    """State of one generator; each public method is one verb of the loop in role.py."""
+
+    config: Config
+    connection: Connection
+    engine: Engine
+    weights: Subscriber
+    verifiers: VerifierPool
+    make_driver: Callable[[Lease], Driver]
+    encode: Callable[[Lease], Int32]
+    decode_text: Callable[[Int32], str]
+    stopping: bool = False
+    waiting_for: str = "leases"
+    newest: int = -1
+    _lease_ticket: int | None = None
+    _waiting: list[Lease] = field(default_factory=list)
+    _running: dict[int, tuple[Lease, Driver]] = field(default_factory=dict)
+    _scoring: dict[int, Group] = field(default_factory=dict)
+    _unacknowledged: dict[int, int] = field(default_factory=dict)
+    _charged: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def held(self) -> int:
+        """Groups between lease and acknowledgement."""
+        return len(self._waiting) + len(self._running) + len(self._scoring) + len(self._unacknowledged)
+
+    # --- the verbs ---
+
+    def take_replies(self, timeout_s: float = 0.0) -> None:
+        """Leases granted, groups acknowledged. Raises RuntimeError when the broker refuses a request outright."""
+        for ticket, message, _ in self.connection.client.poll(timeout_s):
+            self._take(ticket, message)
+        hint = self.connection.client.newest_hint()
+        self.newest = max(self.newest, self.connection.heart.version, -1 if hint is None else hint)
+
+    def ask_for_leases(self) -> None:
+        """Keep one lease request outstanding while there is room, so that the engine never runs dry."""
+        room = self._room()
+        if self._lease_ticket is None and room > 0:
+            self._lease_ticket = self.connection.client.send(LeaseRequest(room=room, version=self.engine.version))
+
+    def apply_weights(self) -> None:
+        """Between two decode steps: the newest version, or in exact mode the one that the next wave names."""
+        version = self._wanted_version()
+        if version is None or version == self.engine.version:
+            return
+        with self.connection.activity.busy("load_weights"):
+            try:
+                tensors = self.weights.load(version)
+            except FileNotFoundError:
+                if self.config.staleness.mode == "exact":
+                    raise
+                return  # retired while we looked: a newer one is out, the next turn takes it
+            self.engine.load_weights(version, tensors)
+
+    def start_ready(self) -> None:
+        """Hand the engine every lease whose version rule is met."""
+        for lease in self._ready():
+            self._waiting.remove(lease)
+            driver = self.make_driver(lease)
+            try:
+                requests = driver.start(lease, self.encode(lease))
+                self.engine.generate(requests)
+            except ValueError as error:  # a prompt that does not fit: the group's fault, not the generator's
+                log.warning("group %d failed: %s", lease.group, error)
+                self._fail(lease, "failed", str(error))
+                continue
+            self._running[lease.group] = (lease, driver)
+
+    def decode(self) -> None:
+        """One decode step; finished samples go to their driver, finished groups to the verifiers."""
+        with self.connection.activity.busy("decode"):
+            completions = self.engine.step()
+        for completion in completions:
+            _, driver = self._running[completion.request]
+            requests, group = driver.finished(completion)
+            if requests:
+                self.engine.generate(requests)
+            if group is not None:
+                del self._running[completion.request]
+                self._verify(group)
+
+    def submit_scored(self) -> None:
+        """Send every group whose verdict is in; a verifier that was killed may fail its group (reward.on_timeout)."""
+        for key, components in self.verifiers.poll():
+            group = self._scoring.pop(key)
+            if components is None:
+                ticket = self.connection.client.send(
+                    FailGroup(group=group.group, attempt=group.attempt, reason="failed", detail="verifier deadline")
+                )
+            else:
+                group.components = components
+                columns = {name: column.tolist() for name, column in components.items()}
+                group.rewards = np.array(
+                    [
+                        total({name: column[i] for name, column in columns.items()}, self.config.reward)
+                        for i in range(group.size)
+                    ],
+                    np.float32,
+                )
+                header, arrays = group_frames(group)
+                ticket = self.connection.client.send(SubmitGroup(header=header), arrays)
+            self._unacknowledged[ticket] = group.group
+
+    def charge(self) -> None:
+        """The engine's cumulative counters into the compute ledger (I6)."""
+        activity = self.connection.activity
+        for name, value in self.engine.counters.items():
+            activity.charge(name, value - self._charged.get(name, 0.0))
+            self._charged[name] = value
+        activity.gauge("running_samples", float(self.engine.unfinished))
+        activity.gauge("version", float(self.engine.version))
+
+    def wait(self) -> None:
+        """Nothing to decode: wait for the broker, the verifiers or a version, whichever the held groups need.
+
+        Raises WaitError (I4) when the broker has answered no heartbeat for broker.deadline_seconds.
+        """
+        heart = self.connection.heart
+        what, on = ("verdicts", "verifiers") if self._scoring else (self.waiting_for, "broker")
+        with self.connection.activity.waiting(what, on=on):
+            self.take_replies(timeout_s=0.001 if self._scoring else 0.02)
+        self.stopping = self.stopping or heart.stop
+        if heart.lost > self.config.broker.deadline_seconds:
+            raise WaitError(f"waited for {what} on the broker: no heartbeat answered for {heart.lost:.0f} s")
+
+    def close(self) -> None:
+        """Let go of unfinished work: the broker re-issues or refuses what was not acknowledged."""
+        self.verifiers.close()
+        self.engine.close()
+        self.connection.close()
+
+    # --- the rules behind them ---
+
+    def _take(self, ticket: int, message: Message) -> None:
+        if isinstance(message, Leases):
+            self._lease_ticket = None
+            self._waiting += message.leases
+            self._waiting.sort(key=lambda lease: (lease.wave, lease.slot, lease.group))
+            self.newest = max(self.newest, message.version)
+            self.stopping = self.stopping or message.stop
+            self.waiting_for = message.waiting or "leases"
+        elif isinstance(message, GroupAck):
+            self._unacknowledged.pop(ticket, None)
+            if not message.accepted:
+                log.info("group %d was not accepted: %s", message.group, message.reason)
+        elif isinstance(message, Error):
+            raise RuntimeError(f"the broker refused a request: {message.error}")
+
+    def _room(self) -> int:
+        """Groups to ask for: enough waiting samples to fill the engine once over; in exact mode whole waves."""
+        if self.config.staleness.mode == "exact":
+            return self.config.batch.groups * (self.config.staleness.max + 1) - self.held
+        waiting = sum(lease.samples for lease in self._waiting) + self.engine.unfinished
+        return math.ceil((2 * self.config.engine.max_running - waiting) / self.config.batch.group_size)
+
+    def _wanted_version(self) -> int | None:
+        if self.config.staleness.mode == "exact":
+            wave = self._whole_wave()
+            return wave[0].exact_version if wave and not self.engine.unfinished else None
+        return self.newest if self.newest > self.engine.version else None
+
+    def _whole_wave(self) -> list[Lease]:
+        """The oldest wave, once all its leases are here (else empty)."""
+        if not self._waiting:
+            return []
+        first = self._waiting[0]
+        wave = [lease for lease in self._waiting if lease.wave == first.wave]
+        return wave if len(wave) == first.wave_size else []
+
+    def _ready(self) -> list[Lease]:
+        if self.config.staleness.mode == "exact":
+            wave = self._whole_wave()
+            ready = bool(wave) and not self.engine.unfinished and self.engine.version == wave[0].exact_version
+            return wave if ready else []
+        limit = 2 * self.config.engine.max_running
+        ready, samples = [], self.engine.unfinished
+        for lease in self._waiting:
+            if lease.min_version <= self.engine.version and samples < limit:
+                ready.append(lease)
+                samples += lease.samples
+        return ready
+
+    def _verify(self, group: Group) -> None:
+        stop = FINISH_REASONS.index("stop")
+        texts = [self.decode_text(sample.tokens) for sample in group.samples()]
+        self.verifiers.submit(group.group, group.problem, texts, (group.finish == stop).tolist())
+        self._scoring[group.group] = group
+
+    def _fail(self, lease: Lease, reason: str, detail: str) -> None:
+        ticket = self.connection.client.send(
+            FailGroup(group=lease.group, attempt=lease.attempt, reason=reason, detail=detail)
+        )
+        self._unacknowledged[ticket] = lease.group

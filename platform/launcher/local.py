@@ -1,0 +1,219 @@
+"""The local launcher: starts every role of a run as a process of this host, watches them, and ends the run in order.
+
+    launch ─► start model (cold start if it is not in the cache) ─► broker ─► learner ranks, generators, evaluator
+           ─► watch: progress view, dead roles, Ctrl-C ─► stop ─► summary, learning.png
+
+Invariant: a run never hangs silently and never loses a role unnoticed. Any role that leaves before the broker has said
+that the run is finished ends the run: status `failed`, with the role, how it died, and its last words. The ledger is
+durable, so `run.resume=true` goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.context import weights_folder
+from offtrail.platform.launcher.start import prepare_start_model
+from offtrail.platform.tracking.progress import Progress
+from offtrail.platform.tracking.summary import read_summary, write_summary
+from offtrail.platform.wire.messages import Status, StatusRequest, StopRun
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, WaitError, make_keys
+
+STATUS_PERIOD_S = 0.5
+LEAVE_SECONDS = 30.0
+EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
+
+
+@dataclass
+class Role:
+    """One child process and where its words go."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def epitaph(self) -> str:
+        """How it died, in one line: its exit status or signal, and the last line of its log."""
+        code = self.process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+        words = f"; last words: {lines[-1].strip()}" if lines and code >= 0 else ""
+        return f"{self.name} {how}{words} (log: {self.log})"
+
+
+@dataclass
+class Run:
+    """The processes of one run on this host."""
+
+    config: Config
+    run_dir: Path
+    roles: list[Role] = field(default_factory=list)
+    client: Client | None = None
+
+    def start(self, role: str, index: int = 0, threads: int = 1, **environment: str) -> None:
+        """Start one role; its output goes to logs/ROLE-INDEX.log."""
+        name = f"{role}-{index}"
+        log = self.run_dir / "logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        # Two busy processes on two cores: more threads than asked for make both several times slower.
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | environment
+        command = [sys.executable, "-m", "offtrail.platform.launcher.role", role, str(index), str(self.run_dir)]
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [*command, str(os.getpid())], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env
+            )
+        self.roles.append(Role(name, process, log))
+
+    def start_all(self) -> None:
+        """Broker first: every other role dials its endpoint.json."""
+        config = self.config
+        (self.run_dir / "endpoint.json").unlink(missing_ok=True)
+        make_keys(self.run_dir, config.broker.address)
+        self.start("broker")
+        world = {"WORLD_SIZE": str(config.learner.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for rank in range(config.learner.ranks):
+            self.start("learner", rank, config.learner.threads, RANK=str(rank), LOCAL_RANK=str(rank), **world)
+        for index in range(config.generator.count):
+            self.start("generator", index, config.generator.threads)
+        self.start("evaluator", 0, config.eval.threads)
+
+    def dead(self) -> Role | None:
+        """A role that left before its time."""
+        return next((role for role in self.roles if role.process.poll() is not None), None)
+
+    def status(self) -> Status | None:
+        """The broker's word on the run; None while it is not up yet or too busy to answer at once."""
+        try:
+            if self.client is None:
+                endpoint = Endpoint.read(self.run_dir / "endpoint.json", 0.0)
+                self.client = Client(endpoint, "launcher-0", ClientKeys.read(self.run_dir))
+            reply, _ = self.client.request(StatusRequest(), what="the run's status", deadline_s=5.0)
+        except WaitError:
+            return None
+        assert isinstance(reply, Status)
+        return reply
+
+    def stop(self, status: str, reason: str) -> None:
+        """Tell the broker how the run ends; it seals what is durable and tells the roles to leave."""
+        if self.client is not None:
+            with contextlib.suppress(WaitError):
+                self.client.request(StopRun(status=status, reason=reason), what="the end of the run", deadline_s=20.0)
+
+    def leave(self) -> None:
+        """Wait for every role to leave by itself, the broker last; then terminate, then kill."""
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for role in [*self.roles[1:], *self.roles[:1]]:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                role.process.wait(max(0.1, deadline - time.monotonic()))
+        for kill in (subprocess.Popen.terminate, subprocess.Popen.kill):
+            for role in self.roles:
+                if role.process.poll() is None:
+                    kill(role.process)
+            for role in self.roles:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    role.process.wait(5.0)
+
+    def close(self) -> None:
+        """No process and no shared memory outlives the run, whatever happened."""
+        for role in self.roles:
+            if role.process.poll() is None:
+                role.process.kill()
+                role.process.wait()
+        if self.client is not None:
+            self.client.close()
+        if self.config.weights.channel == "shm":
+            shutil.rmtree(weights_folder(self.config, self.run_dir), ignore_errors=True)
+
+
+def launch(config: Config, run_dir: Path) -> int:
+    """Run one job to its end in a run directory that exists; the exit status of the command."""
+    started = time.monotonic()
+    with interrupts() as interrupted:
+        try:
+            prepare_start_model(config, run_dir)
+            run = Run(config, run_dir)
+            try:
+                run.start_all()
+                status, reason = watch(run, interrupted)
+                run.stop(status, reason)
+                run.leave()
+            finally:
+                run.close()
+        except KeyboardInterrupt:
+            status, reason = "interrupted", "interrupted before the roles were up"
+    return finish(config, run_dir, status, reason, time.monotonic() - started)
+
+
+def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
+    """The launcher's loop: until the broker says finished, a role dies, or the user interrupts."""
+    with Progress(run.config) as progress:
+        while True:
+            if interrupted:
+                return "interrupted", f"stopped by {signal.Signals(interrupted[0]).name}"
+            status = run.status()
+            if status is not None:
+                progress.update(status)
+                if status.failures:
+                    failure = status.failures[0]
+                    return "failed", f"{failure.role}-{failure.index}: {failure.error}"
+                if status.finished:
+                    return "completed", ""
+            if (role := run.dead()) is not None:
+                return "failed", role.epitaph()
+            time.sleep(STATUS_PERIOD_S)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted and end the run in order; a second one raises KeyboardInterrupt."""
+    seen: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        seen.append(signum)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def free_port() -> int:
+    """A port that is free now, for the learner's rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def finish(config: Config, run_dir: Path, status: str, reason: str, wall_seconds: float) -> int:
+    """Set the final status (the broker may have died before it could), draw the curves, print what happened."""
+    summary = read_summary(run_dir)
+    summary |= {"status": status, "launch_seconds": round(wall_seconds, 3)}
+    if reason:
+        summary["reason"] = reason
+    write_summary(run_dir, summary)
+    report(run_dir, summary)
+    return EXIT_CODES[status]
+
+
+def report(run_dir: Path, summary: dict[str, object]) -> None:
+    """The last words of a run on the terminal."""
+    shown = ("status", "reason", "steps", "eval/accuracy_first", "eval/accuracy_last", "staleness/stale_token_share",
+             "groups/trained", "groups/lost", "groups/duplicated")  # fmt: skip
+    print(json.dumps({key: summary[key] for key in shown if key in summary}, indent=2, ensure_ascii=False))
+    print(f"summary: {run_dir}/summary.json")
