@@ -7,7 +7,7 @@
     broker ── VersionHint (PUB) ──► all
 
 Arrays travel as raw frames behind the header (codec.py); here stand only the headers. A reply to a long poll
-(LeaseRequest, NextBatch, NextEval) may be empty: then `waiting` says for what the broker waits, and the role asks again.
+(LeaseRequest, NextBatch, NextEval) may be empty: `waiting` says for what the broker waits, and the role asks again.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class StatusRequest(Message, frozen=True):
 
 
 class Status(Message, frozen=True):
-    """``summary`` has the keys of summary.json; ``roles`` the last heartbeat of each role; ``metrics`` the last step's."""
+    """``summary`` has the keys of summary.json, ``roles`` the last heartbeat of each, ``metrics`` the last step's."""
 
     summary: dict[str, Any]
     roles: list[Heartbeat]

@@ -1,0 +1,131 @@
+"""Groups on the wire and in the ledger: one order of arrays, known to both sides.
+
+Called by generators (submit), the broker (ledger payloads, batches) and the learner (batches). Invariant:
+`unpack_group(pack_group(g))` and `group_from(*group_frames(g))` equal g bit for bit, and what they return has passed
+Group.check; WireError otherwise.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from offtrail.core.types import Group
+from offtrail.platform.wire.codec import Array, Frame, WireError, decode, encode
+from offtrail.platform.wire.messages import GroupHeader, SubmitGroup
+
+FIXED = (
+    ("prompt_tokens", "<i4"),
+    ("lengths", "<i4"),
+    ("tokens", "<i4"),
+    ("logprobs", "<f4"),
+    ("versions", "<i4"),
+    ("finish", "|u1"),
+    ("rewards", "<f4"),
+    ("times", "<f8"),
+)
+"""Arrays that every group has, in wire order; components and channels follow, in the header's order of names."""
+
+_COUNT = struct.Struct("<I")
+_SIZE = struct.Struct("<Q")
+
+
+def group_frames(group: Group) -> tuple[GroupHeader, list[Array]]:
+    """Header and arrays of a group: the FIXED ones, then components, then channels. Nothing is copied."""
+    header = GroupHeader(
+        group=group.group,
+        slot=group.slot,
+        attempt=group.attempt,
+        problem=group.problem,
+        generator=group.generator,
+        temperature=group.temperature,
+        component_names=list(group.components),
+        channel_names=list(group.channels),
+        queued_version=group.queued_version,
+        queued_at=group.queued_at,
+    )
+    fixed: list[Array] = [
+        group.prompt_tokens, group.lengths, group.tokens, group.logprobs,
+        group.versions, group.finish, group.rewards, group.times,
+    ]  # fmt: skip
+    return header, [*fixed, *group.components.values(), *group.channels.values()]
+
+
+def arrays_per_group(header: GroupHeader) -> int:
+    """How many arrays of a message belong to this header."""
+    return len(FIXED) + len(header.component_names) + len(header.channel_names)
+
+
+def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
+    """The checked group of a header and its arrays (views, not copies).
+
+    Raises WireError when the number of arrays, a dtype, a repeated name or Group.check is wrong.
+    """
+    n = len(FIXED)
+    if len(arrays) != arrays_per_group(header):
+        raise WireError(f"group {header.group}: {len(arrays)} arrays, its header announces {arrays_per_group(header)}")
+    for (name, dtype), array in zip(FIXED, arrays, strict=False):
+        if array.dtype.str != dtype or array.ndim != (2 if name == "times" else 1):
+            raise WireError(f"group {header.group}: {name} is {array.dtype.str} {array.shape}, expected {dtype}")
+    names = header.component_names
+    components = dict(zip(names, arrays[n : n + len(names)], strict=True))
+    channels = dict(zip(header.channel_names, arrays[n + len(names) :], strict=True))
+    if len(components) != len(names) or len(channels) != len(header.channel_names):
+        raise WireError(f"group {header.group}: a component or channel name stands twice")
+    for name, array in components.items():
+        if array.dtype.str != "<f4":
+            raise WireError(f"group {header.group}: component {name} is {array.dtype.str}, expected <f4")
+    group = Group(
+        group=header.group,
+        slot=header.slot,
+        attempt=header.attempt,
+        problem=header.problem,
+        generator=header.generator,
+        temperature=header.temperature,
+        prompt_tokens=arrays[0],
+        lengths=arrays[1],
+        tokens=arrays[2],
+        logprobs=arrays[3],
+        versions=arrays[4],
+        finish=arrays[5],
+        rewards=arrays[6],
+        components=components,
+        times=arrays[7],
+        channels=channels,
+        queued_version=header.queued_version,
+        queued_at=header.queued_at,
+    )
+    try:
+        group.check()
+    except ValueError as error:
+        raise WireError(str(error)) from None
+    return group
+
+
+def pack_group(group: Group) -> bytes:
+    """One group as one blob, for the ledger: number of frames (uint32), their sizes (uint64), the frames."""
+    header, arrays = group_frames(group)
+    frames = encode(SubmitGroup(header=header), arrays)
+    return b"".join((_COUNT.pack(len(frames)), *(_SIZE.pack(len(f)) for f in frames), *frames))
+
+
+def unpack_group(blob: Frame) -> Group:
+    """The checked group of a blob; its arrays are read-only views of it. WireError when the blob is not whole."""
+    view = memoryview(blob)
+    if len(view) < _COUNT.size:
+        raise WireError(f"a group's blob of {len(view)} bytes")
+    (count,) = _COUNT.unpack_from(view)
+    start = _COUNT.size + count * _SIZE.size
+    if len(view) < start:
+        raise WireError(f"a group's blob of {len(view)} bytes that announces {count} frames")
+    frames: list[Frame] = []
+    for i in range(count):
+        (size,) = _SIZE.unpack_from(view, _COUNT.size + i * _SIZE.size)
+        frames.append(view[start : start + size])
+        start += size
+    if start != len(view):
+        raise WireError(f"a group's blob of {len(view)} bytes, its frames need {start}")
+    message, group_arrays = decode(frames)
+    if not isinstance(message, SubmitGroup):
+        raise WireError(f"a group's blob that holds {type(message).__name__}")
+    return group_from(message.header, group_arrays)
