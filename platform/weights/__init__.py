@@ -1,1 +1,1 @@
-
+"""Publishing a weight version and reading it back."""

@@ -1,0 +1,143 @@
+"""Sums that describe a loss, and nothing but sums: any cut into micro-batches and ranks gives the same metrics.
+
+A ``LossMetrics`` is three tensors of fixed layout. Adding two merges them; over ranks, all-reduce ``sums``, ``buckets``
+and ``histograms`` with SUM and ``maxima`` with MAX. ``means()`` turns the totals into named numbers, once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SUMS = (
+    "tokens", "samples", "ratio", "clip_low", "clip_high", "rejected",
+    "w", "w2", "applied", "applied2", "log_w", "abs_log_w", "far",
+    "seq_w", "seq_w2", "loss_policy", "loss_kl", "kl_ref", "ref_tokens", "entropy", "entropy_tokens",
+)  # fmt: skip
+MAXIMA = ("w", "abs_log_w", "ratio")
+BUCKET_SUMS = ("tokens", "abs_log_w", "w", "w2", "clipped")
+BUCKETS = 9
+"""Staleness 0, 1, …, 7, and 8 or more. Bucket 0 is the numerics floor: same weights, other kernels."""
+HISTOGRAMS = ("abs_log_w", "rho")
+
+_LOW_OCTAVE, _OCTAVES, _STEPS = -32, 64, 128
+BINS = _OCTAVES * _STEPS
+
+
+def bin_of(values: Tensor) -> Tensor:
+    """Bin [N] int64 of non-negative values: exponent and top 7 mantissa bits of the float32, 2^−32 … 2^32.
+
+    Smaller values, 0 among them, fall into bin 0. A bin is at most .8 % wide.
+    """
+    bits = values.detach().float().view(torch.int32).long() >> 16
+    return (bits - (127 + _LOW_OCTAVE) * _STEPS).clamp(0, BINS - 1)
+
+
+def bin_value(index: int) -> float:
+    """Middle of a bin (0 for bin 0): within .4 % of every value in it."""
+    if index == 0:
+        return 0.0
+    octave, step = divmod(index, _STEPS)
+    return math.ldexp(1 + (step + 0.5) / _STEPS, octave + _LOW_OCTAVE)
+
+
+def quantile(histogram: Tensor, q: float) -> float:
+    """The ⌈q·N⌉-th smallest of the values counted in ``histogram`` [BINS] int64, within .4 %; NaN if it is empty."""
+    total = int(histogram.sum())
+    if total == 0:
+        return math.nan
+    rank = max(1, math.ceil(q * total))
+    return bin_value(int(torch.searchsorted(histogram.cumsum(0), rank)))
+
+
+@dataclass(slots=True)
+class LossMetrics:
+    """``sums`` [len(SUMS)] float64, ``maxima`` [len(MAXIMA)] float64, ``buckets`` [BUCKETS, len(BUCKET_SUMS)] float64,
+    ``histograms`` [len(HISTOGRAMS), BINS] int64; all detached, on the loss's device.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+    buckets: Tensor
+    histograms: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> LossMetrics:
+        """What adding nothing gives."""
+        return cls(
+            torch.zeros(len(SUMS), dtype=torch.float64, device=device),
+            torch.zeros(len(MAXIMA), dtype=torch.float64, device=device),
+            torch.zeros(BUCKETS, len(BUCKET_SUMS), dtype=torch.float64, device=device),
+            torch.zeros(len(HISTOGRAMS), BINS, dtype=torch.int64, device=device),
+        )
+
+    def __add__(self, other: LossMetrics) -> LossMetrics:
+        return LossMetrics(
+            self.sums + other.sums,
+            torch.maximum(self.maxima, other.maxima),
+            self.buckets + other.buckets,
+            self.histograms + other.histograms,
+        )
+
+    def means(self, updates: int = 1) -> dict[str, float]:
+        """Named metrics over everything added; ``updates``: optimizer updates in it (losses are means over these).
+
+        Names are those of docs/metrics.md. Without tokens there is nothing to say: the dict is empty.
+        """
+        s = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        top = dict(zip(MAXIMA, self.maxima.tolist(), strict=True))
+        N = s["tokens"]
+        if N == 0:
+            return {}
+        named = {
+            "loss/policy": s["loss_policy"] / updates,
+            "policy/ratio_mean": s["ratio"] / N,
+            "policy/ratio_max": top["ratio"],
+            "policy/clip_low_fraction": s["clip_low"] / N,
+            "policy/clip_high_fraction": s["clip_high"] / N,
+            "offpolicy/rejected_fraction": s["rejected"] / N,
+            "offpolicy/weight_mean": s["w"] / N,
+            "offpolicy/weight_max": top["w"],
+            "offpolicy/ess_token": _ess(s["w"], s["w2"], N),
+            "offpolicy/ess_token_truncated": _ess(s["applied"], s["applied2"], N),
+            "offpolicy/ess_sequence": _ess(s["seq_w"], s["seq_w2"], s["samples"]),
+            "offpolicy/abs_dlogp_mean": s["abs_log_w"] / N,
+            "offpolicy/abs_dlogp_max": top["abs_log_w"],
+            "offpolicy/abs_dlogp_over_ln2": s["far"] / N,
+            "offpolicy/k1": -s["log_w"] / N,
+            "offpolicy/k3": (s["w"] - s["log_w"]) / N - 1,
+            "offpolicy/chi2": s["w2"] / N - 1,
+        }
+        named |= {f"offpolicy/abs_dlogp_p{p}": quantile(self.histograms[0], p / 100) for p in (50, 95, 99)}
+        named |= {f"offpolicy/ratio_p{p}": quantile(self.histograms[1], p / 100) for p in (5, 50, 95)}
+        if s["ref_tokens"]:
+            named |= {"loss/kl": s["loss_kl"] / updates, "policy/kl_ref": s["kl_ref"] / s["ref_tokens"]}
+        if s["entropy_tokens"]:
+            named["policy/entropy"] = s["entropy"] / s["entropy_tokens"]
+        return named | self._bucket_means()
+
+    def _bucket_means(self) -> dict[str, float]:
+        named: dict[str, float] = {}
+        for i, row in enumerate(self.buckets.tolist()):
+            tokens, abs_log_w, w, w2, clipped = row
+            if tokens:
+                tag = f"stale_{i}" + ("_or_more" if i == BUCKETS - 1 else "")
+                named[f"offpolicy/abs_dlogp_mean/{tag}"] = abs_log_w / tokens
+                named[f"offpolicy/ess_token/{tag}"] = _ess(w, w2, tokens)
+                named[f"policy/clip_fraction/{tag}"] = clipped / tokens
+        return named
+
+    def ratios(self, points: int = 200) -> list[float]:
+        """π_θ/π_beh of the tokens as ``points`` evenly spaced quantiles, for a histogram view; empty without tokens."""
+        counts = self.histograms[1]
+        if int(counts.sum()) == 0:
+            return []
+        return [quantile(counts, (i + 0.5) / points) for i in range(points)]
+
+
+def _ess(total: float, squares: float, count: float) -> float:
+    """Effective sample size as a share of the count: (Σw)² / (N·Σw²); 1 for equal weights, 1/N for one-hot."""
+    return total * total / (count * squares) if squares > 0 else 0.0
