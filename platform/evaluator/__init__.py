@@ -1,1 +1,1 @@
-
+"""Held-out evaluation of published versions, beside training."""

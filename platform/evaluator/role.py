@@ -10,18 +10,18 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.generator.verifiers import VerifierPool
+from offtrail.tasks.registry import make_task
 
 from offtrail.core.protocols import Completion, Engine, Request
 from offtrail.core.types import Problem, Sampling
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.engines.local import LocalEngine
 from offtrail.platform.generator.text import Text
-from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import RoleContext
 from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
-from offtrail.tasks.registry import make_task
 
 log = logging.getLogger("offtrail.evaluator")
 
@@ -99,9 +99,7 @@ class Evaluation:
             seed=EVAL_SEED,
         )
         samples = self.config.eval.samples
-        self.engine.generate(
-            [Request(i, self.text.encode(p), samples, sampling) for i, p in enumerate(self.problems)]
-        )
+        self.engine.generate([Request(i, self.text.encode(p), samples, sampling) for i, p in enumerate(self.problems)])
         answers: list[list[Completion]] = [[] for _ in self.problems]
         while self.engine.unfinished:
             for completion in self.engine.step():

@@ -1,17 +1,18 @@
 """The generator role: keeps its engine full and turns leases into acknowledged groups (parts in rollout.py).
 
-The loop consumes leases and weight versions and yields groups; it is unblocked by the broker (leases) and by the learner
-(versions), and waits only while the engine is empty.
+The loop consumes leases and weight versions and yields groups; it is unblocked by the broker (leases) and by the
+learner (versions), and waits only while the engine is empty.
 """
 
 from __future__ import annotations
 
+from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.generator.verifiers import VerifierPool
+
 from offtrail.core.types import Int32, Lease, Sampling
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.engines.local import LocalEngine
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.generator.text import Text
-from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import Connection, RoleContext
 from offtrail.platform.weights.store import Subscriber
 from offtrail.search.sample import SampleDriver

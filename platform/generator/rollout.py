@@ -17,17 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from offtrail.platform.generator.verifiers import VerifierPool
+from offtrail.rewards.rule import total
 
 from offtrail.core.protocols import Driver, Engine
-from offtrail.core.types import FINISH_REASONS, Group, Int32, Lease
+from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import Connection
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.groups import group_frames
 from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
 from offtrail.platform.wire.sockets import WaitError
-from offtrail.rewards.rule import total
+from offtrail.rewards.config import RewardConfig
 
 log = logging.getLogger("offtrail.generator")
 
@@ -45,13 +46,14 @@ class Rollout:
     encode: Callable[[Lease], Int32]
     decode_text: Callable[[Int32], str]
     stopping: bool = False
-    waiting_for: str = "leases"
+    waiting_for: str = "broker"
     newest: int = -1
     _lease_ticket: int | None = None
     _waiting: list[Lease] = field(default_factory=list)
     _running: dict[int, tuple[Lease, Driver]] = field(default_factory=dict)
     _scoring: dict[int, Group] = field(default_factory=dict)
     _unacknowledged: dict[int, int] = field(default_factory=dict)
+    _attempts: dict[int, int] = field(default_factory=dict)
     _charged: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -98,7 +100,7 @@ class Rollout:
                 self.engine.generate(requests)
             except ValueError as error:  # a prompt that does not fit: the group's fault, not the generator's
                 log.warning("group %d failed: %s", lease.group, error)
-                self._fail(lease, "failed", str(error))
+                self._fail(lease.group, self._attempts.pop(lease.group), str(error))
                 continue
             self._running[lease.group] = (lease, driver)
 
@@ -119,22 +121,14 @@ class Rollout:
         """Send every group whose verdict is in; a verifier that was killed may fail its group (reward.on_timeout)."""
         for key, components in self.verifiers.poll():
             group = self._scoring.pop(key)
+            group.attempt = self._attempts.pop(key)
             if components is None:
-                ticket = self.connection.client.send(
-                    FailGroup(group=group.group, attempt=group.attempt, reason="failed", detail="verifier deadline")
-                )
-            else:
-                group.components = components
-                columns = {name: column.tolist() for name, column in components.items()}
-                group.rewards = np.array(
-                    [
-                        total({name: column[i] for name, column in columns.items()}, self.config.reward)
-                        for i in range(group.size)
-                    ],
-                    np.float32,
-                )
-                header, arrays = group_frames(group)
-                ticket = self.connection.client.send(SubmitGroup(header=header), arrays)
+                self._fail(group.group, group.attempt, "verifier deadline")
+                continue
+            group.components = components
+            group.rewards = totals(components, self.config.reward)
+            header, arrays = group_frames(group)
+            ticket = self.connection.client.send(SubmitGroup(header=header), arrays)
             self._unacknowledged[ticket] = group.group
 
     def charge(self) -> None:
@@ -152,12 +146,12 @@ class Rollout:
         Raises WaitError (I4) when the broker has answered no heartbeat for broker.deadline_seconds.
         """
         heart = self.connection.heart
-        what, on = ("verdicts", "verifiers") if self._scoring else (self.waiting_for, "broker")
+        what, on = ("verdicts", "verifiers") if self._scoring else ("leases", self.waiting_for)
         with self.connection.activity.waiting(what, on=on):
             self.take_replies(timeout_s=0.001 if self._scoring else 0.02)
         self.stopping = self.stopping or heart.stop
         if heart.lost > self.config.broker.deadline_seconds:
-            raise WaitError(f"waited for {what} on the broker: no heartbeat answered for {heart.lost:.0f} s")
+            raise WaitError(f"waited for {what} from the broker: no heartbeat answered for {heart.lost:.0f} s")
 
     def close(self) -> None:
         """Let go of unfinished work: the broker re-issues or refuses what was not acknowledged."""
@@ -170,17 +164,23 @@ class Rollout:
     def _take(self, ticket: int, message: Message) -> None:
         if isinstance(message, Leases):
             self._lease_ticket = None
-            self._waiting += message.leases
+            self._waiting += [lease for lease in message.leases if not self._already_held(lease)]
             self._waiting.sort(key=lambda lease: (lease.wave, lease.slot, lease.group))
             self.newest = max(self.newest, message.version)
             self.stopping = self.stopping or message.stop
-            self.waiting_for = message.waiting or "leases"
+            self.waiting_for = message.waiting or "broker"
         elif isinstance(message, GroupAck):
             self._unacknowledged.pop(ticket, None)
             if not message.accepted:
                 log.info("group %d was not accepted: %s", message.group, message.reason)
         elif isinstance(message, Error):
             raise RuntimeError(f"the broker refused a request: {message.error}")
+
+    def _already_held(self, lease: Lease) -> bool:
+        """A group leased to us again (our heartbeats were lost for a while) goes on under the new attempt's number."""
+        held = lease.group in self._running or lease.group in self._scoring
+        self._attempts[lease.group] = lease.attempt
+        return held
 
     def _room(self) -> int:
         """Groups to ask for: enough waiting samples to fill the engine once over; in exact mode whole waves."""
@@ -222,8 +222,13 @@ class Rollout:
         self.verifiers.submit(group.group, group.problem, texts, (group.finish == stop).tolist())
         self._scoring[group.group] = group
 
-    def _fail(self, lease: Lease, reason: str, detail: str) -> None:
-        ticket = self.connection.client.send(
-            FailGroup(group=lease.group, attempt=lease.attempt, reason=reason, detail=detail)
-        )
-        self._unacknowledged[ticket] = lease.group
+    def _fail(self, group: int, attempt: int, detail: str) -> None:
+        ticket = self.connection.client.send(FailGroup(group=group, attempt=attempt, reason="failed", detail=detail))
+        self._unacknowledged[ticket] = group
+
+
+def totals(components: dict[str, Float32], reward: RewardConfig) -> Float32:
+    """The weighted total [G] of the reward components, name → [G]."""
+    size = len(next(iter(components.values())))
+    rows = ({name: float(column[i]) for name, column in components.items()} for i in range(size))
+    return np.array([total(row, reward) for row in rows], np.float32)

@@ -1,4 +1,4 @@
-"""Between text and tokens at the edge of an engine. Inside the platform only tokens travel; text is made once, for verifiers."""
+"""Between text and tokens, at the edge of an engine: inside the platform only tokens travel."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offtrail.core.types import Int32, Problem
 from offtrail.tasks.text import encode_prompt
+
+from offtrail.core.types import Int32, Problem
 
 
 class Text:
@@ -28,7 +29,9 @@ class Text:
         eos = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
         eos = self.tokenizer.eos_token_id if eos is None else eos
         if eos is None:
-            raise ValueError(f"model.path={model_dir}: neither generation_config.json nor the tokenizer names an eos token")
+            raise ValueError(
+                f"model.path={model_dir}: neither generation_config.json nor the tokenizer names an eos token"
+            )
         return tuple(eos) if isinstance(eos, list) else (int(eos),)
 
     def encode(self, problem: Problem) -> Int32:

@@ -23,13 +23,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.context import weights_folder
 from offtrail.platform.launcher.start import prepare_start_model
 from offtrail.platform.tracking.progress import Progress
+
+from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.context import weights_folder
 from offtrail.platform.tracking.summary import read_summary, write_summary
+from offtrail.platform.wire.auth import make_keys, needs_keys
 from offtrail.platform.wire.messages import Status, StatusRequest, StopRun
-from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, WaitError, make_keys
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, WaitError
 
 STATUS_PERIOD_S = 0.5
 LEAVE_SECONDS = 30.0
@@ -80,7 +82,8 @@ class Run:
         """Broker first: every other role dials its endpoint.json."""
         config = self.config
         (self.run_dir / "endpoint.json").unlink(missing_ok=True)
-        make_keys(self.run_dir, config.broker.address)
+        if needs_keys(config.broker.address):
+            make_keys(self.run_dir)
         self.start("broker")
         world = {"WORLD_SIZE": str(config.learner.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(config.learner.ranks):
