@@ -1,8 +1,18 @@
-"""Settings of the tasks. No torch here: `launch.py --help` imports this."""
+"""Settings of the tasks. No torch here: `launch.py --help` imports this.
+
+Each family has its difficulty dial: `max_operations` (chain), `max_digits` (addition), `numbers` (countdown).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+
+def _check(allowed: bool, key: str, value: object, rule: str) -> None:
+    """Raise ValueError in the words of the command line unless ``allowed``."""
+    if not allowed:
+        raise ValueError(f"task.{key}={value}: must be {rule}")
 
 
 @dataclass
@@ -13,38 +23,83 @@ class TaskConfig:
     held_out_share: float = 0.1
     """Share of all prompts, chosen by a hash of the prompt, that is never trained on."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds."""
+        _check(0.0 <= self.held_out_share < 1.0, "held_out_share", self.held_out_share, "at least 0 and below 1")
+
 
 @dataclass
-class ChainConfig(TaskConfig):
-    """Arithmetic chain modulo 10: start value and a run of operations, one answer digit."""
+class GeneratedConfig(TaskConfig):
+    """What every family made by program has."""
 
-    name: str = "chain"
-    min_operations: int = 3
-    max_operations: int = 6
     worked_share: float = 0.5
     """Cold start: share of answers that work the problem step by step; the others guess directly."""
     noise: float = 0.0
     """Cold start: chance that a worked step goes wrong (and its error is carried on)."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds."""
+        super().__post_init__()
+        _check(0.0 <= self.worked_share <= 1.0, "worked_share", self.worked_share, "from 0 to 1")
+        _check(0.0 <= self.noise <= 1.0, "noise", self.noise, "from 0 to 1")
+
 
 @dataclass
-class AdditionConfig(TaskConfig):
+class ChainConfig(GeneratedConfig):
+    """Arithmetic chain: start value, a run of operations from left to right, the result modulo `modulus`."""
+
+    name: str = "chain"
+    min_operations: int = 3
+    max_operations: int = 6
+    """Difficulty: the longest chain. A worked step takes 5 tokens (9 at most with styles=3)."""
+    modulus: int = 10
+    max_operand: int = 9
+    styles: int = 1
+    """Cold start: ways to write worked steps, mixed evenly (1…3): `7*5=5;5-2=3`, `7*5=5;-2=3`, `7*5=35>5;5-2=3`."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds."""
+        super().__post_init__()
+        low, high = self.min_operations, self.max_operations
+        _check(1 <= low <= high, "min_operations", low, f"from 1 to task.max_operations={high}")
+        _check(2 <= self.modulus <= 100, "modulus", self.modulus, "from 2 to 100")
+        _check(1 <= self.max_operand <= 99, "max_operand", self.max_operand, "from 1 to 99")
+        _check(1 <= self.styles <= 3, "styles", self.styles, "from 1 to 3")
+
+
+@dataclass
+class AdditionConfig(GeneratedConfig):
     """Addition of two numbers, digit by digit with carry."""
 
     name: str = "addition"
     min_digits: int = 3
     max_digits: int = 4
-    worked_share: float = 0.5
-    noise: float = 0.0
+    """Difficulty: the longest operand. A worked digit takes at most 9 tokens."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds."""
+        super().__post_init__()
+        low, high = self.min_digits, self.max_digits
+        _check(1 <= low <= high, "min_digits", low, f"from 1 to task.max_digits={high}")
 
 
 @dataclass
-class CountdownConfig(TaskConfig):
-    """Combine all given numbers with + − × to reach the target."""
+class CountdownConfig(GeneratedConfig):
+    """Combine all given numbers, each once, with + − × to reach the target. A noisy step takes another operation."""
 
     name: str = "countdown"
     numbers: int = 3
-    max_number: int = 9
+    """Difficulty: how many numbers are given."""
+    max_number: int = 15
+    max_target: int = 100
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds."""
+        super().__post_init__()
+        _check(2 <= self.numbers <= 5, "numbers", self.numbers, "from 2 to 5")
+        _check(1 <= self.max_number <= 999, "max_number", self.max_number, "from 1 to 999")
+        low = self.numbers * self.max_number
+        _check(self.max_target >= low, "max_target", self.max_target, f"at least numbers × max_number = {low}")
 
 
 @dataclass
@@ -53,7 +108,22 @@ class MixtureConfig(TaskConfig):
 
     name: str = "mixture"
     weights: dict[str, float] = field(default_factory=lambda: {"chain": 0.5, "addition": 0.5})
-    """Family name → share; each family runs at its defaults."""
+    """Family name → share, scaled to sum 1."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Family name → its keys that differ from its defaults, as {chain: {max_operations: 8}}."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds or a family is unknown."""
+        super().__post_init__()
+        families = sorted(set(TASKS) - {"mixture"})
+        for key in (*self.weights, *self.settings):
+            _check(
+                key in families, "weights" if key in self.weights else "settings", key, f"one of {', '.join(families)}"
+            )
+        for key in self.settings:
+            _check(key in self.weights, "settings", key, "a family that task.weights names")
+        _check(bool(self.weights), "weights", self.weights, "at least one family")
+        _check(all(w > 0 for w in self.weights.values()), "weights", self.weights, "shares above 0")
 
 
 @dataclass
@@ -73,6 +143,11 @@ class JsonlConfig(TaskConfig):
     """How a prompt is put to the model; {prompt} is the problem's text."""
     chat: bool = False
     """Wrap the prompt with the tokenizer's chat template."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value cannot work whatever the file holds."""
+        super().__post_init__()
+        _check("{prompt}" in self.template, "template", repr(self.template), "a text that contains {prompt}")
 
 
 TASKS: dict[str, type[TaskConfig]] = {

@@ -1,0 +1,82 @@
+"""Arithmetic chain: `7;+5;*3;-2;%10=?` starts at 7, adds 5, … and asks the result modulo 10.
+
+Reduction may come after any step (addition, subtraction and multiplication commute with it), so a worked step is one
+operation on one digit: `7+5=2;2*3=6;6-2=4`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+from offtrail.core.types import Problem
+from offtrail.tasks.base import Draw, GeneratedTask
+from offtrail.tasks.config import ChainConfig
+
+STEP = re.compile(r"(?P<left>\d*)(?P<operation>[-+*]\d+)=(?P<raw>-?\d+)(?:>(?P<reduced>\d+))?", re.ASCII)
+
+
+def apply(value: int, operation: str) -> int:
+    """One operation such as ``*3``, unreduced."""
+    operand = int(operation[1:])
+    match operation[0]:
+        case "+":
+            return value + operand
+        case "-":
+            return value - operand
+        case _:
+            return value * operand
+
+
+class ChainTask(GeneratedTask[ChainConfig]):
+    """See the module's docstring; ``meta`` holds start, operations and modulus."""
+
+    def draw(self, rng: random.Random) -> Draw:
+        """Length, start, operations and operands, all uniform."""
+        config = self.config
+        start = rng.randrange(config.modulus)
+        length = rng.randint(config.min_operations, config.max_operations)
+        operations = [f"{rng.choice('+-*')}{rng.randint(1, config.max_operand)}" for _ in range(length)]
+        value = start
+        for operation in operations:
+            value = apply(value, operation) % config.modulus
+        prompt = ";".join([str(start), *operations, f"%{config.modulus}=?"])
+        meta = {"start": start, "operations": operations, "modulus": config.modulus}
+        return Draw(prompt, str(value), prompt, meta)
+
+    def work(self, problem: Problem, rng: random.Random) -> tuple[list[str], str]:
+        """One step an operation, in one of ``config.styles`` styles; a slip is off by 1…modulus−1."""
+        modulus, value = problem.meta["modulus"], problem.meta["start"]
+        style = rng.randrange(self.config.styles)
+        steps = []
+        for i, operation in enumerate(problem.meta["operations"]):
+            raw = apply(value, operation)
+            if rng.random() < self.config.noise:
+                raw += rng.randrange(1, modulus)
+            left = "" if style == 1 and i else str(value)
+            value = raw % modulus
+            right = f"{raw}>{value}" if style == 2 and raw != value else str(value)
+            steps.append(f"{left}{operation}={right}")
+        return steps, str(value)
+
+    def check(self, problem: Problem, steps: list[str]) -> list[bool]:
+        """Step i must apply operation i to the value written last (which it may leave out) and reduce it."""
+        modulus, operations, value = problem.meta["modulus"], problem.meta["operations"], str(problem.meta["start"])
+        verdicts = []
+        for i, step in enumerate(steps):
+            match = STEP.fullmatch(step)
+            if match is None:
+                verdicts.append(False)
+                continue
+            known = i < len(operations) and match["operation"] == operations[i]
+            left = match["left"] == value or (match["left"] == "" and i > 0)
+            raw = apply(int(value), match["operation"])
+            result = str(raw % modulus)
+            shown = (
+                match["raw"] == result
+                if match["reduced"] is None
+                else match.group("raw", "reduced") == (str(raw), result)
+            )
+            verdicts.append(known and left and shown)
+            value = match["reduced"] or str(int(match["raw"]) % modulus)
+        return verdicts

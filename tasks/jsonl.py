@@ -1,0 +1,178 @@
+"""Public sets from local JSON-lines files, such as GSM8K: one object a line with a question and a worked answer.
+
+Invariants: a line that cannot be used stops the run with its file and number; data order is one permutation of the
+training problems per epoch, keyed by (seed, epoch); no prompt of the held-out side is ever trained on, whether it comes
+from ``eval_path`` or from the hash split.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+from offtrail.core.types import Problem
+from offtrail.tasks.base import TaskError, tagged
+from offtrail.tasks.config import JsonlConfig
+from offtrail.tasks.split import is_held_out, place, stream
+
+NUMBER = re.compile(
+    r"(?P<sign>[-+]?)\s*\$?\s*(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*))?(?:\s*/\s*(?P<below>\d+))?",
+    re.ASCII,
+)
+LONGEST_NUMBER = 100
+CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One usable line: the question as it stands, the worked solution before the mark, the gold answer after it."""
+
+    prompt: str
+    solution: str
+    answer: str
+
+
+class JsonlTask:
+    """The two sides of the split, read and checked at once; ``load=False`` reads no file and can only verify."""
+
+    def __init__(self, config: JsonlConfig, seed: int, *, load: bool = True) -> None:
+        self.name, self.config, self.seed = config.name, config, seed
+        self._train: list[Record] = []
+        self._held_out: list[Record] = []
+        if load:
+            self._load()
+
+    def train(self, index: int) -> Problem:
+        """See Task.train."""
+        epoch, step = divmod(index, len(self._train))
+        return self._problem(self._train[permutation(len(self._train), self.seed, epoch)[step]], index)
+
+    def held_out(self, n: int) -> list[Problem]:
+        """See Task.held_out: in the order of the prompts' hashes, so that n prompts are a fair sample of the file."""
+        if n > len(self._held_out):
+            source = self.config.eval_path or f"the held-out share {self.config.held_out_share} of {self.config.path}"
+            raise TaskError(
+                f"{n} held-out prompts were asked of {source}, which holds {len(self._held_out)}; lower eval.prompts,"
+                " raise task.held_out_share, or name a larger task.eval_path"
+            )
+        return [self._problem(record, index) for index, record in enumerate(self._held_out[:n])]
+
+    def trace(self, problem: Problem, rng: random.Random) -> str:
+        """The file's own worked solution, without calculator marks such as <<3*4=12>>."""
+        return tagged(CALCULATOR.sub("", problem.meta["solution"]), problem.answer)
+
+    def verify(self, problem: Problem, answer_text: str) -> bool:
+        """Equal as numbers where the gold answer is one, else the same text up to blanks."""
+        gold = number(problem.answer)
+        if gold is None:
+            return answer_text.split() == problem.answer.split()
+        return number(answer_text) == gold
+
+    def check_steps(self, problem: Problem, text: str) -> list[bool]:
+        """Free text has no exact step checker: always empty."""
+        return []
+
+    def _load(self) -> None:
+        config = self.config
+        if not config.path:
+            raise TaskError("task.path is empty: task=jsonl needs task.path=FILE.jsonl with one problem a line")
+        records = list(read(Path(config.path), "task.path", config))
+        if config.eval_path:
+            held_out = list(read(Path(config.eval_path), "task.eval_path", config))
+        else:
+            held_out = [r for r in records if is_held_out(self.name, r.prompt, config.held_out_share)]
+        prompts = {record.prompt: record for record in held_out}
+        self._held_out = sorted(prompts.values(), key=lambda record: place(self.name, record.prompt))
+        self._train = [record for record in records if record.prompt not in prompts]
+        if not self._train:
+            raise TaskError(
+                f"task.path={config.path}: none of its {len(records)} problems is left for training once the held-out"
+                " ones are taken out; lower task.held_out_share, or name another task.eval_path"
+            )
+
+    def _problem(self, record: Record, index: int) -> Problem:
+        prompt = self.config.template.replace("{prompt}", record.prompt)
+        return Problem(self.name, index, prompt, record.answer, {"solution": record.solution})
+
+
+def read(path: Path, key: str, config: JsonlConfig) -> Iterator[Record]:
+    """The usable lines of a file; blank lines are skipped. Raises TaskError with file and line number."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise TaskError(f"{key}={path}: {error.strerror or error}; name a readable JSON-lines file") from error
+    empty = True
+    for i, line in enumerate(lines, start=1):
+        if line.strip():
+            empty = False
+            yield record_of(line, f"{key}={path}, line {i}", config)
+    if empty:
+        raise TaskError(f"{key}={path}: the file holds no problems; write one JSON object a line")
+
+
+def record_of(line: bytes, where: str, config: JsonlConfig) -> Record:
+    """Check and cut one line. Raises TaskError that opens with ``where``."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{where}: not valid JSON ({error}); write one object a line, or delete the line") from None
+    if not isinstance(row, dict):
+        raise TaskError(
+            f"{where}: holds {type(row).__name__}, not an object; write {{…}} with the fields, or delete the line"
+        )
+    prompt = field_text(row, config.prompt_field, "prompt_field", where)
+    answer = field_text(row, config.answer_field, "answer_field", where)
+    solution, mark, gold = answer.rpartition(config.answer_after) if config.answer_after else ("", "", answer)
+    if config.answer_after and not mark:
+        raise TaskError(
+            f"{where}: no answer: {config.answer_field!r} lacks the mark {config.answer_after!r}; add it, set"
+            " task.answer_after (empty = the whole field), or delete the line"
+        )
+    if not gold.strip():
+        raise TaskError(f"{where}: no answer after {config.answer_after!r}; add it, or delete the line")
+    return Record(prompt, solution.strip(), gold.strip())
+
+
+def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
+    """A field as text, numbers included. Raises TaskError when it is missing, empty or something else."""
+    value = row.get(name)
+    if value is None:
+        known = ", ".join(map(repr, row)) or "none"
+        what = "no answer" if key == "answer_field" else "no prompt"
+        raise TaskError(f"{where}: {what}: no field {name!r} (fields: {known}); add it, or set task.{key}")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TaskError(
+            f"{where}: field {name!r} is {type(value).__name__}, not text; mend the line, or set task.{key}"
+        )
+    text = str(value)
+    if not text.strip():
+        what = "no answer" if key == "answer_field" else "no prompt"
+        raise TaskError(f"{where}: {what}: field {name!r} is empty; fill it, or delete the line")
+    return text
+
+
+def number(text: str) -> Fraction | None:
+    """The exact value of `18`, `18.0`, `$1,800.50`, `-3/4` or `18.`; None for anything else, a unit included."""
+    text = text.strip()
+    match = NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
+    if match is None or not (match["whole"] or match["decimals"]):
+        return None
+    above = Fraction(f"{match['whole'].replace(',', '') or '0'}.{match['decimals'] or '0'}")
+    below = int(match["below"] or 1)
+    if below == 0:
+        return None
+    return above / below * (-1 if match["sign"] == "-" else 1)
+
+
+@lru_cache(maxsize=4)
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n problems in one epoch."""
+    order = list(range(n))
+    stream("jsonl", seed, epoch).shuffle(order)
+    return order
