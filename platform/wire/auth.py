@@ -1,6 +1,6 @@
 """Who may speak: CURVE keys made per run, and the ZAP handler that refuses every other key.
 
-The launcher calls `make_keys` when broker.address is not loopback; the broker reads ServerKeys, every other role
+The launcher calls `make_keys`; the broker reads ServerKeys, every other role
 ClientKeys, from runs/NAME/keys (directory 0700, files 0600). The server's public key travels in endpoint.json.
 Invariant: a peer whose public key is not in ServerKeys.allowed gets no answer, and its bytes never reach the codec.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,15 @@ class ServerKeys:
         return None if found is None else cls(found["public"], found["secret"], frozenset(found["allowed"]))
 
 
-def make_keys(run_dir: Path) -> ServerKeys:
-    """Make fresh pairs for server and clients below run_dir/keys and return the server's."""
+def make_keys(run_dir: Path, address: str) -> ServerKeys | None:
+    """Make fresh pairs for server and clients below run_dir/keys and return the server's.
+
+    On a loopback ``address`` there are none: keys of an earlier start are removed, and the result is None.
+    """
     folder = run_dir / "keys"
+    if not needs_keys(address):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     client_public, client_secret = _pair()
     public, secret = _pair()

@@ -44,10 +44,11 @@ _REQUESTS = get_args(Request)
 class WaitError(TimeoutError):
     """A wait that passed its deadline: says for what, on whom, since when, how long (I4)."""
 
-    def __init__(self, what: str, on: str, since: float, deadline_s: float) -> None:
+    @classmethod
+    def passed(cls, what: str, on: str, since: float, deadline_s: float) -> WaitError:
+        """The error of a wait that began at ``since`` (epoch seconds) and had ``deadline_s`` seconds."""
         began = time.strftime("%H:%M:%S", time.localtime(since))
-        super().__init__(f"waited {deadline_s:g} s for {what} from {on}, since {began}, and gave up")
-        self.what, self.on, self.since, self.deadline_s = what, on, since, deadline_s
+        return cls(f"waited for {what} from {on} since {began}; the deadline of {deadline_s:g} s has passed")
 
 
 class RefusedError(RuntimeError):
@@ -78,7 +79,7 @@ class Endpoint:
                 return cls(**json.loads(path.read_text()))
             except FileNotFoundError:
                 if time.monotonic() >= limit:
-                    raise WaitError("the endpoint file", f"the broker ({path})", since, deadline_s) from None
+                    raise WaitError.passed("the endpoint file", f"the broker ({path})", since, deadline_s) from None
                 time.sleep(0.02)
             except (TypeError, ValueError) as error:
                 raise WireError(f"{path} is not an endpoint of this version of offtrail ({error}); remove it") from None
@@ -109,7 +110,7 @@ class Server:
         if keys is None and needs_keys(address):
             raise ValueError(
                 f"broker.address={address} can be reached from other hosts and needs CURVE keys: "
-                "make them with wire.auth.make_keys(run_dir), or set broker.address=127.0.0.1"
+                "make them with make_keys(run_dir, address), or set broker.address=127.0.0.1"
             )
         # A context of its own: the ZAP gate answers for all sockets of a context.
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -261,7 +262,7 @@ class Client:
                     return answer[1], answer[2]
                 if time.monotonic() >= limit:
                     self._open.discard(ticket)
-                    raise WaitError(what, f"the broker ({self.endpoint.url})", since, deadline_s)
+                    raise WaitError.passed(what, f"the broker ({self.endpoint.url})", since, deadline_s)
         finally:
             self._early = others + self._early
 

@@ -1,0 +1,145 @@
+"""runs/NAME/learning.png out of metrics.jsonl: accuracy, answer length, staleness, importance ratio.
+
+The launcher calls it at the end of a run, and after a failed one too: it draws whatever rows there are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offtrail.platform.tracking.recorder import Row, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
+Curve = tuple[list[int], list[float]]
+
+
+def learning_curve(run_dir: Path) -> Path:
+    """Draw runs/NAME/learning.png and return its path. FileNotFoundError without metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_rows(run_dir)
+    figure = Figure(figsize=(11, 7.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(run_dir.resolve().name, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
+    last = max((row["step"] for row in rows), default=1)
+    for axes in (top_left, top_right, bottom_left, bottom_right):
+        _frame(axes, last)
+    _accuracy(top_left, rows)
+    _length(top_right, rows)
+    _staleness(bottom_left, rows)
+    _ratio(bottom_right, rows)
+    for axes in (bottom_left, bottom_right):
+        axes.set_xlabel("learner step (version)")
+    path = run_dir / "learning.png"
+    partial = path.with_name(".learning.png")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
+    return path
+
+
+def curve(rows: list[Row], name: str) -> Curve:
+    """(steps, values) of one metric where it was recorded and finite."""
+    found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+    return [step for step, _ in found], [float(value) for _, value in found]
+
+
+def _frame(axes: Axes, last: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlim(0, max(1, last) * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=9, color=GREY)
+
+
+def _title(axes: Axes, title: str, note: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(note, loc="right", fontsize=9, color=GREY)
+
+
+def _draw(axes: Axes, data: Curve, label: str, colour: str, style: str = "-") -> None:
+    steps, values = data
+    if steps:
+        # A line of one point would be invisible.
+        shown = style if len(steps) > 1 else "o"
+        axes.plot(steps, values, shown, color=colour, linewidth=1.6, markersize=5, label=label)
+
+
+def _legend(axes: Axes, place: str = "best") -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, loc=place)
+    else:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=GREY)
+
+
+def _accuracy(axes: Axes, rows: list[Row]) -> None:
+    _title(axes, "Accuracy", "share of answers that are right")
+    _draw(axes, curve(rows, "reward/accuracy"), "training batches", BLUE)
+    steps, values = curve(rows, "eval/accuracy")
+    if steps:
+        axes.plot(steps, values, "o--", color=ORANGE, linewidth=1.2, markersize=6, label="held-out prompts")
+        for at in {0, len(steps) - 1}:
+            above = values[at] < 0.9
+            axes.annotate(
+                f"{values[at]:.3f}",
+                (steps[at], values[at]),
+                xytext=(0, 9 if above else -15),
+                textcoords="offset points",
+                ha="left" if at == 0 else "right",
+                fontsize=10,
+                fontweight="bold",
+                color=ORANGE,
+            )
+    axes.set_ylim(0, 1.02)
+    _legend(axes, "lower right")
+
+
+def _length(axes: Axes, rows: list[Row]) -> None:
+    _title(axes, "Answer length", "tokens")
+    _draw(axes, curve(rows, "length/mean"), "mean, training", BLUE)
+    _draw(axes, curve(rows, "length/max"), "longest, training", BLUE, ":")
+    _draw(axes, curve(rows, "eval/length_mean"), "mean, held-out", ORANGE, "o--")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+
+
+def _staleness(axes: Axes, rows: list[Row]) -> None:
+    _title(axes, "Staleness of trained tokens", "versions")
+    _draw(axes, curve(rows, "staleness/max"), "oldest token", BLUE, ":")
+    _draw(axes, curve(rows, "staleness/mean"), "mean", BLUE)
+    _draw(axes, curve(rows, "staleness/in_queue_mean"), "of it in the queue", GREEN, "--")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+
+
+def _ratio(axes: Axes, rows: list[Row]) -> None:
+    _title(axes, "Importance ratio", "policy / behaviour")
+    _draw(axes, curve(rows, "policy/ratio_mean"), "mean ratio (left)", BLUE)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.99), max(high, 1.01))
+    axes.axhline(1.0, color=GREY, linewidth=0.8)
+    right = axes.twinx()
+    right.spines["top"].set_visible(False)
+    right.tick_params(labelsize=9, color=GREY)
+    for name, label, style in (
+        ("policy/clip_low_fraction", "clipped below (right)", "-"),
+        ("policy/clip_high_fraction", "clipped above (right)", "--"),
+    ):
+        _draw(right, curve(rows, name), label, GREEN, style)
+    right.set_ylim(bottom=0)
+    right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    if handles:
+        right.legend(handles=handles, frameon=False, fontsize=9, loc="best")
+    else:
+        _legend(axes)
