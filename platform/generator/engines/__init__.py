@@ -1,1 +1,1 @@
-
+"""Engines: what makes tokens, behind the Engine protocol of core."""

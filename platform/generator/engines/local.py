@@ -1,0 +1,315 @@
+"""The local engine: continuous batching over Hugging Face weights, in this process.
+
+    generate ──► waiting ──enter (prompt prefilled once a request)──► slots 0…n−1 ──step──► Completions
+                                                                          ▲
+    load_weights: copies in place; unfinished samples stay, their KV is recomputed before the next step (or kept)
+
+Invariants: samples enter in the order of submission as soon as there is room, so a slow one holds up nobody; a step
+feeds each running sample's newest token and makes one more, stamped with the version whose weights made it; a token's
+random number depends on its keys alone (I3), and its log-probability is taken at its sampling temperature (I5).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from offtrail.core.protocols import Completion, Request
+from offtrail.core.types import Float32, Int32
+from offtrail.platform.config.schema import EngineConfig
+from offtrail.platform.generator.engines.cache import KVCache, causal_attention
+from offtrail.platform.generator.engines.decoder import Decoder, read_spec, read_weights
+from offtrail.platform.generator.engines.sampler import draw, keep, log_probabilities
+from offtrail.platform.generator.engines.slots import Pending, Slots
+
+Int64 = npt.NDArray[np.int64]
+
+_PREFILL_TOKENS = 8192
+"""Padded tokens of one prefill or scoring pass."""
+
+
+class LocalEngine:
+    """``core.protocols.Engine`` over the model in ``model_dir`` (config.json and model.safetensors).
+
+    ``max_length`` bounds prompt + answer, in tokens, and sizes the KV cache with ``config.max_running``; ``threads``
+    is set for torch in this process. ``counters`` holds, besides the protocol's, ``scored_tokens``. A prompt of P
+    tokens
+    counts P − 1 as prefilled, since the first decode step feeds its last, and P − 1 as prefix hits for each further
+    sample of the request.
+    ValueError on an architecture, tensor or length that the model does not have.
+    """
+
+    def __init__(self, model_dir: Path, config: EngineConfig, *, max_length: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        spec = read_spec(model_dir)
+        if max_length > spec.max_positions:
+            raise ValueError(
+                f"model.max_length={max_length} is above the model's {spec.max_positions} positions; lower it"
+            )
+        self.version = 0
+        self.vocab_size = spec.vocab_size
+        self.counters: dict[str, float] = dict.fromkeys(
+            ("decoded_tokens", "prefilled_tokens", "prefix_hit_tokens", "reprefilled_tokens", "scored_tokens", "flops"),
+            0.0,
+        )
+        self._config, self._max_length = config, max_length
+        self._device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self._decoder = Decoder(spec, max_length, dtype, self._device)
+        self._decoder.load(read_weights(model_dir))
+        self._cache = KVCache(spec, config.max_running, max_length, dtype, self._device)
+        self._slots = Slots(config.max_running, max_length, spec.vocab_size)
+        self._waiting: deque[Pending] = deque()
+        self._kept_prompt: Tensor | None = None
+        """Prompt KV of the first waiting request, where some of its samples have entered already."""
+        self._kv_stale = self._paused = False
+
+    @property
+    def unfinished(self) -> int:
+        """Samples submitted and not yet returned."""
+        return self._slots.running + sum(p.request.samples - p.entered for p in self._waiting)
+
+    def generate(self, requests: Sequence[Request]) -> None:
+        """Queue requests; all are checked before any is queued."""
+        for request in requests:
+            self._check(request)
+        now = time.time()
+        self._waiting.extend(Pending(request, now) for request in requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Let samples enter, make one token for each running sample, and return the finished ones."""
+        if self._paused:
+            return []
+        if self._kv_stale:
+            self._recompute()
+        self._enter()
+        if not self._slots.running:
+            return []
+        tokens, logprobs = self._decode()
+        return self._advance(tokens, logprobs)
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float) -> list[Float32]:
+        """Log-probabilities [T_i] of the outputs under the current weights, at ``temperature`` (0: unscaled)."""
+        if len(prompts) != len(outputs):
+            raise ValueError(f"score: {len(prompts)} prompts but {len(outputs)} outputs")
+        whole = [np.concatenate((p, o)).astype(np.int32) for p, o in zip(prompts, outputs, strict=True)]
+        for prompt, sequence in zip(prompts, whole, strict=True):
+            self._check_tokens("score", prompt, sequence, len(sequence))
+        scores: list[Float32] = [np.zeros(0, np.float32)] * len(whole)
+        asked = [i for i, output in enumerate(outputs) if len(output)]
+        divisor = torch.tensor(temperature or 1.0, device=self._device)
+        for part in _passes([len(whole[i]) for i in asked]):
+            chosen = [asked[place] for place in part]
+            hidden = self._forward([whole[i][:-1] for i in chosen], None)
+            for place, i in enumerate(chosen):
+                start = len(prompts[i]) - 1
+                logits = self._decoder.logits(hidden[place, start : len(whole[i]) - 1])
+                targets = self._to_device(whole[i][start + 1 :].astype(np.int64))[:, None]
+                scores[i] = log_probabilities(logits, divisor).gather(1, targets)[:, 0].cpu().numpy()
+                self._charge("scored_tokens", len(whole[i]) - 1, heads=len(outputs[i]))
+        return scores
+
+    @torch.inference_mode()
+    def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:
+        """Copy a version's weights in, between steps. Unfinished samples go on under it, from the KV cache that
+        ``engine.kv_on_update`` says; prompts that enter later are always prefilled under it.
+        """
+        self._decoder.load(weights)
+        self.version = version
+        self._kept_prompt = None
+        self._kv_stale = self._config.kv_on_update == "recompute" and self._slots.running > 0
+
+    def pause(self) -> None:
+        """Steps make no tokens until ``resume``; unfinished samples are kept."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        self._paused = False
+
+    def abort(self) -> list[Completion]:
+        """Return every unfinished sample as it is; one that never entered has no tokens."""
+        now, slots = time.time(), self._slots
+        partial = [slots.completion(row, now, aborted=True) for row in range(slots.running)]
+        slots.remove(np.ones(slots.running, np.bool_))
+        for pending in self._waiting:
+            for index in range(pending.entered, pending.request.samples):
+                none, request = np.zeros(0, np.int32), pending.request.id
+                times = (pending.submitted, now, now)
+                partial.append(Completion(request, index, none, none.astype(np.float32), none, "abort", times))
+        self._waiting.clear()
+        self._kept_prompt, self._kv_stale = None, False
+        return partial
+
+    def close(self) -> None:
+        """Drop the unfinished samples, the cache and the weights; the engine is of no use afterwards."""
+        self.abort()
+        del self._cache, self._decoder
+
+    # Checks
+
+    def _check(self, request: Request) -> None:
+        sampling, what = request.sampling, f"request {request.id}"
+        if request.samples < 1 or sampling.max_new_tokens < 1:
+            raise ValueError(
+                f"{what}: samples={request.samples}, max_new_tokens={sampling.max_new_tokens}; both are ≥ 1"
+            )
+        self._check_tokens(
+            what, request.prompt_tokens, request.prompt_tokens, len(request.prompt_tokens) + sampling.max_new_tokens
+        )
+        if not (0 <= sampling.temperature < float("inf")):
+            raise ValueError(f"{what}: temperature={sampling.temperature}; it is ≥ 0 (0 = greedy)")
+        if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            raise ValueError(f"{what}: top_p={sampling.top_p}, top_k={sampling.top_k}; 0 < top_p ≤ 1 and top_k ≥ 0")
+        if any(not 0 <= token < self.vocab_size for token in sampling.stop_token_ids):
+            raise ValueError(
+                f"{what}: stop_token_ids={sampling.stop_token_ids}, but the vocabulary is {self.vocab_size}"
+            )
+
+    def _check_tokens(self, what: str, prompt: Int32, tokens: Int32, length: int) -> None:
+        if len(prompt) == 0:
+            raise ValueError(f"{what}: the prompt is empty; give it at least one token")
+        if length > self._max_length:
+            raise ValueError(
+                f"{what}: {len(prompt)} prompt tokens and {length - len(prompt)} new ones are {length}, "
+                f"above model.max_length={self._max_length}; raise it or lower sampling.max_new_tokens"
+            )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
+            raise ValueError(
+                f"{what}: token ids {int(tokens.min())}…{int(tokens.max())}, but the vocabulary is {self.vocab_size}"
+            )
+
+    # One step
+
+    def _enter(self) -> None:
+        """Let waiting samples enter while there is room; prompts not yet in the cache are prefilled together."""
+        slots, fresh = self._slots, list[tuple[Int32, Int64]]()
+        while self._waiting and (room := self._config.max_running - slots.running):
+            pending = self._waiting[0]
+            prefix = pending.request.prompt_tokens[:-1]
+            left = pending.request.samples - pending.entered
+            rows = slots.enter(pending, min(room, left))
+            hits = rows.stop - rows.start
+            if self._kept_prompt is not None:
+                self._cache.copy_in(rows.start, rows.stop, self._kept_prompt)
+            elif len(prefix):
+                fresh.append((prefix, np.arange(rows.start, rows.stop)))
+                hits -= 1
+            self.counters["prefix_hit_tokens"] += hits * len(prefix)
+            if left > room:
+                break
+            self._waiting.popleft()
+            self._kept_prompt = None
+        self._prefill(fresh, "prefilled_tokens")
+        if self._waiting and self._waiting[0].entered and self._kept_prompt is None:
+            self._kept_prompt = self._cache.copy_out(slots.running - 1, len(self._waiting[0].request.prompt_tokens) - 1)
+
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        """The next token [n, 1] of each running sample and its log-probability [n, 1]."""
+        slots = self._slots
+        n, positions = slots.running, slots.positions()
+        hidden = self._decoder.forward(
+            self._to_device(slots.last[:n]), self._to_device(positions), self._cache.decode_plan(positions)
+        )
+        assert hidden is not None
+        self._charge("decoded_tokens", n, heads=n, context=int(slots.length[:n].sum()))
+        temperature = self._to_device(slots.temperature[:n, None]) if slots.scaled else None
+        logprobs = log_probabilities(self._decoder.logits(hidden), temperature)
+        kept = None
+        if slots.filtered:
+            kept = keep(logprobs, self._to_device(slots.top_p[:n, None]), self._to_device(slots.top_k[:n, None]))
+        tokens = draw(logprobs, self._to_device(slots.uniforms()), kept)
+        if slots.any_greedy:
+            tokens = torch.where(self._to_device(slots.greedy[:n, None]), logprobs.argmax(-1, keepdim=True), tokens)
+        tokens.clamp_(max=self.vocab_size - 1)  # only rows of NaN end past it, and _advance refuses those
+        return tokens, logprobs.gather(1, tokens)
+
+    def _advance(self, tokens: Tensor, logprobs: Tensor) -> list[Completion]:
+        """Note the new tokens; take out and return the samples that they finish."""
+        slots, now = self._slots, time.time()
+        values = logprobs[:, 0].cpu().numpy()
+        if not np.isfinite(values).all():
+            raise FloatingPointError(
+                f"the weights of version {self.version} give log-probabilities that are not finite"
+            )
+        done = slots.append(tokens[:, 0].cpu().numpy().astype(np.int32), values, self.version, now)
+        if not done.any():
+            return []
+        completions = [slots.completion(row, now) for row in np.flatnonzero(done).tolist()]
+        source, target = slots.remove(done)
+        if len(source):
+            self._cache.move(source, target, int(slots.length[target].max()))
+        return completions
+
+    def _recompute(self) -> None:
+        """Rebuild the KV cache of all running samples under the current weights."""
+        slots = self._slots
+        rows = [row for row in range(slots.running) if slots.length[row] > 1]
+        self._prefill([(slots.tokens[r, : slots.length[r] - 1], np.array([r])) for r in rows], "reprefilled_tokens")
+        self._kv_stale = False
+
+    # Passes over whole sequences
+
+    def _prefill(self, sequences: Sequence[tuple[Int32, Int64]], counter: str) -> None:
+        """Compute the keys and values of each sequence once and put them into all of its slots."""
+        for chosen in _passes([len(tokens) for tokens, _ in sequences]):
+            part = [sequences[i] for i in chosen]
+            source = np.repeat(np.arange(len(part)), [len(slots) for _, slots in part])
+            target = np.concatenate([slots for _, slots in part])
+            self._forward([tokens for tokens, _ in part], (self._to_device(source), self._to_device(target)))
+            for tokens, _ in part:
+                self._charge(counter, len(tokens))
+
+    def _forward(self, sequences: Sequence[Int32], into: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Hidden states [m, T, C] of right-padded sequences; or, where ``into`` = (sequence, slot) pairs, only the
+        keys and values, written to those slots (the last layer stops after its own).
+        """
+        m, T = len(sequences), max(map(len, sequences))
+        padded = np.zeros((m, T), np.int32)
+        for row, tokens in zip(padded, sequences, strict=True):
+            row[: len(tokens)] = tokens
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+            if into is not None:
+                keys, values = (x.view(m, T, *x.shape[1:]).transpose(1, 2).index_select(0, into[0]) for x in (k, v))
+                self._cache.write(layer, into[1], keys, values)
+                if layer == self._decoder.spec.layers - 1:
+                    return None
+            return causal_attention(q, k, v, m)
+
+        positions = torch.arange(T, device=self._device).repeat(m)
+        hidden = self._decoder.forward(self._to_device(padded.ravel()), positions, attend)
+        return torch.empty(0) if hidden is None else hidden.view(m, T, -1)
+
+    def _charge(self, counter: str, tokens: int, *, heads: int = 0, context: int | None = None) -> None:
+        """Count tokens, and the operations of a forward over them (attention: ``context`` positions in all; by default
+        those of one causal sequence), with the output layer for ``heads`` of them.
+        """
+        decoder = self._decoder
+        attended = tokens * (tokens + 1) // 2 if context is None else context
+        self.counters[counter] += tokens
+        self.counters["flops"] += (
+            tokens * decoder.body_flops + heads * decoder.head_flops + attended * decoder.attention_flops
+        )
+
+    def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _passes(lengths: Sequence[int]) -> list[list[int]]:
+    """Cut sequences, shortest first, into passes of at most ``_PREFILL_TOKENS`` padded tokens (or one sequence)."""
+    passes: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not passes or (len(passes[-1]) + 1) * lengths[i] > _PREFILL_TOKENS:
+            passes.append([])
+        passes[-1].append(i)
+    return passes
