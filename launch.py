@@ -1,0 +1,31 @@
+"""The one entry: `python launch.py [FILE.yaml] [group=option …] [key=value …] [--dry-run]`; see --help."""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent / "src"
+
+
+def command() -> int:
+    """Parse, compose, launch; return the exit code."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (a checkout can meet any Python)
+        print("offtrail: error: Python 3.11 or newer is needed, not", sys.version.split()[0], file=sys.stderr)
+        return 2
+    # This checkout's package, installed or not; the roles inherit it.
+    sys.path.insert(0, str(SOURCE))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # η and · on a terminal that has only ASCII
+    try:
+        from offtrail.platform.config.command import main
+    except ImportError as error:
+        print(f"offtrail: error: {' '.join(str(error).split())}: install with `pip install -e .`", file=sys.stderr)
+        return 2
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,89 @@
+"""The command: flags, then compose → run directory → launch. launch.py calls `main`; nothing here imports torch.
+
+Exit codes: 0 done, 2 a mistake of the user or of the environment (one line on stderr), 130 interrupted before
+the start, and whatever `launch` returns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+import offtrail
+from offtrail.platform.config.compose import compose, to_yaml
+from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.rundir import prepare
+from offtrail.platform.config.schema import Config
+
+FLAGS = ("--help", "--version", "--dry-run")
+# What the roles import, checked here so that a missing one is one line and not five tracebacks.
+PACKAGES = (
+    "accelerate matplotlib msgspec numpy psutil pyarrow rich safetensors tensorboard torch transformers xxhash zmq"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line (without the program's name) and return its exit code."""
+    try:
+        return _run(argv)
+    except ConfigError as error:
+        print(f"offtrail: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str]) -> int:
+    flags = {"--help" if argument == "-h" else argument for argument in argv if argument.startswith("-")}
+    _refuse_unknown(flags)
+    if "--help" in flags:
+        from offtrail.platform.config.help import help_text
+
+        print(help_text())
+        return 0
+    if "--version" in flags:
+        print(f"offtrail {offtrail.__version__}")
+        return 0
+    config = compose([argument for argument in argv if not argument.startswith("-")])
+    if "--dry-run" in flags:
+        print(to_yaml(config), end="")
+        return 0
+    require_packages()
+    require_task(config)
+    from offtrail.platform.launcher.local import launch
+
+    run_dir, lock = prepare(config)
+    with lock:
+        return launch(config, run_dir)
+
+
+def _refuse_unknown(flags: set[str]) -> None:
+    for flag in sorted(flags - set(FLAGS)):
+        near = difflib.get_close_matches(flag, FLAGS, n=1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ConfigError(
+            f"{flag}: unknown flag; flags: {', '.join(FLAGS)}{hint}; settings are key=value without dashes"
+        )
+
+
+def require_packages() -> None:
+    """Raise ConfigError when this Python lacks a package that a role imports."""
+    missing = [name for name in PACKAGES.split() if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise ConfigError(
+            f"{sys.executable} lacks {names}: install offtrail into it (pip install -e .), or `make demo`"
+        )
+
+
+def require_task(config: Config) -> None:
+    """Raise ConfigError when the task's files hold a line that cannot be used, or too few held-out problems."""
+    from offtrail.tasks.base import TaskError
+    from offtrail.tasks.registry import make_task
+
+    try:
+        task = make_task(config.task, config.run.seed)
+        if config.job == "rl":
+            task.held_out(config.eval.prompts)
+    except TaskError as error:
+        raise ConfigError(str(error)) from None

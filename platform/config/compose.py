@@ -1,0 +1,324 @@
+"""From the command line to a Config: `compose(argv)`.
+
+    argv ─ parse ─► Layer (file)  ┐
+                    Layer (line)  ┴ merge ─► {dotted key: text} ─ build ─► Config ─ validate ─► Config
+
+Invariants
+- Later layers win: dataclass defaults < a group's option < the file's keys, all of them < the command line's options <
+  its keys. An option on the command line replaces the whole group, whatever the file holds there.
+- Within a layer order says nothing, so one key given two values is an error.
+- Values are literal: no interpolation, so that a saved configuration means the same everywhere.
+- compose([saved]) == compose(argv) for every saved configuration of a composed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import offtrail
+from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
+from offtrail.platform.config.files import Raw, read_file, read_text, yaml_problem
+from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys
+from offtrail.platform.config.schema import SCHEMA_VERSION, Config
+from offtrail.platform.config.validate import validate
+
+OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
+PATH_KEYS = ("run.dir", "model.path", "task.path", "task.eval_path", "weights.dir")
+
+# What a resumed run may change: places, patience, views and speed, and how long it goes on. Nothing that an arm of a
+# comparison could differ in; what decides the numbers of a step stays as it was started.
+RESUMABLE = {
+    *("run.name", "run.resume", "run.dir", "staleness.max_refusals", "reward.workers", "eval.threads"),
+    *("generator.count", "generator.threads", "generator.max_in_flight"),
+    *("learner.steps", "learner.threads", "learner.checkpoint_every", "learner.keep_checkpoints"),
+}
+RESUMABLE_SECTIONS = ("broker.", "weights.", "tracking.")
+
+
+@dataclass
+class Layer:
+    """One source of settings: options by group, raw values by dotted key."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Raw] = field(default_factory=dict)
+
+    def set(self, key: str, value: Raw) -> None:
+        """Take `key=value`; a group's plain text is an option."""
+        store = self.options if key in GROUPS and isinstance(value, str) else self.values
+        if key in store and store[key] != value:
+            raise refuse(key, value, f"given twice, also as {show(store[key])}; keep one")
+        store[key] = value
+
+
+def compose(argv: Sequence[str]) -> Config:
+    """The validated configuration of a command line (without its flags).
+
+    Raises ConfigError, one line, on every mistake of the user.
+    """
+    file, line = parse(argv)
+    run = _run_settings(file, line)
+    if not run.resume:
+        return _composed([file, line])
+    saved = file_layer(saved_config(run.dir, run.name))
+    config = _composed([saved, file, line])
+    _refuse_new_science(_composed([saved]), config)
+    return config
+
+
+def parse(argv: Sequence[str]) -> tuple[Layer, Layer]:
+    """(file, command line): at most one YAML file, `group=option` and `key=value`."""
+    file, line, path = Layer(), Layer(), None
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if equals and re.fullmatch(r"[A-Za-z_][\w.-]*", key):
+            line.set(key, value)
+        elif path is not None:
+            raise ConfigError(f"{argument}: {path} is given already; one file is merged, the rest are key=value")
+        else:
+            path = _file_argument(argument)
+            file = file_layer(path)
+    return file, line
+
+
+def _file_argument(argument: str) -> Path:
+    path = Path(argument).expanduser()
+    if path.is_dir() and (path / "config.yaml").is_file():
+        raise ConfigError(f"{argument}: is a run directory; to repeat it give {path / 'config.yaml'}")
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    near = nearest_text(argument, all_paths() | set(GROUPS))
+    raise ConfigError(f"{argument}: neither key=value, group=option nor a YAML file{near}")
+
+
+def file_layer(path: Path) -> Layer:
+    """The settings of a YAML file, a user's or a saved run's."""
+    tree = read_file(path)
+    version = tree.get("schema_version", str(SCHEMA_VERSION))
+    if version != str(SCHEMA_VERSION):
+        raise ConfigError(
+            f"schema_version={show(version)}: {path} was written by another offtrail; this one reads "
+            f"{SCHEMA_VERSION}: run it with the offtrail that wrote it, or carry its keys over by hand"
+        )
+    layer = Layer()
+    _take_tree(layer, tree, "")
+    return layer
+
+
+def _take_tree(layer: Layer, tree: Mapping[str, Raw], prefix: str) -> None:
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if path not in _sections():
+            layer.set(path, value)
+        elif isinstance(value, dict):
+            _take_tree(layer, value, f"{path}.")
+        elif value != "":  # a section whose keys are all commented out says nothing
+            layer.set(path, value)
+
+
+@functools.cache
+def _sections() -> frozenset[str]:
+    return frozenset(path.rpartition(".")[0] for path in all_paths()) - {""}
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group: the files in configs/<group>/."""
+    return sorted(path.stem for path in (OPTIONS_DIR / group).glob("*.yaml"))
+
+
+def _option_values(group: str, option: str) -> dict[str, Raw]:
+    options = options_of(group)
+    if option not in options:
+        hint = f"; a folder or a name is model.path={option}" if group == "model" and "/" in option else ""
+        raise refuse(
+            group, option, f"unknown option; options: {', '.join(options)}{nearest_text(option, options)}{hint}"
+        )
+    layer = Layer()
+    _take_tree(layer, {group: read_file(OPTIONS_DIR / group / f"{option}.yaml")}, "")
+    return {f"{group}.name": option} | layer.values
+
+
+def merge(layers: Sequence[Layer]) -> dict[str, Raw]:
+    """One raw value for each key that is given, later layers winning."""
+    merged: dict[str, Raw] = {}
+    for layer in layers:
+        for group, option in layer.options.items():
+            merged = {key: value for key, value in merged.items() if not key.startswith(f"{group}.")}
+            merged |= _option_values(group, option)
+        for key, value in sorted(layer.values.items(), key=lambda item: item[0].count(".")):
+            if isinstance(value, dict):  # a mapping is one value: entries of earlier layers do not shine through
+                merged = {old: kept for old, kept in merged.items() if not old.startswith(f"{key}.")}
+            merged[key] = value
+    return merged
+
+
+def _composed(layers: Sequence[Layer]) -> Config:
+    config = build(merge(layers))
+    validate(config)
+    return config
+
+
+def build(values: Mapping[str, Raw]) -> Config:
+    """The Config of raw values, types checked, `__post_init__` run; cross-field rules are not checked here."""
+    base = Config()
+    for group, variants in VARIANTS.items():
+        name = values.get(f"{group}.name", getattr(base, group).name)
+        if not isinstance(name, str) or name not in variants:
+            near = nearest_text(str(name), variants)
+            raise refuse(f"{group}.name", name, f"must be one of {', '.join(variants)}{near}")
+        setattr(base, group, variants[name]())
+    keys = keys_of(base)
+    tree = OmegaConf.structured(base)
+    for path, value in _with_entries(values, keys).items():
+        if path not in keys:
+            raise _unknown(path, value, keys, base)
+        _assign(tree, keys[path], value)
+    try:
+        return cast(Config, OmegaConf.to_object(tree))
+    except (ValueError, OmegaConfBaseException) as error:  # a __post_init__ speaks in our form already
+        raise ConfigError(str(error).split("\n", maxsplit=1)[0]) from None
+
+
+def _with_entries(values: Mapping[str, Raw], keys: Mapping[str, Key]) -> dict[str, Raw]:
+    """`task.weights.chain=1` put into the mapping task.weights: the given one, or the default."""
+    whole = {path: _structure(path, value, keys.get(path)) for path, value in values.items()}
+    for path in [path for path in whole if path not in keys]:
+        owner = next((key for key in keys.values() if key.is_mapping and path.startswith(f"{key.path}.")), None)
+        if owner is not None:
+            names = path.removeprefix(f"{owner.path}.").split(".")
+            whole[owner.path] = _with_entry(whole.get(owner.path, owner.default), names, whole.pop(path))
+    return whole
+
+
+def _with_entry(mapping: Raw, names: list[str], value: Raw) -> dict[str, Raw]:
+    inner = mapping if isinstance(mapping, dict) else {}
+    return inner | {names[0]: _with_entry(inner.get(names[0]), names[1:], value) if names[1:] else value}
+
+
+def _structure(path: str, value: Raw, key: Key | None) -> Raw:
+    """`[…]` and `{…}` of the command line as lists and mappings of texts, unless the key holds a text anyway."""
+    if isinstance(value, str) and value[:1] in ("[", "{") and not (key and key.is_text):
+        try:
+            return read_text(value)
+        except yaml.YAMLError as error:
+            raise refuse(path, value, f"malformed: {yaml_problem(error)}") from None
+    return value
+
+
+def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
+    """Set one key; OmegaConf turns texts into numbers by the declared type."""
+    if isinstance(value, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+        raise refuse(key.path, value, "must be UTF-8 text")
+    if key.path in PATH_KEYS and isinstance(value, str) and value.startswith("~"):
+        value = str(Path(value).expanduser())
+    try:
+        OmegaConf.update(tree, key.path, _literal(value), merge=False)
+    except OmegaConfBaseException:
+        raise refuse(key.path, value, f"must be {_expected(key)}") from None
+
+
+def _literal(value: Raw) -> Raw:
+    """The value with `${` escaped: OmegaConf would read it as an interpolation, but LaTeX writes it too."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _literal(item) for name, item in value.items()}
+    return value
+
+
+def _expected(key: Key) -> str:
+    if key.type is int:
+        return "a whole number"
+    if key.type is float:
+        return "a number"
+    if key.type is bool:
+        return "true or false"
+    if key.is_mapping:
+        return f"a mapping {key.type_text}, such as {key.path}={show(key.default)}, or {key.path}.NAME=NUMBER"
+    if isinstance(key.default, tuple):
+        return f"{key.type_text}, such as {key.path}={show(key.default)}"
+    return f"one of {key.type_text.replace('|', ', ')}" if "|" in key.type_text else "one text"
+
+
+def _unknown(path: str, value: Raw, keys: Mapping[str, Key], base: Config) -> ConfigError:
+    inside = [known for known in keys if known.startswith(f"{path}.")]
+    if inside:
+        return refuse(path, value, f"is a section; its keys: {', '.join(inside)}")
+    group = path.partition(".")[0]
+    owners = [name for name, known in variant_keys().get(group, {}).items() if path in known]
+    if owners:
+        chosen = getattr(base, group).name
+        return refuse(path, value, f"not a key of {group}.name={chosen}, but of {group}.name={'|'.join(owners)}")
+    near = nearest_text(path, set(keys) | set(GROUPS)) or nearest_text(path, all_paths())
+    return refuse(path, value, f"unknown key{near or '; python launch.py --help lists all'}")
+
+
+# Resume
+
+
+def _run_settings(file: Layer, line: Layer) -> Any:
+    """run.* alone, before the rest can be built: a resumed run's variants stand in its saved configuration."""
+    values = merge([Layer(values=dict(layer.values)) for layer in (file, line)])
+    return build({key: value for key, value in values.items() if key.startswith("run.")}).run
+
+
+def saved_config(folder: str, name: str) -> Path:
+    """runs/NAME/config.yaml of the run to go on with; raises ConfigError when there is none."""
+    runs = sorted(path.parent.name for path in Path(folder).glob("*/config.yaml"))
+    if not name:
+        known = f"; runs in {folder}: {', '.join(runs[-5:])}" if runs else ""
+        raise refuse("run.resume", True, f"needs run.name=NAME, the run to go on with{known}")
+    path = Path(folder) / name / "config.yaml"
+    if not path.is_file():
+        raise refuse("run.name", name, f"no run to resume in {folder}{nearest_text(name, runs)}")
+    return path
+
+
+def _refuse_new_science(started: Config, wanted: Config) -> None:
+    """Only keys that do not decide a step's numbers may change, and a run may grow longer, never shorter."""
+    before, now = flatten(started), flatten(wanted)
+    changed = [key for key in now | before if now.get(key) != before.get(key)]
+    refused = [key for key in changed if key not in RESUMABLE and not key.startswith(RESUMABLE_SECTIONS)]
+    if refused:
+        others = f" (so do {', '.join(refused[1:])})" if refused[1:] else ""
+        raise refuse(
+            refused[0],
+            now.get(refused[0], "(gone)"),
+            f"differs from {show(before.get(refused[0], '(absent)'))}, with which the run was started{others}; "
+            f"a resumed run keeps what decides its numbers: leave it out, or start a new run from its config.yaml",
+        )
+    if wanted.learner.steps < started.learner.steps:
+        raise refuse(
+            "learner.steps",
+            wanted.learner.steps,
+            f"the run was started with {started.learner.steps}; a resumed run may grow longer, not shorter",
+        )
+
+
+# Saving
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, without run.name and run.resume, so that it can be run again."""
+    tree = dataclasses.asdict(config)
+    for key in ("name", "resume"):
+        del tree["run"][key]
+    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is what YAML has."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,54 @@
+"""The one kind of error a user's mistake becomes: key, value, what is allowed, nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(Exception):
+    """A user's mistake. ``str()`` is one line, without the ``offtrail: error:`` in front; exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def refuse(key: str, value: object, why: str) -> ConfigError:
+    """The error for `key=value`, in the form that every message has."""
+    return ConfigError(f"{key}={show(value)}: {why}")
+
+
+def show(value: object) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+def one_line(text: str) -> str:
+    """The text with each run of white space made one space, so that an error is always one line."""
+    return " ".join(text.split())
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Up to three of `names` that `name` may have meant, best first; a key also matches by its last part.
+
+    ``steps`` → ``learner.steps, sft.steps``: people forget the section more often than they misspell it.
+    """
+    known = sorted(set(names))
+    whole = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    last = name.rpartition(".")[2]
+    by_last = [key for key in known if "." in key and key.rpartition(".")[2] == last]
+    # The exact last part is the better evidence, unless the section is right and the last part is misspelt.
+    ordered = by_last + whole if by_last else whole
+    return list(dict.fromkeys(ordered))[:3]
+
+
+def nearest_text(name: str, names: Iterable[str]) -> str:
+    """`; nearest: a, b`, or nothing when no name is near."""
+    near = nearest(name, names)
+    return f"; nearest: {', '.join(near)}" if near else ""

@@ -1,0 +1,70 @@
+"""Reading YAML: every scalar stays the text that was written, and the schema decides what it means.
+
+YAML's own guesses would turn `progress: off` into false, `1e-4` into a string and `name: 0012` into ten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from offtrail.platform.config.errors import ConfigError
+
+# What a value may be before the schema has seen it: text, or lists and mappings of texts.
+Raw = Any
+
+
+class _TextLoader(yaml.BaseLoader):
+    """BaseLoader (all scalars are text) that refuses a key given twice, where PyYAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+        return super().construct_mapping(node, deep=True)
+
+
+def read_text(text: str) -> Raw:
+    """One value from the command line; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_TextLoader)
+
+
+def read_file(path: Path) -> dict[str, Raw]:
+    """A YAML mapping; an empty file is an empty one. Raises ConfigError that names the file and the line."""
+    try:
+        loaded = read_text(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}{yaml_place(error)}: malformed YAML: {yaml_problem(error)}") from None
+    if loaded in (None, ""):
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, such as `learner: {{steps: 20}}`, not a {_kind(loaded)}")
+    return loaded
+
+
+def yaml_place(error: yaml.YAMLError) -> str:
+    """`, line N` where the parser knows it."""
+    mark = getattr(error, "problem_mark", None)
+    return f", line {mark.line + 1}" if mark is not None else ""
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """The parser's words without the excerpt."""
+    return getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+
+
+def _kind(value: Raw) -> str:
+    return "list" if isinstance(value, list) else "text"

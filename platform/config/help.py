@@ -1,0 +1,59 @@
+"""`launch.py --help`: the command, the groups with their options, and every key with its type, default and one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import offtrail
+from offtrail.platform.config.compose import options_of
+from offtrail.platform.config.errors import show
+from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, keys_of
+from offtrail.platform.config.schema import Config
+from offtrail.platform.config.validate import LIMITS, limit_text
+
+USAGE = """\
+offtrail {version}: asynchronous off-policy RL for LLM reasoning
+
+  python launch.py                                 the embedded default: learns on two CPU cores in minutes
+  python launch.py task=addition staleness.max=8   group=option and key=value, in any order
+  python launch.py settings.yaml learner.steps=80  a YAML file of keys is merged; the command line wins
+  python launch.py runs/NAME/config.yaml           repeat a run
+  python launch.py run.name=NAME run.resume=true   go on with a run
+  python launch.py … --dry-run                     print the resolved configuration, start nothing
+  python launch.py --help | --version
+
+A mistake is one line on stderr and exit code 2.
+"""
+
+
+def help_text() -> str:
+    """The whole help page."""
+    config = Config()
+    lines = [USAGE.format(version=offtrail.__version__), "Groups and their options (configs/GROUP/OPTION.yaml):"]
+    for group in GROUPS:
+        default = getattr(config, group).name
+        lines.append(f"  {group + '=':<12} {' | '.join(options_of(group))}   (default {default})")
+    lines += ["", "Keys, with type = default:"]
+    own = {key: value for key, value in keys_of(config).items() if "." not in key}
+    lines += [*_rows(own.values()), ""]
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if not dataclasses.is_dataclass(section):
+            continue
+        for name, variant in VARIANTS.get(field.name, {"": type(section)}).items():
+            title = f"{field.name}" + (f" (name={name})" if name and len(VARIANTS[field.name]) > 1 else "")
+            lines.append(f"{title}: {_summary(variant)}")
+            lines += [*_rows(keys_of(variant(), f"{field.name}.").values()), ""]
+    return "\n".join(lines)
+
+
+def _rows(keys: Iterable[Key]) -> Iterable[str]:
+    for key in keys:
+        kind = f"{key.type_text} = {show(key.default) if key.default != '' else '(empty)'}"
+        limit = f" ({limit_text(LIMITS[key.path])})" if key.path in LIMITS else ""
+        yield f"  {key.path:<30} {kind:<36} {key.line}{limit}".rstrip()
+
+
+def _summary(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())

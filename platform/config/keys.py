@@ -1,0 +1,132 @@
+"""Every key of the schema as a flat table: dotted path, type, default, one line. Read from the dataclasses themselves.
+
+The one line is the string below an attribute (Python keeps no such docstring, so the source is parsed).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offtrail.algos.config import ALGOS, CORRECTIONS
+from offtrail.platform.config.schema import Config, EngineConfig
+from offtrail.rewards.config import REWARDS
+from offtrail.tasks.config import TASKS
+
+# Groups whose keys depend on `name`: the dataclass is chosen here first, so a key of another variant is an error.
+VARIANTS: dict[str, Mapping[str, type[Any]]] = {
+    "task": TASKS,
+    "algo": ALGOS,
+    "correction": CORRECTIONS,
+    "reward": REWARDS,
+    "engine": {"local": EngineConfig},
+}
+# Groups with options in configs/; `model` has one dataclass and a free name.
+GROUPS = ("model", *VARIANTS)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One leaf of the schema."""
+
+    path: str
+    type: Any
+    default: Any
+    line: str
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the value is the text itself, so that nothing may be read out of it (`run.name=1e3`)."""
+        return self.type is str or typing.get_origin(self.type) is typing.Literal
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether the value is a mapping with free names."""
+        return typing.get_origin(self.type) is dict
+
+    @property
+    def type_text(self) -> str:
+        """The type as a user reads it: `int`, `bound|exact`, `[float, float]`, `{name: float}`."""
+        return type_text(self.type)
+
+
+def type_text(kind: Any) -> str:
+    """A type as a user reads it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "|".join(map(str, arguments))
+    if origin is tuple:
+        return "[" + ", ".join(map(type_text, arguments)) + "]"
+    if origin is dict:
+        return f"{{name: {type_text(arguments[1])}}}"
+    return {str: "text", Any: "value"}.get(kind, "") or str(kind.__name__)
+
+
+def keys_of(instance: Any, prefix: str = "") -> dict[str, Key]:
+    """The leaves of a dataclass instance, in the order of the source; its values are the defaults."""
+    return {key.path: key for key in _walk(instance, prefix)}
+
+
+def _walk(instance: Any, prefix: str) -> Iterator[Key]:
+    kinds, lines = typing.get_type_hints(type(instance)), attribute_lines(type(instance))
+    for field in dataclasses.fields(instance):
+        value, path = getattr(instance, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, f"{path}.")
+        else:
+            yield Key(path, kinds[field.name], value, lines.get(field.name, ""))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key → value of a resolved configuration."""
+    return {path: key.default for path, key in keys_of(config).items()}
+
+
+@functools.cache
+def variant_keys() -> dict[str, dict[str, dict[str, Key]]]:
+    """Group → variant name → its keys."""
+    return {
+        group: {name: keys_of(kind(), f"{group}.") for name, kind in variants.items()}
+        for group, variants in VARIANTS.items()
+    }
+
+
+@functools.cache
+def all_paths() -> frozenset[str]:
+    """Every key of every variant: what a misspelt key is compared with."""
+    paths = set(keys_of(Config()))
+    for variants in variant_keys().values():
+        for keys in variants.values():
+            paths |= set(keys)
+    return frozenset(paths)
+
+
+def attribute_lines(kind: type) -> dict[str, str]:
+    """Attribute → the string below it, inherited ones too."""
+    lines: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            lines |= _lines_of_module(base.__module__).get(base.__name__, {})
+    return lines
+
+
+@functools.cache
+def _lines_of_module(module: str) -> dict[str, dict[str, str]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: _lines_of_class(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _lines_of_class(node: ast.ClassDef) -> dict[str, str]:
+    lines = {}
+    for statement, below in zip(node.body, node.body[1:], strict=False):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(line))):
+                lines[name] = " ".join(line.split())
+    return lines

@@ -1,0 +1,82 @@
+"""The run directory: made once, by mkdir, which is the lock between two launches with one name.
+
+A launch holds `.lock` in it (flock) until it ends, so that a run that is still going cannot be resumed beside itself;
+the system frees it when the process dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import TextIO
+
+from offtrail.platform.config.compose import to_yaml
+from offtrail.platform.config.errors import ConfigError, refuse
+from offtrail.platform.config.schema import Config
+
+
+def prepare(config: Config) -> tuple[Path, TextIO]:
+    """(run directory with its config.yaml, its lock to keep open); sets config.run.name when it is empty.
+
+    Raises ConfigError when run.dir cannot be written, the name exists, or the run to resume is still going.
+    """
+    run_dir = Path(config.run.dir) / config.run.name if config.run.resume else _make(config)
+    try:
+        lock = _lock(config, run_dir)
+        _write(run_dir / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise _unwritable(config, error) from None
+    return run_dir, lock
+
+
+def default_name(config: Config) -> str:
+    """JOB-TASK-ALGO and the time; supervised jobs have no algorithm."""
+    parts = [config.job, config.task.name] + ([config.algo.name] if config.job == "rl" else [])
+    return "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+
+
+def _make(config: Config) -> Path:
+    parent, given = Path(config.run.dir), config.run.name
+    stem, turn = given or default_name(config), 1
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            run_dir = parent / (stem if turn == 1 else f"{stem}-{turn}")
+            try:
+                run_dir.mkdir()
+            except FileExistsError:
+                if given:
+                    raise refuse(
+                        "run.name", given, f"{run_dir} exists; go on with it by run.resume=true, or take another name"
+                    ) from None
+                turn += 1
+                continue
+            config.run.name = run_dir.name
+            return run_dir
+    except OSError as error:
+        raise _unwritable(config, error) from None
+
+
+def _lock(config: Config, run_dir: Path) -> TextIO:
+    lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115  (held until the launch ends)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise refuse("run.name", config.run.name, f"{run_dir} is still running; wait for it or stop it first") from None
+    return lock
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, also when the disk fills."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _unwritable(config: Config, error: OSError) -> ConfigError:
+    return refuse(
+        "run.dir", config.run.dir, f"cannot be written ({error.strerror}); give a folder that can: run.dir=DIR"
+    )

@@ -1,0 +1,315 @@
+"""What no single field can say: ranges, rules between keys, and paths that must exist. No torch, no network.
+
+`validate(config)` runs every rule of RULES in order; the first that is broken raises a ConfigError that names the key,
+its value and the way out. A rule's name is its sentence. What one variant's fields say among themselves stands in its
+own `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from offtrail.platform.config.errors import ConfigError, refuse
+from offtrail.platform.config.keys import flatten
+from offtrail.platform.config.schema import Config
+from offtrail.tasks.config import JsonlConfig
+
+# Ranges as intervals: [ ] include the end, ( ) leave it out. A key that the chosen variant lacks is passed over.
+LIMITS = {
+    "run.seed": "[0, 4294967295]",
+    "model.hidden_size": "[1, inf)",
+    "model.layers": "[1, inf)",
+    "model.heads": "[1, inf)",
+    "model.kv_heads": "[1, inf)",
+    "model.mlp_size": "[1, inf)",
+    "model.init_std": "(0, inf)",
+    "model.max_length": "[2, inf)",
+    "algo.kl_coef": "[0, inf)",
+    "algo.clip_high": "[0, inf)",
+    "algo.std_eps": "[0, inf)",
+    "correction.cap": "(0, inf)",
+    "reward.accuracy_weight": "[0, inf)",
+    "reward.format_weight": "[0, inf)",
+    "reward.workers": "[1, inf)",
+    "reward.deadline_seconds": "(0, inf)",
+    "engine.max_running": "[1, inf)",
+    "sft.steps": "[1, inf)",
+    "sft.batch_size": "[1, inf)",
+    "sft.lr": "(0, inf)",
+    "sft.warmup_steps": "[0, inf)",
+    "sft.final_lr_share": "[0, 1]",
+    "batch.groups": "[1, inf)",
+    "batch.group_size": "[1, inf)",
+    "sampling.max_new_tokens": "[1, inf)",
+    "staleness.max": "[0, inf)",
+    "staleness.max_refusals": "[1, inf)",
+    "learner.steps": "[1, inf)",
+    "learner.ranks": "[1, inf)",
+    "learner.minibatches": "[1, inf)",
+    "learner.optim.lr": "[0, inf)",
+    "learner.optim.eps": "(0, inf)",
+    "learner.optim.weight_decay": "[0, inf)",
+    "learner.optim.grad_clip": "(0, inf)",
+    "learner.optim.warmup_updates": "[0, inf)",
+    "learner.tokens_per_microbatch": "[1, inf)",
+    "learner.threads": "[1, inf)",
+    "learner.checkpoint_every": "[1, inf)",
+    "learner.keep_checkpoints": "[1, inf)",
+    "generator.count": "[1, inf)",
+    "generator.max_in_flight": "[1, inf)",
+    "generator.threads": "[1, inf)",
+    "eval.every": "[0, inf)",
+    "eval.prompts": "[1, inf)",
+    "eval.samples": "[1, inf)",
+    "eval.temperature": "[0, inf)",
+    "eval.threads": "[1, inf)",
+    "broker.port": "[0, 65535]",
+    "broker.heartbeat_seconds": "(0, inf)",
+    "broker.lease_heartbeats": "[1, inf)",
+    "broker.deadline_seconds": "(0, inf)",
+    "tracking.sample_texts": "[0, inf)",
+}
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for the first broken rule."""
+    for rule in RULES:
+        rule(config)
+
+
+def numbers_are_in_range(config: Config) -> None:
+    """LIMITS, and no nan or infinity anywhere."""
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise refuse(key, value, "must be a finite number")
+        if key in LIMITS and not inside(value, LIMITS[key]):
+            raise refuse(key, value, f"must be {limit_text(LIMITS[key])}")
+    for key, betas in (("sft.betas", config.sft.betas), ("learner.optim.betas", config.learner.optim.betas)):
+        if not all(0 <= beta < 1 for beta in betas):
+            raise refuse(key, list(betas), "each must lie in [0, 1)")
+
+
+def inside(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval such as `(0, 1]`."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def limit_text(interval: str) -> str:
+    """`≥ 1` for `[1, inf)`; `in [0, 1]` for a bounded interval."""
+    low, high = (end.strip() for end in interval[1:-1].split(","))
+    if high == "inf":
+        return f"{'≥' if interval[0] == '[' else '>'} {low}"
+    return f"in {interval}"
+
+
+def run_name_is_a_folder_name(config: Config) -> None:
+    """No path in run.name: the place is run.dir."""
+    name = config.run.name
+    if name and not re.fullmatch(r"[\w+-][\w.+=-]{0,199}", name):
+        raise refuse(
+            "run.name", name, "letters, digits and . _ - + = only, not beginning with a dot; folders go to run.dir"
+        )
+
+
+def made_model_has_whole_heads(config: Config) -> None:
+    """Only for the model that offtrail makes itself (model.path empty)."""
+    model = config.model
+    if model.path:
+        return
+    if model.hidden_size % (2 * model.heads):
+        raise refuse(
+            "model.hidden_size",
+            model.hidden_size,
+            f"must be a multiple of 2·model.heads={2 * model.heads}: rotary positions need an even head size",
+        )
+    if model.heads % model.kv_heads:
+        raise refuse("model.kv_heads", model.kv_heads, f"must divide model.heads={model.heads}")
+
+
+def model_path_is_here(config: Config) -> None:
+    """A folder with config.json, or a name in the Hugging Face cache: no role downloads, four of them would at once."""
+    given = config.model.path
+    if not given or (Path(given) / "config.json").is_file():
+        return
+    if Path(given).exists():
+        raise refuse("model.path", given, "holds no config.json; a Hugging Face model folder has one")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith("."):
+        raise refuse("model.path", given, "no such folder; give a Hugging Face model folder, or leave it empty")
+    cached = hub_cache() / f"models--{given.replace('/', '--')}" / "snapshots"
+    if not any(cached.glob("*/config.json")):
+        raise refuse(
+            "model.path", given, f"neither a folder nor in the Hugging Face cache; fetch it first: hf download {given}"
+        )
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps models, by its own environment variables (importing it would cost half a second)."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def task_files_are_here(config: Config) -> None:
+    """The JSON-lines files of task=jsonl."""
+    task = config.task
+    if not isinstance(task, JsonlConfig):
+        return
+    if not task.path:
+        raise ConfigError("task.path=: a file of problems is needed, one JSON object a line: task.path=FILE.jsonl")
+    for key, path in (("task.path", task.path), ("task.eval_path", task.eval_path)):
+        if path and not Path(path).is_file():
+            raise refuse(key, path, "no such file; give a JSON-lines file, one problem a line")
+
+
+def minibatches_divide_groups(config: Config) -> None:
+    """A learner step is K updates of whole groups."""
+    groups, minibatches = config.batch.groups, config.learner.minibatches
+    if groups % minibatches:
+        raise refuse("batch.groups", groups, f"must be divisible by learner.minibatches={minibatches}")
+
+
+def every_rank_has_samples(config: Config) -> None:
+    """Each of the K updates is split over the ranks, sample by sample."""
+    samples = config.batch.groups * config.batch.group_size // config.learner.minibatches
+    if config.learner.ranks > samples:
+        raise refuse(
+            "learner.ranks",
+            config.learner.ranks,
+            f"an update has only batch.groups·batch.group_size/learner.minibatches = {samples} samples to split",
+        )
+
+
+def answers_fit_the_model(config: Config) -> None:
+    """Prompt and answer share model.max_length, and a microbatch holds the longest sample."""
+    longest, new = config.model.max_length, config.sampling.max_new_tokens
+    if new >= longest:
+        raise refuse("sampling.max_new_tokens", new, f"must be < model.max_length={longest}: the prompt needs room too")
+    if config.learner.tokens_per_microbatch < longest:
+        raise refuse(
+            "learner.tokens_per_microbatch",
+            config.learner.tokens_per_microbatch,
+            f"must be ≥ model.max_length={longest}: one sample is never split",
+        )
+
+
+def a_group_decodes_together(config: Config) -> None:
+    """The engine prefills a group once, for all its samples."""
+    running, size = config.engine.max_running, config.batch.group_size
+    if running < size:
+        raise refuse(
+            "engine.max_running", running, f"must be ≥ batch.group_size={size}: a group's samples decode together"
+        )
+
+
+def training_samples_the_policy_itself(config: Config) -> None:
+    """Truncated or greedy sampling draws from another distribution than the one whose log-probabilities are kept."""
+    sampling = config.sampling
+    if not sampling.temperature > 0:
+        raise refuse("sampling.temperature", sampling.temperature, "must be > 0 in training; eval.temperature may be 0")
+    biased = "in training: cutting the tail would bias the importance ratios (the kept set is not replayed)"
+    if sampling.top_p != 1.0:
+        raise refuse("sampling.top_p", sampling.top_p, f"must be 1 {biased}")
+    if sampling.top_k != 0:
+        raise refuse("sampling.top_k", sampling.top_k, f"must be 0 {biased}")
+
+
+def exact_staleness_is_repeatable(config: Config) -> None:
+    """Exact mode promises a repeat bit for bit, which timing must not reach (I2b, I3)."""
+    staleness = config.staleness
+    if staleness.mode != "exact":
+        return
+    if config.generator.count > 1:
+        raise refuse(
+            "staleness.mode",
+            "exact",
+            f"needs generator.count=1, not {config.generator.count}: with several, timing decides which groups decode "
+            "together, and so the rounding; or take staleness.mode=bound",
+        )
+    if staleness.on_violation == "drop":
+        raise refuse(
+            "staleness.on_violation",
+            "drop",
+            "not with staleness.mode=exact: drop takes groups in completion order, which timing decides; take wait",
+        )
+    if config.generator.max_in_flight < config.batch.groups:
+        raise refuse(
+            "generator.max_in_flight",
+            config.generator.max_in_flight,
+            f"must be ≥ batch.groups={config.batch.groups} with staleness.mode=exact: a batch is one wave",
+        )
+
+
+def reward_has_a_component(config: Config) -> None:
+    """With all weights 0 every advantage is 0."""
+    if config.reward.accuracy_weight == config.reward.format_weight == 0:
+        raise refuse(
+            "reward.accuracy_weight", 0, "at least one of reward.accuracy_weight, reward.format_weight must be > 0"
+        )
+
+
+def warmup_ends_before_training(config: Config) -> None:
+    """The cosine of the cold start begins after its warm-up."""
+    if config.sft.warmup_steps >= config.sft.steps:
+        raise refuse("sft.warmup_steps", config.sft.warmup_steps, f"must be < sft.steps={config.sft.steps}")
+
+
+def devices_are_known(config: Config) -> None:
+    """`cpu` or a CUDA device; whether it is there, torch says when the role starts."""
+    for key, device in (("learner.device", config.learner.device), ("engine.device", config.engine.device)):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise refuse(key, device, "must be cpu, cuda or cuda:N")
+
+
+def weights_have_a_channel(config: Config) -> None:
+    """Shared memory is Linux's /dev/shm, unless weights.dir names a folder."""
+    if config.weights.channel == "shm" and not config.weights.dir and not Path("/dev/shm").is_dir():
+        raise refuse("weights.channel", "shm", "this system has no /dev/shm; take weights.channel=disk")
+
+
+def broker_address_is_numeric(config: Config) -> None:
+    """ZeroMQ binds to addresses of this host, not to names."""
+    try:
+        ipaddress.ip_address(config.broker.address)
+    except ValueError:
+        raise refuse(
+            "broker.address", config.broker.address, "must be an IP address, such as 127.0.0.1 or 0.0.0.0"
+        ) from None
+
+
+def a_lease_expires_before_the_run(config: Config) -> None:
+    """A lost generator's groups must go to another before the broker's patience ends (I1, I4)."""
+    broker = config.broker
+    expiry = broker.heartbeat_seconds * broker.lease_heartbeats
+    if broker.deadline_seconds <= expiry:
+        raise refuse(
+            "broker.deadline_seconds",
+            broker.deadline_seconds,
+            f"must be > broker.heartbeat_seconds·broker.lease_heartbeats = {expiry:g}: a lost lease expires first",
+        )
+
+
+RULES: tuple[Callable[[Config], None], ...] = (
+    numbers_are_in_range,
+    run_name_is_a_folder_name,
+    made_model_has_whole_heads,
+    model_path_is_here,
+    task_files_are_here,
+    minibatches_divide_groups,
+    every_rank_has_samples,
+    answers_fit_the_model,
+    a_group_decodes_together,
+    training_samples_the_policy_itself,
+    exact_staleness_is_repeatable,
+    reward_has_a_component,
+    warmup_ends_before_training,
+    devices_are_known,
+    weights_have_a_channel,
+    broker_address_is_numeric,
+    a_lease_expires_before_the_run,
+)
