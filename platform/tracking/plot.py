@@ -6,7 +6,7 @@ The launcher calls it at the end of a run, and after a failed one too: it draws 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offtrail.platform.tracking.recorder import Row, read_rows
 
@@ -86,21 +86,18 @@ def _accuracy(axes: Axes, rows: list[Row]) -> None:
     _draw(axes, curve(rows, "reward/accuracy"), "training batches", BLUE)
     steps, values = curve(rows, "eval/accuracy")
     if steps:
-        axes.plot(steps, values, "o--", color=ORANGE, linewidth=1.2, markersize=6, label="held-out prompts")
-        for at in {0, len(steps) - 1}:
-            above = values[at] < 0.9
-            axes.annotate(
-                f"{values[at]:.3f}",
-                (steps[at], values[at]),
-                xytext=(0, 9 if above else -15),
-                textcoords="offset points",
-                ha="left" if at == 0 else "right",
-                fontsize=10,
-                fontweight="bold",
-                color=ORANGE,
-            )
+        axes.plot(steps, values, "o-", color=ORANGE, linewidth=2, markersize=6, label="held-out prompts", clip_on=False)
+        _label(axes, steps[0], values[0], (9, -14), "left")
+        if len(steps) > 1:
+            _label(axes, steps[-1], values[-1], (0, -19), "right")
     axes.set_ylim(0, 1.02)
     _legend(axes, "lower right")
+
+
+def _label(axes: Axes, step: int, value: float, offset: tuple[int, int], side: str) -> None:
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
+    style: dict[str, Any] = {"color": ORANGE, "fontsize": 11, "fontweight": "bold", "bbox": box, "ha": side}
+    axes.annotate(f"{value:.3f}", (step, value), xytext=offset, textcoords="offset points", **style)
 
 
 def _length(axes: Axes, rows: list[Row]) -> None:
@@ -113,33 +110,36 @@ def _length(axes: Axes, rows: list[Row]) -> None:
 
 
 def _staleness(axes: Axes, rows: list[Row]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     _title(axes, "Staleness of trained tokens", "versions")
     _draw(axes, curve(rows, "staleness/max"), "oldest token", BLUE, ":")
     _draw(axes, curve(rows, "staleness/mean"), "mean", BLUE)
-    _draw(axes, curve(rows, "staleness/in_queue_mean"), "of it in the queue", GREEN, "--")
-    axes.set_ylim(bottom=0)
-    _legend(axes)
+    _draw(axes, curve(rows, "staleness/in_queue_mean"), "mean, in the queue", GREEN, "--")
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]) * 1.35)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes, "upper right")
 
 
 def _ratio(axes: Axes, rows: list[Row]) -> None:
-    _title(axes, "Importance ratio", "policy / behaviour")
-    _draw(axes, curve(rows, "policy/ratio_mean"), "mean ratio (left)", BLUE)
-    axes.ticklabel_format(axis="y", useOffset=False)
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.99), max(high, 1.01))
+    """The ratio in the upper half (left scale), what was clipped in the lower half (right scale): they never cross."""
+    _title(axes, "Importance ratio and clipping", "ratio left, clipped tokens right")
+    ratio = curve(rows, "policy/ratio_mean")
+    spread = max([0.005, *(abs(value - 1) for value in ratio[1])])
+    _draw(axes, ratio, "mean ratio", BLUE)
     axes.axhline(1.0, color=GREY, linewidth=0.8)
+    axes.set_ylim(1 - 4 * spread, 1 + 2 * spread)
+    axes.ticklabel_format(axis="y", useOffset=False)
     right = axes.twinx()
     right.spines["top"].set_visible(False)
     right.tick_params(labelsize=9, color=GREY)
-    for name, label, style in (
-        ("policy/clip_low_fraction", "clipped below (right)", "-"),
-        ("policy/clip_high_fraction", "clipped above (right)", "--"),
-    ):
-        _draw(right, curve(rows, name), label, GREEN, style)
-    right.set_ylim(bottom=0)
+    clipped = [curve(rows, f"policy/clip_{side}_fraction") for side in ("low", "high")]
+    _draw(right, clipped[0], "clipped below", GREEN)
+    _draw(right, clipped[1], "clipped above", ORANGE, "--")
+    right.set_ylim(0, 2.4 * max([0.01, *clipped[0][1], *clipped[1][1]]))
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     if handles:
-        right.legend(handles=handles, frameon=False, fontsize=9, loc="best")
+        right.legend(handles=handles, frameon=False, fontsize=9, loc="upper center", ncols=3)
     else:
         _legend(axes)

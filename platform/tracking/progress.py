@@ -94,12 +94,14 @@ class Progress:
     def _bar(self) -> RenderableType:
         total, step = self._config.learner.steps, max(0, self._step)
         row = Table.grid(padding=(0, 2))
-        times = f"{_duration(time.monotonic() - self._began)} elapsed"
+        for _ in range(4):
+            row.add_column(no_wrap=True)
+        times = _duration(time.monotonic() - self._began)
         if (left := self._seconds_left()) is not None:
-            times += f" · about {_duration(left)} left"
+            times += f" · {_duration(left)} left"
         row.add_row(
             Text(self._config.run.name or self._config.job, style="bold"),
-            ProgressBar(total=max(1, total), completed=step, width=36),
+            ProgressBar(total=max(1, total), completed=step, width=24),
             Text(f"step {step}/{total}", style="bold"),
             Text(times, style="dim"),
         )
@@ -113,32 +115,29 @@ class Progress:
         return max(0.0, pace * (self._config.learner.steps - self._step))
 
     def _metrics(self, show: _Shown) -> RenderableType:
-        grid = Table.grid(padding=(0, 3))
-        for _ in range(4):
-            grid.add_column(no_wrap=True)
-
-        def row(left: str, left_value: str, right: str, right_value: str) -> None:
-            grid.add_row(Text(left, "dim"), Text(left_value), Text(right, "dim"), Text(right_value))
-
-        row(
-            "reward/accuracy", f"{show('reward/accuracy', '.3f')}  {_trend(self._trend)}",
-            "held-out accuracy", _evaluation(show),
-        )  # fmt: skip
-        row(
-            "staleness",
-            f"mean {show('staleness/mean', '.2f')}, max {show('staleness/max', '.0f')}"
-            f" of {self._config.staleness.max}; stale tokens {show('staleness/stale_token_share', '.0%')}",
-            "answer length",
-            f"mean {show('length/mean', '.1f')}, truncated {show('length/truncated_share', '.1%')}",
-        )
-        row(
-            "tokens/s",
-            f"{show('throughput/trained_tokens_per_second', ',.0f')} trained,"
-            f" {show('throughput/generated_tokens_per_second', ',.0f')} generated",
-            "groups",
-            f"{show('queue/groups', '.0f')} queued, {show('queue/leased', '.0f')} in flight,"
-            f" {show('queue/refused', '.0f')} refused",
-        )
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        for name, shown in (
+            ("training accuracy", f"{show('reward/accuracy', '.3f')}  {_trend(self._trend)}"),
+            ("held-out accuracy", _evaluation(show)),
+            ("answer length", f"mean {show('length/mean', '.1f')}, longest {show('length/max', '.0f')} tokens"),
+            (
+                "staleness",
+                f"mean {show('staleness/mean', '.2f')}, max {show('staleness/max', '.0f')} of"
+                f" {self._config.staleness.max}, stale tokens {show('staleness/stale_token_share', '.0%')}",
+            ),
+            (
+                "tokens/s",
+                f"{show('throughput/trained_tokens_per_second', ',.0f')} trained,"
+                f" {show('throughput/generated_tokens_per_second', ',.0f')} generated",
+            ),
+            (
+                "groups",
+                f"{show('queue/leased', '.0f')} in flight, {show('queue/groups', '.0f')} queued,"
+                f" {show('queue/refused', '.0f')} refused",
+            ),
+        ):
+            grid.add_row(name, shown)
         return grid
 
 

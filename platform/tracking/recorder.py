@@ -4,8 +4,8 @@
     evaluator ── EvalResult ──► broker ── Recorder.evaluation ──► runs/NAME/tb/         the same names
 
 Invariant: metrics.jsonl holds exactly one object for each learner step, in order, key "step" = the version it produced;
-row 0 holds the evaluation of version 0. A late evaluation of version n goes into row n: the file is replaced as a whole, so
-that a reader never sees a part. An evaluation that is earlier than its row waits for it.
+row 0 holds the evaluation of version 0. A late evaluation of version n goes into row n: the file is replaced as a
+whole, and a reader never sees a part. An evaluation that is earlier than its row waits for it.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class TensorBoard:
 
 
 def histogram(values: np.ndarray) -> HistogramProto:
-    """Histogram of finite ``values`` [n], n ≥ 1: a bin around each integer where they are few integers, else BINS equal bins.
+    """Histogram of finite ``values`` [n], n ≥ 1: a bin around each integer where they are few integers, else BINS bins.
 
     A bin counts the values in (limit of the one before, its own limit], as TensorBoard reads limits.
     """
