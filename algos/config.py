@@ -14,11 +14,13 @@ class AlgoConfig:
     """What every algorithm has."""
 
     name: str = "grpo"
+    """The algorithm."""
     aggregation: Aggregation = "token_mean"
     """How per-token losses become one number: over all tokens of the update, or per sample first."""
     kl: KlKind = "none"
     """Estimator of KL(policy‖reference) in the loss; none = no reference policy is held."""
     kl_coef: float = 0.0
+    """Weight of the KL term; needs kl."""
 
 
 @dataclass
@@ -33,6 +35,7 @@ class GrpoConfig(AlgoConfig):
     std: Literal["sample", "population", "none"] = "sample"
     """Divide the centred rewards of a group by this standard deviation (n−1, n, or not at all)."""
     std_eps: float = 1e-6
+    """Added to that standard deviation."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1:

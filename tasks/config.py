@@ -20,6 +20,7 @@ class TaskConfig:
     """What every task has."""
 
     name: str = "chain"
+    """The family."""
     held_out_share: float = 0.1
     """Share of all prompts, chosen by a hash of the prompt, that is never trained on."""
 
@@ -50,10 +51,13 @@ class ChainConfig(GeneratedConfig):
 
     name: str = "chain"
     min_operations: int = 3
+    """The shortest chain."""
     max_operations: int = 6
     """Difficulty: the longest chain. A worked step takes 5 tokens (9 at most with styles=3)."""
     modulus: int = 10
+    """Results are taken modulo this."""
     max_operand: int = 9
+    """The largest operand."""
     styles: int = 1
     """Cold start: ways to write worked steps, mixed evenly (1…3): `7*5=5;5-2=3`, `7*5=5;-2=3`, `7*5=35>5;5-2=3`."""
 
@@ -73,6 +77,7 @@ class AdditionConfig(GeneratedConfig):
 
     name: str = "addition"
     min_digits: int = 3
+    """The shortest operand."""
     max_digits: int = 4
     """Difficulty: the longest operand. A worked digit takes at most 9 tokens."""
 
@@ -91,7 +96,9 @@ class CountdownConfig(GeneratedConfig):
     numbers: int = 3
     """Difficulty: how many numbers are given."""
     max_number: int = 15
+    """The largest given number."""
     max_target: int = 100
+    """The largest target."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value is out of bounds."""
@@ -136,7 +143,9 @@ class JsonlConfig(TaskConfig):
     eval_path: str = ""
     """Held-out problems; empty = held_out_share of `path`, by hash of the prompt."""
     prompt_field: str = "question"
+    """Field of the problem's text."""
     answer_field: str = "answer"
+    """Field of the worked answer."""
     answer_after: str = "####"
     """The gold answer is what follows this mark in the answer field; empty = the whole field."""
     template: str = "{prompt}"

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import offtrail
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
-from offtrail.platform.config.files import Raw, read_file, read_text, yaml_problem
+from offtrail.platform.config.files import Raw, guess, read_file, read_text, yaml_problem
 from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config
 from offtrail.platform.config.validate import validate
@@ -73,6 +73,11 @@ def compose(argv: Sequence[str]) -> Config:
     config = _composed([saved, file, line])
     _refuse_new_science(_composed([saved]), config)
     return config
+
+
+def load_config(path: Path) -> Config:
+    """The configuration of a run directory's config.yaml, as it was saved: what a role process starts from."""
+    return build(merge([file_layer(path)]))
 
 
 def parse(argv: Sequence[str]) -> tuple[Layer, Layer]:
@@ -220,10 +225,12 @@ def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
         raise refuse(key.path, value, "must be UTF-8 text")
     if key.path in PATH_KEYS and isinstance(value, str) and value.startswith("~"):
         value = str(Path(value).expanduser())
+    if key.type_text == "{name: {name: value}}":  # no declared type to go by
+        value = guess(value)
     try:
         OmegaConf.update(tree, key.path, _literal(value), merge=False)
     except OmegaConfBaseException:
-        raise refuse(key.path, value, f"must be {_expected(key)}") from None
+        raise _wrong_type(key, value) from None
 
 
 def _literal(value: Raw) -> Raw:
@@ -235,6 +242,15 @@ def _literal(value: Raw) -> Raw:
     if isinstance(value, dict):
         return {name: _literal(item) for name, item in value.items()}
     return value
+
+
+def _wrong_type(key: Key, value: Raw) -> ConfigError:
+    """Names the entry of a mapping that is wrong, where it is one entry."""
+    if key.type_text == "{name: float}" and isinstance(value, dict):
+        for name, item in value.items():
+            if isinstance(item, str) and not isinstance(guess(item), int | float) and name and item:
+                return refuse(f"{key.path}.{name}", item, "must be a number")
+    return refuse(key.path, value, f"must be {_expected(key)}")
 
 
 def _expected(key: Key) -> str:

@@ -5,6 +5,7 @@ YAML's own guesses would turn `progress: off` into false, `1e-4` into a string a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,20 @@ def read_file(path: Path) -> dict[str, Raw]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must be a mapping of keys, such as `learner: {{steps: 20}}`, not a {_kind(loaded)}")
     return loaded
+
+
+def guess(value: Raw) -> Raw:
+    """What texts would be in JSON, for the few places where the schema declares no type: numbers, true, false."""
+    if isinstance(value, dict):
+        return {name: guess(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [guess(item) for item in value]
+    if value in ("true", "false"):
+        return value == "true"
+    for kind in (int, float):
+        with contextlib.suppress(TypeError, ValueError):
+            return kind(value)
+    return value
 
 
 def yaml_place(error: yaml.YAMLError) -> str:

@@ -23,7 +23,9 @@ class RunConfig:
     name: str = ""
     """Name of the run directory; empty = JOB-TASK-ALGO and the time."""
     dir: str = "runs"
+    """Folder that holds the run directories."""
     seed: int = 0
+    """Keys everything that is drawn: start weights, data order, every sampled token."""
     resume: bool = False
     """Go on with the run of that name from its last checkpoint."""
 
@@ -33,14 +35,21 @@ class ModelConfig:
     """The policy: `path`, or the small Qwen3-architecture model that offtrail makes and cold-starts itself."""
 
     name: str = "tiny"
+    """Label of the model."""
     path: str = ""
     """A Hugging Face directory or name; empty = make the model below and cold-start it (job=sft), once per cache."""
     hidden_size: int = 64
+    """Width of the made model; a multiple of 2·heads."""
     layers: int = 3
+    """Its layers."""
     heads: int = 4
+    """Its query heads."""
     kv_heads: int = 2
+    """Its key and value heads; must divide heads."""
     mlp_size: int = 192
+    """Width of its MLP."""
     init_std: float = 0.05
+    """Standard deviation of its start weights."""
     max_length: int = 256
     """Longest prompt + answer, in tokens, that the local engine and the learner hold."""
 
@@ -50,10 +59,15 @@ class SftConfig:
     """Supervised fine-tuning on the task's worked answers (job=sft; also the cold start of job=rl)."""
 
     steps: int = 600
+    """Optimizer updates."""
     batch_size: int = 32
+    """Problems of an update, fresh in each."""
     lr: float = 4e-3
+    """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW."""
     warmup_steps: int = 50
+    """Updates of linear warm-up."""
     final_lr_share: float = 0.1
     """Cosine decay ends at this share of lr."""
 
@@ -73,9 +87,13 @@ class SamplingConfig:
     """How training samples are drawn. top_p and top_k would bias the importance ratios and are refused in training."""
 
     temperature: float = 1.0
+    """Logits are divided by it; the learner divides its own by the same."""
     max_new_tokens: int = 64
+    """An answer is cut here, unfinished."""
     top_p: float = 1.0
+    """1 = off."""
     top_k: int = 0
+    """0 = off."""
 
 
 @dataclass
@@ -85,9 +103,9 @@ class StalenessConfig:
     max: int = 2
     """η: no token older than this is trained; 0 = the synchronous loop."""
     mode: Literal["bound", "exact"] = "bound"
-    """bound: as fresh as timing allows, up to η. exact: batch k wholly on version max(0, k−η), repeatable bit for bit."""
+    """bound: as fresh as timing allows, up to η. exact: batch k wholly on version max(0, k−η), repeatable."""
     on_violation: Literal["wait", "drop"] = "wait"
-    """wait: batch k is admission slots kB…(k+1)B−1, so η holds by construction. drop: completion order, stale groups are refused."""
+    """wait: batch k is admission slots kB…(k+1)B−1, so η holds by construction. drop: stale groups are refused."""
     max_refusals: int = 10_000
     """The run fails when so many groups are refused since the last learner step, and names the reason."""
 
@@ -97,11 +115,17 @@ class OptimConfig:
     """AdamW."""
 
     lr: float = 1e-4
+    """Constant after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.0
+    """Decoupled."""
     grad_clip: float = 1.0
+    """Largest gradient norm."""
     warmup_updates: int = 0
+    """Optimizer updates of linear warm-up."""
 
 
 @dataclass
@@ -118,12 +142,15 @@ class LearnerConfig:
     tokens_per_microbatch: int = 16_384
     """Budget of prompt + answer tokens packed into one forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters in the forward pass."""
     device: str = "cpu"
+    """cpu, cuda or cuda:N."""
     threads: int = 1
     """torch threads of each rank."""
     checkpoint_every: int = 10
     """In learner steps; the last step is always saved."""
     keep_checkpoints: int = 2
+    """The newest so many are kept."""
 
 
 @dataclass
@@ -131,9 +158,11 @@ class GeneratorConfig:
     """The rollout processes."""
 
     count: int = 1
+    """Generator processes."""
     max_in_flight: int = 64
     """Groups leased to all generators together."""
     threads: int = 1
+    """torch threads of each generator."""
 
 
 @dataclass
@@ -141,8 +170,11 @@ class EngineConfig:
     """The local engine: continuous batching over Hugging Face weights with a KV cache."""
 
     name: str = "local"
+    """The engine."""
     device: str = "cpu"
+    """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and the KV cache."""
     max_running: int = 256
     """Samples that decode together."""
     kv_on_update: Literal["recompute", "keep"] = "recompute"
@@ -156,9 +188,13 @@ class EvalConfig:
     every: int = 10
     """In learner steps; 0 = only the first and the last version."""
     prompts: int = 512
+    """Held-out prompts, the same for every version."""
     samples: int = 1
+    """Answers drawn for each prompt."""
     temperature: float = 1.0
+    """0 = greedy."""
     threads: int = 1
+    """torch threads of the evaluator."""
 
 
 @dataclass
@@ -166,7 +202,7 @@ class WeightsConfig:
     """How a published version reaches the engines."""
 
     channel: Literal["shm", "disk"] = "shm"
-    """shm: safetensors in shared memory, on one host. disk: the same below the run directory, on a shared file system."""
+    """shm: safetensors in shared memory, on one host. disk: the same in the run directory, on any file system."""
     dir: str = ""
     """Folder of the channel; empty = /dev/shm/offtrail-… or runs/NAME/weights."""
 
@@ -180,6 +216,7 @@ class BrokerConfig:
     port: int = 0
     """0 = any free port."""
     heartbeat_seconds: float = 1.0
+    """Period of every role's heartbeat."""
     lease_heartbeats: int = 30
     """A lease goes to another generator after so many lost heartbeats; never because an answer is long."""
     deadline_seconds: float = 600.0
@@ -191,6 +228,7 @@ class TrackingConfig:
     """What is written beside metrics.jsonl."""
 
     tensorboard: bool = True
+    """Write runs/NAME/tb/."""
     sample_texts: int = 2
     """Sample groups whose texts are logged at each learner step."""
     progress: Literal["auto", "live", "plain", "off"] = "auto"
@@ -202,6 +240,7 @@ class Config:
     """One resolved configuration: what runs/NAME/config.yaml holds."""
 
     schema_version: int = SCHEMA_VERSION
+    """Version of these keys; a configuration of another one is refused."""
     job: Literal["rl", "sft"] = "rl"
     """rl: the asynchronous loop. sft: supervised fine-tuning on the task's worked answers."""
     run: RunConfig = field(default_factory=RunConfig)
