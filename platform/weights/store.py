@@ -3,9 +3,9 @@
     learner rank 0 ── Publisher.publish(v) ──► v00000012.safetensors ──► Subscriber.load(v) ── generators
                    └─ Publisher.pin(v) ──────► pinned/v00000012.safetensors ──► load, then unpin ── evaluator
 
-Invariants: a name in the folder is a whole version (written under another name, then renamed); what a reader has opened
+Invariants: a name in the folder is a whole version (written into writing/, then renamed); what a reader has opened
 stays readable after the file is removed (it is a memory map, and files are never written in place); one living
-publisher a folder (a lock that dies with its holder), so that anything half-written found at start is rubbish.
+publisher a folder (a lock that dies with its holder), so that whatever writing/ holds at start is rubbish.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _NAME = re.compile(r"v(\d{8,})\.safetensors")
-_TEMPORARY = ".tmp"
 _PINNED = "pinned"
+_WRITING = "writing"
 _HEADROOM = 1 << 20
 """Bytes asked for beyond the tensors: the header, and the file system's own."""
 
@@ -63,9 +63,12 @@ class Publisher:
         self.folder, self.keep = folder, keep
         _own_folder(folder)
         self._lock = self._take_lock()
-        for path in [*folder.iterdir(), *_in(folder / _PINNED)]:
-            if path.name.endswith(_TEMPORARY) or (path.parent == folder and _NAME.fullmatch(path.name)):
-                path.unlink(missing_ok=True)
+        # a whole sub-folder: safetensors, too, writes under temporary names of its own before it renames
+        shutil.rmtree(folder / _WRITING, ignore_errors=True)
+        for sub in (_WRITING, _PINNED):
+            (folder / sub).mkdir(exist_ok=True)
+        for version in list(_versions(folder)):
+            _path(folder, version).unlink(missing_ok=True)
 
     def publish(self, version: int, tensors: Mapping[str, Tensor]) -> str:
         """Make ``version`` visible, whole or not at all, and drop the oldest beyond ``keep``. Returns its checksum.
@@ -79,11 +82,10 @@ class Publisher:
         plain = _plain(tensors)
         self._check_space(version, sum(t.numel() * t.element_size() for t in plain.values()))
         digest = checksum(plain)
-        path = _path(self.folder, version)
-        temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+        temporary = _path(self.folder / _WRITING, version)
         try:
             save_file(plain, temporary, metadata={"format": "pt", "version": str(version), "checksum": digest})
-            os.replace(temporary, path)
+            os.replace(temporary, _path(self.folder, version))
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise WeightsError(f"version {version} cannot be written to {self.folder}: {error}") from error
@@ -97,16 +99,14 @@ class Publisher:
         Raises:
             WeightsError: the version is not in the folder (any more).
         """
-        pinned = _path(self.folder / _PINNED, version)
-        temporary = pinned.with_name(f".{pinned.name}{_TEMPORARY}")
-        pinned.parent.mkdir(exist_ok=True)
+        temporary = _path(self.folder / _WRITING, version)
         try:
             os.link(_path(self.folder, version), temporary)
         except FileNotFoundError as error:
             raise WeightsError(
                 f"version {version} is not in {self.folder} any more: pin it when it is published"
             ) from error
-        os.replace(temporary, pinned)
+        os.replace(temporary, _path(self.folder / _PINNED, version))
         temporary.unlink(missing_ok=True)  # renaming a link over a link of the same file leaves both
 
     def close(self) -> None:
@@ -164,21 +164,17 @@ class Subscriber:
 
 def remove(folder: Path) -> None:
     """Remove a channel's folder with every version in it, if it is there. Readers' maps stay valid."""
-    for path in [*_in(folder / _PINNED), *_in(folder)]:
-        if path.is_file() and (_NAME.fullmatch(path.name) or path.name.endswith(_TEMPORARY) or path.name == "lock"):
-            path.unlink(missing_ok=True)
-    for part in (folder / _PINNED, folder):
-        with contextlib.suppress(OSError):  # not there, or it holds something of someone else's
-            part.rmdir()
+    for version in list(_versions(folder)):
+        _path(folder, version).unlink(missing_ok=True)
+    for sub in (_WRITING, _PINNED):
+        shutil.rmtree(folder / sub, ignore_errors=True)
+    (folder / "lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not there, or it holds something of someone else's
+        folder.rmdir()
 
 
 def _path(folder: Path, version: int) -> Path:
     return folder / f"v{version:08d}.safetensors"
-
-
-def _in(folder: Path) -> Iterator[Path]:
-    with contextlib.suppress(FileNotFoundError):
-        yield from folder.iterdir()
 
 
 def _versions(folder: Path) -> Iterator[int]:
@@ -203,19 +199,23 @@ def _own_folder(folder: Path) -> None:
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dense contiguous CPU tensors without gradients, each storage once."""
+    """Dense contiguous CPU tensors without gradients; the same view twice is one tensor, overlapping ones are copied."""
     plain: dict[str, Tensor] = {}
-    seen: set[tuple[object, ...]] = set()
+    views: set[tuple[object, ...]] = set()
+    storages: set[int] = set()
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
             raise WeightsError(
                 f"{name} is a {type(tensor).__name__} on {tensor.device}: gather it into a dense tensor first"
             )
         view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and view in seen:
+        if tensor.numel() and view in views:
             continue
-        seen.add(view)
-        plain[name] = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        copy = tensor.detach().cpu().contiguous()
+        plain[name] = copy.clone() if storage in storages else copy
+        views.add(view)
+        storages.add(storage)
     return plain
 
 

@@ -1,0 +1,82 @@
+"""KL estimators on a softmax that can be summed exactly: which of them pulls where.
+
+π = (½, ½), π_ref = (.8, .2), gradient by the first logit (the second's is its negative):
+    ∇KL(π‖ref) = π₁(log π₁/ref₁ − KL) = −¼ ln 4
+    ∇KL(ref‖π) = π₁ − ref₁            = −.3
+"""
+
+import math
+
+import pytest
+import torch
+
+from offtrail.algos.kl import kl_estimate
+
+REF = torch.tensor([0.8, 0.2], dtype=torch.float64).log()
+REVERSE = -math.log(4) / 4
+FORWARD = -0.3
+
+
+def log_policy(*logits: float) -> tuple[torch.Tensor, torch.Tensor]:
+    theta = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    return theta, theta.log_softmax(-1)
+
+
+def gradient(objective: torch.Tensor, theta: torch.Tensor) -> float:
+    (grad,) = torch.autograd.grad(objective, theta)
+    assert grad.sum().abs() < 1e-12
+    return grad[0].item()
+
+
+def test_exact_gradient():
+    theta, lp = log_policy(0.0, 0.0)
+    assert gradient((lp.exp() * (lp - REF)).sum(), theta) == pytest.approx(REVERSE, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("k1", 0.0), ("k2", REVERSE), ("k3", FORWARD)])
+def test_in_the_loss(kind, expected):
+    theta, lp = log_policy(0.0, 0.0)
+    expectation = (lp.exp().detach() * kl_estimate(kind, lp, REF)).sum()
+    assert gradient(expectation, theta) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("k1", REVERSE), ("k3", REVERSE - FORWARD)])
+def test_in_the_reward(kind, expected):
+    # k3: Σ π·k3·∇lp with k3 = (1.6 − 1 − ln 1.6, .4 − 1 − ln .4): ¼(1.2 − ln 4) = .3 − ¼ ln 4
+    theta, lp = log_policy(0.0, 0.0)
+    expectation = (lp.exp() * kl_estimate(kind, lp, REF).detach()).sum()
+    assert gradient(expectation, theta) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("attached", "expected"), [(True, REVERSE), (False, FORWARD)])
+def test_weighted_by_the_ratio_off_policy(attached, expected):
+    theta, lp = log_policy(0.0, 0.0)
+    old = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    ratio = lp.exp() / old
+    weight = ratio if attached else ratio.detach()
+    assert gradient((old * weight * kl_estimate("k3", lp, REF)).sum(), theta) == pytest.approx(expected, abs=1e-12)
+
+
+def test_values_are_unbiased_on_policy_only():
+    _, lp = log_policy(0.4, -0.4)
+    p = lp.exp()
+    kl = (p * (lp - REF)).sum().item()
+    for kind in ("k1", "k3"):
+        assert (p * kl_estimate(kind, lp, REF)).sum().item() == pytest.approx(kl, abs=1e-12)
+    old = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    assert abs((old * kl_estimate("k3", lp, REF)).sum().item() - kl) > 0.03
+
+
+def test_k3_keeps_its_digits_near_zero():
+    # float32: e^−d − 1 + d at d = 1e-3 is 5e-7; the plain sum is off by more than a tenth of it
+    d = torch.tensor([1e-3])
+    assert kl_estimate("k3", d, torch.zeros(1)).item() == pytest.approx(0.5e-6 - 1e-9 / 6, rel=0.05)
+
+
+def test_far_ratios_stay_finite():
+    assert torch.isfinite(kl_estimate("k3", torch.tensor([-90.0, 0.0]), torch.tensor([0.0, -90.0]))).all()
+
+
+def test_refuses_no_estimator():
+    with pytest.raises(ValueError, match=r"algo\.kl=none"):
+        kl_estimate("none", torch.zeros(1), torch.zeros(1))
