@@ -192,7 +192,7 @@ class LocalEngine:
 
     def _enter(self) -> None:
         """Let waiting samples enter while there is room; prompts not yet in the cache are prefilled together."""
-        slots, fresh = self._slots, list[tuple[Int32, Int64]]()
+        slots, fresh, split = self._slots, list[tuple[Int32, Int64]](), 0
         while self._waiting and (room := self._config.max_running - slots.running):
             pending = self._waiting[0]
             prefix = pending.request.prompt_tokens[:-1]
@@ -206,12 +206,13 @@ class LocalEngine:
                 hits -= 1
             self.counters["prefix_hit_tokens"] += hits * len(prefix)
             if left > room:
+                split = len(prefix)
                 break
             self._waiting.popleft()
             self._kept_prompt = None
         self._prefill(fresh, "prefilled_tokens")
-        if self._waiting and self._waiting[0].entered and self._kept_prompt is None:
-            self._kept_prompt = self._cache.copy_out(slots.running - 1, len(self._waiting[0].request.prompt_tokens) - 1)
+        if split and self._kept_prompt is None:  # only right after its prefill: later the weights may be others
+            self._kept_prompt = self._cache.copy_out(slots.running - 1, split)
 
     def _decode(self) -> tuple[Tensor, Tensor]:
         """The next token [n, 1] of each running sample and its log-probability [n, 1]."""

@@ -35,15 +35,14 @@ def uniforms(seed: UInt64, request: UInt64, sample: UInt64, first: UInt64, count
     """[m, count] numbers in [0, 1 − 2⁻⁵³] for positions ``first``…``first + count − 1`` of m samples.
 
     All but ``count`` are [m]. The 64-bit seed is the key, and the counter (request, 64 bits; sample, 32;
-    position / 2, 32): distinct tokens never share one. ``first`` and ``count`` are even, since a counter serves two positions.
+    position / 2, 32): distinct tokens never share one. It serves two positions, so ``first`` and ``count`` are even.
     """
     pairs = (first[:, None] >> np.uint64(1)) + np.arange(count // 2, dtype=np.uint64)
     full = np.zeros_like(pairs)
     counter = (full + (request & _LOW)[:, None], full + (request >> _32)[:, None], full + sample[:, None], pairs)
     words = philox(counter, ((seed & _LOW)[:, None], (seed >> _32)[:, None]))
     both = np.stack(((words[0] << _32) | words[1], (words[2] << _32) | words[3]), axis=-1)
-    numbers: Float64 = (both >> np.uint64(11)).reshape(len(seed), count) * 2.0**-53
-    return numbers
+    return (both >> np.uint64(11)).reshape(len(seed), count).astype(np.float64) * 2.0**-53
 
 
 def log_probabilities(logits: Tensor, temperature: Tensor | None) -> Tensor:
