@@ -199,7 +199,7 @@ def _own_folder(folder: Path) -> None:
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dense contiguous CPU tensors without gradients; the same view twice is one tensor, overlapping ones are copied."""
+    """Dense contiguous CPU tensors without gradients; equal views are one tensor, overlapping ones are copied."""
     plain: dict[str, Tensor] = {}
     views: set[tuple[object, ...]] = set()
     storages: set[int] = set()
