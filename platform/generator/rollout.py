@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -151,7 +152,7 @@ class Rollout:
             self.take_replies(timeout_s=0.001 if self._scoring else 0.02)
         self.stopping = self.stopping or heart.stop
         if heart.lost > self.config.broker.deadline_seconds:
-            raise WaitError(f"waited for {what} from the broker: no heartbeat answered for {heart.lost:.0f} s")
+            raise WaitError(what, f"the broker ({on})", time.time() - heart.lost, heart.lost)
 
     def close(self) -> None:
         """Let go of unfinished work: the broker re-issues or refuses what was not acknowledged."""

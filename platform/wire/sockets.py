@@ -41,7 +41,7 @@ _TICKET = struct.Struct("<Q")
 _REQUESTS = get_args(Request)
 
 
-class WaitError(TimeoutError):
+class WaitError(RuntimeError):
     """A wait that passed its deadline: says for what, on whom, since when, how long (I4)."""
 
     @classmethod

@@ -1,0 +1,279 @@
+"""The generator's rules between a lease and its acknowledgement, without sockets and without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offtrail.core.protocols import Completion, Request
+from offtrail.core.types import Lease, Problem, Sampling
+from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.rollout import Rollout
+from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
+from offtrail.platform.wire.sockets import WaitError
+from offtrail.search.sample import SampleDriver
+
+SAMPLING = Sampling(max_new_tokens=4)
+
+
+@dataclass
+class FakeClient:
+    """Keeps what is sent; replies are put into ``inbox`` by the test."""
+
+    sent: list[tuple[int, Message]] = field(default_factory=list)
+    inbox: list[tuple[int, Message, list[Any]]] = field(default_factory=list)
+
+    def send(self, message: Message, arrays: Sequence[Any] = ()) -> int:
+        self.sent.append((len(self.sent), message))
+        return len(self.sent) - 1
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Message, list[Any]]]:
+        replies, self.inbox = self.inbox, []
+        return replies
+
+    def newest_hint(self) -> int | None:
+        return None
+
+
+@dataclass
+class FakeHeart:
+    version: int = -1
+    stop: bool = False
+    lost: float = 0.0
+
+
+@dataclass
+class FakeEngine:
+    """Every sample is three tokens 7, 8, 9 of the engine's version and finishes in one step."""
+
+    version: int = -1
+    vocab_size: int = 16
+    counters: dict[str, float] = field(default_factory=lambda: {"decoded_tokens": 0.0})
+    queue: list[Request] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+
+    @property
+    def unfinished(self) -> int:
+        return sum(request.samples for request in self.queue)
+
+    def generate(self, requests: Sequence[Request]) -> None:
+        if any(len(request.prompt_tokens) > 3 for request in requests):
+            raise ValueError("prompt of 4 tokens: model.max_length is 7")
+        self.queue += requests
+        self.seen += [request.id for request in requests]
+
+    def step(self) -> list[Completion]:
+        done = [(request, i) for request in self.queue for i in range(request.samples)]
+        self.queue = []
+        versions = np.full(3, self.version, np.int32)
+        return [
+            Completion(
+                request.id, i, np.array([7, 8, 9], np.int32), np.zeros(3, np.float32), versions, "stop", (1.0, 2.0, 3.0)
+            )
+            for request, i in reversed(done)
+        ]
+
+    def load_weights(self, version: int, weights: object) -> None:
+        self.version = version
+
+
+class FakeWeights:
+    def load(self, version: int) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class FakeVerifiers:
+    verdict: dict[str, Any] | None = field(
+        default_factory=lambda: {"accuracy": np.array([1, 0], np.float32), "format": np.array([1, 1], np.float32)}
+    )
+    pending: list[int] = field(default_factory=list)
+
+    def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+        assert texts == ["789", "789"]
+        assert finished == [True, True]
+        self.pending.append(key)
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, dict[str, Any] | None]]:
+        done, self.pending = self.pending, []
+        return [(key, self.verdict) for key in done]
+
+
+@dataclass
+class FakeConnection:
+    client: FakeClient = field(default_factory=FakeClient)
+    heart: FakeHeart = field(default_factory=FakeHeart)
+    activity: Activity = field(default_factory=Activity)
+
+
+def lease(group: int, **fields: Any) -> Lease:
+    problem = Problem("chain", group, "1+1=", "2")
+    return Lease(
+        **({"group": group, "slot": group, "attempt": 1, "problem": problem, "samples": 2, "min_version": 0} | fields)
+    )
+
+
+def make(config: Config | None = None, prompt: int = 2) -> Rollout:
+    return Rollout(
+        config=config or Config(),
+        connection=FakeConnection(),  # type: ignore[arg-type]
+        engine=FakeEngine(),  # type: ignore[arg-type]
+        weights=FakeWeights(),  # type: ignore[arg-type]
+        verifiers=FakeVerifiers(),  # type: ignore[arg-type]
+        make_driver=lambda lease: SampleDriver(SAMPLING, "generator-0"),
+        encode=lambda lease: np.ones(prompt, np.int32),
+        decode_text=lambda tokens: "".join(str(t) for t in tokens),
+    )
+
+
+def exact(groups: int = 2, staleness: int = 1) -> Config:
+    config = Config()
+    config.staleness.mode, config.staleness.max = "exact", staleness
+    config.batch.groups, config.batch.group_size = groups, 2
+    return config
+
+
+def sent(rollout: Rollout, kind: type[Message]) -> list[Any]:
+    return [message for _, message in rollout.connection.client.sent if isinstance(message, kind)]  # type: ignore[attr-defined]
+
+
+def grant(rollout: Rollout, *leases: Lease, version: int = 0, **fields: Any) -> None:
+    rollout.connection.client.inbox.append((0, Leases(leases=list(leases), version=version, **fields), []))  # type: ignore[attr-defined]
+    rollout.take_replies()
+
+
+def turn(rollout: Rollout) -> None:
+    rollout.take_replies()
+    rollout.ask_for_leases()
+    rollout.apply_weights()
+    rollout.start_ready()
+    if rollout.engine.unfinished:
+        rollout.decode()
+    rollout.submit_scored()
+
+
+def test_a_group_waits_for_its_version_and_then_carries_it() -> None:
+    rollout = make()
+    grant(rollout, lease(5, min_version=3), version=2)
+    turn(rollout)
+    assert rollout.engine.version == 2
+    assert sent(rollout, SubmitGroup) == []
+    rollout.connection.heart.version = 3
+    turn(rollout)
+    [submitted] = sent(rollout, SubmitGroup)
+    assert (submitted.header.group, submitted.header.attempt) == (5, 1)
+
+
+def test_rewards_are_the_weighted_total_of_the_verdict() -> None:
+    rollout = make()
+    grant(rollout, lease(1))
+    group = None
+    rollout.apply_weights()
+    rollout.start_ready()
+    rollout.decode()
+    group = rollout._scoring[1]
+    rollout.submit_scored()
+    assert group.rewards.tolist() == pytest.approx([1.1, 0.1])  # 1.0·accuracy + 0.1·format
+    assert group.tokens.tolist() == [7, 8, 9, 7, 8, 9]
+    assert group.versions.tolist() == [0] * 6
+
+
+def test_one_lease_request_is_open_at_a_time_and_none_once_the_engine_is_twice_full() -> None:
+    config = Config()
+    config.engine.max_running, config.batch.group_size = 4, 2
+    rollout = make(config)
+    rollout.ask_for_leases()
+    rollout.ask_for_leases()
+    assert [r.room for r in sent(rollout, LeaseRequest)] == [4]  # 2·4 samples / 2 a group
+    grant(rollout, *(lease(i, min_version=9) for i in range(4)))
+    rollout.ask_for_leases()
+    assert len(sent(rollout, LeaseRequest)) == 1
+
+
+def test_a_wave_enters_whole_in_slot_order_under_its_exact_version() -> None:
+    rollout = make(exact())
+    late, early = (
+        lease(3, slot=3, wave=1, wave_size=2, exact_version=0),
+        lease(2, slot=2, wave=1, wave_size=2, exact_version=0),
+    )
+    grant(rollout, late, version=4)
+    turn(rollout)
+    assert rollout.engine.seen == []  # type: ignore[attr-defined]
+    grant(rollout, early, version=4)
+    turn(rollout)
+    assert rollout.engine.seen == [2, 3]  # type: ignore[attr-defined]
+    assert rollout.engine.version == 0  # not the newest, 4: the one that the wave names
+
+
+def test_the_next_wave_waits_until_the_engine_is_empty() -> None:
+    rollout = make(exact())
+    waves = [lease(i, wave=i // 2, wave_size=2, exact_version=max(0, i // 2 - 1)) for i in range(4)]
+    grant(rollout, *waves, version=1)
+    rollout.apply_weights()
+    rollout.start_ready()
+    assert rollout.engine.seen == [0, 1]  # type: ignore[attr-defined]
+    rollout.apply_weights()
+    rollout.start_ready()
+    assert rollout.engine.seen == [0, 1]  # type: ignore[attr-defined]
+    rollout.decode()
+    rollout.start_ready()
+    assert rollout.engine.seen == [0, 1, 2, 3]  # type: ignore[attr-defined]
+
+
+def test_a_group_leased_again_goes_on_under_the_new_attempt() -> None:
+    rollout = make()
+    grant(rollout, lease(1))
+    rollout.apply_weights()
+    rollout.start_ready()
+    grant(rollout, lease(1, attempt=2))
+    turn(rollout)
+    assert rollout.engine.seen == [1]  # type: ignore[attr-defined]
+    assert [m.header.attempt for m in sent(rollout, SubmitGroup)] == [2]
+
+
+def test_a_group_is_forgotten_only_when_acknowledged() -> None:
+    rollout = make()
+    grant(rollout, lease(1))
+    turn(rollout)
+    turn(rollout)
+    assert rollout.held == 1
+    ticket = next(t for t, m in rollout.connection.client.sent if isinstance(m, SubmitGroup))  # type: ignore[attr-defined]
+    rollout.connection.client.inbox.append((ticket, GroupAck(group=1, accepted=True), []))  # type: ignore[attr-defined]
+    rollout.take_replies()
+    assert rollout.held == 0
+
+
+def test_a_prompt_that_does_not_fit_fails_its_group_with_the_numbers() -> None:
+    rollout = make(prompt=4)
+    grant(rollout, lease(1))
+    turn(rollout)
+    [failed] = sent(rollout, FailGroup)
+    assert (failed.group, failed.reason) == (1, "failed")
+    assert "model.max_length is 7" in failed.detail
+
+
+def test_a_killed_verifier_fails_the_group_where_the_config_says_refuse() -> None:
+    rollout = make()
+    rollout.verifiers.verdict = None  # type: ignore[attr-defined]
+    grant(rollout, lease(1))
+    turn(rollout)
+    assert [(m.group, m.detail) for m in sent(rollout, FailGroup)] == [(1, "verifier deadline")]
+
+
+def test_a_refused_request_ends_the_generator_with_the_brokers_words() -> None:
+    rollout = make()
+    rollout.connection.client.inbox.append((0, Error(error="protocol 2 is not 1"), []))  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="protocol 2 is not 1"):
+        rollout.take_replies()
+
+
+def test_a_silent_broker_ends_the_wait_with_what_on_whom_and_how_long() -> None:
+    rollout = make()
+    rollout.connection.heart.lost = 601.0  # type: ignore[misc]
+    with pytest.raises(WaitError, match=r"leases from .*broker"):
+        rollout.wait()
