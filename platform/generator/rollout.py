@@ -18,18 +18,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from offtrail.platform.generator.verifiers import VerifierPool
-from offtrail.rewards.rule import total
 
 from offtrail.core.protocols import Driver, Engine
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease
 from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import Connection
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.groups import group_frames
 from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.rewards.config import RewardConfig
+from offtrail.rewards.rule import total
 
 log = logging.getLogger("offtrail.generator")
 
