@@ -10,18 +10,18 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-from offtrail.platform.generator.engines.local import LocalEngine
-from offtrail.platform.generator.verifiers import VerifierPool
-from offtrail.tasks.registry import make_task
 
 from offtrail.core.protocols import Completion, Engine, Request
 from offtrail.core.types import Problem, Sampling
 from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.engines.local import LocalEngine
 from offtrail.platform.generator.text import Text
+from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import RoleContext
 from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
+from offtrail.tasks.registry import make_task
 
 log = logging.getLogger("offtrail.evaluator")
 

@@ -6,13 +6,12 @@ learner (versions), and waits only while the engine is empty.
 
 from __future__ import annotations
 
-from offtrail.platform.generator.engines.local import LocalEngine
-from offtrail.platform.generator.verifiers import VerifierPool
-
 from offtrail.core.types import Int32, Lease, Sampling
 from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.engines.local import LocalEngine
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.generator.text import Text
+from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import Connection, RoleContext
 from offtrail.platform.weights.store import Subscriber
 from offtrail.search.sample import SampleDriver

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offtrail.tasks.text import encode_prompt
-
 from offtrail.core.types import Int32, Problem
+from offtrail.tasks.text import encode_prompt
 
 
 class Text:

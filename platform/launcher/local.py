@@ -23,11 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offtrail.platform.launcher.start import prepare_start_model
-from offtrail.platform.tracking.progress import Progress
-
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.context import weights_folder
+from offtrail.platform.launcher.start import prepare_start_model
+from offtrail.platform.tracking.progress import Progress
 from offtrail.platform.tracking.summary import read_summary, write_summary
 from offtrail.platform.wire.auth import make_keys, needs_keys
 from offtrail.platform.wire.messages import Status, StatusRequest, StopRun
