@@ -1,0 +1,210 @@
+"""What the broker knows of the roles and of the pace: who is alive, where seconds went, how fast tokens flow.
+
+Called by broker.py. Members are the live role processes, fed by heartbeats; `row` gives the broker's part of a step's
+metrics, `summary` the contents of summary.json. Invariant: shares of time are differences between two heartbeats of one
+process over the time between them, so that they lie in [0, 1] however short a step is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from offtrail.platform.broker.admission import REASONS, Tally
+from offtrail.platform.broker.ledger import Ages, Audit, Ledger
+from offtrail.platform.wire.messages import Heartbeat
+
+Row = dict[str, float]
+
+
+@dataclass
+class Member:
+    """One role process. Times are of the broker's clock; ``mark`` is the heartbeat at the last commit."""
+
+    role: str
+    index: int
+    pid: int
+    life: int
+    heard: float
+    beat: Heartbeat | None = None
+    beat_at: float = 0.0
+    mark: tuple[float, dict[str, float]] | None = None
+    lost: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as generator-0: the identity under which it dials."""
+        return f"{self.role}-{self.index}"
+
+    def take(self, beat: Heartbeat, now: float) -> bool:
+        """Note a heartbeat; whether the compute ledger moved since the last one."""
+        moved = self.beat is None or beat.compute != self.beat.compute
+        self.beat, self.beat_at = beat, now
+        if self.mark is None:
+            self.mark = (now, beat.seconds)
+        return moved
+
+    def window(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the mark, and of these by activity; the mark moves to the newest heartbeat."""
+        if self.beat is None or self.mark is None or self.beat_at <= self.mark[0]:
+            return 0.0, {}
+        at, before = self.mark
+        self.mark = (self.beat_at, self.beat.seconds)
+        spent = {name: total - before.get(name, 0.0) for name, total in self.beat.seconds.items()}
+        return self.beat_at - at, spent
+
+
+@dataclass
+class Accounts:
+    """Sums of one run, across its restarts: what was spent before stands in the ledger."""
+
+    ledger: Ledger
+    clock: Callable[[], float]
+    members: dict[str, Member] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._began = self._committed_at = self.clock()
+        self._wall_before = float(self.ledger.get("wall_seconds") or 0.0)
+        self._time: dict[str, float] = json.loads(self.ledger.get("time") or "{}")
+        self._shares: Row = {}
+        self._tokens_at_commit = self.ledger.tally().tokens
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of all lives of the run's broker, up to now or (earlier lives) their last commit."""
+        return self._wall_before + self.clock() - self._began
+
+    def alive(self, role: str) -> list[Member]:
+        """The members of a role whose heartbeats come."""
+        return [m for m in self.members.values() if m.role == role and not m.lost]
+
+    def mark(self) -> None:
+        """The training clock starts now: the first version is out."""
+        self._committed_at = self.clock()
+        self._tokens_at_commit = self.ledger.tally().tokens
+        for member in self.members.values():
+            member.window()
+
+    def row(self, ages: Ages, samples: int) -> Row:
+        """The broker's metrics of one commit; ``ages`` of its batch, ``samples`` in it. Moves the marks."""
+        now, tally = self.clock(), self.ledger.tally()
+        seconds = max(1e-9, now - self._committed_at)
+        generated = tally.tokens - self._tokens_at_commit
+        self._committed_at, self._tokens_at_commit = now, tally.tokens
+        self._spend()
+        return {
+            **queue_row(tally),
+            **staleness_row(ages),
+            "staleness/in_flight_mean": ages.flight_sum / max(1, ages.tokens),
+            "staleness/in_queue_mean": ages.queue_sum / max(1, ages.tokens),
+            "throughput/trained_tokens_per_second": ages.tokens / seconds,
+            "throughput/generated_tokens_per_second": generated / seconds,
+            "throughput/samples_per_second": samples / seconds,
+            "time/step_seconds": seconds,
+            **self._shares,
+            **self.compute(),
+        }
+
+    def remarks(self) -> dict[str, str]:
+        """What the next life needs to go on with these sums."""
+        return {"wall_seconds": str(self.wall_seconds), "time": json.dumps(self._time)}
+
+    def compute(self) -> Row:
+        """compute/ROLE_NAME: the compute ledger's totals over all processes and lives."""
+        return {
+            f"compute/{role}_{slug(name)}": amount
+            for role, amounts in sorted(self.ledger.charges().items())
+            for name, amount in sorted(amounts.items())
+        }
+
+    def busy_fraction(self, role: str) -> float | None:
+        """Busy share of the time from the first version to the last commit, over all processes of a role."""
+        total = self._time.get(f"{role}/window", 0.0)
+        return self._time.get(f"{role}/busy", 0.0) / total if total else None
+
+    def _spend(self) -> None:
+        """Shares of time by role since the last commit; a role without a new heartbeat keeps its last ones."""
+        for role in {m.role for m in self.members.values()}:
+            windows = [m.window() for m in self.members.values() if m.role == role]
+            total = sum(seconds for seconds, _ in windows)
+            if total <= 0:
+                continue
+            spent: dict[str, float] = {}
+            for _, parts in windows:
+                for name, seconds in parts.items():
+                    spent[name] = spent.get(name, 0.0) + seconds
+            busy = sum(seconds for name, seconds in spent.items() if name.startswith("busy/"))
+            self._time[f"{role}/window"] = self._time.get(f"{role}/window", 0.0) + total
+            self._time[f"{role}/busy"] = self._time.get(f"{role}/busy", 0.0) + busy
+            self._shares[f"time/{role}_busy"] = busy / total
+            self._shares |= {f"time/{role}_{slug(name)}": seconds / total for name, seconds in spent.items()}
+
+    def summary(self, status: str, reason: str, seed: int, version: int, audit: Audit) -> dict[str, Any]:
+        """The contents of summary.json (versions and git_commit are added where it is written)."""
+        ledger, tally, ages = self.ledger, self.ledger.tally(), self.ledger.ages()
+        evals = [scores["eval/accuracy"] for scores in ledger.evals().values() if "eval/accuracy" in scores]
+        first, last = ledger.edge_metrics("reward/accuracy")
+        return {
+            "status": status,
+            **({"reason": reason} if reason else {}),
+            "steps": max(0, version),
+            "wall_seconds": self.wall_seconds,
+            "eval/accuracy_first": evals[0] if evals else None,
+            "eval/accuracy_last": evals[-1] if evals else None,
+            "reward/accuracy_first": first,
+            "reward/accuracy_last": last,
+            **group_counts(tally),
+            # The counters are exact at every moment, the recount is as new as the last checkpoint.
+            "groups/lost": max(audit.lost, tally.admitted - tally.accounted),
+            "groups/duplicated": audit.duplicated,
+            **staleness_row(ages),
+            "tokens/generated": tally.tokens,
+            "tokens/trained": ages.tokens,
+            "learner/busy_fraction": self.busy_fraction("learner"),
+            "generator/busy_fraction": self.busy_fraction("generator"),
+            "weights/publish_seconds_mean": ledger.mean_metric("weights/publish_seconds"),
+            "lineage": ledger.lineage,
+            "seed": seed,
+        }
+
+
+def staleness_row(ages: Ages) -> Row:
+    """Staleness of tokens, in versions; ``staleness/stale_token_share``: of those one version old or more."""
+    tokens = max(1, ages.tokens)
+    return {
+        "staleness/max": float(ages.age_max),
+        "staleness/mean": ages.age_sum / tokens,
+        "staleness/stale_token_share": ages.stale_tokens / tokens,
+    }
+
+
+def queue_row(tally: Tally) -> Row:
+    """How many groups wait, are being made, and were ever refused (in all and by reason)."""
+    return {
+        "queue/groups": float(tally.queued),
+        "queue/leased": float(tally.leased),
+        "queue/refused": float(sum(tally.refused.values())),
+        **{f"queue/refused_{reason}": float(n) for reason, n in tally.refused.items() if n},
+    }
+
+
+def group_counts(tally: Tally) -> dict[str, Any]:
+    """The groups/… keys of summary.json but for the audit's."""
+    return {
+        "groups/admitted": tally.admitted,
+        "groups/trained": tally.trained,
+        "groups/refused": {reason: tally.refused.get(reason, 0) for reason in REASONS},
+        "groups/in_flight": tally.leased + tally.queued + tally.training,
+    }
+
+
+def slug(name: str) -> str:
+    """An activity's or charge's name as part of a metric's: "waiting/a version" → "waiting_a_version"."""
+    return "_".join("".join(c if c.isalnum() else " " for c in name).split())
+
+
+def names(members: Iterable[Member]) -> str:
+    """For a sentence."""
+    return ", ".join(m.name for m in members) or "nobody"

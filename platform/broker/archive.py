@@ -1,0 +1,168 @@
+"""The archive: every sample that left the spool, as sealed Parquet shards in runs/NAME/trajectories/.
+
+    ledger.plan_shards ──► Archive.seal (a thread: read, write, rename) ──► Archive.done ──► ledger.sealed
+
+Invariant: a payload is deleted only after the file that holds it stands under its final name. A file without the leading
+dot is whole. The plan is durable and decides what a shard holds, so that writing it again after a crash replaces it by
+itself. The broker's loop never waits for a shard; it only deletes the payloads afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from offtrail.core.types import FINISH_REASONS, Group
+from offtrail.platform.broker.ledger import read_shard
+from offtrail.platform.wire.groups import unpack_group
+
+SHARD_BYTES = 32 << 20
+"""Payload bytes of a shard: large enough to be read well, small enough to be written in about a second."""
+
+SCHEMA = pa.schema(
+    [
+        ("run", pa.string()),
+        ("group", pa.int64()),
+        ("sample", pa.int32()),
+        ("slot", pa.int64()),
+        ("attempt", pa.int32()),
+        ("state", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("batch", pa.int64()),
+        ("position", pa.int32()),
+        ("lineage", pa.int32()),
+        ("generator", pa.string()),
+        ("temperature", pa.float32()),
+        ("problem", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_tokens", pa.list_(pa.int32())),
+        ("tokens", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("versions", pa.list_(pa.int32())),
+        ("finish", pa.string()),
+        ("reward", pa.float32()),
+        ("rewards", pa.map_(pa.string(), pa.float32())),
+        ("submitted_at", pa.float64()),
+        ("first_token_at", pa.float64()),
+        ("last_token_at", pa.float64()),
+        ("queued_at", pa.float64()),
+        ("queued_version", pa.int32()),
+        ("channels", pa.map_(pa.string(), pa.binary())),
+    ]
+)
+"""One row a sample. ``problem`` is JSON; ``batch`` and ``position`` are null for refused groups; ``channels`` (.npy bytes by
+name) belong to the whole group and stand with its sample 0."""
+
+
+def table(run: str, groups: Sequence[tuple[dict[str, Any], Group]]) -> pa.Table:
+    """Rows of SCHEMA for groups, each with what the ledger says of it (state, reason, batch, …)."""
+    parts = [pa.Table.from_pydict(_columns(run, facts, group), schema=SCHEMA) for facts, group in groups]
+    return pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+
+
+def _columns(run: str, facts: dict[str, Any], group: Group) -> dict[str, Any]:
+    G = group.size
+    problem = group.problem
+    told = {name: problem_value(problem, name) for name in ("task", "index", "prompt", "answer", "meta")}
+    once: dict[str, Any] = {
+        "run": run, **facts, "group": group.group, "slot": group.slot, "attempt": group.attempt,
+        "generator": group.generator, "temperature": group.temperature, "prompt": problem.prompt,
+        "problem": json.dumps(told, ensure_ascii=False), "prompt_tokens": group.prompt_tokens,
+        "queued_at": group.queued_at, "queued_version": group.queued_version,
+    }  # fmt: skip
+    ends = np.concatenate([[0], np.cumsum(group.lengths)]).astype(np.int32)
+    scores = [[(name, float(column[i])) for name, column in group.components.items()] for i in range(G)]
+    channels = [(name, _npy(array)) for name, array in group.channels.items()]
+    return {name: [value] * G for name, value in once.items()} | {
+        "sample": np.arange(G, dtype=np.int32),
+        "tokens": pa.ListArray.from_arrays(ends, pa.array(group.tokens)),
+        "logprobs": pa.ListArray.from_arrays(ends, pa.array(group.logprobs)),
+        "versions": pa.ListArray.from_arrays(ends, pa.array(group.versions)),
+        "finish": [FINISH_REASONS[i] for i in group.finish],
+        "reward": group.rewards,
+        "rewards": scores,
+        "submitted_at": np.ascontiguousarray(group.times[:, 0]),
+        "first_token_at": np.ascontiguousarray(group.times[:, 1]),
+        "last_token_at": np.ascontiguousarray(group.times[:, 2]),
+        "channels": [channels] + [[]] * (G - 1),
+    }
+
+
+def problem_value(problem: Any, name: str) -> Any:
+    """A field of a problem as plain JSON."""
+    value = getattr(problem, name)
+    return dict(value) if name == "meta" else value
+
+
+def _npy(array: np.ndarray[Any, Any]) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue()
+
+
+def write_shard(ledger: Path, folder: Path, run: str, name: str) -> None:
+    """Write one planned shard and seal it by rename. OSError or ArrowException when the disk does not take it."""
+    groups = [(facts, unpack_group(body)) for facts, body in read_shard(ledger, name)]
+    folder.mkdir(exist_ok=True)
+    partial = folder / f".{name}"
+    try:
+        pq.write_table(table(run, groups), partial, compression="zstd")
+        os.replace(partial, folder / name)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class Archive:
+    """Seals planned shards in a thread of its own, one after another, in the order asked for."""
+
+    def __init__(self, ledger: Path, folder: Path, run: str) -> None:
+        self._ledger, self._folder, self._run = ledger, folder, run
+        self._todo: queue.Queue[str | None] = queue.Queue()
+        self._done: queue.Queue[tuple[str, Exception | None]] = queue.Queue()
+        self._asked: set[str] = set()
+        self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
+        self._thread.start()
+
+    def seal(self, names: Sequence[str]) -> None:
+        """Ask for shards; those already asked for are in the works."""
+        for name in names:
+            if name not in self._asked:
+                self._asked.add(name)
+                self._todo.put(name)
+
+    def done(self) -> list[str]:
+        """Shards that stand since the last call. Raises OSError, naming the folder, when one could not be written."""
+        names: list[str] = []
+        while not self._done.empty():
+            name, error = self._done.get()
+            if error is not None:
+                raise OSError(f"{self._folder / name}: {error}") from error
+            names.append(name)
+        return names
+
+    def close(self) -> None:
+        """Finish the shard in the works and end the thread; the rest waits for the next start."""
+        while not self._todo.empty():
+            self._todo.get_nowait()
+        self._todo.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (name := self._todo.get()) is not None:
+            try:
+                write_shard(self._ledger, self._folder, self._run, name)
+                self._done.put((name, None))
+            except Exception as error:
+                self._done.put((name, error))

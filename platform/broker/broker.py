@@ -1,0 +1,685 @@
+"""The broker: answers every request of a run, from the ledger and the law, in one loop.
+
+    poll ──► handle: a reply, an Error, or held (long poll) ──► serve what is held ──► tick: leases, archive, deadlines
+
+Invariants: I1 (ledger.py), I2 and I2b (admission.py) through desk.py: a reply that promises something leaves after the
+transaction that made it durable. I4: whoever is held is told at least once a second for what, on whom and since when it waits;
+when a role waits and nothing in the run moves for broker.deadline_seconds, the run fails with that sentence.
+Nothing in the loop blocks: shards are written by the archive's thread.
+
+States of the run: status "" while it runs; then completed | failed | interrupted, and every reply says stop; the process
+leaves once the shards are sealed and the roles are gone. The run completes when the last version is trained,
+checkpointed and scored.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from offtrail.core.types import Problem
+from offtrail.platform.broker.accounts import Accounts, Member, names, queue_row
+from offtrail.platform.broker.admission import Law
+from offtrail.platform.broker.archive import SHARD_BYTES, Archive
+from offtrail.platform.broker.desk import Desk, Outcome, RequestError
+from offtrail.platform.broker.ledger import FILE, Ledger, LedgerError
+from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking.recorder import Recorder
+from offtrail.platform.tracking.summary import write_summary
+from offtrail.platform.wire.auth import needs_keys
+from offtrail.platform.wire.codec import WireError
+from offtrail.platform.wire.groups import group_frames, group_from, unpack_group
+from offtrail.platform.wire.messages import (
+    PROTOCOL,
+    BatchReply,
+    Beat,
+    Checkpointed,
+    Commit,
+    Committed,
+    Done,
+    Error,
+    EvalJob,
+    EvalResult,
+    FailGroup,
+    Failure,
+    GroupAck,
+    Heartbeat,
+    Hello,
+    LeaseRequest,
+    Leases,
+    Message,
+    NextBatch,
+    NextEval,
+    Status,
+    StatusRequest,
+    StopRun,
+    SubmitGroup,
+    VersionHint,
+    Welcome,
+)
+from offtrail.platform.wire.sockets import Envelope
+
+log = logging.getLogger("offtrail.broker")
+
+HOLD_SECONDS = 1.0
+"""A long poll is answered after so long, with what it waits for."""
+TICK_SECONDS = 0.25
+LINGER_HEARTBEATS = 30
+"""After the end, roles that still beat are answered for so many heartbeats."""
+
+Arrays = Sequence[npt.NDArray[Any]]
+Answer = tuple[Message, Arrays]
+NO_ARRAYS: Arrays = ()
+
+
+class Wire(Protocol):
+    """What the broker needs of wire.sockets.Server."""
+
+    def poll(self, timeout_s: float) -> list[Envelope]:
+        """Requests at hand."""
+
+    def reply(self, envelope: Envelope, message: Message, arrays: Arrays = ()) -> None:
+        """Answer one."""
+
+    def hint(self, message: VersionHint) -> None:
+        """Tell everybody, perhaps."""
+
+
+@dataclass
+class Held:
+    """A long poll that waits: ``serve`` gives its answer or None, ``waiting`` the empty answer that says for what."""
+
+    envelope: Envelope
+    serve: Callable[[], Answer | None]
+    waiting: Callable[[str], Message]
+    sentence: Callable[[], str]
+    until: float
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Since when a role has been waiting without an answer: on the broker's clock, and in epoch seconds."""
+
+    since: float
+    since_epoch: float
+
+
+class Broker:
+    """One run's broker. ``problems`` maps a place of the data order to its problem.
+
+    LedgerError or ValueError at the start when the ledger is another run's, or the law cannot work.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        wire: Wire,
+        problems: Callable[[int], Problem],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config, self.run_dir, self.wire, self.clock = config, run_dir, wire, clock
+        self.law = Law.of(config)
+        self.ledger = Ledger(run_dir / FILE)
+        self._check_same_run()
+        self.desk = Desk(self.ledger, self.law, problems, config.batch.group_size)
+        self.ledger.release()
+        self.desk.rewind()
+        self.accounts = Accounts(self.ledger, clock)
+        self.recorder = Recorder(run_dir, config)
+        self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
+        self.archive.seal(self.ledger.unsealed())
+        self.held: dict[str, Held] = {}
+        self.waits: dict[str, Wait] = {}
+        self.failures: list[Failure] = []
+        self.status = self.reason = ""
+        self.first_version = self.ledger.checkpoint
+        self.audit = self.ledger.audit()
+        self.moved = self.ticked = self.ended_at = clock()
+        self._restore_rows()
+        self.summary = self._summarise()
+        self._handlers: dict[type[Message], Callable[[Any, Envelope], Answer | None]] = {
+            Hello: self.on_hello,
+            LeaseRequest: self.on_lease_request,
+            SubmitGroup: self.on_submit,
+            FailGroup: self.on_fail_group,
+            NextBatch: self.on_next_batch,
+            Commit: self.on_commit,
+            Checkpointed: self.on_checkpointed,
+            NextEval: self.on_next_eval,
+            EvalResult: self.on_eval_result,
+            Heartbeat: self.on_heartbeat,
+            Failure: self.on_failure,
+            StatusRequest: self.on_status_request,
+            StopRun: self.on_stop_run,
+        }
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Until the run has ended, its shards are sealed and its roles are gone."""
+        while not self.may_leave():
+            for envelope in self.wire.poll(self.patience()):
+                self.handle(envelope)
+            self.serve_held()
+            self.tick()
+
+    def patience(self) -> float:
+        """How long the next poll may wait."""
+        soonest = min((held.until for held in self.held.values()), default=self.clock() + TICK_SECONDS)
+        return min(TICK_SECONDS, max(0.0, soonest - self.clock()))
+
+    def handle(self, envelope: Envelope) -> None:
+        """Answer one request, or hold it."""
+        if (member := self.accounts.members.get(envelope.peer_name)) is not None:
+            member.heard = self.clock()
+        try:
+            answer = self._handlers[type(envelope.message)](envelope.message, envelope)
+        except (RequestError, WireError) as error:
+            log.warning("%s: %s", envelope.peer_name, error)
+            answer = Error(error=str(error)), NO_ARRAYS
+        except (LedgerError, OSError) as error:
+            answer = Error(error=self.broken(error)), NO_ARRAYS
+        if answer is not None:
+            self.wire.reply(envelope, *answer)
+
+    def serve_held(self) -> None:
+        """Answer the long polls that can be answered now, and those that were held long enough."""
+        for peer, held in list(self.held.items()):
+            try:
+                answer = held.serve()
+                sentence = "" if answer else held.sentence()
+            except RequestError as error:
+                answer, sentence = (Error(error=str(error)), NO_ARRAYS), ""
+            except (LedgerError, OSError) as error:
+                answer, sentence = (Error(error=self.broken(error)), NO_ARRAYS), ""
+            if answer is not None:
+                self.waits.pop(peer, None)
+            elif self.clock() >= held.until:
+                since = time.strftime("%H:%M:%S", time.localtime(self.waits[peer].since_epoch))
+                answer = held.waiting(f"{sentence}, since {since}"), NO_ARRAYS
+            if answer is not None:
+                del self.held[peer]
+                self.wire.reply(held.envelope, *answer)
+
+    def tick(self) -> None:
+        """What time brings: lost holders, sealed shards, starvation, deadlines."""
+        now = self.clock()
+        # A broker that was stopped itself must not blame the others for it.
+        gap, self.ticked = now - self.ticked, now
+        if gap > self.config.broker.heartbeat_seconds:
+            for member in self.accounts.members.values():
+                member.heard = min(now, member.heard + gap)
+            self.moved = min(now, self.moved + gap)
+        try:
+            for name in self.archive.done():
+                self.ledger.sealed(name)
+            if not self.status:
+                self._expire(now)
+                self._complain(now)
+        except (LedgerError, OSError) as error:
+            self.broken(error)
+
+    def _expire(self, now: float) -> None:
+        """Leases of a holder whose heartbeats are lost go back; a long answer alone never loses one."""
+        limit = self.config.broker.heartbeat_seconds * self.config.broker.lease_heartbeats
+        for member in self.accounts.members.values():
+            if member.lost or now - member.heard <= limit:
+                member.lost = member.lost and now - member.heard > limit
+                continue
+            member.lost = True
+            returned = self.ledger.return_leases(member.name)
+            log.warning(
+                "%s: no heartbeat for %.1f s, %d leases returned", member.name, now - member.heard, len(returned)
+            )
+
+    def _complain(self, now: float) -> None:
+        """End a run that starves or stands still, with the sentence that says why (I4)."""
+        if line := self.desk.starved():
+            self.fail(line)
+            return
+        deadline = self.config.broker.deadline_seconds
+        if now - self.moved <= deadline:
+            return
+        if missing := [name for name in self._expected() if name not in self.accounts.members]:
+            self.fail(
+                f"the broker waits for {', '.join(missing)} to dial {self.run_dir / 'endpoint.json'}; "
+                f"nothing has moved for broker.deadline_seconds={deadline:g}; see their logs in {self.run_dir / 'logs'}"
+            )
+            return
+        waiting = sorted((wait.since, peer) for peer, wait in self.waits.items() if peer in self.held)
+        if waiting and now - waiting[0][0] > deadline:
+            peer = waiting[0][1]
+            since = time.strftime("%H:%M:%S", time.localtime(self.waits[peer].since_epoch))
+            self.fail(
+                f"{peer} waits for {self.held[peer].sentence()}, since {since}; nothing has moved for "
+                f"broker.deadline_seconds={deadline:g} ({self._doings(now, peer)})"
+            )
+
+    def _expected(self) -> list[str]:
+        return ["learner-0", "evaluator-0", *(f"generator-{i}" for i in range(self.config.generator.count))]
+
+    def _doings(self, now: float, but: str) -> str:
+        others = [m for m in self.accounts.members.values() if m.name != but]
+        return ", ".join(
+            f"{m.name} {m.beat.activity if m.beat else 'silent'}, heard {now - m.heard:.0f} s ago" for m in others
+        )
+
+    # ------------------------------------------------------------------ the beginning
+
+    def _check_same_run(self) -> None:
+        """A ledger goes on only under the settings that its slots and replays depend on."""
+        config = self.config
+        settings = {
+            "run.seed": config.run.seed,
+            "batch.groups": config.batch.groups,
+            "batch.group_size": config.batch.group_size,
+            "staleness.mode": config.staleness.mode,
+            "staleness.on_violation": config.staleness.on_violation,
+            "task": asdict(config.task),
+        }
+        now = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
+        before = self.ledger.get("settings")
+        for key, value in (json.loads(before) if before else {}).items():
+            if now.get(key, value) != value:
+                self.ledger.close()
+                raise ValueError(
+                    f"{key}={now[key]}: the run {self.run_dir.name} began with {value}; resume it with that, or choose another run.name"
+                )
+        self.ledger.put({"run": self.run_dir.name, "settings": json.dumps(now)})
+
+    def _restore_rows(self) -> None:
+        evals = self.ledger.evals()
+        rows = [{**row, **evals.get(int(row["step"]), {})} for row in self.ledger.metrics()]
+        if 0 in evals:
+            rows.insert(0, {"step": 0, **evals[0]})
+        self.recorder.restore(rows)
+
+    def on_hello(self, hello: Hello, envelope: Envelope) -> Answer:
+        """A role begins, or begins again: then its leases go back, and the learner's replay starts over."""
+        if hello.protocol != PROTOCOL:
+            raise RequestError(
+                f"protocol {hello.protocol} was spoken, this broker speaks {PROTOCOL}: install one version of offtrail"
+            )
+        if hello.run != self.run_dir.name:
+            raise RequestError(
+                f"run {hello.run!r} was asked for, this broker serves {self.run_dir.name!r}: dial its own endpoint.json"
+            )
+        name = f"{hello.role}-{hello.index}"
+        again = name in self.accounts.members
+        life = self.ledger.life(hello.role, hello.index)
+        self.accounts.members[name] = Member(hello.role, hello.index, hello.pid, life, self.clock())
+        self.held.pop(name, None)
+        self.waits.pop(name, None)
+        self.ledger.return_leases(name)
+        if again and name == "learner-0":
+            self.desk.rewind()
+            self._restore_rows()
+            self.first_version = self.ledger.checkpoint
+        self._progress()
+        log.info("%s is here (pid %d)", name, hello.pid)
+        step = self.ledger.checkpoint
+        welcome = Welcome(
+            run=self.run_dir.name,
+            step=step,
+            version=self.desk.version,
+            lineage=self.ledger.lineage,
+            logged=max(0, self.ledger.logged() - step),
+        )
+        return welcome, NO_ARRAYS
+
+    # ------------------------------------------------------------------ generators
+
+    def on_lease_request(self, request: LeaseRequest, envelope: Envelope) -> Answer | None:
+        """Leases as far as the law allows; held while there are none."""
+        holder = self._member(envelope).name
+
+        def serve() -> Answer | None:
+            if self.status:
+                return Leases(leases=[], version=self.desk.version, stop=True), NO_ARRAYS
+            leases = self.desk.grant(holder, request.room, len(self.accounts.alive("generator")), time.time())
+            if not leases:
+                return None
+            self._progress()
+            return Leases(leases=leases, version=self.desk.version), NO_ARRAYS
+
+        def empty(sentence: str) -> Message:
+            return Leases(leases=[], version=self.desk.version, waiting=sentence)
+
+        return self._hold(envelope, serve, empty, lambda: self._why_no_lease(holder))
+
+    def on_submit(self, message: SubmitGroup, envelope: Envelope) -> Answer:
+        """A finished group: durable before it is acknowledged."""
+        holder, header = self._member(envelope).name, message.header
+        try:
+            group = group_from(header, envelope.arrays)
+        except WireError as error:
+            return self._give_up(header.group, header.attempt, holder, "failed", str(error))
+        if abs(group.temperature - self.config.sampling.temperature) > 1e-6:  # I5
+            detail = f"sampled at temperature {group.temperature}, not sampling.temperature={self.config.sampling.temperature}"
+            return self._give_up(group.group, group.attempt, holder, "failed", detail)
+        verdict = self.desk.arrive(group, holder, time.time())
+        if verdict.changed:
+            self._progress()
+        if not verdict.accepted:
+            log.info("group %d from %s: %s", group.group, holder, verdict.reason)
+        return GroupAck(group=group.group, accepted=verdict.accepted, reason=verdict.reason), NO_ARRAYS
+
+    def on_fail_group(self, message: FailGroup, envelope: Envelope) -> Answer:
+        """The holder gives a group up."""
+        return self._give_up(
+            message.group, message.attempt, self._member(envelope).name, message.reason, message.detail
+        )
+
+    def _give_up(self, group: int, attempt: int, holder: str, reason: str, detail: str) -> Answer:
+        verdict = self.desk.fail(group, attempt, holder, reason, detail)
+        log.warning("group %d from %s: %s (%s)", group, holder, verdict.reason, detail)
+        return GroupAck(group=group, accepted=False, reason=f"{verdict.reason}: {detail}"), NO_ARRAYS
+
+    def _why_no_lease(self, holder: str) -> str:
+        law, tally, version = self.law, self.ledger.tally(), self.desk.version
+        if version < 0:
+            return f"version {self.ledger.checkpoint} from learner-0"
+        if tally.living >= law.steps * law.batch:
+            return f"the end of the run: all {tally.living} groups of its {law.steps} steps are admitted"
+        if tally.living >= (law.staleness + version + 1) * law.batch:
+            return (
+                f"version {version + 1} from learner-0 (staleness.max={law.staleness}: {tally.living} groups are admitted "
+                f"at version {version})"
+            )
+        share = law.share(len(self.accounts.alive("generator")))
+        if (held := self.ledger.held(holder)) >= share:
+            return f"one of its own {held} groups to finish (its share of generator.max_in_flight={law.max_in_flight} is {share})"
+        return f"one of {tally.leased} groups in flight ({self._holders()}) to finish"
+
+    def _holders(self) -> str:
+        counts: dict[str, int] = {}
+        for row in self.ledger.leased():
+            counts[row.holder or "to be issued again"] = counts.get(row.holder or "to be issued again", 0) + 1
+        return ", ".join(f"{name}: {n}" for name, n in sorted(counts.items())) or "nobody"
+
+    # ------------------------------------------------------------------ the learner
+
+    def on_next_batch(self, request: NextBatch, envelope: Envelope) -> Answer | None:
+        """The batch of a step, durable in its order before it leaves; held while there are not enough groups."""
+        step = request.step
+        self._member(envelope)
+
+        def serve() -> Answer | None:
+            if self.status or step >= self.law.steps:
+                return BatchReply(step=step, headers=[], stop=True), NO_ARRAYS
+            groups = self.desk.batch(step)
+            if groups is None:
+                return None
+            self._progress()
+            return self._batch_reply(step, groups)
+
+        def empty(sentence: str) -> Message:
+            return BatchReply(step=step, headers=[], waiting=sentence)
+
+        return self._hold(envelope, serve, empty, lambda: self._why_no_batch(step))
+
+    def _batch_reply(self, step: int, groups: Sequence[int]) -> Answer:
+        frames = [group_frames(unpack_group(body)) for body in self.ledger.payloads(groups)]
+        arrays = [array for _, parts in frames for array in parts]
+        replay = step < self.desk.replay_until
+        return BatchReply(step=step, headers=[header for header, _ in frames], replay=replay), arrays
+
+    def _why_no_batch(self, step: int) -> str:
+        B = self.law.batch
+        queued = self.ledger.queued_slots(step * B, B) if self.law.slots else self.ledger.queued()
+        return f"batch {step}: {len(queued)} of its {B} groups are here, {self.ledger.tally().leased} in flight ({self._holders()})"
+
+    def on_commit(self, message: Commit, envelope: Envelope) -> Answer:
+        """A version is out. Its batch is trained, durably, with its metrics; then everybody is told."""
+        self._member(envelope)
+        if message.version != message.step + 1 and message.step >= 0:
+            raise RequestError(f"step {message.step} cannot make version {message.version}")
+        if message.step < 0:
+            if (outcome := self.desk.start(message.version, message.checksum)) != "repeated":
+                self.accounts.mark()
+        elif message.version <= self.desk.version:
+            outcome = self.desk.commit(message.step, message.checksum, {})
+        else:
+            outcome = self._train(message)
+        if outcome == "diverged":
+            log.warning(
+                "version %d differs from the one logged before: lineage %d", message.version, self.ledger.lineage
+            )
+        if outcome != "repeated":
+            self._progress()
+            self.wire.hint(VersionHint(version=self.desk.version))
+            self._write_summary()
+        return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged", stop=bool(self.status)), NO_ARRAYS
+
+    def _train(self, message: Commit) -> Outcome:
+        step = message.step
+        row = self.accounts.row(self.ledger.ages(step), self.law.batch * self.config.batch.group_size)
+        metrics = {**message.metrics, **row}
+        outcome = self.desk.commit(step, message.checksum, metrics)
+        self.ledger.put(self.accounts.remarks())
+        self.recorder.step({**metrics, "step": step + 1}, message.histograms, message.texts)
+        return outcome
+
+    def on_checkpointed(self, message: Checkpointed, envelope: Envelope) -> Answer:
+        """Batches before it need no payload any more: they leave the spool for the archive."""
+        self._member(envelope)
+        if not self.ledger.checkpoint <= message.step <= self.desk.version:
+            raise RequestError(f"checkpoint {message.step}: the newest version is {self.desk.version}")
+        self.ledger.checkpointed(message.step, message.path)
+        self._seal()
+        self.audit = self.ledger.audit()
+        self._progress()
+        self._finish()
+        return Done(), NO_ARRAYS
+
+    # ------------------------------------------------------------------ the evaluator
+
+    def on_next_eval(self, request: NextEval, envelope: Envelope) -> Answer | None:
+        """The oldest version that is due and not scored; held while there is none."""
+        self._member(envelope)
+
+        def serve() -> Answer | None:
+            if self.status:
+                return EvalJob(version=-1, stop=True), NO_ARRAYS
+            due = self._due()
+            return (EvalJob(version=due[0]), NO_ARRAYS) if due else None
+
+        def empty(sentence: str) -> Message:
+            return EvalJob(version=-1, waiting=sentence)
+
+        return self._hold(envelope, serve, empty, self._why_no_eval)
+
+    def _due(self) -> list[int]:
+        """Versions to score: 0, every eval.every-th, the last. Those from before a restart are gone with its weights."""
+        scored = self.ledger.evals()
+        out = range(self.first_version, self.desk.version + 1)
+        return [version for version in out if self._evaluates(version) and version not in scored]
+
+    def _evaluates(self, version: int) -> bool:
+        every = self.config.eval.every
+        return version in (0, self.law.steps) or (every > 0 and version % every == 0)
+
+    def _why_no_eval(self) -> str:
+        later = range(self.desk.version + 1, self.law.steps + 1)
+        version = next((v for v in later if self._evaluates(v)), self.law.steps)
+        return f"version {version} from learner-0"
+
+    def on_eval_result(self, message: EvalResult, envelope: Envelope) -> Answer:
+        """Scores of one version go to its row of metrics.jsonl."""
+        self._member(envelope)
+        if not 0 <= message.version <= self.desk.version:
+            raise RequestError(f"version {message.version} was scored, but the newest version is {self.desk.version}")
+        self.ledger.evaluated(message.version, message.metrics)
+        self.recorder.evaluation(message.version, message.metrics, message.texts)
+        self._progress()
+        self._finish()
+        if not self.status:
+            self._write_summary()
+        return Done(), NO_ARRAYS
+
+    # ------------------------------------------------------------------ all roles, and the launcher
+
+    def on_heartbeat(self, beat: Heartbeat, envelope: Envelope) -> Answer:
+        """A sign of life; its counters go to the compute ledger."""
+        member = self.accounts.members.get(f"{beat.role}-{beat.index}")
+        if member is not None and member.pid == beat.pid:
+            member.heard = self.clock()
+            if member.take(beat, self.clock()):
+                self._progress()
+            seconds = {f"{name} seconds": value for name, value in beat.seconds.items()}
+            try:
+                self.ledger.charge([(beat.role, beat.index, member.life, {**beat.compute, **seconds})])
+            except LedgerError as error:  # the beat must still be answered: it is what says stop
+                self.broken(error)
+        return Beat(version=self.desk.version, stop=bool(self.status)), NO_ARRAYS
+
+    def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
+        """A role says why it dies: the run fails with its words."""
+        self.failures.append(failure)
+        self.end("failed", f"{failure.role}-{failure.index}: {failure.error}")
+        return Done(), NO_ARRAYS
+
+    def on_status_request(self, request: StatusRequest, envelope: Envelope) -> Answer:
+        """How the run stands now."""
+        live = {**self.recorder.last, **queue_row(self.ledger.tally())}
+        status = Status(
+            summary={**self.summary, "wall_seconds": self.accounts.wall_seconds},
+            roles=[m.beat for m in self.accounts.members.values() if m.beat is not None],
+            metrics=live if "step" in live else {},
+            failures=self.failures,
+            finished=self.status == "completed" and not self.ledger.unsealed(),
+        )
+        return status, NO_ARRAYS
+
+    def on_stop_run(self, message: StopRun, envelope: Envelope) -> Answer:
+        """The launcher ends the run."""
+        self.end(message.status, message.reason)
+        return Done(), NO_ARRAYS
+
+    # ------------------------------------------------------------------ the end
+
+    def _finish(self) -> None:
+        last = self.law.steps
+        if self.desk.version == last == self.ledger.checkpoint and last in self.ledger.evals():
+            self.end("completed", "")
+
+    def fail(self, line: str) -> None:
+        """End the run by the broker's own finding."""
+        log.error("%s", line)
+        self.failures.append(Failure(role="broker", index=0, error=line))
+        self.end("failed", line)
+
+    def broken(self, error: Exception) -> str:
+        """The disk does not take what must be durable: nothing more is acknowledged, the run fails in one line."""
+        line = (
+            str(error)
+            if isinstance(error, LedgerError)
+            else (
+                f"{self.run_dir}: {error}; nothing acknowledged is lost: free space (or make it writable) and go on with run.resume=true"
+            )
+        )
+        if not self.status:
+            self.fail(line)
+        return line
+
+    def end(self, status: str, reason: str) -> None:
+        """From here on every reply says stop. Only the first end counts.
+
+        A completed run refuses what is left as `run_ended` and archives everything; any other keeps its groups and
+        payloads, so that run.resume=true goes on from there.
+        """
+        if self.status:
+            return
+        self.status, self.reason, self.ended_at = status, reason, self.clock()
+        log.info("the run is %s %s", status, reason)
+        try:
+            if status == "completed":
+                self.ledger.end()
+                self._seal()
+            self.ledger.put(self.accounts.remarks())
+            self.audit = self.ledger.audit()
+            self._write_summary()
+        except (LedgerError, OSError, sqlite3.Error) as error:
+            log.error("the summary could not be written: %s", error)
+
+    def _seal(self) -> None:
+        self.ledger.plan_shards(SHARD_BYTES)
+        self.archive.seal(self.ledger.unsealed())
+
+    def _summarise(self) -> dict[str, Any]:
+        # A run that is killed says nothing any more: until it ends otherwise, it is interrupted.
+        status = self.status or "interrupted"
+        return self.accounts.summary(status, self.reason, self.config.run.seed, self.desk.version, self.audit)
+
+    def _write_summary(self) -> None:
+        self.summary = self._summarise()
+        write_summary(self.run_dir, self.summary)
+
+    def may_leave(self) -> bool:
+        """The run has ended, its shards are sealed, and nobody is left to be told."""
+        if not self.status:
+            return False
+        waited = self.clock() - self.ended_at
+        heartbeat = self.config.broker.heartbeat_seconds
+        if waited > LINGER_HEARTBEATS * heartbeat:
+            return True
+        sealed = self.status != "completed" or not self.ledger.unsealed()
+        return sealed and not any(self._present(m) for m in self.accounts.members.values())
+
+    def _present(self, member: Member) -> bool:
+        """Whether a role may still ask. On one host its process says so, elsewhere its heartbeats."""
+        if self.clock() - member.heard > 3 * self.config.broker.heartbeat_seconds:
+            return False
+        if needs_keys(self.config.broker.address):
+            return True
+        try:
+            os.kill(member.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def close(self) -> None:
+        """End the thread, close the files."""
+        self.archive.close()
+        self.recorder.close()
+        self.ledger.close()
+
+    # ------------------------------------------------------------------ small things
+
+    def _member(self, envelope: Envelope) -> Member:
+        member = self.accounts.members.get(envelope.peer_name)
+        if member is None:
+            raise RequestError(
+                f"{envelope.peer_name} has not said Hello; known are {names(self.accounts.members.values())}"
+            )
+        return member
+
+    def _hold(
+        self,
+        envelope: Envelope,
+        serve: Callable[[], Answer | None],
+        waiting: Callable[[str], Message],
+        sentence: Callable[[], str],
+    ) -> Answer | None:
+        peer, now = envelope.peer_name, self.clock()
+        if (answer := serve()) is not None:
+            self.waits.pop(peer, None)
+            return answer
+        self.waits.setdefault(peer, Wait(now, time.time()))
+        self.held[peer] = Held(envelope, serve, waiting, sentence, now + HOLD_SECONDS)
+        return None
+
+    def _progress(self) -> None:
+        self.moved = self.clock()

@@ -1,0 +1,32 @@
+"""The broker role: binds, writes endpoint.json, runs the loop in broker.py.
+
+The only role that binds: every other one reads endpoint.json and dials.
+"""
+
+from __future__ import annotations
+
+from offtrail.platform.broker.broker import Broker
+from offtrail.platform.launcher.context import RoleContext
+from offtrail.platform.wire.sockets import Server, ServerKeys
+from offtrail.tasks.registry import make_task
+
+
+def main(context: RoleContext) -> None:
+    """Run until the run has ended and every role has left.
+
+    Raises LedgerError when the run directory cannot hold the ledger, ValueError when the address cannot be bound or
+    the settings are another run's.
+    """
+    config, run_dir = context.config, context.run_dir
+    task = make_task(config.task, config.run.seed)
+    server = Server(config.broker.address, config.broker.port, ServerKeys.read(run_dir))
+    try:
+        broker = Broker(config, run_dir, server, task.train)
+        try:
+            # Last of all: whoever reads it finds a broker that answers.
+            server.endpoint.write(run_dir / "endpoint.json")
+            broker.run()
+        finally:
+            broker.close()
+    finally:
+        server.close()
