@@ -7,13 +7,17 @@ Legend: S slots, L columns (positions), n running, H query heads, K key/value he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offtrail.platform.generator.engines.decoder import Spec
+from offtrail.core.types import Int32
+from offtrail.platform.generator.engines.decoder import Attend, Spec
 
 Int64 = npt.NDArray[np.int64]
 _COLUMN_STEP = 8
@@ -49,7 +53,7 @@ class KVCache:
     def move(self, source: Int64, target: Int64, length: int) -> None:
         """Copy the first ``length`` columns of slots ``source`` to slots ``target`` (disjoint)."""
         used = self.data[:, :, :, :, :length]
-        used[:, :, self._to_device(target)] = used[:, :, self._to_device(source)]
+        used[:, :, self.to_device(target)] = used[:, :, self.to_device(source)]
 
     def copy_out(self, slot: int, length: int) -> Tensor:
         """A copy of the first ``length`` columns of a slot, [2, layers, K, length, D]."""
@@ -63,13 +67,14 @@ class KVCache:
         """What a decode step of slots 0…n−1 at ``positions`` [n] needs in every layer."""
         n, span = len(positions), int(positions.max()) + 1
         span = -(-span // _COLUMN_STEP) * _COLUMN_STEP
-        rows = self._to_device(self._first_row[:n] + positions[:, None])
-        last = self._to_device(np.repeat(positions.astype(np.int32), self._kv_heads))
+        rows = self.to_device(self._first_row[:n] + positions[:, None])
+        last = self.to_device(np.repeat(positions.astype(np.int32), self._kv_heads))
         bias = torch.zeros((n * self._kv_heads, 1, span), dtype=self.data.dtype, device=self.data.device)
         bias.masked_fill_((self._column[:span] > last[:, None]).unsqueeze(1), -torch.inf)
         return DecodePlan(self, n, span, rows, bias)
 
-    def _to_device(self, array: npt.NDArray[np.integer]) -> Tensor:
+    def to_device(self, array: npt.NDArray[Any]) -> Tensor:
+        """The array as a tensor beside the cache; on a CPU it shares the array's memory."""
         return torch.from_numpy(array).to(self.data.device)
 
     def append_and_attend(self, plan: DecodePlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,7 +93,7 @@ class KVCache:
 
 
 class DecodePlan:
-    """Indices and mask of one decode step: built once, used by every layer."""
+    """The attention of one decode step: indices and mask are built once and used by every layer."""
 
     __slots__ = ("bias", "cache", "rows", "running", "span")
 
@@ -96,15 +101,65 @@ class DecodePlan:
         self.cache, self.running, self.span, self.rows, self.bias = cache, running, span, rows, bias
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The ``Attend`` of a decode step."""
+        """``decoder.Attend``: [n, H·D] for the n running samples."""
         return self.cache.append_and_attend(self, layer, q, k, v)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
-    """Attention within ``batch`` right-padded sequences: q [batch·T, H, D], k and v [batch·T, K, D] → [batch·T, H·D].
+class Sequences:
+    """The attention of m whole sequences, laid flat and padded right to T tokens each.
 
-    Padding stands right, so no real token ever sees it, and what padding tokens compute is never read.
+    No real token ever sees the padding on its right, and what padding tokens compute is never read.
+    ``tokens`` and ``positions`` are [m·T].
     """
-    q, k, v = (x.view(batch, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).reshape(batch * q.shape[2], -1)
+
+    __slots__ = ("count", "positions", "tokens", "width")
+
+    def __init__(self, sequences: Sequence[Int32]) -> None:
+        self.count, self.width = len(sequences), max(map(len, sequences))
+        padded = np.zeros((self.count, self.width), np.int32)
+        for row, tokens in zip(padded, sequences, strict=True):
+            row[: len(tokens)] = tokens
+        self.tokens = padded.ravel()
+        self.positions = np.tile(np.arange(self.width), self.count)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[m·T, heads, D] → [m, heads, T, D]."""
+        return x.view(self.count, self.width, *x.shape[1:]).transpose(1, 2)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``decoder.Attend``: [m·T, H·D]."""
+        q, k, v = self.split(q), self.split(k), self.split(v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).reshape(self.count * self.width, -1)
+
+
+class Prefill(Sequences):
+    """Whole sequences whose keys and values go to the cache, each into all of its slots; their hidden states are of no
+    use, so that the last layer ends at its keys and values.
+    """
+
+    __slots__ = ("_cache", "_layers", "_source", "_target")
+
+    def __init__(self, cache: KVCache, sequences: Sequence[Int32], slots: Sequence[Int64]) -> None:
+        super().__init__(sequences)
+        self._cache, self._layers = cache, cache.data.shape[1]
+        self._source = cache.to_device(np.repeat(np.arange(len(slots)), [len(rows) for rows in slots]))
+        self._target = cache.to_device(np.concatenate(slots))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``decoder.Attend``: [m·T, H·D], and [0, H·D] in the last layer."""
+        keys, values = self.split(k).index_select(0, self._source), self.split(v).index_select(0, self._source)
+        self._cache.write(layer, self._target, keys, values)
+        return q[:0].flatten(1) if layer == self._layers - 1 else super().__call__(layer, q, k, v)
+
+    def joined(self, decode: DecodePlan) -> Attend:
+        """One pass over these tokens and then a decode step's: its slots may be the very ones that are filled here,
+        since each layer's keys and values are in the cache before the step attends to them.
+        """
+        rows = len(self.tokens)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            first = self(layer, q[:rows], k[:rows], v[:rows])
+            return torch.cat((first, decode(layer, q[rows:], k[rows:], v[rows:])))
+
+        return attend

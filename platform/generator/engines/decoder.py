@@ -194,9 +194,8 @@ class _Layer:
     down_bias: Tensor | None
 
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
-"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) → [N, H·D], or None where nothing after this layer's keys and values
-is asked for."""
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) → [n, H·D] for the last n ≤ N tokens, the only ones that go on."""
 
 
 class Decoder:
@@ -293,8 +292,8 @@ class Decoder:
                 if tensor is not None:
                     tensor.copy_(weights[name + key])
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor | None:
-        """Hidden states [N, C] before the last norm, of ``tokens`` [N] at ``positions`` [N]."""
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [n, C] before the last norm, of ``tokens`` [N] at ``positions`` [N]; n is ``attend``'s."""
         spec = self.spec
         shape = (len(tokens), spec.heads + spec.kv_heads, spec.head_size)
         x = F.embedding(tokens, self.embed)
@@ -309,9 +308,7 @@ class Decoder:
             qk = torch.view_as_real(pairs * rotation).flatten(2).to(self.dtype)
             v = qkv[:, self._qk :].view(shape[0], spec.kv_heads, spec.head_size)
             attended = attend(i, qk[:, : spec.heads], qk[:, spec.heads :], v)
-            if attended is None:
-                return None
-            x = _add_linear(x, attended, layer.o, layer.o_bias)
+            x = _add_linear(x[len(x) - len(attended) :], attended, layer.o, layer.o_bias)
             h = F.rms_norm(x, x.shape[1:], layer.norm_2, spec.norm_eps)
             gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=1)
             x = _add_linear(x, F.silu(gate).mul_(up), layer.down, layer.down_bias)

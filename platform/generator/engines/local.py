@@ -25,12 +25,14 @@ from torch import Tensor
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Float32, Int32
 from offtrail.platform.config.schema import EngineConfig
-from offtrail.platform.generator.engines.cache import KVCache, causal_attention
-from offtrail.platform.generator.engines.decoder import Decoder, read_spec, read_weights
+from offtrail.platform.generator.engines.cache import KVCache, Prefill, Sequences
+from offtrail.platform.generator.engines.decoder import Attend, Decoder, read_spec, read_weights
 from offtrail.platform.generator.engines.sampler import draw, keep, log_probabilities
 from offtrail.platform.generator.engines.slots import Pending, Slots
 
 Int64 = npt.NDArray[np.int64]
+_Due = tuple[Int32, Int64]
+"""A sequence whose keys and values are to be computed, and the slots that they go to."""
 
 _PREFILL_TOKENS = 8192
 """Padded tokens of one prefill or scoring pass."""
@@ -88,12 +90,13 @@ class LocalEngine:
         """Let samples enter, make one token for each running sample, and return the finished ones."""
         if self._paused:
             return []
-        if self._kv_stale:
-            self._recompute()
-        self._enter()
+        due = self._stale()
+        split = self._enter(due)
         if not self._slots.running:
             return []
-        tokens, logprobs = self._decode()
+        tokens, logprobs = self._draw(self._decode(due))
+        if split:  # now or never: later the weights may be others
+            self._kept_prompt = self._cache.copy_out(self._slots.running - 1, split)
         return self._advance(tokens, logprobs)
 
     @torch.inference_mode()
@@ -109,7 +112,10 @@ class LocalEngine:
         divisor = torch.tensor(temperature or 1.0, device=self._device)
         for part in _passes([len(whole[i]) for i in asked]):
             chosen = [asked[place] for place in part]
-            hidden = self._forward([whole[i][:-1] for i in chosen], None)
+            sequences = Sequences([whole[i][:-1] for i in chosen])
+            hidden = self._forward(sequences.tokens, sequences.positions, sequences).view(
+                len(chosen), sequences.width, -1
+            )
             for place, i in enumerate(chosen):
                 start = len(prompts[i]) - 1
                 logits = self._decoder.logits(hidden[place, start : len(whole[i]) - 1])
@@ -190,41 +196,68 @@ class LocalEngine:
 
     # One step
 
-    def _enter(self) -> None:
-        """Let waiting samples enter while there is room; prompts not yet in the cache are prefilled together."""
-        slots, fresh, split = self._slots, list[tuple[Int32, Int64]](), 0
+    def _stale(self) -> list[_Due]:
+        """What must be computed anew because the weights changed: all running samples, but for their last tokens."""
+        slots, due = self._slots, list[_Due]()
+        if self._kv_stale:
+            rows = (row for row in range(slots.running) if slots.length[row] > 1)
+            due = [(slots.tokens[row, : slots.length[row] - 1], np.array([row])) for row in rows]
+            self._kv_stale = False
+        for tokens, _ in due:
+            self._charge("reprefilled_tokens", len(tokens))
+        return due
+
+    def _enter(self, due: list[_Due]) -> int:
+        """Let waiting samples enter while there is room, and add the prompts that are not in the cache to ``due``.
+
+        Returns the tokens to keep of the last prompt, where some of its samples did not enter and it is not kept yet.
+        """
+        slots = self._slots
         while self._waiting and (room := self._config.max_running - slots.running):
             pending = self._waiting[0]
             prefix = pending.request.prompt_tokens[:-1]
             left = pending.request.samples - pending.entered
             rows = slots.enter(pending, min(room, left))
-            hits = rows.stop - rows.start
-            if self._kept_prompt is not None:
-                self._cache.copy_in(rows.start, rows.stop, self._kept_prompt)
+            hits, kept = rows.stop - rows.start, self._kept_prompt
+            if kept is not None:
+                self._cache.copy_in(rows.start, rows.stop, kept)
             elif len(prefix):
-                fresh.append((prefix, np.arange(rows.start, rows.stop)))
+                due.append((prefix, np.arange(rows.start, rows.stop)))
+                self._charge("prefilled_tokens", len(prefix))
                 hits -= 1
             self.counters["prefix_hit_tokens"] += hits * len(prefix)
             if left > room:
-                split = len(prefix)
-                break
+                return 0 if kept is not None else len(prefix)
             self._waiting.popleft()
             self._kept_prompt = None
-        self._prefill(fresh, "prefilled_tokens")
-        if split and self._kept_prompt is None:  # only right after its prefill: later the weights may be others
-            self._kept_prompt = self._cache.copy_out(slots.running - 1, split)
+        return 0
 
-    def _decode(self) -> tuple[Tensor, Tensor]:
-        """The next token [n, 1] of each running sample and its log-probability [n, 1]."""
+    def _decode(self, due: Sequence[_Due]) -> Tensor:
+        """Logits [n, V] of the next token of each running sample.
+
+        ``due`` is prefilled in passes of bounded size, the last of them together with the running samples' tokens.
+        """
         slots = self._slots
-        n, positions = slots.running, slots.positions()
-        hidden = self._decoder.forward(
-            self._to_device(slots.last[:n]), self._to_device(positions), self._cache.decode_plan(positions)
-        )
-        assert hidden is not None
+        n, tokens, positions = slots.running, slots.last[: slots.running], slots.positions()
+        decode = self._cache.decode_plan(positions)
+        *passes, joined = _passes([len(prefix) for prefix, _ in due]) or [[]]
+        for chosen in passes:
+            prefill = self._prefill([due[i] for i in chosen])
+            self._forward(prefill.tokens, prefill.positions, prefill)
+        if joined:
+            prefill = self._prefill([due[i] for i in joined])
+            tokens = np.concatenate((prefill.tokens, tokens))
+            hidden = self._forward(tokens, np.concatenate((prefill.positions, positions)), prefill.joined(decode))
+        else:
+            hidden = self._forward(tokens, positions, decode)
         self._charge("decoded_tokens", n, heads=n, context=int(slots.length[:n].sum()))
+        return self._decoder.logits(hidden)
+
+    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token [n, 1] of each running sample and its log-probability [n, 1]."""
+        slots, n = self._slots, self._slots.running
         temperature = self._to_device(slots.temperature[:n, None]) if slots.scaled else None
-        logprobs = log_probabilities(self._decoder.logits(hidden), temperature)
+        logprobs = log_probabilities(logits, temperature)
         kept = None
         if slots.filtered:
             kept = keep(logprobs, self._to_device(slots.top_p[:n, None]), self._to_device(slots.top_k[:n, None]))
@@ -251,45 +284,13 @@ class LocalEngine:
             self._cache.move(source, target, int(slots.length[target].max()))
         return completions
 
-    def _recompute(self) -> None:
-        """Rebuild the KV cache of all running samples under the current weights."""
-        slots = self._slots
-        rows = [row for row in range(slots.running) if slots.length[row] > 1]
-        self._prefill([(slots.tokens[r, : slots.length[r] - 1], np.array([r])) for r in rows], "reprefilled_tokens")
-        self._kv_stale = False
+    # Helpers
 
-    # Passes over whole sequences
+    def _prefill(self, due: Sequence[_Due]) -> Prefill:
+        return Prefill(self._cache, [tokens for tokens, _ in due], [slots for _, slots in due])
 
-    def _prefill(self, sequences: Sequence[tuple[Int32, Int64]], counter: str) -> None:
-        """Compute the keys and values of each sequence once and put them into all of its slots."""
-        for chosen in _passes([len(tokens) for tokens, _ in sequences]):
-            part = [sequences[i] for i in chosen]
-            source = np.repeat(np.arange(len(part)), [len(slots) for _, slots in part])
-            target = np.concatenate([slots for _, slots in part])
-            self._forward([tokens for tokens, _ in part], (self._to_device(source), self._to_device(target)))
-            for tokens, _ in part:
-                self._charge(counter, len(tokens))
-
-    def _forward(self, sequences: Sequence[Int32], into: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Hidden states [m, T, C] of right-padded sequences; or, where ``into`` = (sequence, slot) pairs, only the
-        keys and values, written to those slots (the last layer stops after its own).
-        """
-        m, T = len(sequences), max(map(len, sequences))
-        padded = np.zeros((m, T), np.int32)
-        for row, tokens in zip(padded, sequences, strict=True):
-            row[: len(tokens)] = tokens
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            if into is not None:
-                keys, values = (x.view(m, T, *x.shape[1:]).transpose(1, 2).index_select(0, into[0]) for x in (k, v))
-                self._cache.write(layer, into[1], keys, values)
-                if layer == self._decoder.spec.layers - 1:
-                    return None
-            return causal_attention(q, k, v, m)
-
-        positions = torch.arange(T, device=self._device).repeat(m)
-        hidden = self._decoder.forward(self._to_device(padded.ravel()), positions, attend)
-        return torch.empty(0) if hidden is None else hidden.view(m, T, -1)
+    def _forward(self, tokens: Int32, positions: Int64, attend: Attend) -> Tensor:
+        return self._decoder.forward(self._to_device(tokens), self._to_device(positions), attend)
 
     def _charge(self, counter: str, tokens: int, *, heads: int = 0, context: int | None = None) -> None:
         """Count tokens, and the operations of a forward over them (attention: ``context`` positions in all; by default
