@@ -22,7 +22,8 @@ def command() -> int:
     try:
         from offtrail.platform.config.command import main
     except ImportError as error:
-        print(f"offtrail: error: {' '.join(str(error).split())}: install with `pip install -e .`", file=sys.stderr)
+        words = " ".join(str(error).removeprefix("offtrail: ").split())
+        print(f"offtrail: error: {words} (python {sys.executable}; install with `pip install -e .`)", file=sys.stderr)
         return 2
     return main(sys.argv[1:])
 

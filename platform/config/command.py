@@ -1,13 +1,14 @@
 """The command: flags, then compose → run directory → launch. launch.py calls `main`; nothing here imports torch.
 
-Exit codes: 0 done, 2 a mistake of the user or of the environment (one line on stderr), 130 interrupted before
-the start, and whatever `launch` returns.
+Exit codes: 0 done, 2 a mistake of the user or of the environment (one line on stderr), 130 interrupted before the
+start, and whatever `launch` returns.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"offtrail: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -39,22 +42,31 @@ def _run(argv: Sequence[str]) -> int:
     if "--help" in flags:
         from offtrail.platform.config.help import help_text
 
-        print(help_text())
+        show(help_text())
         return 0
     if "--version" in flags:
-        print(f"offtrail {offtrail.__version__}")
+        show(f"offtrail {offtrail.__version__}\n")
         return 0
     config = compose([argument for argument in argv if not argument.startswith("-")])
     if "--dry-run" in flags:
-        print(to_yaml(config), end="")
+        show(to_yaml(config))
         return 0
     require_packages()
     require_task(config)
-    from offtrail.platform.launcher.local import launch
-
     run_dir, lock = prepare(config)
     with lock:
+        from offtrail.platform.launcher.local import launch
+
         return launch(config, run_dir)
+
+
+def show(text: str) -> None:
+    """Print to stdout; a reader that has seen enough (`| head`) is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
 
 
 def _refuse_unknown(flags: set[str]) -> None:

@@ -29,7 +29,7 @@ import offtrail
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
 from offtrail.platform.config.files import Raw, guess, read_file, read_text, yaml_problem
 from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys
-from offtrail.platform.config.schema import SCHEMA_VERSION, Config
+from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
 
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
@@ -283,10 +283,10 @@ def _unknown(path: str, value: Raw, keys: Mapping[str, Key], base: Config) -> Co
 # Resume
 
 
-def _run_settings(file: Layer, line: Layer) -> Any:
+def _run_settings(file: Layer, line: Layer) -> RunConfig:
     """run.* alone, before the rest can be built: a resumed run's variants stand in its saved configuration."""
-    values = merge([Layer(values=dict(layer.values)) for layer in (file, line)])
-    return build({key: value for key, value in values.items() if key.startswith("run.")}).run
+    values = {key: value for key, value in (file.values | line.values).items() if key.startswith("run.")}
+    return build(values).run if "run.resume" in values else RunConfig()
 
 
 def saved_config(folder: str, name: str) -> Path:
@@ -307,7 +307,7 @@ def _refuse_new_science(started: Config, wanted: Config) -> None:
     changed = [key for key in now | before if now.get(key) != before.get(key)]
     refused = [key for key in changed if key not in RESUMABLE and not key.startswith(RESUMABLE_SECTIONS)]
     if refused:
-        others = f" (so do {', '.join(refused[1:])})" if refused[1:] else ""
+        others = f" (also: {', '.join(refused[1:])})" if refused[1:] else ""
         raise refuse(
             refused[0],
             now.get(refused[0], "(gone)"),

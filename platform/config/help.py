@@ -45,7 +45,7 @@ def help_text() -> str:
             title = f"{field.name}" + (f" (name={name})" if name and len(VARIANTS[field.name]) > 1 else "")
             lines.append(f"{title}: {_summary(variant)}")
             lines += [*_rows(keys_of(variant(), f"{field.name}.").values()), ""]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _rows(keys: Iterable[Key]) -> Iterable[str]:

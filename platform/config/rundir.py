@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import TextIO
@@ -25,8 +26,14 @@ def prepare(config: Config) -> tuple[Path, TextIO]:
     run_dir = Path(config.run.dir) / config.run.name if config.run.resume else _make(config)
     try:
         lock = _lock(config, run_dir)
-        _write(run_dir / "config.yaml", to_yaml(config))
+        try:
+            _write(run_dir / "config.yaml", to_yaml(config))
+        except OSError:
+            lock.close()
+            raise
     except OSError as error:
+        if not config.run.resume:
+            shutil.rmtree(run_dir, ignore_errors=True)  # it holds nothing yet, and would keep the name
         raise _unwritable(config, error) from None
     return run_dir, lock
 

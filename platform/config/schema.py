@@ -59,7 +59,7 @@ class SftConfig:
     """Supervised fine-tuning on the task's worked answers (job=sft; also the cold start of job=rl)."""
 
     seed: int = 0
-    """Of the start weights and the worked problems; apart from run.seed, so that runs of several seeds share a start."""
+    """Of the start weights and worked problems; apart from run.seed, so that runs of several seeds share a start."""
 
     steps: int = 600
     """Optimizer updates."""

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.keys import flatten
-from offtrail.platform.config.schema import Config
+from offtrail.platform.config.schema import SCHEMA_VERSION, Config
 from offtrail.tasks.config import JsonlConfig
 
 # Ranges as intervals: [ ] include the end, ( ) leave it out. A key that the chosen variant lacks is passed over.
 LIMITS = {
     "run.seed": "[0, 4294967295]",
+    "sft.seed": "[0, 4294967295]",
     "model.hidden_size": "[1, inf)",
     "model.layers": "[1, inf)",
     "model.heads": "[1, inf)",
@@ -80,6 +81,12 @@ def validate(config: Config) -> None:
     """Raise ConfigError for the first broken rule."""
     for rule in RULES:
         rule(config)
+
+
+def schema_is_this_one(config: Config) -> None:
+    """Files are checked where they are read; this is the command line."""
+    if config.schema_version != SCHEMA_VERSION:
+        raise refuse("schema_version", config.schema_version, f"this offtrail has {SCHEMA_VERSION}; leave the key out")
 
 
 def numbers_are_in_range(config: Config) -> None:
@@ -198,15 +205,6 @@ def answers_fit_the_model(config: Config) -> None:
         )
 
 
-def a_group_decodes_together(config: Config) -> None:
-    """The engine prefills a group once, for all its samples."""
-    running, size = config.engine.max_running, config.batch.group_size
-    if running < size:
-        raise refuse(
-            "engine.max_running", running, f"must be ≥ batch.group_size={size}: a group's samples decode together"
-        )
-
-
 def training_samples_the_policy_itself(config: Config) -> None:
     """Truncated or greedy sampling draws from another distribution than the one whose log-probabilities are kept."""
     sampling = config.sampling
@@ -295,6 +293,7 @@ def a_lease_expires_before_the_run(config: Config) -> None:
 
 
 RULES: tuple[Callable[[Config], None], ...] = (
+    schema_is_this_one,
     numbers_are_in_range,
     run_name_is_a_folder_name,
     made_model_has_whole_heads,
@@ -303,7 +302,6 @@ RULES: tuple[Callable[[Config], None], ...] = (
     minibatches_divide_groups,
     every_rank_has_samples,
     answers_fit_the_model,
-    a_group_decodes_together,
     training_samples_the_policy_itself,
     exact_staleness_is_repeatable,
     reward_has_a_component,

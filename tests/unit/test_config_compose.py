@@ -1,0 +1,292 @@
+"""compose: who wins, which variant, what a file means, and that a saved configuration repeats itself."""
+
+import dataclasses
+import importlib.resources
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from offtrail.platform.config import compose as module
+from offtrail.platform.config.compose import OPTIONS_DIR, compose, load_config, options_of, to_yaml
+from offtrail.platform.config.errors import ConfigError, nearest
+from offtrail.platform.config.files import read_file
+from offtrail.platform.config.keys import GROUPS, VARIANTS, all_paths, flatten, variant_keys
+from offtrail.platform.config.schema import Config
+from offtrail.platform.config.validate import LIMITS, RULES, inside, limit_text
+from offtrail.tasks.config import AdditionConfig, ChainConfig, JsonlConfig, MixtureConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_nothing_given_is_the_dataclass_defaults():
+    assert compose([]) == Config()
+
+
+def test_values_get_their_declared_type():
+    config = compose(["learner.steps=12", "sft.lr=1e-4", "tracking.tensorboard=false", "sft.betas=[0.5, 0.25]"])
+    assert config.learner.steps == 12
+    assert config.sft.lr == 0.0001
+    assert config.tracking.tensorboard is False
+    assert config.sft.betas == (0.5, 0.25)
+    assert type(config.sft.betas) is tuple
+
+
+@pytest.mark.parametrize("text", ["1e3", "0012", "true", "off", "null", "[a]", "{a: b}", "12:30", "a=b", "x#y", ""])
+def test_a_text_is_taken_as_it_stands(text, tmp_path):
+    assert compose([f"model.name={text}"]).model.name == text
+    quoted = "'" + text + "'"
+    assert compose([write(tmp_path / "a.yaml", f"model: {{name: {quoted}}}")]).model.name == text
+
+
+def test_yaml_off_is_not_false(tmp_path):
+    path = write(tmp_path / "a.yaml", "tracking: {progress: off}\nsft: {lr: 1e-4}\nmodel: {name: 0012}\n")
+    config = compose([path])
+    assert (config.tracking.progress, config.sft.lr, config.model.name) == ("off", 0.0001, "0012")
+
+
+def test_the_variant_follows_the_option():
+    assert type(compose([]).task) is ChainConfig
+    assert type(compose(["task=addition"]).task) is AdditionConfig
+    assert type(compose(["task.name=addition"]).task) is AdditionConfig
+    assert compose(["task=addition", "task.max_digits=6"]).task == AdditionConfig(max_digits=6)
+
+
+def test_every_option_composes(tmp_path):
+    problems = write(tmp_path / "p.jsonl", '{"question": "1+1?", "answer": "#### 2"}\n')
+    for group in GROUPS:
+        for option in options_of(group):
+            extra = [f"task.path={problems}"] if option == "gsm8k" else []
+            section = getattr(compose([f"{group}={option}", *extra]), group)
+            given = read_file(OPTIONS_DIR / group / f"{option}.yaml")
+            assert section.name == given.get("name", option)
+
+
+def test_options_hold_only_differences():
+    for group in VARIANTS:
+        for option in options_of(group):
+            given = read_file(OPTIONS_DIR / group / f"{option}.yaml")
+            name = given.pop("name", option)
+            keys = variant_keys()[group][name]
+            assert [k for k, v in given.items() if str(keys[f"{group}.{k}"].default).lower() == v.lower()] == []
+
+
+def test_every_variant_has_an_option():
+    for group, variants in VARIANTS.items():
+        named = {read_file(OPTIONS_DIR / group / f"{o}.yaml").get("name", o) for o in options_of(group)}
+        assert named == set(variants)
+
+
+def test_the_command_line_wins_over_the_file_in_any_order(tmp_path):
+    path = write(tmp_path / "a.yaml", "learner: {steps: 5, minibatches: 4}\nbatch: {groups: 8}\n")
+    for argv in (["learner.steps=7", path], [path, "learner.steps=7"]):
+        config = compose(argv)
+        assert (config.learner.steps, config.learner.minibatches, config.batch.groups) == (7, 4, 8)
+
+
+def test_an_option_on_the_command_line_replaces_the_files_group(tmp_path):
+    path = write(tmp_path / "a.yaml", "task: {name: addition, max_digits: 9}\nlearner: {steps: 5}\n")
+    assert compose([path]).task == AdditionConfig(max_digits=9)
+    config = compose([path, "task=chain"])
+    assert config.task == ChainConfig()
+    assert config.learner.steps == 5
+
+
+def test_a_file_may_choose_options_and_dotted_keys(tmp_path):
+    path = write(tmp_path / "a.yaml", "task: addition\ntask.max_digits: 5\nlearner.steps: 3\nbatch:\n")
+    config = compose([path])
+    assert config.task == AdditionConfig(max_digits=5)
+    assert config.learner.steps == 3
+
+
+def test_key_order_never_matters():
+    argv = ["task=mixture", "task.weights={chain: 1, addition: 3}", "task.weights.chain=2", "batch.groups=4"]
+    assert compose(argv) == compose(argv[::-1])
+    assert compose(argv).task.weights == {"chain": 2.0, "addition": 3.0}
+
+
+def test_a_mapping_is_one_value(tmp_path):
+    path = write(tmp_path / "a.yaml", "task: {name: mixture, weights: {countdown: 1}}\n")
+    assert compose([path]).task.weights == {"countdown": 1.0}
+    assert compose([path, "task.weights={chain: 1}"]).task.weights == {"chain": 1.0}
+    assert compose([path, "task.weights.chain=1"]).task.weights == {"countdown": 1.0, "chain": 1.0}
+    assert compose(["task=mixture", "task.weights.chain=2"]).task.weights == {"chain": 2.0, "addition": 0.5}
+
+
+def test_family_settings_of_a_mixture_get_numbers():
+    task = compose(["task=mixture", "task.settings.chain.max_operations=8", "task.settings.chain.noise=0.25"]).task
+    assert task.settings == {"chain": {"max_operations": 8, "noise": 0.25}}
+
+
+def test_dollar_braces_are_latex_not_interpolation(tmp_path):
+    problems = write(tmp_path / "p.jsonl", "")
+    for template in ("${prompt}$", r"\${prompt}", r"a\\${prompt}{prompt}", "${prompt", r"{prompt}\\"):
+        given = [f"task.template={template}" if "{prompt}" in template else f"task.template={template}{{prompt}}"]
+        config = compose(["task=gsm8k", f"task.path={problems}", *given])
+        assert config.task.template == given[0].removeprefix("task.template=")
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/some/home")
+    assert compose(["run.dir=~/runs"]).run.dir == "/some/home/runs"
+    assert compose(["model.name=~/runs"]).model.name == "~/runs"
+
+
+def test_saved_text_has_no_run_name():
+    text = to_yaml(compose(["run.name=mine", "run.seed=7"]))
+    assert "mine" not in text
+    assert "name: tiny" in text
+    assert "resume" not in text
+    assert "seed: 7" in text
+
+
+def test_load_config_is_what_was_saved(tmp_path):
+    config = compose(["task=countdown", "run.seed=3"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+# For any valid overrides x: compose(dump(compose(x))) == compose(x)
+
+FREE_TEXT = {"model.name", "task.prompt_field", "task.answer_field", "task.answer_after", "weights.dir", "run.dir"}
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    ["${x}", r"\${x}", r"\\", "off", "null", "1e-3", "0x1f", "~", "", " a ", "a\nb", "- a", "a: b", "#", "\x85\ufeff"]
+)
+
+
+def values_of(key):
+    """Texts for one key, most of them within its limits."""
+    if key.path in ("schema_version", "run.resume", "model.path", "task.path", "task.eval_path") or key.path.endswith(
+        ".name"
+    ):
+        return None
+    if key.path == "task.template":
+        return TEXTS.map(lambda text: text + "{prompt}")
+    if key.path in FREE_TEXT:
+        return TEXTS.filter(lambda text: not text.startswith("~"))
+    if key.type is bool:
+        return st.sampled_from(["true", "false"])
+    if key.type in (int, float):
+        low, high = (float(end) for end in LIMITS.get(key.path, "[0, inf)")[1:-1].split(","))
+        if key.type is int:
+            return st.integers(int(low), int(min(high, low + 2000))).map(str)
+        return st.floats(low, high if high < 1e300 else None, allow_nan=False, allow_infinity=False).map(repr)
+    if "|" in key.type_text:
+        return st.sampled_from(key.type_text.split("|"))
+    if key.type_text == "[float, float]":
+        return st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2).map(lambda pair: str(list(pair)))
+    return None
+
+
+@st.composite
+def command_lines(draw):
+    names = {group: draw(st.sampled_from(sorted(variants))) for group, variants in VARIANTS.items()}
+    keys = {key.path: key for key in keys_for(names)}
+    pool = {path: values for path, key in keys.items() if (values := values_of(key)) is not None}
+    chosen = draw(st.lists(st.sampled_from(sorted(pool)), max_size=4, unique=True))
+    return [f"{group}.name={name}" for group, name in names.items()] + [f"{p}={draw(pool[p])}" for p in chosen]
+
+
+def keys_for(names):
+    base = Config()
+    for group, name in names.items():
+        setattr(base, group, VARIANTS[group][name]())
+    return module.keys_of(base).values()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(argv=command_lines())
+def test_a_saved_configuration_repeats_itself(argv, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "repeat"
+    folder.mkdir(exist_ok=True)
+    problems = folder / "problems.jsonl"
+    problems.touch()
+    if "task.name=jsonl" in argv:
+        argv = [*argv, f"task.path={problems}"]
+    try:
+        config = compose(argv)
+    except ConfigError:
+        assume(False)
+    saved = folder / "config.yaml"
+    saved.write_text(to_yaml(config), encoding="utf-8", newline="")
+    assert compose([str(saved)]) == config
+    assert to_yaml(compose([str(saved)])) == to_yaml(config)
+
+
+# The tables
+
+
+def test_every_key_has_its_line_and_limits_name_real_keys():
+    tables = [module.keys_of(Config()), *(keys for kinds in variant_keys().values() for keys in kinds.values())]
+    lines = {path: key.line for keys in tables for path, key in keys.items()}
+    assert set(lines) == all_paths()
+    assert [path for path, line in lines.items() if not line] == []
+    assert set(LIMITS) <= all_paths()
+
+
+def test_every_number_is_limited_somewhere():
+    """A new number without a range is a mistake waiting: it stands in LIMITS or its dataclass checks itself."""
+    own = ("task.", "algo.", "correction.", "reward.")
+    numbers = [p for p, k in module.keys_of(Config()).items() if k.type in (int, float) and not p.startswith(own)]
+    elsewhere = {"schema_version", "sampling.temperature", "sampling.top_p", "sampling.top_k"}
+    assert set(numbers) - set(LIMITS) == elsewhere
+
+
+def test_intervals():
+    assert inside(1, "[1, inf)")
+    assert not inside(0, "[1, inf)")
+    assert not inside(0, "(0, inf)")
+    assert inside(1, "[0, 1]")
+    assert not inside(1, "[0, 1)")
+    assert limit_text("[1, inf)") == "≥ 1"
+    assert limit_text("(0, inf)") == "> 0"
+    assert limit_text("[0, 1]") == "in [0, 1]"
+
+
+def test_rules_are_documented():
+    assert all(rule.__doc__ for rule in RULES)
+
+
+def test_nearest_knows_forgotten_sections_and_misspellings():
+    paths = all_paths()
+    assert nearest("steps", paths) == ["learner.steps", "sft.steps"]
+    assert nearest("batch.grups", paths)[0] == "batch.groups"
+    assert nearest("learner.seed", paths)[0] == "run.seed"
+    assert nearest("qqqqqq", paths) == []
+
+
+def test_flatten_is_every_leaf():
+    flat = flatten(compose(["task=mixture"]))
+    assert flat["task.weights"] == MixtureConfig().weights
+    assert flat["learner.optim.lr"] == Config().learner.optim.lr
+    assert all(not dataclasses.is_dataclass(value) for value in flat.values())
+
+
+# Where options are found
+
+
+def test_options_are_package_data():
+    """A wheel holds configs/ as data of the package: reached through a link here, and declared in pyproject.toml."""
+    resources = importlib.resources.files("offtrail") / "configs"
+    assert Path(str(resources)) == OPTIONS_DIR
+    assert OPTIONS_DIR.resolve() == ROOT / "configs"
+    assert {child.name for child in resources.iterdir()} == set(GROUPS)
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "*.yaml" in build["package-data"]["*"]
+    assert build["packages"]["find"] == {"where": ["src"], "namespaces": True}
+    assert all(re.fullmatch(r"[a-z0-9_.-]+\.yaml", path.name) for path in OPTIONS_DIR.glob("*/*"))
+
+
+def test_jsonl_is_chosen_with_its_own_keys(tmp_path):
+    problems = write(tmp_path / "p.jsonl", "")
+    task = compose(["task=gsm8k", f"task.path={problems}"]).task
+    assert type(task) is JsonlConfig
+    assert (task.prompt_field, task.answer_field, task.answer_after) == ("question", "answer", "####")

@@ -1,0 +1,229 @@
+"""Every mistake in the configuration: one line that names the key, the value, what is allowed, the nearest name."""
+
+import pytest
+
+from offtrail.platform.config.compose import compose, to_yaml
+from offtrail.platform.config.errors import ConfigError
+
+
+def message(*argv):
+    with pytest.raises(ConfigError) as caught:
+        compose(argv)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# (argv, the key=value it begins with, what else it must say)
+MISTAKES = [
+    # unknown names
+    (["batch.grups=8"], "batch.grups=8: unknown key", ["nearest: batch.groups"]),
+    (["steps=10"], "steps=10: unknown key", ["learner.steps", "sft.steps"]),
+    (["recipe=r1_zero"], "recipe=r1_zero: unknown key", ["--help"]),
+    (["task=adition"], "task=adition: unknown option", ["addition, chain", "nearest: addition"]),
+    (["model=/data/qwen"], "model=/data/qwen: unknown option", ["options: tiny", "model.path=/data/qwen"]),
+    (["engine.name=sglang"], "engine.name=sglang: must be one of local", []),
+    (["algo.name=gppo"], "algo.name=gppo: must be one of grpo", ["nearest: grpo"]),
+    (["task.path=x.jsonl"], "task.path=x.jsonl: not a key of task.name=chain", ["of task.name=jsonl"]),
+    (["correction=none", "correction.cap=3"], "correction.cap=3: not a key of correction.name=none", ["tis"]),
+    (["batch=8"], "batch=8: is a section", ["batch.groups, batch.group_size"]),
+    # wrong types
+    (["batch.groups=many"], "batch.groups=many: must be a whole number", []),
+    (["batch.groups=1.5"], "batch.groups=1.5: must be a whole number", []),
+    (["batch.groups="], "batch.groups=: must be a whole number", []),
+    (["sft.lr=fast"], "sft.lr=fast: must be a number", []),
+    (["run.resume=maybe"], "run.resume=maybe: must be true or false", []),
+    (["staleness.mode=exakt"], "staleness.mode=exakt: must be one of bound, exact", []),
+    (["job=ppo"], "job=ppo: must be one of rl, sft", []),
+    (["sft.betas=0.9"], "sft.betas=0.9: must be [float, float]", ["sft.betas=[0.9, 0.98]"]),
+    (["sft.betas=[0.9]"], "sft.betas=[0.9]: must be [float, float]", []),
+    (["sft.betas=[0.9"], "sft.betas=[0.9: malformed", []),
+    (["learner.steps=[3]"], "learner.steps=[3]: must be a whole number", []),
+    (["task=mixture", "task.weights=2"], "task.weights=2: must be a mapping", ["{chain: 0.5, addition: 0.5}"]),
+    (["task=mixture", "task.weights.chain=x"], "task.weights.chain=x: must be a number", []),
+    (["model.name=\udcff"], "model.name=\udcff: must be UTF-8 text", []),
+    # the command line itself
+    (["learner.steps"], "learner.steps: neither key=value", ["nearest: learner.steps"]),
+    (["learner.steps=3", "learner.steps=4"], "learner.steps=4: given twice", ["3"]),
+    (["task=chain", "task=addition"], "task=addition: given twice", ["chain"]),
+    (["no/such/file.yaml"], "no/such/file.yaml: no such file", []),
+    # ranges
+    (["batch.group_size=0"], "batch.group_size=0: must be ≥ 1", []),
+    (["staleness.max=-1"], "staleness.max=-1: must be ≥ 0", []),
+    (["learner.optim.lr=nan"], "learner.optim.lr=nan: must be a finite number", []),
+    (["broker.port=70000"], "broker.port=70000: must be in [0, 65535]", []),
+    (["learner.optim.betas=[0.9, 1.0]"], "learner.optim.betas=[0.9, 1.0]: each must lie in [0, 1)", []),
+    (["algo.clip_low=2"], "algo.clip_low=2.0: must", []),
+    (["task.noise=3"], "task.noise=3.0: must", []),
+    (["run.name=../x"], "run.name=../x: letters", ["run.dir"]),
+    (["run.name=.hidden"], "run.name=.hidden: letters", []),
+    # rules between keys
+    (["batch.groups=15"], "batch.groups=15: must be divisible by learner.minibatches=2", []),
+    (["learner.ranks=65"], "learner.ranks=65", ["64 samples"]),
+    (["sampling.temperature=0"], "sampling.temperature=0.0: must be > 0", ["eval.temperature"]),
+    (["sampling.top_p=0.9"], "sampling.top_p=0.9: must be 1", ["bias the importance ratios"]),
+    (["sampling.top_k=50"], "sampling.top_k=50: must be 0", ["bias the importance ratios"]),
+    (["staleness.mode=exact", "generator.count=2"], "staleness.mode=exact: needs generator.count=1, not 2", ["timing"]),
+    (["staleness.mode=exact", "staleness.on_violation=drop"], "staleness.on_violation=drop: not with", ["wait"]),
+    (
+        ["staleness.mode=exact", "generator.max_in_flight=15"],
+        "generator.max_in_flight=15: must be ≥ batch.groups=16",
+        ["exact"],
+    ),
+    (["sampling.max_new_tokens=256"], "sampling.max_new_tokens=256: must be < model.max_length=256", []),
+    (["learner.tokens_per_microbatch=255"], "learner.tokens_per_microbatch=255: must be ≥ model.max_length=256", []),
+    (["model.hidden_size=60"], "model.hidden_size=60: must be a multiple of 2·model.heads=8", []),
+    (["model.kv_heads=3"], "model.kv_heads=3: must divide model.heads=4", []),
+    (["reward.accuracy_weight=0", "reward.format_weight=0"], "reward.accuracy_weight=0: at least one", []),
+    (["sft.warmup_steps=600"], "sft.warmup_steps=600: must be < sft.steps=600", []),
+    (["learner.device=gpu"], "learner.device=gpu: must be cpu, cuda or cuda:N", []),
+    (["engine.device=tpu"], "engine.device=tpu: must be cpu, cuda or cuda:N", []),
+    (["broker.address=myhost"], "broker.address=myhost: must be an IP address", ["127.0.0.1"]),
+    (["broker.deadline_seconds=30"], "broker.deadline_seconds=30.0: must be > ", ["lease"]),
+    (["algo.kl_coef=0.1"], "algo.kl_coef=0.1", ["algo.kl=none"]),
+    (["task=mixture", "task.weights.sudoku=1"], "task.weights=sudoku", ["chain"]),
+    # paths
+    (["model.path=/no/such/model"], "model.path=/no/such/model: no such folder", []),
+    (["task=gsm8k"], "task.path=: a file of problems is needed", ["task.path=FILE.jsonl"]),
+    (["task=gsm8k", "task.path=/no/such.jsonl"], "task.path=/no/such.jsonl: no such file", []),
+    # resume
+    (["run.resume=true", "run.dir=/no/such"], "run.resume=true: needs run.name=NAME", []),
+    (["run.resume=true", "run.name=lost", "run.dir=/no/such"], "run.name=lost: no run to resume in /no/such", []),
+]
+
+
+@pytest.mark.parametrize(("argv", "begins", "says"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_mistake(argv, begins, says):
+    text = message(*argv)
+    assert text.startswith(begins)
+    for part in says:
+        assert part in text
+
+
+def test_a_model_folder_needs_its_config(tmp_path):
+    assert "holds no config.json" in message(f"model.path={tmp_path}")
+    (tmp_path / "config.json").write_text("{}")
+    assert compose([f"model.path={tmp_path}"]).model.path == str(tmp_path)
+
+
+def test_a_model_name_must_be_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert "hf download org/model-1" in message("model.path=org/model-1")
+    snapshot = tmp_path / "models--org--model-1" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert compose(["model.path=org/model-1"]).model.path == "org/model-1"
+
+
+def test_a_held_out_file_must_exist(tmp_path):
+    path = write(tmp_path / "p.jsonl", "")
+    text = message("task=gsm8k", f"task.path={path}", f"task.eval_path={path}2")
+    assert text.startswith(f"task.eval_path={path}2: no such file")
+
+
+def test_malformed_yaml_names_file_and_line(tmp_path):
+    path = write(tmp_path / "a.yaml", "learner:\n  steps: 3\n bad: [\n")
+    assert message(path).startswith(f"{path}, line 3: malformed YAML")
+
+
+def test_a_key_twice_in_a_file_names_the_line(tmp_path):
+    path = write(tmp_path / "a.yaml", "learner:\n  steps: 3\n  steps: 4\n")
+    assert message(path).startswith(f"{path}, line 3: malformed YAML: the key 'steps' is given twice")
+    path = write(tmp_path / "b.yaml", "learner.steps: 3\nlearner: {steps: 4}\n")
+    assert message(path).startswith("learner.steps=4: given twice, also as 3")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n", "? [a]\n: 1\n"])
+def test_a_file_must_be_a_mapping(text, tmp_path):
+    path = write(tmp_path / "a.yaml", text)
+    assert message(path).startswith(path)
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert message(str(path)).startswith(f"{path}: not a UTF-8 text")
+    path.write_bytes(b"a: \x00")
+    assert "malformed YAML" in message(str(path))
+    assert "cannot be read" in message(str(tmp_path / "a.yaml" / "b.yaml"))
+
+
+def test_an_unknown_key_in_a_file(tmp_path):
+    path = write(tmp_path / "a.yaml", "learner: {stps: 3}\n")
+    assert message(path).startswith("learner.stps=3: unknown key; nearest: learner.steps")
+
+
+def test_a_yaml_that_holds_itself(tmp_path):
+    path = write(tmp_path / "a.yaml", "batch: &b {groups: *b}\n")
+    assert message(path).startswith(f"{path}, line 1: malformed YAML: found unconstructable recursive node")
+
+
+def test_one_file_only(tmp_path):
+    path = write(tmp_path / "a.yaml", "")
+    assert "is given already" in message(path, path)
+
+
+def test_a_run_directory_is_not_its_config(tmp_path):
+    write(tmp_path / "config.yaml", to_yaml(compose([])))
+    assert message(str(tmp_path)).endswith(f"give {tmp_path}/config.yaml")
+
+
+def test_a_configuration_of_another_version(tmp_path):
+    path = write(tmp_path / "old.yaml", "schema_version: 0\nbatch: {size: 4}\n")
+    text = message(path)
+    assert text.startswith("schema_version=0: ")
+    assert path in text
+    assert message("schema_version=2").startswith("schema_version=2: ")
+
+
+# Resume
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run `one` that was started with task=addition and five steps."""
+    (tmp_path / "one").mkdir()
+    config = compose(["task=addition", "learner.steps=5", f"run.dir={tmp_path}", "task.max_digits=6"])
+    write(tmp_path / "one" / "config.yaml", to_yaml(config))
+    return [f"run.dir={tmp_path}", "run.name=one", "run.resume=true"], config
+
+
+def test_resume_takes_the_saved_configuration(saved):
+    argv, config = saved
+    resumed = compose(argv)
+    assert (resumed.run.name, resumed.run.resume) == ("one", True)
+    resumed.run.name, resumed.run.resume = "", False
+    assert resumed == config
+
+
+def test_resume_may_change_what_decides_no_number(saved):
+    resumed = compose([*saved[0], "learner.steps=9", "generator.count=2", "tracking.progress=off", "broker.port=5555"])
+    assert (resumed.learner.steps, resumed.generator.count, resumed.task.max_digits) == (9, 2, 6)
+
+
+def test_resume_refuses_other_science(saved):
+    text = message(*saved[0], "algo.clip_low=0.1", "batch.groups=8")
+    assert text.startswith("algo.clip_low=0.1: differs from 0.2")
+    assert "(also: batch.groups)" in text
+    assert message(*saved[0], "task=chain").startswith("task.")
+    assert message(*saved[0], "task.max_digits=7").startswith("task.max_digits=7: differs from 6")
+
+
+def test_resume_never_shortens(saved):
+    assert message(*saved[0], "learner.steps=4").startswith("learner.steps=4: the run was started with 5")
+
+
+def test_resume_names_the_runs_that_are_there(saved):
+    where = saved[0][0]
+    assert "one" in message(where, "run.resume=true")
+    assert "nearest: one" in message(where, "run.resume=true", "run.name=ones")
+
+
+def test_resume_of_a_run_of_another_version(saved, tmp_path):
+    write(tmp_path / "one" / "config.yaml", "schema_version: 0\n")
+    assert message(*saved[0]).startswith("schema_version=0: ")

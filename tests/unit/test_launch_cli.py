@@ -1,0 +1,177 @@
+"""The command as it is typed: exit code 2 and one line for a mistake, no traceback, no torch, nothing started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import offtrail
+from offtrail.platform.config.keys import GROUPS, all_paths
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*argv, cwd=ROOT, **environment):
+    # Without PYTHONPATH: launch.py itself must find the checkout's package.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
+    command = [sys.executable, str(ROOT / "launch.py"), *argv]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=120)
+
+
+def refused(*argv, cwd=ROOT, **environment):
+    """The one line of a mistake, without its prefix."""
+    done = run(*argv, cwd=cwd, **environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("offtrail: error: ")
+    return done.stderr.removeprefix("offtrail: error: ").rstrip("\n")
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A function that writes a JSON-lines file and gives the arguments that train on it."""
+
+    def write(*lines):
+        path = tmp_path / "problems.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return ["task=gsm8k", f"task.path={path}", f"run.dir={tmp_path}", "run.name=never", "eval.prompts=1"]
+
+    yield write
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "begins"),
+    [
+        ("batch.grups=8", "batch.grups=8: unknown key; nearest: batch.groups"),
+        ("batch.groups=many", "batch.groups=many: must be a whole number"),
+        ("task=adition", "task=adition: unknown option"),
+        ("model.path=/no/such/model", "model.path=/no/such/model: no such folder"),
+        ("run.dir=/proc/runs", "run.dir=/proc/runs: cannot be written"),
+        ("no_equals_sign", "no_equals_sign: neither key=value"),
+        ("--dryrun", "--dryrun: unknown flag; flags: --help, --version, --dry-run; nearest: --dry-run"),
+        ("model.name=\udcff", "model.name=\\udcff: must be UTF-8 text"),
+        ("run.name=two\nlines", "run.name=two lines: letters"),
+    ],
+)
+def test_mistake(argument, begins):
+    assert refused(argument).startswith(begins)
+
+
+def test_a_run_name_that_exists(tmp_path):
+    (tmp_path / "mine").mkdir()
+    text = refused(f"run.dir={tmp_path}", "run.name=mine")
+    assert text.startswith(f"run.name=mine: {tmp_path}/mine exists; go on with it by run.resume=true")
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_run_to_resume_that_does_not_exist(tmp_path):
+    text = refused(f"run.dir={tmp_path}", "run.name=mine", "run.resume=true")
+    assert text.startswith("run.name=mine: no run to resume")
+
+
+def test_a_configuration_of_another_version(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("schema_version: 99\n", encoding="utf-8")
+    assert refused(str(path)).startswith("schema_version=99: ")
+
+
+def test_malformed_yaml(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: 1\nb: [\n", encoding="utf-8")
+    assert refused("mine.yaml", cwd=tmp_path).startswith("mine.yaml, line 3: malformed YAML")
+
+
+def test_a_malformed_line_of_problems(problems):
+    text = refused(*problems('{"question": "1+1?", "answer": "#### 2"}', '{"question": '))
+    assert text.startswith("task.path=")
+    assert "line 2: not valid JSON" in text
+
+
+def test_a_problem_with_no_answer(problems):
+    text = refused(*problems('{"question": "1+1?"}'))
+    assert "line 1: no answer" in text
+
+
+@pytest.mark.parametrize("package", ["omegaconf", "yaml", "msgspec", "torch"])
+def test_a_missing_dependency(package, tmp_path):
+    """Without a package the command says so in one line, before it makes a directory."""
+    code = f"import sys, runpy; sys.modules['{package}'] = None; sys.argv = ['launch.py', 'run.dir={tmp_path}/runs']; "
+    code += f"runpy.run_path('{ROOT / 'launch.py'}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("offtrail: error: ")
+    assert package in done.stderr
+    assert "pip install -e ." in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_prints_the_configuration_and_makes_nothing(tmp_path):
+    done = run("task=addition", "run.dir=runs", "run.name=x", "--dry-run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    tree = yaml.safe_load(done.stdout)
+    assert tree["task"]["name"] == "addition"
+    assert tree["run"] == {"dir": "runs", "seed": 0}
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "printed.yaml").write_text(done.stdout, encoding="utf-8")
+    assert run("printed.yaml", "--dry-run", cwd=tmp_path).stdout == done.stdout
+
+
+def test_help_lists_every_key_group_and_option():
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    words = set(done.stdout.split())
+    assert all_paths() <= words
+    assert {f"{group}=" for group in GROUPS} <= words
+    assert "chain_hard" in words
+    line = next(line for line in done.stdout.splitlines() if line.split()[:1] == ["staleness.max"])
+    assert line.split(maxsplit=4)[1:4] == ["int", "=", "2"]
+    assert line.endswith("η: no token older than this is trained; 0 = the synchronous loop. (≥ 0)")
+    assert run("-h").stdout == done.stdout
+
+
+def test_help_on_a_terminal_that_has_only_ascii():
+    done = run("--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0
+    assert done.stdout.isascii()
+
+
+def test_help_into_a_closed_pipe():
+    command = f"{sys.executable} {ROOT / 'launch.py'} --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stderr == ""
+
+
+def test_version():
+    assert run("--version").stdout == f"offtrail {offtrail.__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--dry-run"])
+def test_nothing_heavy_is_imported(flag):
+    """What answers in under half a second: the standard library, omegaconf and yaml. Imports decide it, so they are
+    what is asserted, not the clock.
+    """
+    code = (
+        f"import sys, runpy; sys.argv = ['launch.py', '{flag}']\n"
+        f"try: runpy.run_path('{ROOT / 'launch.py'}', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'pyarrow', 'zmq', 'msgspec', 'rich', 'matplotlib', 'tensorboard'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.endswith("HEAVY []\n")
+
+
+def test_config_imports_no_torch():
+    names = [path.stem for path in (ROOT / "platform" / "config").glob("[!_]*.py")]
+    code = "import sys\n" + "".join(f"import offtrail.platform.config.{name}\n" for name in names)
+    code += "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+    assert len(names) > 5
