@@ -59,9 +59,11 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
             operators.pop()
         else:
             return None
+    if operand_next:
+        return None
     while operators and operators[-1] != "(":
         reduce(values, operators)
-    if operand_next or operators:
+    if operators:
         return None
     return values[0], [int(token) for token in tokens if token.isdigit()]
 

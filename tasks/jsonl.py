@@ -151,6 +151,10 @@ def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
             f"{where}: field {name!r} is {type(value).__name__}, not text; mend the line, or set task.{key}"
         )
     text = str(value)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise TaskError(
+            f"{where}: field {name!r} holds half a surrogate pair, which is no text; mend or delete the line"
+        )
     if not text.strip():
         what = "no answer" if key == "answer_field" else "no prompt"
         raise TaskError(f"{where}: {what}: field {name!r} is empty; fill it, or delete the line")

@@ -1,0 +1,327 @@
+"""The verifier pool against verifiers that loop, die, lie, print and eat memory: no key is lost, no process is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import offtrail
+from offtrail.core.types import Problem
+from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.verifiers import VerifierError, VerifierPool
+from offtrail.rewards.config import RewardConfig
+from offtrail.tasks.config import CountdownConfig, JsonlConfig, MixtureConfig
+from offtrail.tasks.registry import make_task
+from offtrail.tasks.split import stream
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from offtrail.platform.generator.verifier_worker import serve
+
+def verify(problem, answer):
+    flag = Path(problem.answer)
+    match answer:
+        case "loop":
+            flag.touch()
+            while True: pass
+        case "die": os._exit(3)
+        case "kill": os.kill(os.getpid(), 9)
+        case "die once" if not flag.exists():
+            flag.touch()
+            os._exit(3)
+        case "raise": raise KeyError("no such rule")
+        case "print": print("noise on stdout", flush=True)
+        case "eat": return bool(bytearray(4 << 30))
+        case "lie": os.write(LINE, b"\\x03\\x00\\x00\\x00abc")
+        case "flood": os.write(LINE, b"\\xff\\xff\\xff\\xff") ; [os.write(LINE, bytes(1 << 20)) for _ in range(64)]
+        case "child" if os.fork() == 0: time.sleep(600)
+        case "child":
+            while True: pass
+    return answer != "wrong"
+
+LINE = os.dup(1)
+serve(lambda setup: verify)
+"""
+
+Result = dict[Hashable, dict[str, np.ndarray[Any, Any]] | None]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> tuple[str, ...]:
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    return (sys.executable, "-P", str(path))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """After each test: no child process and no open descriptor more than before."""
+    descriptors = len(os.listdir("/proc/self/fd"))
+    yield
+    assert psutil.Process().children(recursive=True) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def config(**reward: Any) -> Config:
+    return Config(reward=RewardConfig(**{"deadline_seconds": 60.0, **reward}))
+
+
+def put(pool: VerifierPool, key: Hashable, *answers: str, flag: Path | str = "") -> None:
+    texts = [f"<think></think><answer>{answer}</answer>" for answer in answers]
+    pool.submit(key, Problem("chain", 0, "p", str(flag)), texts, [True] * len(texts))
+
+
+def collect(pool: VerifierPool, until: Callable[[Result], bool] = lambda _: False) -> Result:
+    """Poll until nothing is pending (or ``until``); pytest's own timeout bounds it."""
+    results: Result = {}
+    while pool.pending and not until(results):
+        for key, components in pool.poll(timeout_s=0.5):
+            assert key not in results
+            results[key] = components
+    return results
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until ``condition``; pytest's own timeout bounds it."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie that nobody has reaped yet has)."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize(
+    "task", [Config().task, CountdownConfig(), MixtureConfig(), JsonlConfig(path="/not/read.jsonl")]
+)
+def test_every_task_is_rebuilt_in_the_worker(task: Any):
+    made = make_task(task, 0, load=False)
+    problems = (
+        [Problem("jsonl", i, "q", f"{i}.0", {"solution": ""}) for i in range(20)]
+        if task.name == "jsonl"
+        else [made.train(i) for i in range(20)]
+    )
+    rng = stream("pool")
+    with VerifierPool(Config(task=task)) as pool:
+        for i, problem in enumerate(problems):
+            right = made.trace(problem, rng)
+            texts = [right, "<think></think><answer>none</answer>", right, f"{right} and"]
+            pool.submit(i, problem, texts, [True, True, False, True])
+        results = collect(pool)
+    assert sorted(results) == list(range(20))  # type: ignore[type-var]
+    for components in results.values():
+        assert components is not None
+        assert {name: column.dtype for name, column in components.items()} == {
+            "accuracy": np.float32,
+            "format": np.float32,
+        }
+        assert components["accuracy"].tolist() == [1, 0, 1, 0]
+        assert components["format"].tolist() == [1, 1, 0, 0]
+    assert pool.counters["verified_groups"] == 20
+    assert pool.counters["verified_samples"] == 80
+
+
+def test_a_verifier_that_loops_is_killed_at_its_deadline_while_others_answer(command: tuple[str, ...], tmp_path: Path):
+    with VerifierPool(config(workers=2, deadline_seconds=3.0), command) as pool:
+        for i in range(16):
+            put(pool, f"warm {i}", "right")
+        collect(pool)
+        workers = psutil.Process().children()
+        put(pool, "stuck", "right", "loop", "right", flag=tmp_path / "flag")
+        for i in range(40):
+            put(pool, i, "right", "wrong")
+        wait_for((tmp_path / "flag").exists)
+        before = psutil.Process().cpu_times()
+        results = collect(pool)
+        spent = psutil.Process().cpu_times()
+        survivors = [worker for worker in workers if not gone(worker.pid)]
+    order = list(results)
+    assert order.index("stuck") >= 37  # at most three others lay in the pipe behind it
+    stuck = results.pop("stuck")
+    assert stuck is not None
+    assert stuck["accuracy"].tolist() == stuck["format"].tolist() == [0, 0, 0]  # on_timeout=zero
+    assert all(r is not None and r["accuracy"].tolist() == [1, 0] for r in results.values())
+    assert pool.counters["verifier_timeouts"] == 1
+    assert len(survivors) == 1
+    assert spent.user + spent.system - before.user - before.system < 1.0  # it slept: CPU time, not the clock
+
+
+def test_on_timeout_refuse_returns_none_with_the_reason(command: tuple[str, ...]):
+    with VerifierPool(config(deadline_seconds=0.3, on_timeout="refuse"), command) as pool:
+        put(pool, "stuck", "loop")
+        put(pool, "next", "right")
+        results = collect(pool)
+        assert results["stuck"] is None
+        assert pool.reason("stuck") == "verifier ran past reward.deadline_seconds=0.3 and was killed"
+        assert results["next"] is not None
+
+
+def test_a_worker_that_dies_costs_one_retry(command: tuple[str, ...], tmp_path: Path):
+    with VerifierPool(config(), command) as pool:
+        put(pool, "once", "right", "die once", flag=tmp_path / "flag")
+        results = collect(pool)
+    assert results["once"] is not None
+    assert results["once"]["accuracy"].tolist() == [1, 1]
+    assert pool.counters["verifier_deaths"] == 1
+
+
+@pytest.mark.parametrize(("answer", "how"), [("die", "exit code 3"), ("kill", "signal SIGKILL")])
+def test_a_group_that_kills_two_workers_fails_with_a_reason_and_the_rest_go_on(
+    command: tuple[str, ...], answer: str, how: str
+):
+    with VerifierPool(config(), command) as pool:
+        put(pool, "before", "right")
+        put(pool, "deadly", answer)
+        for i in range(10):
+            put(pool, i, "right")
+        results = collect(pool)
+        assert results.pop("deadly") is None
+        assert pool.reason("deadly") == f"verifier worker died twice on this group ({how})"
+    assert len(results) == 11
+    assert all(r is not None and r["accuracy"].tolist() == [1] for r in results.values())
+    assert pool.counters["verifier_deaths"] == 2
+
+
+def test_what_a_verifier_raises_is_the_groups_reason(command: tuple[str, ...]):
+    with VerifierPool(config(), command) as pool:
+        put(pool, "raises", "right", "raise")
+        put(pool, "eats", "eat")
+        put(pool, "fine", "right")
+        results = collect(pool)
+        assert results["raises"] is results["eats"] is None
+        assert pool.reason("raises") == "verifier raised KeyError: 'no such rule'"
+        assert pool.reason("eats").startswith("verifier raised MemoryError")
+        assert results["fine"] is not None
+    assert pool.counters["verifier_deaths"] == 0
+
+
+@pytest.mark.parametrize("answer", ["lie", "flood"])
+def test_bytes_that_are_no_verdict_end_the_worker(command: tuple[str, ...], answer: str):
+    resident = psutil.Process().memory_info().rss
+    with VerifierPool(config(), command) as pool:
+        put(pool, "bad", answer)
+        put(pool, "good", "right")
+        results = collect(pool)
+        assert results["bad"] is None
+        assert results["good"] is not None
+    assert psutil.Process().memory_info().rss - resident < 50 << 20
+
+
+def test_printing_does_not_disturb_the_line(command: tuple[str, ...]):
+    with VerifierPool(config(), command) as pool:
+        put(pool, "loud", "print", "wrong", "print")
+        results = collect(pool)
+    assert results["loud"] is not None
+    assert results["loud"]["accuracy"].tolist() == [1, 0, 1]
+
+
+def test_processes_that_a_verifier_started_are_killed_with_it(command: tuple[str, ...]):
+    with VerifierPool(config(deadline_seconds=0.3), command) as pool:
+        put(pool, "child", "child")
+        collect(pool)  # nothing_left_behind looks for grandchildren
+
+
+def test_many_keys_under_random_deaths_all_come_back_once(command: tuple[str, ...]):
+    rng = stream("deaths")
+    with VerifierPool(config(workers=2, deadline_seconds=30.0), command) as pool:
+        kinds = [rng.choice(["right"] * 12 + ["die", "raise"]) for _ in range(150)]
+        results: Result = {}
+        for i, kind in enumerate(kinds):
+            put(pool, i, kind, "right")
+            results |= dict(pool.poll())
+            if i % 50 == 25:  # and one from outside
+                os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
+        results |= collect(pool)
+    assert sorted(results) == list(range(150))  # type: ignore[type-var]
+    assert all(results[i] is None for i, kind in enumerate(kinds) if kind != "right")
+    failed = [i for i, kind in enumerate(kinds) if kind == "right" and results[i] is None]
+    assert len(failed) <= 1  # only a group that two kills from outside have hit may fail
+
+
+def test_large_groups_do_not_block_the_caller(command: tuple[str, ...]):
+    """A frame far larger than a pipe, sent while the worker is stuck: submit returns, and the text arrives whole."""
+    with VerifierPool(config(deadline_seconds=1.0), command) as pool:
+        put(pool, "stuck", "loop")
+        texts = [f"<think>{'x' * 3_000_000}</think><answer>right</answer>"] * 3
+        pool.submit("large", Problem("chain", 0, "p", ""), texts, [True] * 3)
+        assert pool.pending == 2
+        results = collect(pool)
+    assert results["large"] is not None
+    assert results["large"]["accuracy"].tolist() == [1, 1, 1]
+
+
+def test_wrong_use(command: tuple[str, ...]):
+    with VerifierPool(config(), command) as pool:
+        put(pool, 1, "right")
+        with pytest.raises(ValueError, match="group 1: submitted twice"):
+            put(pool, 1, "right")
+        with pytest.raises(ValueError, match="2 texts, 1 finished flags"):
+            pool.submit(2, Problem("chain", 0, "p", ""), ["a", "b"], [True])
+        assert set(collect(pool)) == {1}
+        put(pool, 1, "right")  # a key may come again once it was returned
+        assert set(collect(pool)) == {1}
+
+
+def test_close_with_work_in_flight_leaves_nothing(command: tuple[str, ...]):
+    pool = VerifierPool(config(workers=2), command)
+    for i in range(20):
+        put(pool, i, "loop", flag="/dev/null")
+    pool.poll(0.2)
+    pool.close()
+    assert pool.pending == 0
+    pool.close()
+
+
+def test_workers_that_cannot_start_are_an_error_not_a_hang(tmp_path: Path):
+    path = tmp_path / "broken.py"
+    path.write_text("import sys; sys.exit(7)")
+    with VerifierPool(config(), (sys.executable, str(path))) as pool:
+        put(pool, 1, "right")
+        with pytest.raises(VerifierError, match=r"verifier workers die while starting \(exit code 7\)"):
+            collect(pool)
+
+
+def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_verifier(command: tuple[str, ...], tmp_path: Path):
+    flag, code = tmp_path / "flag", (
+        "import sys, time\n"
+        "from offtrail.core.types import Problem\n"
+        "from offtrail.platform.config.schema import Config\n"
+        "from offtrail.platform.generator.verifiers import VerifierPool\n"
+        "import psutil\n"
+        "config = Config(); config.reward.workers, config.reward.deadline_seconds = 2, 600.0\n"
+        "pool = VerifierPool(config, sys.argv[2:])\n"
+        "pool.submit(1, Problem('chain', 0, 'p', sys.argv[1]), ['<think></think><answer>loop</answer>'], [True])\n"
+        "print(*[p.pid for p in psutil.Process().children()], flush=True)\n"
+        "while True: pool.poll(0.1)\n"
+    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(offtrail.__file__).parents[1])}
+    arguments = [sys.executable, "-c", code, str(flag), *command]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        wait_for(flag.exists)
+        assert len(workers) == 2
+        parent.kill()
+    wait_for(lambda: all(gone(pid) for pid in workers))
+
+
+def test_a_worker_imports_no_torch():
+    code = "import sys, offtrail.platform.generator.verifier_worker; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(offtrail.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

@@ -1,0 +1,206 @@
+"""JSON lines: the loader, its errors, the split, the data order and numeric equality."""
+
+from __future__ import annotations
+
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offtrail.core.types import Problem
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.config import JsonlConfig
+from offtrail.tasks.jsonl import JsonlTask, number
+from offtrail.tasks.split import is_held_out, stream
+
+
+def row(i: int) -> dict[str, Any]:
+    return {
+        "question": f"Ann has {i} pens and buys {i}. How many?",
+        "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}",
+    }
+
+
+def write(path: Path, *rows: dict[str, Any] | str) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.fixture
+def hundred(tmp_path: Path) -> str:
+    return write(tmp_path / "hundred.jsonl", *map(row, range(100)))
+
+
+def test_a_problem_is_the_line(tmp_path: Path):
+    task = JsonlTask(JsonlConfig(path=write(tmp_path / "one.jsonl", row(4)), held_out_share=0.0), 0)
+    problem = task.train(0)
+    assert problem == Problem("jsonl", 0, row(4)["question"], "8", {"solution": "4+4=<<4+4=8>>8"})
+    assert task.trace(problem, stream(0)) == "<think>4+4=8</think><answer>8</answer>"
+    assert task.check_steps(problem, "<think>4+4=8") == []
+
+
+def test_template_wraps_the_prompt_but_does_not_move_the_split(hundred: str):
+    plain = JsonlTask(JsonlConfig(path=hundred), 0)
+    wrapped = JsonlTask(JsonlConfig(path=hundred, template="{q} Q: {prompt}\nA:"), 0)
+    assert wrapped.train(3).prompt == "{q} Q: " + plain.train(3).prompt + "\nA:"
+    assert [p.answer for p in wrapped.held_out(5)] == [p.answer for p in plain.held_out(5)]
+
+
+def test_each_epoch_is_another_permutation_of_the_training_side(hundred: str):
+    task, n = JsonlTask(JsonlConfig(path=hundred), 0), 0
+    train = {row(i)["question"] for i in range(100) if not is_held_out("jsonl", row(i)["question"], 0.1)}
+    n = len(train)
+    epochs = [[task.train(e * n + i).prompt for i in range(n)] for e in range(3)]
+    assert all(set(epoch) == train for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[2] == [JsonlTask(JsonlConfig(path=hundred), 0).train(2 * n + i).prompt for i in range(n)]
+    assert epochs[0] != [JsonlTask(JsonlConfig(path=hundred), 1).train(i).prompt for i in range(n)]
+    held_out = {p.prompt for p in task.held_out(100 - n)}
+    assert held_out | train == {row(i)["question"] for i in range(100)}
+    assert not held_out & train
+
+
+def test_an_eval_file_is_held_out_whole_and_taken_out_of_training(tmp_path: Path, hundred: str):
+    other = write(tmp_path / "eval.jsonl", *map(row, (5, 6, 1000, 6)))
+    task = JsonlTask(JsonlConfig(path=hundred, eval_path=other), 0)
+    assert {p.answer for p in task.held_out(3)} == {"10", "12", "2000"}  # a prompt that stands twice counts once
+    assert len({task.train(i).prompt for i in range(98)}) == 98
+    assert not {task.train(i).answer for i in range(98)} & {"10", "12"}
+    with pytest.raises(
+        TaskError, match=r"4 held-out prompts were asked of .*eval.jsonl, which holds 3; lower eval.prompts"
+    ):
+        task.held_out(4)
+
+
+def test_too_few_held_out(hundred: str):
+    task = JsonlTask(JsonlConfig(path=hundred), 0)
+    with pytest.raises(
+        TaskError, match=r"512 held-out prompts were asked of the held-out share 0.1 of .*hundred.jsonl, which"
+    ):
+        task.held_out(512)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "a", "answer"', r"line 3: not valid JSON \("),
+        ("[1, 2]", r"line 3: holds list, not an object"),
+        ('{"question": "a"}', r"line 3: no answer: no field 'answer' \(fields: 'question'\); add it, or set task.answer"),
+        ('{"question": "a", "answer": null}', r"line 3: no answer: no field 'answer'"),
+        ('{"question": "a", "answer": ""}', r"line 3: no answer: field 'answer' is empty"),
+        ('{"question": "a", "answer": "it is 4"}', r"line 3: no answer: 'answer' lacks the mark '####'; add it, set"),
+        ('{"question": "a", "answer": "it is ####  "}', r"line 3: no answer after '####'"),
+        ('{"answer": "#### 4"}', r"line 3: no prompt: no field 'question'"),
+        ('{"question": "  ", "answer": "#### 4"}', r"line 3: no prompt: field 'question' is empty"),
+        ('{"question": ["a"], "answer": "#### 4"}', r"line 3: field 'question' is list, not text"),
+        ('{"question": true, "answer": "#### 4"}', r"line 3: field 'question' is bool, not text"),
+        ("[" * 100_000, r"line 3: not valid JSON"),
+        ('{"question": "a \\ud800", "answer": "#### 4"}', r"line 3: field 'question' holds half a surrogate pair"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_an_error_with_its_number(tmp_path: Path, line: str, message: str):
+    path = write(tmp_path / "bad.jsonl", row(1), "", line, row(2))  # a blank line counts but is skipped
+    with pytest.raises(TaskError, match=r"^task.path=.*bad.jsonl, " + message) as caught:
+        JsonlTask(JsonlConfig(path=path), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_an_error_with_their_line(tmp_path: Path):
+    path = tmp_path / "bytes.jsonl"
+    path.write_bytes(json.dumps(row(1)).encode() + b'\n{"question": "\xff\xfe", "answer": "#### 1"}\n')
+    with pytest.raises(TaskError, match=r"bytes.jsonl, line 2: not valid JSON"):
+        JsonlTask(JsonlConfig(path=str(path)), 0)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path, hundred: str):
+    with pytest.raises(TaskError, match=r"task.path is empty: task=jsonl needs task.path=FILE"):
+        JsonlTask(JsonlConfig(), 0)
+    with pytest.raises(TaskError, match=r"task.path=.*none.jsonl: No such file or directory; name a readable"):
+        JsonlTask(JsonlConfig(path=str(tmp_path / "none.jsonl")), 0)
+    with pytest.raises(TaskError, match=r"task.eval_path=.*: Is a directory"):
+        JsonlTask(JsonlConfig(path=hundred, eval_path=str(tmp_path)), 0)
+    with pytest.raises(TaskError, match=r"the file holds no problems"):
+        JsonlTask(JsonlConfig(path=write(tmp_path / "empty.jsonl", "", "")), 0)
+    with pytest.raises(TaskError, match=r"none of its 100 problems is left for training"):
+        JsonlTask(JsonlConfig(path=hundred, eval_path=hundred), 0)
+    with pytest.raises(ValueError, match=r"task.template='\{q\}': must be a text that contains \{prompt\}"):
+        JsonlConfig(template="{q}")
+
+
+def test_a_verifier_alone_reads_no_file():
+    task = JsonlTask(JsonlConfig(path="/nowhere/at/all.jsonl"), 0, load=False)
+    assert task.verify(Problem("jsonl", 0, "q", "18", {}), "$18.00")
+
+
+def test_other_fields_and_numbers_as_answers(tmp_path: Path):
+    path = write(tmp_path / "aime.jsonl", {"problem": "p", "answer": 204})
+    task = JsonlTask(JsonlConfig(path=path, prompt_field="problem", answer_after="", held_out_share=0.0), 0)
+    assert task.train(0).answer == "204"
+    assert task.trace(task.train(0), stream(0)) == "<think></think><answer>204</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", 18), ("18.0", 18), ("18.", 18), (" 18 ", 18), ("$18", 18), ("$ 1,800.50", Fraction("1800.5")), ("-3", -3),
+        ("-$3", -3), ("+3", 3), ("1,234,567", 1234567), (".5", Fraction(1, 2)), ("1/2", Fraction(1, 2)), ("0", 0), ("-0", 0),
+        ("-3 / 4", Fraction(-3, 4)), ("007", 7), ("1.5/3", Fraction(1, 2)),
+    ],
+)  # fmt: skip
+def test_numbers(text: str, value: int | Fraction):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ".", "$", "-", "1,23", "12,3456", "1 000", "18 apples", "18%", "1/0", "1e3", "0x10", "1_0", "--3", "1.2.3", "٣",
+     "²", "inf", "nan", "18 18", "=18", "9" * 101, "1/2/3"],
+)  # fmt: skip
+def test_what_is_no_number(text: str):
+    assert number(text) is None
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_read_without_an_error(text: str):
+    number(text)
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(0, 6))
+def test_one_value_written_in_many_ways(value: int, zeros: int):
+    point = "." + "0" * zeros if zeros else ""
+    task = JsonlTask(JsonlConfig(), 0, load=False)
+    problem = Problem("jsonl", 0, "q", str(value), {})
+    for text in (f"{value}{point}", f"{value:,}{point}", f"{2 * value}/2"):
+        assert task.verify(problem, text)
+    for text in (f"{value + 1}{point}", f"{value}{point or '.'}1", f"{2 * value + 1}/2"):
+        assert not task.verify(problem, text)
+
+
+def test_answers_that_are_no_numbers_are_compared_as_text():
+    task = JsonlTask(JsonlConfig(), 0, load=False)
+    assert task.verify(Problem("jsonl", 0, "q", "x + 1", {}), " x  + 1 ")
+    assert not task.verify(Problem("jsonl", 0, "q", "x + 1", {}), "1 + x")
+    assert not task.verify(Problem("jsonl", 0, "q", "18", {}), "eighteen")
+
+
+DATA = os.environ.get("OFFTRAIL_DATA", "")
+
+
+@pytest.mark.skipif(
+    not DATA, reason="OFFTRAIL_DATA is not set: names a folder with gsm8k_test.jsonl and gsm8k_train_first200.jsonl"
+)
+def test_gsm8k():
+    folder = Path(DATA)
+    config = JsonlConfig(path=str(folder / "gsm8k_train_first200.jsonl"), eval_path=str(folder / "gsm8k_test.jsonl"))
+    task = JsonlTask(config, 0)
+    problems = task.held_out(1319) + [task.train(i) for i in range(200)]
+    for problem in problems:
+        assert number(problem.answer) is not None
+        trace = task.trace(problem, stream(0))
+        assert "<<" not in trace
+        assert task.verify(problem, trace.rpartition("<answer>")[2].removesuffix("</answer>"))
