@@ -216,7 +216,7 @@ class Broker:
         now = self.clock()
         # A broker that was stopped itself must not blame the others for it.
         gap, self.ticked = now - self.ticked, now
-        if gap > self.config.broker.heartbeat_seconds:
+        if gap > self.config.broker.heartbeat_seconds + TICK_SECONDS:
             for member in self.accounts.members.values():
                 member.heard = min(now, member.heard + gap)
             self.moved = min(now, self.moved + gap)

@@ -1,0 +1,343 @@
+"""I1, I2 and I2b as properties: the law's numbers, and random histories of a run through law, desk and ledger."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from offtrail.core.types import Group, Lease, Problem
+from offtrail.platform.broker.admission import Law, Tally
+from offtrail.platform.broker.desk import Desk, RequestError
+from offtrail.platform.broker.ledger import FILE, Ledger
+
+G = 2
+
+
+def law(**changes: object) -> Law:
+    settings_ = {"batch": 4, "steps": 100, "staleness": 0, "max_in_flight": 1000} | changes
+    return Law(**settings_)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- the law, by hand
+
+
+def test_capacity_of_the_synchronous_loop_is_one_batch() -> None:
+    # (η+v+1)·B = (0+0+1)·4
+    assert law().capacity(Tally(), 0) == 4
+
+
+def test_capacity_is_what_the_bound_allows_less_what_is_admitted_and_living() -> None:
+    # (2+3+1)·4 = 24; living 1+2+4+12 = 19, and the 7 refused gave their places back.
+    tally = Tally(admitted=26, leased=1, queued=2, training=4, trained=12, refused={"stale": 7})
+    assert law(staleness=2).capacity(Tally(), 3) == 24
+    assert law(staleness=2).capacity(tally, 3) == 5
+
+
+def test_capacity_never_passes_max_in_flight_nor_the_end_of_the_run_nor_zero() -> None:
+    assert law(staleness=2, max_in_flight=6).capacity(Tally(admitted=4, leased=4), 3) == 2
+    assert law(staleness=2, steps=3).capacity(Tally(admitted=8, trained=8), 2) == 4  # 3·4 − 8
+    assert law(staleness=2).capacity(Tally(admitted=40, trained=40), 3) == 0  # a restart behind what is trained
+    assert law().capacity(Tally(), -1) == 0  # nothing is published yet
+
+
+@pytest.mark.parametrize(("place", "needs"), [(0, 0), (11, 0), (12, 1), (15, 1), (16, 2)])
+def test_a_slot_needs_the_version_that_is_eta_before_its_batch(place: int, needs: int) -> None:
+    # B = 4, η = 2: slots 0…11 are batches 0, 1, 2; slot 12 begins batch 3, which needs version 1.
+    assert law(staleness=2).needs(place) == needs
+
+
+def test_violations_are_named() -> None:
+    bound, exact = law(staleness=2), law(staleness=2, exact=True)
+    assert bound.violation(1, 1, 3, 3) == ("", "")
+    assert bound.violation(1, 0, 3, 3)[0] == "stale"
+    assert bound.violation(1, 1, 4, 3) == ("", "")  # published, and its commit is on the way
+    assert bound.violation(1, 1, 5, 3)[0] == "superseded"
+    assert exact.violation(1, 1, 1, 3) == ("", "")
+    assert exact.violation(1, 1, 2, 3)[0] == "stale"
+
+
+def test_a_starving_run_names_the_filter_and_the_way_out() -> None:
+    rule_ = law(max_refusals=10)
+    assert rule_.starved({"stale": 5, "failed": 4, "superseded": 50}) == ""
+    line = rule_.starved({"stale": 7, "failed": 3})
+    assert "staleness.max_refusals=10" in line
+    assert "7 of them as stale" in line
+    assert "raise staleness.max" in line
+
+
+def test_a_generators_share_is_fair_and_whole_waves_in_exact_mode() -> None:
+    # η = 1, B = 4: at most 8 are ever wanted at once.
+    assert [law(staleness=1).share(n) for n in (1, 2, 3)] == [8, 4, 3]
+    assert [law(staleness=1, exact=True).share(n) for n in (1, 2, 3)] == [8, 4, 4]
+
+
+def test_a_law_that_cannot_work_names_its_keys() -> None:
+    with pytest.raises(ValueError, match=r"generator\.max_in_flight=3: .* batch\.groups=4"):
+        law(exact=True, max_in_flight=3)
+    with pytest.raises(ValueError, match=r"staleness\.max=-1"):
+        law(staleness=-1)
+
+
+# ---------------------------------------------------------------------- random histories
+
+
+def finished(lease: Lease, versions: list[int]) -> Group:
+    """A group of G samples whose tokens have these versions."""
+    T = len(versions)
+    lengths = np.array([T // 2, T - T // 2], np.int32)
+    return Group(
+        group=lease.group,
+        slot=lease.slot,
+        attempt=lease.attempt,
+        problem=lease.problem,
+        generator="generator-0",
+        temperature=1.0,
+        prompt_tokens=np.array([1, 2], np.int32),
+        lengths=lengths,
+        tokens=np.arange(T, dtype=np.int32),
+        logprobs=np.full(T, -1.0, np.float32),
+        versions=np.array(versions, np.int32),
+        finish=np.zeros(G, np.uint8),
+        rewards=np.zeros(G, np.float32),
+        components={},
+        times=np.zeros((G, 3)),
+    )
+
+
+@dataclass
+class Out:
+    """A lease somebody has, perhaps one that was taken back since."""
+
+    lease: Lease
+    holder: str
+
+
+class History(RuleBasedStateMachine):
+    """Everything that can happen to groups, in any order; the invariants after every step, and in the end the run ends."""
+
+    @initialize(
+        batch=st.integers(1, 3),
+        eta=st.integers(0, 2),
+        spare=st.integers(0, 6),
+        mode=st.sampled_from(["wait", "drop", "exact"]),
+    )
+    def begin(self, batch: int, eta: int, spare: int, mode: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="offtrail-history-"))
+        self.law = Law(
+            batch=batch, steps=7, staleness=eta, max_in_flight=batch + spare, exact=mode == "exact", drop=mode == "drop"
+        )
+        self.out: list[Out] = []
+        self.accepted: list[tuple[Group, str]] = []
+        self.tokens: dict[int, list[int]] = {}  # group → versions of its accepted tokens
+        self.world = 0
+        self.differs_from = 1 << 30
+        self.made: dict[int, str] = {}
+        self.open()
+        self.desk.start(0, self.checksum(0))
+
+    def open(self) -> None:
+        self.ledger = Ledger(self.folder / FILE)
+        self.reader = sqlite3.connect(self.folder / FILE)
+        self.desk = Desk(self.ledger, self.law, lambda i: Problem("t", i, "p", "a"), G)
+
+    def checksum(self, version: int) -> str:
+        """What the model's learner makes: the same as before, unless this world differs from there on."""
+        if version >= self.differs_from or version not in self.made:
+            self.made[version] = f"version {version} of world {self.world}"
+        return self.made[version]
+
+    def rows(self, query: str) -> list[tuple]:
+        return self.reader.execute(query).fetchall()
+
+    # --- what generators do
+
+    @rule(holder=st.sampled_from(["a", "b"]), room=st.integers(1, 5))
+    def grant(self, holder: str, room: int) -> None:
+        before, version = self.ledger.tally(), self.desk.version
+        capacity = self.law.capacity(before, version)
+        leases = self.desk.grant(holder, room, 2, 0.0)
+        fresh = [lease for lease in leases if lease.group >= before.admitted]
+        assert len(fresh) <= capacity
+        assert self.ledger.tally().leased <= self.law.max_in_flight
+        assert all(lease.min_version <= version for lease in leases)
+        if self.law.exact and leases:
+            [wave] = {lease.wave for lease in leases}
+            assert {lease.exact_version for lease in leases} == {max(0, wave - self.law.staleness)}
+            assert [lease.slot for lease in leases] == sorted(lease.slot for lease in leases)
+            assert {lease.wave_size for lease in leases} == {len(leases)}
+        else:
+            assert len(leases) <= room
+        self.out += [Out(lease, holder) for lease in leases]
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        out = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+        self.submit(out, data.draw(st.lists(st.integers(0, max(0, self.desk.version) + 1), min_size=1, max_size=4)))
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data())
+    def finish_well(self, data: st.DataObject) -> None:
+        out = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+        lease, newest = out.lease, max(out.lease.min_version, self.desk.version)
+        some = st.just(lease.exact_version) if self.law.exact else st.integers(lease.min_version, newest)
+        self.submit(out, data.draw(st.lists(some, min_size=1, max_size=4)))
+
+    def submit(self, out: Out, versions: list[int]) -> None:
+        row = self.ledger.row(out.lease.group)
+        assert row is not None
+        mine = row.state == "leased" and row.attempt == out.lease.attempt and row.holder == out.holder
+        before = self.ledger.tally()
+        verdict = self.desk.arrive(finished(out.lease, versions), out.holder, 1.0)
+        if not mine:
+            assert not verdict.accepted
+            assert self.ledger.tally() == before
+            return
+        needed = row.needs
+        fine = min(versions) >= needed and max(versions) <= self.ledger.newest + 1
+        assert verdict.accepted == (fine and (not self.law.exact or set(versions) == {needed}))
+        if verdict.accepted:
+            self.accepted.append((finished(out.lease, versions), out.holder))
+            self.tokens[out.lease.group] = versions
+
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data())
+    def submit_again(self, data: st.DataObject) -> None:
+        group, holder = data.draw(st.sampled_from(self.accepted))
+        before, row = self.ledger.tally(), self.ledger.row(group.group)
+        assert row is not None
+        verdict = self.desk.arrive(group, holder, 2.0)
+        assert verdict.accepted == (row.state != "refused")
+        assert self.ledger.tally() == before
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data(), reason=st.sampled_from(["failed", "filtered", "stale"]))
+    def give_up(self, data: st.DataObject, reason: str) -> None:
+        out = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+        before = self.ledger.tally()
+        verdict = self.desk.fail(out.lease.group, out.lease.attempt, out.holder, reason, "")
+        refused = self.ledger.tally().refused.get(reason, 0) - before.refused.get(reason, 0)
+        assert refused == (1 if verdict.changed else 0)
+
+    @rule(holder=st.sampled_from(["a", "b"]))
+    def lose_heartbeats(self, holder: str) -> None:
+        self.ledger.return_leases(holder)
+
+    # --- what the learner does
+
+    @rule()
+    def next_batch(self) -> None:
+        step = self.desk.version
+        if 0 <= step < self.law.steps:
+            self.desk.batch(step)
+
+    @precondition(lambda self: self.ledger.batch(self.desk.version) is not None)
+    @rule()
+    def commit(self) -> None:
+        step = self.desk.version
+        logged, lineage = self.ledger.checksum(step + 1), self.ledger.lineage
+        outcome = self.desk.commit(step, self.checksum(step + 1), {"loss": 1.0})
+        assert outcome == ("diverged" if logged not in (None, self.checksum(step + 1)) else "new")
+        assert self.ledger.lineage == lineage + (outcome == "diverged")
+        assert self.desk.commit(step, self.checksum(step + 1), {}) == "repeated"
+        with pytest.raises(RequestError):
+            self.desk.commit(step + 5, "x", {})
+
+    @precondition(lambda self: self.desk.version > self.ledger.checkpoint)
+    @rule(archived=st.booleans())
+    def checkpoint(self, archived: bool) -> None:
+        self.ledger.checkpointed(self.desk.version, "path")
+        self.ledger.plan_shards(1 << 20)
+        for name in self.ledger.unsealed() if archived else []:
+            self.ledger.sealed(name)
+
+    @rule(whole=st.booleans(), differs=st.booleans(), after=st.integers(0, 3))
+    def restart(self, whole: bool, differs: bool, after: int) -> None:
+        """Of everything, or of the learner alone; in a world whose replay may differ some versions later."""
+        if whole:
+            self.reader.close()
+            self.ledger.close()
+            self.open()
+            self.ledger.release()
+        if differs:
+            self.world += 1
+            self.differs_from = self.ledger.checkpoint + after
+            self.made = {v: c for v, c in self.made.items() if v < self.differs_from}
+        self.desk.rewind()
+        self.desk.start(self.ledger.checkpoint, self.checksum(self.ledger.checkpoint))
+
+    # --- what holds after every step
+
+    @invariant()
+    def everything_is_accounted_for(self) -> None:
+        tally, audit = self.ledger.tally(), self.ledger.audit()
+        assert tally.admitted == tally.accounted == self.rows("SELECT COUNT(*) FROM groups")[0][0]
+        counted = dict(self.rows("SELECT state, COUNT(*) FROM groups GROUP BY state"))
+        for state in ("leased", "queued", "training", "trained"):
+            assert getattr(tally, state) == counted.get(state, 0)
+        refused = dict(self.rows("SELECT reason, COUNT(*) FROM groups WHERE state = 'refused' GROUP BY reason"))
+        assert {r: n for r, n in tally.refused.items() if n} == refused
+        assert (audit.lost, audit.duplicated) == (0, 0)
+
+    @invariant()
+    def nothing_is_trained_twice_or_late(self) -> None:
+        B, eta, seen = self.law.batch, self.law.staleness, set()
+        batches = {step: json.loads(ids) for step, ids in self.rows("SELECT step, ids FROM batches ORDER BY step")}
+        assert list(batches) == list(range(len(batches)))
+        slots = dict(self.rows("SELECT id, slot FROM groups"))
+        for step, ids in batches.items():
+            assert len(ids) == B
+            assert not seen & set(ids)
+            seen |= set(ids)
+            ages = {step - version for group in ids for version in self.tokens[group]}
+            assert max(ages) <= eta
+            if self.law.exact:
+                assert ages == {step - max(0, step - eta)}
+            if self.law.slots:
+                assert [slots[group] for group in ids] == list(range(step * B, (step + 1) * B))
+        if self.desk.version >= 0:
+            assert self.ledger.tally().trained == self.desk.version * B
+
+    @invariant()
+    def staleness_is_counted_right(self) -> None:
+        ages = self.ledger.ages()
+        trained = self.rows("SELECT batch, id FROM groups WHERE state = 'trained'")
+        all_ = [step - version for step, group in trained for version in self.tokens[group]]
+        assert (ages.tokens, ages.age_sum, ages.age_max) == (len(all_), sum(all_), max(all_, default=0))
+        assert ages.stale_tokens == sum(age > 0 for age in all_)
+        assert ages.flight_sum + ages.queue_sum == ages.age_sum
+
+    def teardown(self) -> None:
+        """No history is a dead end: with one honest generator the run goes on to its last step."""
+        if not hasattr(self, "desk"):
+            return
+        self.lose_heartbeats("a")
+        self.lose_heartbeats("b")
+        for _ in range(20 * self.law.steps):
+            if self.desk.version == self.law.steps:
+                break
+            for lease in self.desk.grant("a", 100, 1, 0.0):
+                self.submit(Out(lease, "a"), [lease.exact_version if self.law.exact else self.desk.version] * 2)
+            if self.desk.batch(self.desk.version) is not None:
+                self.commit()
+        assert self.desk.version == self.law.steps
+        self.ledger.end()
+        self.everything_is_accounted_for()
+        self.nothing_is_trained_twice_or_late()
+        self.reader.close()
+        self.ledger.close()
+        shutil.rmtree(self.folder)
+
+
+TestHistory = History.TestCase
+TestHistory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)
