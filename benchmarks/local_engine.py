@@ -3,7 +3,7 @@
     python benchmarks/local_engine.py [--model DIR] [--repeats 5] [--device cpu]
 
 A figure is useful tokens (up to each sample's end) per second of CPU time of this process (wall time on a GPU), on one
-thread, at 64 and 256 samples in flight, with 4 prompts a place in flight. The engine also gives log-probabilities; the
+thread, at 64 and 256 samples in flight, with 8 prompts a place in flight. The engine also gives log-probabilities; the
 others are not asked for any. `generate` takes the prompts in batches of as many as are in flight, left-padded, and
 leaves a batch when its last sample ends; of its attention and cache settings the fastest in a trial counts.
 Continuous batching is timed once, on one filling of equal lengths, where it has nothing to wait for.
@@ -50,7 +50,7 @@ from offtrail.tasks.registry import make_task
 from offtrail.tasks.text import encode_prompt
 
 IN_FLIGHT = (64, 256)
-PLACES = 4
+PLACES = 8
 MAX_NEW = 64
 SETTINGS = [(attention, cache) for attention in ("sdpa", "eager") for cache in (None, "static")]
 

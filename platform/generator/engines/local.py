@@ -28,7 +28,7 @@ from offtrail.platform.config.schema import EngineConfig
 from offtrail.platform.generator.engines.cache import KVCache, Prefill, Sequences
 from offtrail.platform.generator.engines.decoder import Attend, Decoder, read_spec, read_weights
 from offtrail.platform.generator.engines.sampler import draw, keep, log_probabilities
-from offtrail.platform.generator.engines.slots import Pending, Slots
+from offtrail.platform.generator.engines.slots import Pending, Slots, queue
 
 Int64 = npt.NDArray[np.int64]
 _Due = tuple[Int32, Int64]
@@ -82,8 +82,7 @@ class LocalEngine:
         """Queue requests; all are checked before any is queued."""
         for request in requests:
             self._check(request)
-        now = time.time()
-        self._waiting.extend(Pending(request, now) for request in requests)
+        self._waiting.extend(queue(requests, time.time()))
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:

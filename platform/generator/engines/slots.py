@@ -6,6 +6,7 @@ that the last running sample fills, in every column and in the KV cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from offtrail.core.types import FinishReason
 from offtrail.platform.generator.engines.sampler import uniforms
 
 Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
 UNIFORM_BLOCK = 64
@@ -24,11 +26,27 @@ UNIFORM_BLOCK = 64
 
 @dataclass(slots=True)
 class Pending:
-    """A queued request: samples ``entered``… are still to enter."""
+    """A queued request: samples ``entered``… are still to enter. ``uniforms`` [samples, UNIFORM_BLOCK] is for their
+    first tokens.
+    """
 
     request: Request
     submitted: float
+    uniforms: Float64
     entered: int = 0
+
+
+def queue(requests: Sequence[Request], now: float) -> list[Pending]:
+    """Requests as they wait, with the first uniforms of all their samples made at once."""
+    counts = [request.samples for request in requests]
+    seed = np.repeat(np.array([request.sampling.seed % 2**64 for request in requests], np.uint64), counts)
+    number = np.repeat(np.array([request.id % 2**64 for request in requests], np.uint64), counts)
+    sample = np.concatenate([np.arange(count, dtype=np.uint64) for count in counts] or [np.zeros(0, np.uint64)])
+    drawn = uniforms(seed, number, sample, np.zeros_like(seed), UNIFORM_BLOCK)
+    ends = np.cumsum(counts).tolist()
+    return [
+        Pending(request, now, drawn[end - request.samples : end]) for request, end in zip(requests, ends, strict=True)
+    ]
 
 
 class Slots:
@@ -82,6 +100,7 @@ class Slots:
         self.request[rows] = request.id % 2**64
         self.tokens[rows, :length] = request.prompt_tokens
         self.last[rows] = request.prompt_tokens[-1]
+        self._uniforms[rows] = pending.uniforms[pending.entered : pending.entered + count]
         pending.entered += count
         self.running += count
         self._note_kinds()
@@ -91,16 +110,16 @@ class Slots:
         """Position [n] of the token that the next decode step feeds."""
         return self.length[: self.running] - 1
 
-    def uniforms(self) -> npt.NDArray[np.float64]:
+    def uniforms(self) -> Float64:
         """One number [n, 1] a running sample, for the token that it makes next."""
         n = self.running
         place = self.length[:n] - self.prompt_length[:n]
         column = place % UNIFORM_BLOCK
-        due = np.flatnonzero(column == 0)
+        due = np.flatnonzero((column == 0) & (place > 0))
         if len(due):
             index, first = self.index[due].astype(np.uint64), place[due].astype(np.uint64)
             self._uniforms[due] = uniforms(self.seed[due], self.request[due], index, first, UNIFORM_BLOCK)
-        drawn: npt.NDArray[np.float64] = self._uniforms[self._numbers[:n], column]
+        drawn: Float64 = self._uniforms[self._numbers[:n], column]
         return drawn[:, None]
 
     def append(
@@ -142,8 +161,9 @@ class Slots:
         left = self.running - int(finished.sum())
         target = np.flatnonzero(finished[:left])
         source = left + np.flatnonzero(~finished[left:])
-        for column in self._columns:
-            column[target] = column[source]
+        if len(source):
+            for column in self._columns:
+                column[target] = column[source]
         for to, row in zip(target.tolist(), source.tolist(), strict=True):
             self.pending[to] = self.pending[row]
         self.pending[left : self.running] = [None] * (self.running - left)
