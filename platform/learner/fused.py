@@ -1,12 +1,12 @@
 """The same layers in fewer passes over memory, for float32 on a CPU.
 
-``fuse(model)`` changes the class of the modules it knows (Llama, Qwen2, Qwen3: RMS norm, SwiGLU, attention) to a subclass
-with the same parameters and another ``forward``; all other modules stay as they are, so any architecture works. On a
-narrow model the elementwise operations of these three cost as much as the matrix products; each is one autograd node
-here, with its gradient written out.
+``fuse(model)`` changes the class of the modules it knows (Llama, Qwen2, Qwen3: RMS norm, SwiGLU, attention) to a
+subclass with the same parameters and another ``forward``; all other modules stay as they are, so any architecture
+works. On a narrow model the elementwise operations of these three cost as much as the matrix products; each is one
+autograd node here, with its gradient written out.
 
-Invariant: outputs and gradients equal the unfused model's to float32 rounding (tests/unit/test_learner_model.py). bfloat16 and
-GPUs keep transformers' modules, whose rounding order this does not follow.
+Invariant: outputs and gradients equal the unfused model's to float32 rounding (tests/unit/test_learner_model.py).
+bfloat16 and GPUs keep transformers' modules, whose rounding order this does not follow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn.functional import linear
 
 from offtrail.platform.learner.attention import attend, check_supported
@@ -33,7 +32,8 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         r = torch.linalg.vecdot(x, x).mul_(1 / x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        out: Tensor = (x * r).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -54,30 +54,32 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
         gate, up = both.chunk(2, -1)
-        return torch.nn.functional.silu(gate).mul_(up)
+        s = torch.sigmoid(gate)
+        ctx.save_for_backward(both, s)
+        out: Tensor = (gate * s).mul_(up)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
+        both, s = ctx.saved_tensors
         gate, up = both.chunk(2, -1)
         out = torch.empty_like(both)
         d_gate, d_up = out.chunk(2, -1)
-        s = torch.sigmoid(gate)
-        silu = torch.mul(gate, s)
+        silu = gate * s
         torch.mul(grads[0], silu, out=d_up)
-        # silu' = s + silu·(1 − s)
-        s.addcmul_(silu, 1 - s)
-        torch.mul(grads[0], s.mul_(up), out=d_gate)
+        # silu' = s + silu·(1 − s) = s − silu·s + silu
+        slope = silu.addcmul(silu, s, value=-1).add_(s)
+        torch.mul(grads[0], slope.mul_(up), out=d_gate)
         return out
 
 
 class _NormRope(torch.autograd.Function):
-    """Rotary embedding of the query and key heads in ``qkv`` [F, heads, D], after an RMS norm where ``weight`` is given.
+    """Rotary embedding of the query and key heads in ``qkv`` [F, heads, D], after an RMS norm where ``weight`` is
+    given.
 
-    The first ``rotated`` heads are changed, the others (values) copied. ``cos`` and ``sin`` [F, 1, D] as transformers makes
-    them: halves of D rotate against each other. ``weight`` [rotated, D] or None.
+    The first ``rotated`` heads are changed, the others (values) copied. ``cos`` and ``sin`` [F, 1, D] as transformers
+    makes them: halves of D rotate against each other. ``weight`` [rotated, D] or None.
     """
 
     @staticmethod
@@ -114,10 +116,10 @@ class _NormRope(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """out = x·cos + rotate_half(x)·sin, for x [F, heads, D]; cos and sin repeat their first half."""
+    """Write x·cos + rotate_half(x)·sin into ``out``, for x [F, heads, D]; cos and sin repeat their first half."""
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
-    c, s = cos[..., :half], sin[..., :half]
+    s = sin[..., :half]
     torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(b, s, value=-1)
     out[..., half:].addcmul_(a, s)
@@ -129,7 +131,7 @@ class _FusedNorm:
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        out: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+        out: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -140,7 +142,7 @@ class _FusedMlp:
 
     def forward(self, x: Tensor) -> Tensor:
         both = _joint(x, (self.gate_proj, self.up_proj))
-        out: Tensor = self.down_proj(_SwiGlu.apply(both))
+        out: Tensor = self.down_proj(_SwiGlu.apply(both))  # type: ignore[no-untyped-call]
         return out
 
 
@@ -148,8 +150,6 @@ class _FusedAttention:
     config: Any
     head_dim: int
     scaling: float
-    attention_dropout: float
-    training: bool
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -173,9 +173,8 @@ class _FusedAttention:
             weight = torch.cat((q_norm.weight.expand(heads, D), k_norm.weight.expand(kv_heads, D)))
             eps = q_norm.variance_epsilon
         cos, sin = (p[0].unsqueeze(1) for p in position_embeddings)
-        rotated = _NormRope.apply(qkv, weight, eps, cos, sin, heads + kv_heads)
-        dropout = self.attention_dropout if self.training else 0.0
-        out = attend(rotated.view(qkv.shape[0], -1), heads, kv_heads, packed, self.scaling, dropout)
+        rotated = _NormRope.apply(qkv, weight, eps, cos, sin, heads + kv_heads)  # type: ignore[no-untyped-call]
+        out = attend(rotated.view(qkv.shape[0], -1), heads, kv_heads, packed, self.scaling)
         return self.o_proj(out).unsqueeze(0), None
 
 

@@ -2,8 +2,8 @@
 
 train.py calls ``Policy``; its forward runs transformers' decoder on flat tokens (attention.py) and then the head below.
 
-Invariant (I5): log-probabilities are of the logits divided by the group's sampling temperature, in float32, over the full
-vocabulary, so that they are comparable with the engine's.
+Invariant (I5): log-probabilities are of the logits divided by the group's sampling temperature, in float32, over the
+full vocabulary, so that they are comparable with the engine's.
 """
 
 from __future__ import annotations
@@ -20,34 +20,42 @@ from offtrail.platform.learner.fused import fuse
 from offtrail.platform.learner.packing import Packed
 
 HEAD_ELEMENTS = 1 << 25
-"""Logits held at a time, in elements (128 MiB in float32); beyond it the head runs in chunks and recomputes in backward."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Logits held at a time (128 MiB in float32); beyond it the head runs in chunks and recomputes them in backward."""
 
 
-def load_model(path: Path | str, *, dtype: str, device: torch.device | str = "cpu") -> Any:
-    """A causal language model from a Hugging Face directory or name, with packed attention, in ``dtype``."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attention.NAME)
+def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
+    """A causal language model from a Hugging Face directory or name, in float32, with packed attention.
+
+    Parameters are float32 whatever learner.dtype says: in bfloat16, AdamW's updates at the learning rates of RL would
+    be rounded away. It stays in eval mode: dropout has no place in a ratio of probabilities.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
     model.config.use_cache = False
-    model = model.to(device)
-    return fuse(model) if dtype == "float32" and torch.device(device).type == "cpu" else model
+    return model.to(device).eval()
 
 
 class Policy(nn.Module):
     """A causal language model with the log-probability head. ``model`` is transformers' module, names unchanged.
 
-    The root of the FSDP2 world: embedding, final norm and head are gathered by its forward, each decoder layer by its own.
+    The root of the FSDP2 world: its forward gathers embedding, final norm and head, that of a decoder layer its own.
+    With ``dtype`` bfloat16 the decoder runs under autocast; the head is float32 always. In float32 on a CPU the layers
+    that fused.py knows are fused.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, dtype: str = "float32") -> None:
         super().__init__()
-        self.model = model
+        plain = dtype == "float32" and model.device.type == "cpu"
+        self.model: Any = fuse(model) if plain else model
+        self.autocast = dtype == "bfloat16"
+        self.share_up_to = attention.SHARE_UP_TO if plain else 0
+        """Longest sequence for packing's shared layout."""
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """(log-probabilities [M] with gradient, entropies [M] without), float32, of the micro-batch's output tokens."""
-        hidden = self.model.base_model(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
-        ).last_hidden_state[0]
+        with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden = self.model.base_model(
+                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
+            ).last_hidden_state[0]
         head = self.model.get_output_embeddings()
         rows = hidden.index_select(0, packed.predict)
         return token_logprobs(rows, head.weight, head.bias, packed.targets, packed.inverse_temperature)
@@ -62,12 +70,15 @@ def token_logprobs(
     *,
     elements: int = HEAD_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of ``targets`` [M] and full-vocabulary entropy, from ``hidden`` [M, H] and the head's ``weight`` [V, H].
+    """Log-probability of ``targets`` [M] and full-vocabulary entropy, from ``hidden`` [M, H] and the head's
+    ``weight`` [V, H].
 
     At most ``elements`` logits exist at a time: then 8MHV instead of 6MHV operations. ``inverse_temperature`` [M, 1].
     Both outputs [M] float32; the entropy has no gradient.
     """
-    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, weight, bias, targets, inverse_temperature, elements)
+    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, inverse_temperature, elements
+    )
     return out
 
 
@@ -121,7 +132,8 @@ class _TokenLogprobs(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += d_z.sum(0)
         return (
-            d_hidden, d_head.to(weight.dtype), None if d_bias is None or bias is None else d_bias.to(bias.dtype), None, None, None,
+            d_hidden, d_head.to(weight.dtype), None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+            None, None, None,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,9 @@ from offtrail.core.types import Float32, Int32
 
 Int64 = npt.NDArray[np.int64]
 
-BUCKET_SHARE = 0.75
+BUCKET_SHARE = 0.85
 """A sample shorter than this share of its bucket's longest opens a new attention bucket …"""
-BUCKET_MIN = 2048
+BUCKET_MIN = 512
 """… once the bucket holds so many padded positions: below it, a further kernel call costs more than the padding."""
 
 
@@ -54,7 +55,9 @@ class Rows:
         return np.diff(self.starts)
 
     def inputs(self) -> Int64:
-        """Tokens that each sample puts through the model alone, [N]: prompt and output but the last; 0 without output."""
+        """Tokens that each sample puts through the model alone, [N]: prompt and output but the last; 0 without
+        output.
+        """
         prompts = np.array([len(p) for p in self.prompts], dtype=np.int64)[self.group_of]
         lengths = self.lengths
         return np.where(lengths > 0, prompts + lengths - 1, 0)
@@ -62,9 +65,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Bucket:
-    """n samples of similar length, right-padded to L for attention. ``index`` [n, L] is the flat place of each token."""
+    """n sequences that attend together: ``queries`` [n, Lq] and ``keys`` [n, Lk], each the flat place of a token.
 
-    index: torch.Tensor
+    Query i sees key j where j ≤ Lk − Lq + i and ``bias`` [n, Lk] (0 or −∞, None: all 0) does not hide it. Both are
+    padded on the right with place 0, which no real query sees; a shorter prompt is padded on the left, which ``bias``
+    hides.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +82,19 @@ class Packed:
     """One micro-batch: F flat input tokens, M predicted tokens.
 
     The prompt of a group stands once, however many of its samples are here. ``input_ids`` and ``position_ids`` [1, F];
-    ``buckets`` say which flat tokens form a sequence and ``restore`` [F] where, among the buckets' padded outputs laid
-    end to end, each flat token's own output stands; ``predict`` [M] are the flat places whose hidden state predicts
-    ``targets`` [M]; ``inverse_temperature`` [M, 1] divides the logits (None: all at temperature 1). ``tokens`` [M] are
-    the places in Rows.tokens, ``samples`` [M] the places in Rows of each predicted token.
+    ``buckets`` say which flat tokens attend to which, and ``restore`` [F] where, among the buckets' padded outputs laid
+    end to end, each flat token's own output stands. ``shared``: prompts and answers are buckets of their own, and a
+    prompt's queries are computed once; otherwise each bucket holds whole samples (queries = keys) for a causal kernel.
+    ``predict`` [M] are the flat places whose hidden state predicts ``targets`` [M]; ``inverse_temperature`` [M, 1]
+    divides the logits (None: all at temperature 1). ``tokens`` [M] are the places in Rows.tokens, ``samples`` [M] the
+    places in Rows of each predicted token.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     buckets: tuple[Bucket, ...]
     restore: torch.Tensor
+    shared: bool
     predict: torch.Tensor
     targets: torch.Tensor
     inverse_temperature: torch.Tensor | None
@@ -89,16 +102,19 @@ class Packed:
     samples: torch.Tensor
 
     @property
-    def padded(self) -> int:
-        """Attention positions, padding included."""
-        return sum(b.index.numel() for b in self.buckets)
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt included."""
+        return max(b.keys.shape[1] for b in self.buckets)
 
     def to(self, device: torch.device) -> Packed:
         """The same micro-batch on a device."""
         if device.type == "cpu":
             return self
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
-        moved["buckets"] = tuple(Bucket(b.index.to(device)) for b in self.buckets)
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        moved["buckets"] = tuple(
+            Bucket(b.queries.to(device), b.keys.to(device), None if b.bias is None else b.bias.to(device))
+            for b in self.buckets
+        )
         return Packed(**moved)
 
 
@@ -114,7 +130,8 @@ def minibatches(groups: int, K: int) -> list[range]:
 
 
 def balance(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Give items to ranks: longest first, each to the rank with the least so far (Graham's LPT, within 4/3 of the best).
+    """Give items to ranks: longest first, each to the rank with the least so far (Graham's LPT, within 4/3 of the
+    best).
 
     Items of cost 0 are left out. Ties go to the lower rank; each rank's items come back in ascending order.
     """
@@ -158,50 +175,32 @@ def plan(rows: Rows, groups: range, ranks: int, budget: int) -> list[list[list[i
     return [p + [[] for _ in range(count - len(p))] for p in packs]
 
 
-def lay_out(rows: Rows, samples: Sequence[int]) -> Packed:
-    """Lay samples (ascending) out as one micro-batch; an empty one holds a single token and predicts nothing."""
-    flat: list[Int32] = []
-    positions: list[Int64] = []
-    prompt_at: dict[int, int] = {}
-    sequences: list[Int64] = []
-    predict: list[Int64] = []
-    end = 0
+def lay_out(rows: Rows, samples: Sequence[int], *, share_up_to: int = 0) -> Packed:
+    """Lay samples (ascending, each with output) out as one micro-batch; an empty one holds one token to no effect.
+
+    ``share_up_to``: sequences no longer than this use the ``shared`` layout, which spares computing a prompt's
+    attention once a sample but holds Lq × Lk scores.
+    """
+    layout = _Layout()
     for i in samples:
         group, start, stop = int(rows.group_of[i]), int(rows.starts[i]), int(rows.starts[i + 1])
-        prompt = rows.prompts[group]
-        P, T = len(prompt), stop - start
-        if group not in prompt_at:
-            prompt_at[group] = end
-            flat.append(prompt)
-            positions.append(np.arange(P))
-            end += P
-        first = prompt_at[group]
-        flat.append(rows.tokens[start : stop - 1])
-        positions.append(np.arange(P, P + T - 1))
-        sequence = np.concatenate([np.arange(first, first + P), np.arange(end, end + T - 1)])
-        sequences.append(sequence)
-        predict.append(sequence[P - 1 :])
-        end += T - 1
-    if not sequences:
-        flat, positions, sequences, end = [np.zeros(1, np.int32)], [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], 1
-    buckets = _buckets(sequences)
-    restore = np.empty(end, np.int64)
-    padded = 0
-    for index, lengths in buckets:
-        n, L = index.shape
-        valid = np.arange(L) < lengths[:, None]
-        # A shared prompt is written once a sample, always with equal outputs: the last one wins.
-        restore[index[valid]] = padded + np.flatnonzero(valid)
-        padded += n * L
-    tokens = _spans(rows.starts, samples)
-    sample_of = np.repeat(np.asarray(samples, np.int64), rows.lengths[np.asarray(samples, np.int64)])
+        layout.add(group, rows.prompts[group], rows.tokens[start:stop])
+    if not layout.answers:
+        layout.add_prompt(-1, np.zeros(1, np.int32))
+    longest = max((p.size + a.size for p, a in layout.answers), default=1)
+    shared = longest <= share_up_to
+    buckets = layout.shared_buckets() if shared else layout.whole_buckets()
+    chosen = np.asarray(samples, np.int64)
+    tokens = np.concatenate([np.arange(rows.starts[i], rows.starts[i + 1]) for i in samples] or [np.zeros(0, np.int64)])
+    sample_of = np.repeat(chosen, rows.lengths[chosen])
     temperatures = rows.temperatures[rows.group_of[sample_of]]
     return Packed(
-        input_ids=torch.from_numpy(np.concatenate(flat).astype(np.int64)).unsqueeze(0),
-        position_ids=torch.from_numpy(np.concatenate(positions)).unsqueeze(0),
-        buckets=tuple(Bucket(torch.from_numpy(index)) for index, _ in buckets),
-        restore=torch.from_numpy(restore),
-        predict=torch.from_numpy(np.concatenate(predict) if predict else np.zeros(0, np.int64)),
+        input_ids=torch.from_numpy(np.concatenate(layout.flat).astype(np.int64)).unsqueeze(0),
+        position_ids=torch.from_numpy(np.concatenate(layout.positions)).unsqueeze(0),
+        buckets=tuple(bucket for bucket, _ in buckets),
+        restore=torch.from_numpy(_restore(buckets, layout.end)),
+        shared=shared,
+        predict=torch.from_numpy(layout.predict()),
         targets=torch.from_numpy(rows.tokens[tokens].astype(np.int64)),
         inverse_temperature=None if (temperatures == 1).all() else torch.from_numpy(1 / temperatures).unsqueeze(1),
         tokens=torch.from_numpy(tokens),
@@ -209,30 +208,92 @@ def lay_out(rows: Rows, samples: Sequence[int]) -> Packed:
     )
 
 
-def _buckets(sequences: Sequence[Int64]) -> list[tuple[Int64, Int64]]:
-    """Sequences of similar length together: (index [n, L] right-padded with place 0, lengths [n]), longest first.
+class _Layout:
+    """Flat places of a micro-batch while it is laid out: each prompt once, then the inputs of its samples."""
 
-    Padding may point anywhere: under a causal mask no real token sees what stands to its right.
-    """
-    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
+    def __init__(self) -> None:
+        self.flat: list[Int32] = []
+        self.positions: list[Int64] = []
+        self.prompts: dict[int, Int64] = {}
+        self.answers: list[tuple[Int64, Int64]] = []
+        """Flat places of each sample's prompt and of its own inputs (its output but the last token)."""
+        self.end = 0
+
+    def add(self, group: int, prompt: Int32, output: Int32) -> None:
+        if group not in self.prompts:
+            self.add_prompt(group, prompt)
+        self.answers.append((self.prompts[group], self._place(output[:-1], len(prompt))))
+
+    def add_prompt(self, group: int, prompt: Int32) -> None:
+        self.prompts[group] = self._place(prompt, 0)
+
+    def _place(self, tokens: Int32, position: int) -> Int64:
+        places = np.arange(self.end, self.end + len(tokens))
+        self.flat.append(tokens)
+        self.positions.append(np.arange(position, position + len(tokens)))
+        self.end += len(tokens)
+        return places
+
+    def predict(self) -> Int64:
+        """The places that predict: the prompt's last token predicts the first output token."""
+        parts = [part for prompt, own in self.answers for part in (prompt[-1:], own)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def whole_buckets(self) -> list[tuple[Bucket, Int64]]:
+        """Whole samples, prompt and answer, right-padded: (bucket, real queries of each sequence [n])."""
+        sequences = [np.concatenate(pair) for pair in self.answers] or list(self.prompts.values())
+        return [_square([sequences[i] for i in part]) for part in _similar([len(s) for s in sequences])]
+
+    def shared_buckets(self) -> list[tuple[Bucket, Int64]]:
+        """Prompts by themselves, then answers that see their prompt: every token is a query exactly once."""
+        prompts = list(self.prompts.values())
+        buckets = [_square([prompts[i] for i in part]) for part in _similar([len(p) for p in prompts])]
+        answers = [pair for pair in self.answers if len(pair[1])]
+        parts = _similar([len(own) for _, own in answers]) if answers else []
+        return buckets + [_behind_prompts([answers[i] for i in part]) for part in parts]
+
+
+def _similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Items of similar length together, longest first."""
     parts: list[list[int]] = []
-    for i in order:
-        longest = len(sequences[parts[-1][0]]) if parts else 0
-        if not parts or (len(sequences[i]) < BUCKET_SHARE * longest and longest * len(parts[-1]) >= BUCKET_MIN):
+    longest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not parts or (lengths[i] < BUCKET_SHARE * longest and longest * len(parts[-1]) >= BUCKET_MIN):
             parts.append([])
+            longest = lengths[i]
         parts[-1].append(i)
-    buckets = []
-    for part in parts:
-        lengths = np.array([len(sequences[i]) for i in part], np.int64)
-        index = np.zeros((len(part), int(lengths[0])), np.int64)
-        for row, i in enumerate(part):
-            index[row, : lengths[row]] = sequences[i]
-        buckets.append((index, lengths))
-    return buckets
+    return parts
 
 
-def _spans(starts: Int64, samples: Sequence[int]) -> Int64:
-    """Places in Rows.tokens of all tokens of the samples, in their order."""
-    if not len(samples):
-        return np.zeros(0, np.int64)
-    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in samples])
+def _square(sequences: list[Int64]) -> tuple[Bucket, Int64]:
+    index = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    for row, sequence in zip(index, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    places = torch.from_numpy(index)
+    return Bucket(places, places), np.array([len(s) for s in sequences], np.int64)
+
+
+def _behind_prompts(answers: list[tuple[Int64, Int64]]) -> tuple[Bucket, Int64]:
+    P, T = max(len(prompt) for prompt, _ in answers), max(len(own) for _, own in answers)
+    keys, bias = np.zeros((len(answers), P + T), np.int64), np.zeros((len(answers), P + T), np.float32)
+    for row, hidden, (prompt, own) in zip(keys, bias, answers, strict=True):
+        row[P - len(prompt) : P] = prompt
+        row[P : P + len(own)] = own
+        hidden[: P - len(prompt)] = -np.inf
+    places = torch.from_numpy(keys)
+    some_hidden = torch.from_numpy(bias) if (bias < 0).any() else None
+    return Bucket(places[:, P:].contiguous(), places, some_hidden), np.array([len(own) for _, own in answers], np.int64)
+
+
+def _restore(buckets: Sequence[tuple[Bucket, Int64]], size: int) -> Int64:
+    """Where each flat token's output stands. A prompt in several whole samples has equal outputs there: the last
+    wins.
+    """
+    restore = np.empty(size, np.int64)
+    padded = 0
+    for bucket, lengths in buckets:
+        n, L = bucket.queries.shape
+        real = np.arange(L) < lengths[:, None]
+        restore[bucket.queries.numpy()[real]] = padded + np.flatnonzero(real)
+        padded += n * L
+    return restore

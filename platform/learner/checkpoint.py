@@ -1,0 +1,189 @@
+"""Checkpoints: runs/NAME/checkpoints/step_N, a Hugging Face directory with the trainer's state beside it.
+
+    model.safetensors, config.json, tokenizer…   opens with AutoModelForCausalLM and AutoTokenizer
+    optimizer.safetensors                        AdamW's moments by parameter name, and torch's random state
+    trainer.json                                 step, updates
+    window/v00000012.safetensors                 staleness.mode=exact: the versions that a resumed run publishes again
+
+Invariants: a directory named step_N is whole (written under another name, sealed by rename); a checkpoint that cannot
+be written leaves the older ones as they are; nothing in it depends on the number of ranks: rank 0 writes full
+tensors, and every rank cuts its shards out of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from offtrail.platform.learner.world import World, full, shard_like
+
+_NAME = re.compile(r"step_(\d+)")
+_HEADROOM = 1 << 24
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; one line with the path and the way out."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where training stands: learner steps and optimizer updates done."""
+
+    step: int
+    updates: int
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """The directory of a step's checkpoint."""
+    return run_dir / "checkpoints" / f"step_{step}"
+
+
+def parameter_names(policy: nn.Module) -> list[str]:
+    """Names as transformers has them: those of Policy without the ``model.`` that it adds."""
+    return [name.removeprefix("model.") for name, _ in policy.named_parameters()]
+
+
+def gather(policy: nn.Module) -> dict[str, Tensor]:
+    """Full parameters under transformers' names; all ranks take part. With one rank the live ones: read, then let
+    go.
+    """
+    return {n: full(p.detach()) for n, p in zip(parameter_names(policy), policy.parameters(), strict=True)}
+
+
+def gather_optimizer(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's full moments and step counts, ``NAME.exp_avg`` and so on; all ranks take part. Empty before the first
+    update.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in zip(parameter_names(policy), policy.parameters(), strict=True):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}.{key}"] = full(value)
+    return state
+
+
+def write(
+    run_dir: Path,
+    state: TrainerState,
+    model: Any,
+    tokenizer: Any,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    window: Mapping[int, Path],
+) -> Path:
+    """Write and seal one checkpoint; rank 0 only. ``window``: published version → its file, copied as it is.
+
+    Raises CheckpointError: not enough room, or the file system's own word; older checkpoints stay as they are.
+    """
+    target = path_of(run_dir, state.step)
+    temporary = target.with_name(f".{target.name}.writing")
+    try:
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _check_room(target, [*parameters.values(), *moments.values()], window)
+        temporary.mkdir()
+        write_model(temporary, model, tokenizer, parameters)
+        random = {"torch_random_state": torch.get_rng_state()}
+        save_file(
+            {k: v.contiguous().cpu() for k, v in {**moments, **random}.items()}, temporary / "optimizer.safetensors"
+        )
+        for file in window.values():
+            (temporary / "window").mkdir(exist_ok=True)
+            shutil.copyfile(file, temporary / "window" / file.name)
+        (temporary / "trainer.json").write_text(json.dumps(vars(state)))
+        _seal(temporary, target)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{target} cannot be written: {error}; make room there, or set run.dir elsewhere"
+        ) from error
+    return target
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest; called once the broker knows of the newest."""
+    steps = sorted(
+        int(match[1]) for entry in (run_dir / "checkpoints").iterdir() if (match := _NAME.fullmatch(entry.name))
+    )
+    for step in steps[:-keep]:
+        shutil.rmtree(path_of(run_dir, step))
+
+
+def read_state(path: Path) -> TrainerState:
+    """Raises CheckpointError where the directory or its trainer.json is missing or damaged."""
+    try:
+        return TrainerState(**json.loads((path / "trainer.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint to go on from: {error}") from error
+
+
+def restore_optimizer(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its moments (cut to this rank's shard) and torch its random state."""
+    try:
+        saved = load_file(path / "optimizer.safetensors")
+    except Exception as error:
+        raise CheckpointError(f"{path} is no checkpoint to go on from: {error}") from error
+    torch.set_rng_state(saved.pop("torch_random_state"))
+    for name, parameter in zip(parameter_names(policy), policy.parameters(), strict=True):
+        if f"{name}.step" in saved:
+            optimizer.state[parameter] = {
+                "step": saved[f"{name}.step"].to(parameter.device),
+                **{key: shard_like(saved[f"{name}.{key}"], parameter.detach()) for key in MOMENTS},
+            }
+
+
+def read_window(path: Path) -> dict[int, dict[str, Tensor]]:
+    """The versions before this checkpoint that it carries, oldest first."""
+    files = sorted((path / "window").glob("v*.safetensors"), key=lambda f: int(f.stem[1:]))
+    return {int(file.stem[1:]): load_file(file) for file in files}
+
+
+def save(
+    run_dir: Path, world: World, state: TrainerState, model: Any, tokenizer: Any, policy: nn.Module,
+    optimizer: torch.optim.Optimizer, window: Mapping[int, Path],
+) -> Path | None:  # fmt: skip
+    """Gather on all ranks, write on rank 0: its path there, None elsewhere. A failure to write raises on rank 0."""
+    parameters, moments = gather(policy), gather_optimizer(policy, optimizer)
+    return write(run_dir, state, model, tokenizer, parameters, moments, window) if world.main else None
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any, parameters: Mapping[str, Tensor]) -> None:
+    """What ``save_pretrained`` writes, from gathered tensors; a tied head is written once."""
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tensors = {name: value.contiguous().cpu() for name, value in parameters.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _check_room(target: Path, tensors: list[Tensor], window: Mapping[int, Path]) -> None:
+    needed = sum(t.numel() * t.element_size() for t in tensors) + sum(f.stat().st_size for f in window.values())
+    free = shutil.disk_usage(target.parent).free
+    if needed + _HEADROOM > free:
+        raise CheckpointError(
+            f"{target} needs {needed + _HEADROOM:,} bytes, {free:,} are free: make room there, or set run.dir elsewhere"
+            "; older checkpoints are untouched"
+        )
+
+
+def _seal(temporary: Path, target: Path) -> None:
+    """Rename into place. A resumed run may write a step again: the old one steps aside first."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)

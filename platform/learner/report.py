@@ -1,0 +1,84 @@
+"""What a batch tells by itself, without a model: rewards, lengths, staleness, sample texts. Rank 0 computes it once a
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from offtrail.core.types import FINISH_REASONS, Batch, Group
+
+HISTOGRAM_POINTS = 200
+"""A histogram travels as so many evenly spaced quantiles of its values."""
+
+
+def batch_metrics(batch: Batch) -> dict[str, float]:
+    """reward/*, length/*, staleness/* and queue/* of one batch; staleness in versions, over tokens.
+
+    A token's staleness is step − version; its part in flight is queued_version − version, in the queue
+    step − queued_version (less than 0 cannot be: the broker stamps a version it has seen).
+    """
+    groups = batch.groups
+    rewards = [g.rewards for g in groups]
+    lengths, finish = _all(groups, "lengths"), _all(groups, "finish")
+    stale, in_flight = staleness(batch), np.concatenate([g.queued_version - g.versions for g in groups])
+    metrics = {
+        f"reward/{name}": float(np.mean(np.concatenate([g.components[name] for g in groups]))) for name in _names(batch)
+    }
+    metrics |= {
+        "reward/mean": float(np.mean(np.concatenate(rewards))),
+        "reward/std_in_group": float(np.mean([r.std() for r in rewards])),
+        "reward/zero_variance_share": float(np.mean([r.min() == r.max() for r in rewards])),
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "length/prompt_mean": float(np.mean([len(g.prompt_tokens) for g in groups])),
+        "length/truncated_share": float(np.mean(finish == FINISH_REASONS.index("length"))),
+    }
+    if len(stale):
+        metrics |= {
+            "staleness/mean": float(stale.mean()),
+            "staleness/max": float(stale.max()),
+            "staleness/stale_token_share": float((stale > 0).mean()),
+            "staleness/in_flight_mean": float(in_flight.mean()),
+            "staleness/in_queue_mean": float((stale - in_flight).mean()),
+            "staleness/mixed_sample_share": float(
+                np.mean([len(set(s.versions.tolist())) > 1 for g in groups for s in g.samples()])
+            ),
+        }
+    return metrics
+
+
+def staleness(batch: Batch) -> np.ndarray:
+    """Step − version of every output token of the batch, [T]."""
+    return batch.step - np.concatenate([g.versions for g in batch.groups])
+
+
+def histogram(values: np.ndarray) -> list[float]:
+    """HISTOGRAM_POINTS quantiles, each one of the values; empty without values."""
+    if not len(values):
+        return []
+    ranks = ((np.arange(HISTOGRAM_POINTS) + 0.5) / HISTOGRAM_POINTS * len(values)).astype(np.int64)
+    return [float(v) for v in np.sort(values)[ranks]]
+
+
+def sample_texts(batch: Batch, decode: Callable[[list[int]], str], count: int) -> dict[str, str]:
+    """``samples``: markdown of the first ``count`` groups, each its best and its worst answer."""
+    parts = []
+    for group in batch.groups[:count]:
+        samples = sorted(group.samples(), key=lambda s: (-s.reward, s.index))
+        shown = samples[:1] if len(samples) == 1 else [samples[0], samples[-1]]
+        lines = [f"prompt  {decode(group.prompt_tokens.tolist())}", f"answer  {group.problem.answer}"]
+        lines += [f"{s.reward:+.2f}   {decode(s.tokens.tolist())}  ({s.finish})" for s in shown]
+        parts.append("\n".join("    " + line.replace("\n", "\n            ") for line in lines))
+    return {"samples": "\n\n".join(parts)} if parts else {}
+
+
+def _all(groups: tuple[Group, ...], name: str) -> np.ndarray:
+    return np.concatenate([getattr(g, name) for g in groups])
+
+
+def _names(batch: Batch) -> list[str]:
+    """Components that every group has."""
+    return sorted(set.intersection(*(set(g.components) for g in batch.groups)))

@@ -1,0 +1,242 @@
+"""The learner role: batches in, versions out. One process a rank; rank 0 talks to the broker and publishes.
+
+    broker ── batch k ──► train (K updates) ──► publish version k+1 ──► commit ──► checkpoint, now and then
+
+The loop consumes batches in their durable order; it is unblocked by the broker (a batch is whole) and unblocks
+generators and evaluator (a version is out). After the last step it waits for the broker's stop, because a run is
+complete only when its last version is scored.
+
+Invariants: a version is published before it is committed, so that whoever hears of it can read it; nothing is published
+of a step that failed; a restart is the checkpoint plus a replay of the batches logged after it (I1).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from offtrail.core.types import Batch
+from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.context import Connection, RoleContext
+from offtrail.platform.learner import checkpoint
+from offtrail.platform.learner.checkpoint import TrainerState
+from offtrail.platform.learner.model import Policy, load_model
+from offtrail.platform.learner.objectives import PolicyGradient
+from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts, staleness
+from offtrail.platform.learner.sources import BrokerSource
+from offtrail.platform.learner.train import Report, Trainer, adamw, warmup
+from offtrail.platform.learner.world import World, join
+from offtrail.platform.weights.store import Publisher
+from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
+from offtrail.platform.wire.sockets import WaitError
+
+log = logging.getLogger("offtrail.learner")
+
+
+def main(context: RoleContext) -> None:
+    """Run until the broker says stop."""
+    learner = Learner.open(context)
+    try:
+        learner.publish_start()
+        while learner.step < context.config.learner.steps:
+            batch = learner.source.next(learner.step)
+            if batch is None:
+                return
+            report = learner.trainer.step(learner.step, batch)
+            learner.publish(batch, report)
+            learner.checkpoint_if_due()
+        learner.wait_for_stop()
+    finally:
+        learner.close()
+
+
+@dataclass
+class Learner:
+    """State of one rank; each public method is one verb of the loop. ``step``: learner steps done = newest version."""
+
+    context: RoleContext
+    connection: Connection
+    world: World
+    trainer: Trainer
+    source: BrokerSource
+    model: Any
+    tokenizer: Any
+    publisher: Publisher | None
+    step: int
+    stopping: bool = False
+
+    @classmethod
+    def open(cls, context: RoleContext) -> Learner:
+        """Connect, restore the checkpoint that the broker names (0: the start model), shard, open the weight
+        channel.
+        """
+        config = context.config
+        connection = context.connect()
+        step = connection.welcome.step
+        start = start_model(config, context.run_dir)
+        origin = checkpoint.path_of(context.run_dir, step) if step else start
+        with connection.activity.busy("load"):
+            model = load_model(origin, device=config.learner.device)
+            world = join(config.learner, layer_classes(model), deadline_s=config.broker.deadline_seconds)
+            trainer = make_trainer(config, world, model, start, connection)
+            if step:
+                trainer.updates = checkpoint.read_state(origin).updates
+                checkpoint.restore_optimizer(origin, trainer.policy, trainer.optimizer)
+        return cls(
+            context=context,
+            connection=connection,
+            world=world,
+            trainer=trainer,
+            source=BrokerSource(connection, world, config.broker.deadline_seconds),
+            model=model,
+            tokenizer=AutoTokenizer.from_pretrained(start),
+            publisher=Publisher(context.weights_folder, versions_kept(config)) if world.main else None,
+            step=step,
+        )
+
+    def publish_start(self) -> None:
+        """Publish the version to start from; in exact mode, after a restart, first those that its leases still name."""
+        if self.step and self.publisher is not None and self.context.config.staleness.mode == "exact":
+            for version, tensors in checkpoint.read_window(checkpoint.path_of(self.context.run_dir, self.step)).items():
+                self.publisher.publish(version, tensors)
+        checksum = self._publish()
+        self._commit(Commit(step=-1, version=self.step, checksum=checksum, metrics={}))
+
+    def publish(self, batch: Batch, report: Report) -> None:
+        """Publish the new version, then commit the batch with its metrics."""
+        self.step += 1
+        checksum = self._publish()
+        if not self.world.main:
+            return
+        shown = self.context.config.tracking.sample_texts
+        self._commit(
+            Commit(
+                step=batch.step,
+                version=self.step,
+                checksum=checksum,
+                metrics=report.metrics | batch_metrics(batch),
+                histograms=report.histograms | {"staleness/tokens": histogram(staleness(batch))},
+                texts=sample_texts(batch, self.tokenizer.decode, shown) if not batch.replay else {},
+            )
+        )
+
+    def checkpoint_if_due(self) -> None:
+        """Every learner.checkpoint_every steps and at the end: write, tell the broker, let old ones go."""
+        config = self.context.config.learner
+        if self.step % config.checkpoint_every and self.step != config.steps:
+            return
+        with self.connection.activity.busy("checkpoint"):
+            state = TrainerState(step=self.step, updates=self.trainer.updates)
+            path = checkpoint.save(
+                self.context.run_dir, self.world, state, self.model, self.tokenizer,
+                self.trainer.policy, self.trainer.optimizer, self._window(),
+            )  # fmt: skip
+        if path is not None:
+            self._request(Checkpointed(step=self.step, path=str(path)), "an acknowledged checkpoint")
+            checkpoint.prune(self.context.run_dir, config.keep_checkpoints)
+
+    def wait_for_stop(self) -> None:
+        """The last version is out: stay until the run is over. Raises WaitError (I4) when the broker falls silent."""
+        heart, deadline = self.connection.heart, self.context.config.broker.deadline_seconds
+        with self.connection.activity.waiting("stop", on="evaluator"):
+            while not heart.stop:
+                if heart.lost > deadline:
+                    raise WaitError.passed("the end of the run", "the broker", time.time() - heart.lost, deadline)
+                time.sleep(0.05)
+
+    def close(self) -> None:
+        """Leave the world and the broker; the launcher removes the weight channel."""
+        if self.publisher is not None:
+            self.publisher.close()
+        self.connection.close()
+        self.world.close()
+
+    def _publish(self) -> str:
+        """Gather (a collective) and write the version; its checksum on rank 0."""
+        with self.connection.activity.busy("publish"):
+            tensors = checkpoint.gather(self.trainer.policy)
+            if self.publisher is None:
+                return ""
+            started = time.monotonic()
+            checksum = self.publisher.publish(self.step, tensors)
+            if due_for_evaluation(self.context.config, self.step):
+                self.publisher.pin(self.step)
+            self.connection.activity.gauge("publish_seconds", time.monotonic() - started)
+        return checksum
+
+    def _commit(self, commit: Commit) -> None:
+        if self.world.main:
+            reply = self._request(commit, f"an acknowledged commit of version {commit.version}")
+            assert isinstance(reply, Committed)
+            if reply.diverged:
+                log.warning(
+                    "version %d differs from the one logged before the restart: lineage %d",
+                    commit.version,
+                    reply.lineage,
+                )
+
+    def _request(self, message: Any, what: str) -> Any:
+        deadline = self.context.config.broker.deadline_seconds
+        with self.connection.activity.waiting("commit", on="broker"):
+            return self.connection.client.request(message, what=what, deadline_s=deadline)[0]
+
+    def _window(self) -> dict[int, Path]:
+        """Exact mode: the published files of the last η versions, which leases may still name after a restart."""
+        staleness, folder = self.context.config.staleness, self.context.weights_folder
+        if staleness.mode != "exact" or not self.world.main:
+            return {}
+        versions = range(max(0, self.step - staleness.max), self.step)
+        files = {v: folder / f"v{v:08d}.safetensors" for v in versions}
+        return {v: file for v, file in files.items() if file.is_file()}
+
+
+def make_trainer(config: Config, world: World, model: Any, start: Path, connection: Connection) -> Trainer:
+    """Policy, AdamW, schedule and objective of job=rl; the reference policy where the loss has a KL term."""
+    objective = PolicyGradient(config)
+    settings = config.learner
+    policy = Policy(model, dtype=settings.dtype)
+    optim = settings.optim
+    optimizer = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
+    policy, optimizer = world.prepare(policy, optimizer)
+    reference = None
+    if objective.needs_ref:
+        frozen = Policy(load_model(start, device=settings.device), dtype=settings.dtype).requires_grad_(False)
+        reference = world.shard(frozen)
+    return Trainer(
+        world,
+        policy,
+        optimizer,
+        warmup(optim),
+        objective,
+        connection.activity,
+        budget=settings.tokens_per_microbatch,
+        grad_clip=optim.grad_clip,
+        reference=reference,
+    )
+
+
+def start_model(config: Config, run_dir: Path) -> Path:
+    """The Hugging Face directory that version 0 comes from: runs/NAME/start, or model.path where there is none."""
+    link = run_dir / "start"
+    return link if link.exists() else Path(config.model.path)
+
+
+def layer_classes(model: Any) -> set[str]:
+    """Class names of the decoder's layers, FSDP2's units."""
+    return {type(layer).__name__ for layer in model.base_model.layers}
+
+
+def versions_kept(config: Config) -> int:
+    """Published versions that stay readable: in exact mode a lease may name one η versions old."""
+    return config.staleness.max + 2 if config.staleness.mode == "exact" else 2
+
+
+def due_for_evaluation(config: Config, version: int) -> bool:
+    """Versions 0, every eval.every-th, and the last."""
+    every = config.eval.every
+    return version in (0, config.learner.steps) or (every > 0 and version % every == 0)

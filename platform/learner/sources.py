@@ -1,0 +1,108 @@
+"""Where a training job's batches come from: the broker (rl), or the task's worked traces (sft)."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from offtrail.core.types import Batch, Int32
+from offtrail.platform.launcher.context import Connection
+from offtrail.platform.learner.objectives import rows_of_pairs
+from offtrail.platform.learner.packing import Rows
+from offtrail.platform.learner.world import World
+from offtrail.platform.wire.groups import arrays_per_group, group_from, pack_group, unpack_group
+from offtrail.platform.wire.messages import BatchReply, NextBatch
+from offtrail.platform.wire.sockets import WaitError
+from offtrail.tasks.base import Task
+
+WAITING, STOP = b"w", b"s"
+
+
+class BrokerSource:
+    """Batches in their durable order. Rank 0 asks the broker; every rank returns the same batch.
+
+    Invariant: after each answer of the broker, an empty one too, all ranks meet in a broadcast, so that a rank never
+    waits longer in a collective than one long poll takes.
+    """
+
+    def __init__(self, connection: Connection, world: World, deadline_s: float) -> None:
+        self.connection, self.world, self.deadline_s = connection, world, deadline_s
+
+    def next(self, step: int) -> Batch | None:
+        """The batch of ``step``; None when the run stops.
+
+        Raises WaitError (I4) when the broker's word on what it waits for has not changed for the deadline.
+        """
+        since, word = time.time(), ""
+        with self.connection.activity.waiting("batch", on="broker"):
+            while True:
+                reply, batch = self._ask(step) if self.world.main else (None, None)
+                blob = self.world.broadcast(_blob(reply, batch) if self.world.size > 1 and reply is not None else b"")
+                if not self.world.main:
+                    reply, batch = None, _open_blob(blob)
+                if batch is not None:
+                    return batch
+                if (reply is not None and reply.stop) or blob == STOP:
+                    return None
+                if reply is not None and reply.waiting != word:
+                    since, word = time.time(), reply.waiting
+                if self.world.main and time.time() - since > self.deadline_s:
+                    raise WaitError.passed(f"batch {step}", f"the broker ({word})", since, self.deadline_s)
+
+    def _ask(self, step: int) -> tuple[BatchReply, Batch | None]:
+        reply, arrays = self.connection.client.request(
+            NextBatch(step=step), what=f"batch {step}", deadline_s=self.deadline_s
+        )
+        assert isinstance(reply, BatchReply)
+        if reply.stop or not reply.headers:
+            return reply, None
+        groups, end = [], 0
+        for header in reply.headers:
+            start, end = end, end + arrays_per_group(header)
+            groups.append(group_from(header, arrays[start:end]))
+        return reply, Batch(reply.step, tuple(groups), reply.replay)
+
+
+def _blob(reply: BatchReply, batch: Batch | None) -> bytes:
+    if batch is None:
+        return STOP if reply.stop else WAITING
+    return msgspec.msgpack.encode((batch.step, batch.replay, [pack_group(g) for g in batch.groups]))
+
+
+def _open_blob(blob: bytes | bytearray | memoryview) -> Batch | None:
+    if bytes(blob[:2]) in (WAITING, STOP):
+        return None
+    step, replay, groups = msgspec.msgpack.decode(blob, type=tuple[int, bool, list[bytes]])
+    return Batch(step, tuple(unpack_group(g) for g in groups), replay)
+
+
+class TraceSource:
+    """Fresh problems with worked answers at every step, each prompt in the run's data order once."""
+
+    def __init__(self, task: Task, tokenizer: Any, *, batch_size: int, seed: int, max_length: int) -> None:
+        self.task, self.tokenizer, self.batch_size, self.seed, self.max_length = (
+            task, tokenizer, batch_size, seed, max_length,
+        )  # fmt: skip
+
+    def next(self, step: int) -> Rows:
+        """Rows of one update. Raises ValueError when a problem and its answer exceed model.max_length."""
+        problems = [self.task.train(step * self.batch_size + i) for i in range(self.batch_size)]
+        rng = random.Random(f"sft-{self.seed}-{step}")
+        prompts = self._encode([p.prompt for p in problems])
+        answers = self._encode([self.task.trace(p, rng) for p in problems], end=[self.tokenizer.eos_token_id])
+        longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        if longest > self.max_length:
+            raise ValueError(
+                f"model.max_length={self.max_length}: a problem of task={self.task.name} with its worked answer takes "
+                f"{longest} tokens; raise it, or make the task easier"
+            )
+        return rows_of_pairs(prompts, answers)
+
+    def _encode(self, texts: Sequence[str], end: Sequence[int] = ()) -> list[Int32]:
+        tokens = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [np.array([*t, *end], np.int32) for t in tokens]
