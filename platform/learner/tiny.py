@@ -2,14 +2,11 @@
 
 Nothing downstream knows that they are home-made: the directory that ``save_start`` writes opens with AutoTokenizer and
 AutoModelForCausalLM, like any other ``model.path``. Its cold start (supervised fine-tuning on worked answers) is
-sft.py's; the result is kept under ``cache_dir() / cache_key(config)``.
+sft.py's, and the launcher keeps the result (start.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import string
@@ -20,13 +17,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from offtrail.platform.config.schema import Config, ModelConfig
+from offtrail.platform.config.schema import ModelConfig
 
 SPECIALS = ("<pad>", "<eos>", "<unk>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ALPHABET = string.digits + string.ascii_lowercase + " \n" + "+-*/%=()?.,:;<>#"
-COLD_START_RECIPE = 1
-"""Raise it when the code of the cold start changes what it makes: it is part of the cache key."""
 
 
 def build_tokenizer(max_length: int = 256) -> PreTrainedTokenizerFast:
@@ -111,24 +106,3 @@ def save_pretrained(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrained
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def cache_key(config: Config) -> str:
-    """Names the cold-start checkpoint of ``config``: a hash of everything that decides its weights."""
-    model = dataclasses.asdict(config.model)
-    del model["path"]
-    decides = {
-        "recipe": COLD_START_RECIPE,
-        "model": model,
-        "task": dataclasses.asdict(config.task),
-        "sft": dataclasses.asdict(config.sft),
-        "seed": config.run.seed,
-        "torch": torch.__version__,
-    }
-    digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return f"{config.model.name}-{config.task.name}-{digest}"
-
-
-def cache_dir() -> Path:
-    """$OFFTRAIL_CACHE, or ~/.cache/offtrail."""
-    return Path(os.environ.get("OFFTRAIL_CACHE") or Path.home() / ".cache" / "offtrail")

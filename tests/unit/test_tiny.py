@@ -1,17 +1,13 @@
 """The model from nothing opens like any Hugging Face checkpoint, and its tokenizer loses nothing."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3ForCausalLM
 
-from offtrail.platform.config.schema import Config, ModelConfig, SftConfig
-from offtrail.platform.learner import tiny
-from offtrail.platform.learner.tiny import ALPHABET, SPECIALS, TAGS, build_model, build_tokenizer, cache_key, save_start
-from offtrail.tasks.config import AdditionConfig
+from offtrail.platform.config.schema import ModelConfig
+from offtrail.platform.learner.tiny import ALPHABET, SPECIALS, TAGS, build_model, build_tokenizer, save_start
 
 TOKENIZER = build_tokenizer()
 TEXTS = st.lists(st.sampled_from([*ALPHABET, *TAGS, *SPECIALS])).map("".join)
@@ -104,28 +100,3 @@ def test_sizes_that_do_not_divide_are_refused():
         build_model(ModelConfig(heads=5), 61, seed=0)
     with pytest.raises(ValueError, match=r"model\.kv_heads=3"):
         build_model(ModelConfig(kv_heads=3), 61, seed=0)
-
-
-def test_cache_key_is_decided_by_what_decides_the_weights():
-    base = Config()
-    changed = [
-        dataclasses.replace(base, model=ModelConfig(layers=4)),
-        dataclasses.replace(base, task=AdditionConfig()),
-        dataclasses.replace(base, sft=SftConfig(lr=1e-3)),
-        dataclasses.replace(base, run=dataclasses.replace(base.run, seed=1)),
-    ]
-    assert len({cache_key(c) for c in [base, *changed]}) == 5
-    unrelated = [
-        dataclasses.replace(base, model=ModelConfig(path="elsewhere")),
-        dataclasses.replace(base, run=dataclasses.replace(base.run, name="x")),
-        dataclasses.replace(base, learner=dataclasses.replace(base.learner, steps=7)),
-    ]
-    assert {cache_key(c) for c in unrelated} == {cache_key(base)}
-
-
-def test_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("OFFTRAIL_CACHE", str(tmp_path))
-    assert tiny.cache_dir() == tmp_path
-    monkeypatch.delenv("OFFTRAIL_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert tiny.cache_dir() == tmp_path / "home" / ".cache" / "offtrail"
