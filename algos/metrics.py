@@ -7,6 +7,7 @@ and ``histograms`` with SUM and ``maxima`` with MAX. ``means()`` turns the total
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +45,16 @@ def bin_value(index: int) -> float:
     return math.ldexp(1 + (step + 0.5) / _STEPS, octave + _LOW_OCTAVE)
 
 
-def quantile(histogram: Tensor, q: float) -> float:
-    """The ⌈q·N⌉-th smallest of the values counted in ``histogram`` [BINS] int64, within .4 %; NaN if it is empty."""
-    total = int(histogram.sum())
+def quantiles(histogram: Tensor, shares: Sequence[float]) -> list[float]:
+    """For each q of ``shares`` the ⌈q·N⌉-th smallest of the N values counted in ``histogram`` [BINS] int64, within
+    .4 %; NaN if it is empty.
+    """
+    counted = histogram.cumsum(0)
+    total = int(counted[-1])
     if total == 0:
-        return math.nan
-    rank = max(1, math.ceil(q * total))
-    return bin_value(int(torch.searchsorted(histogram.cumsum(0), rank)))
+        return [math.nan] * len(shares)
+    ranks = torch.tensor([max(1, math.ceil(q * total)) for q in shares], device=histogram.device)
+    return [bin_value(i) for i in torch.searchsorted(counted, ranks).tolist()]
 
 
 @dataclass(slots=True)
@@ -111,8 +115,9 @@ class LossMetrics:
             "offpolicy/k3": (s["w"] - s["log_w"]) / N - 1,
             "offpolicy/chi2": s["w2"] / N - 1,
         }
-        named |= {f"offpolicy/abs_dlogp_p{p}": quantile(self.histograms[0], p / 100) for p in (50, 95, 99)}
-        named |= {f"offpolicy/ratio_p{p}": quantile(self.histograms[1], p / 100) for p in (5, 50, 95)}
+        far, rho = quantiles(self.histograms[0], (0.5, 0.95, 0.99)), quantiles(self.histograms[1], (0.05, 0.5, 0.95))
+        named |= {f"offpolicy/abs_dlogp_p{p}": value for p, value in zip((50, 95, 99), far, strict=True)}
+        named |= {f"offpolicy/ratio_p{p}": value for p, value in zip((5, 50, 95), rho, strict=True)}
         if s["ref_tokens"]:
             named |= {"loss/kl": s["loss_kl"] / updates, "policy/kl_ref": s["kl_ref"] / s["ref_tokens"]}
         if s["entropy_tokens"]:
@@ -135,7 +140,7 @@ class LossMetrics:
         counts = self.histograms[1]
         if int(counts.sum()) == 0:
             return []
-        return [quantile(counts, (i + 0.5) / points) for i in range(points)]
+        return quantiles(counts, [(i + 0.5) / points for i in range(points)])
 
 
 def _ess(total: float, squares: float, count: float) -> float:

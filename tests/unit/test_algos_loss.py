@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from offtrail.algos.config import CorrectionConfig, DecoupledConfig, GrpoConfig, TisConfig
 from offtrail.algos.loss import LossInput, policy_loss
-from offtrail.algos.metrics import LossMetrics, bin_of, quantile
+from offtrail.algos.metrics import LossMetrics, bin_of, quantiles
 
 NONE, DECOUPLED = CorrectionConfig(), DecoupledConfig()
 UNCLIPPED = GrpoConfig(clip_low=1.0, clip_high=math.inf)
@@ -241,11 +241,13 @@ def test_losses_are_means_over_updates():
     assert (metrics + metrics).means(updates=2) == pytest.approx(metrics.means())
 
 
-@pytest.mark.parametrize("q", [0.05, 0.5, 0.95, 0.99])
-def test_quantiles_are_within_a_bin(q):
+def test_quantiles_are_within_a_bin():
     values = torch.randn(5001, generator=torch.Generator().manual_seed(1)).mul(3).exp()
     histogram = torch.bincount(bin_of(values), minlength=LossMetrics.empty().histograms.shape[1])
-    assert quantile(histogram, q) == pytest.approx(float(values.sort().values[math.ceil(q * 5001) - 1]), rel=0.004)
+    shares = [0.0, 0.05, 0.5, 0.95, 0.99, 1.0]
+    exact = [float(values.sort().values[max(1, math.ceil(q * 5001)) - 1]) for q in shares]
+    assert quantiles(histogram, shares) == pytest.approx(exact, rel=0.004)
+    assert all(map(math.isnan, quantiles(torch.zeros_like(histogram), shares)))
 
 
 def test_ratio_histogram_has_the_shape_of_the_ratios():
