@@ -152,7 +152,7 @@ class Rollout:
             self.take_replies(timeout_s=0.001 if self._scoring else 0.02)
         self.stopping = self.stopping or heart.stop
         if heart.lost > self.config.broker.deadline_seconds:
-            raise WaitError(what, f"the broker ({on})", time.time() - heart.lost, heart.lost)
+            raise WaitError.passed(what, f"the broker ({on})", time.time() - heart.lost, heart.lost)
 
     def close(self) -> None:
         """Let go of unfinished work: the broker re-issues or refuses what was not acknowledged."""
@@ -210,12 +210,13 @@ class Rollout:
             ready = bool(wave) and not self.engine.unfinished and self.engine.version == wave[0].exact_version
             return wave if ready else []
         limit = 2 * self.config.engine.max_running
-        ready, samples = [], self.engine.unfinished
+        fitting: list[Lease] = []
+        samples = self.engine.unfinished
         for lease in self._waiting:
             if lease.min_version <= self.engine.version and samples < limit:
-                ready.append(lease)
+                fitting.append(lease)
                 samples += lease.samples
-        return ready
+        return fitting
 
     def _verify(self, group: Group) -> None:
         stop = FINISH_REASONS.index("stop")

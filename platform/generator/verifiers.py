@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class VerifierError(RuntimeError):
 class _Group:
     """A submitted group and its encoded job; ``deaths`` counts the workers that died of it."""
 
-    key: Hashable
+    key: int
     ticket: int
     size: int
     frame: bytes
@@ -79,9 +79,9 @@ class VerifierPool:
         self._reward = config.reward
         setup = Setup(config.task.name, dataclasses.asdict(config.task), config.reward.memory_mb << 20)
         self._waiting: deque[_Group] = deque()
-        self._pending: set[Hashable] = set()
-        self._done: list[tuple[Hashable, Components | None]] = []
-        self._reasons: dict[Hashable, str] = {}
+        self._pending: set[int] = set()
+        self._done: list[tuple[int, Components | None]] = []
+        self._reasons: dict[int, str] = {}
         self._submitted = 0
         self.counters = dict.fromkeys(
             ("verified_groups", "verified_samples", "verifier_seconds", "verifier_timeouts", "verifier_deaths"), 0.0
@@ -93,7 +93,7 @@ class VerifierPool:
         """Groups submitted and not yet returned."""
         return len(self._pending)
 
-    def submit(self, key: Hashable, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+    def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
         """Queue a group's G answers: ``texts`` without their stop token, ``finished`` where a stop token came.
 
         Raises ValueError when the lengths differ or ``key`` is still pending.
@@ -110,7 +110,7 @@ class VerifierPool:
         self._pending.add(key)
         self._dispatch()
 
-    def poll(self, timeout_s: float = 0.0) -> list[tuple[Hashable, Components | None]]:
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Components | None]]:
         """(key, components) of every group decided since the last call; wait up to ``timeout_s`` for the first.
 
         Components are name → [G] float32, or None where the group must be refused; ``reason(key)`` then says why.
@@ -126,7 +126,7 @@ class VerifierPool:
                 return done
             self._wait(left)
 
-    def reason(self, key: Hashable) -> str:
+    def reason(self, key: int) -> str:
         """Why ``poll`` returned None for ``key``; forgotten once asked."""
         return self._reasons.pop(key)
 

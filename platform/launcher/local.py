@@ -11,7 +11,6 @@ durable, so `run.resume=true` goes on from there.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -22,13 +21,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.context import weights_folder
-from offtrail.platform.launcher.start import prepare_start_model
+from offtrail.platform.launcher.start import StartError, prepare_start_model, run_sft
+from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.progress import Progress
 from offtrail.platform.tracking.summary import read_summary, write_summary
-from offtrail.platform.wire.auth import make_keys, needs_keys
+from offtrail.platform.wire.auth import make_keys
 from offtrail.platform.wire.messages import Status, StatusRequest, StopRun
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, WaitError
 
@@ -71,9 +75,10 @@ class Run:
         # Two busy processes on two cores: more threads than asked for make both several times slower.
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | environment
         command = [sys.executable, "-m", "offtrail.platform.launcher.role", role, str(index), str(self.run_dir)]
-        with log.open("ab") as out:
+        command.append(str(os.getpid()))
+        with log.open("ab") as out:  # a process group of its own: Ctrl-C on the terminal is the launcher's alone
             process = subprocess.Popen(
-                [*command, str(os.getpid())], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, process_group=0
             )
         self.roles.append(Role(name, process, log))
 
@@ -81,8 +86,7 @@ class Run:
         """Broker first: every other role dials its endpoint.json."""
         config = self.config
         (self.run_dir / "endpoint.json").unlink(missing_ok=True)
-        if needs_keys(config.broker.address):
-            make_keys(self.run_dir)
+        make_keys(self.run_dir, config.broker.address)
         self.start("broker")
         world = {"WORLD_SIZE": str(config.learner.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(config.learner.ranks):
@@ -142,20 +146,39 @@ class Run:
 def launch(config: Config, run_dir: Path) -> int:
     """Run one job to its end in a run directory that exists; the exit status of the command."""
     started = time.monotonic()
-    with interrupts() as interrupted:
-        try:
-            prepare_start_model(config, run_dir)
-            run = Run(config, run_dir)
-            try:
-                run.start_all()
-                status, reason = watch(run, interrupted)
-                run.stop(status, reason)
-                run.leave()
-            finally:
-                run.close()
-        except KeyboardInterrupt:
-            status, reason = "interrupted", "interrupted before the roles were up"
-    return finish(config, run_dir, status, reason, time.monotonic() - started)
+    try:
+        with interrupts() as interrupted:
+            status, reason = JOBS[config.job](config, run_dir, interrupted)
+    except KeyboardInterrupt:
+        status, reason = "interrupted", "interrupted before the roles were up"
+    except StartError as error:
+        status, reason = "failed", str(error)
+    return finish(run_dir, status, reason, time.monotonic() - started)
+
+
+def run_rl(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """job=rl: the start model, then every role until the end; how it ended, and why."""
+    prepare_start_model(config, run_dir, interrupted)
+    run = Run(config, run_dir)
+    try:
+        run.start_all()
+        status, reason = watch(run, interrupted)
+        run.stop(status, reason)
+        run.leave()
+    finally:
+        run.close()
+    return status, reason
+
+
+def run_supervised(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """job=sft: one process, one checkpoint."""
+    target = run_dir / "checkpoints" / f"step_{config.sft.steps}"
+    run_sft(run_dir, target, f"sft → {target}", config, interrupted)
+    write_summary(run_dir, {"status": "completed", "steps": config.sft.steps, "seed": config.sft.seed})
+    return "completed", ""
+
+
+JOBS = {"rl": run_rl, "sft": run_supervised}
 
 
 def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
@@ -202,20 +225,47 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def finish(config: Config, run_dir: Path, status: str, reason: str, wall_seconds: float) -> int:
-    """Set the final status (the broker may have died before it could), draw the curves, print what happened."""
-    summary = read_summary(run_dir)
-    summary |= {"status": status, "launch_seconds": round(wall_seconds, 3)}
+def finish(run_dir: Path, status: str, reason: str, seconds: float) -> int:
+    """Set the final status (the broker may have died before it could), draw the curves, say what happened."""
+    summary = read_summary(run_dir) | {"status": status, "launch_seconds": round(seconds, 3)}
     if reason:
         summary["reason"] = reason
     write_summary(run_dir, summary)
+    if (run_dir / "metrics.jsonl").is_file():
+        learning_curve(run_dir)
     report(run_dir, summary)
+    if status == "failed":
+        print(f"offtrail: error: {reason}", file=sys.stderr)
     return EXIT_CODES[status]
 
 
-def report(run_dir: Path, summary: dict[str, object]) -> None:
-    """The last words of a run on the terminal."""
-    shown = ("status", "reason", "steps", "eval/accuracy_first", "eval/accuracy_last", "staleness/stale_token_share",
-             "groups/trained", "groups/lost", "groups/duplicated")  # fmt: skip
-    print(json.dumps({key: summary[key] for key in shown if key in summary}, indent=2, ensure_ascii=False))
-    print(f"summary: {run_dir}/summary.json")
+def report(run_dir: Path, summary: dict[str, Any]) -> None:
+    """The last words of a run on the terminal: what its summary says, and where to look."""
+    shown = {
+        "status": summary["status"],
+        "learner steps": summary.get("steps"),
+        "held-out accuracy": _between(summary, "eval/accuracy"),
+        "training reward accuracy": _between(summary, "reward/accuracy"),
+        "staleness mean / max": _pair(summary, "staleness/mean", "staleness/max"),
+        "stale tokens": summary.get("staleness/stale_token_share"),
+        "groups trained / lost / twice": _pair(summary, "groups/trained", "groups/lost", "groups/duplicated"),
+        "busy learner / generator": _pair(summary, "learner/busy_fraction", "generator/busy_fraction"),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in shown.items():
+        if value is not None:
+            table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    for name in ("learning.png", "summary.json", "logs"):
+        if (run_dir / name).exists():
+            table.add_row("" if name != "learning.png" else "see", str(run_dir / name))
+    Console().print(table, highlight=False)
+
+
+def _between(summary: dict[str, Any], name: str) -> str | None:
+    first, last = summary.get(f"{name}_first"), summary.get(f"{name}_last")
+    return None if first is None or last is None else f"{first:.3f} → {last:.3f}"
+
+
+def _pair(summary: dict[str, Any], *names: str) -> str | None:
+    values = [summary.get(name) for name in names]
+    return None if None in values else " / ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)

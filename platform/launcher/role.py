@@ -1,4 +1,4 @@
-"""One role process: `python -m offtrail.platform.launcher.role ROLE INDEX RUN_DIR`, started by the launcher.
+"""One role process: `python -m offtrail.platform.launcher.role ROLE INDEX RUN_DIR PARENT_PID`, started by the launcher.
 
 A role leaves with 0 when the broker says stop. Anything else ends the run: an exception is written to the role's log in
 full and told to the broker in one line (Failure) before the process exits with 1.
@@ -40,7 +40,6 @@ def main(argv: list[str]) -> int:
     role, index, run_dir, parent = argv[0], int(argv[1]), Path(argv[2]), int(argv[3])
     die_with_parent(parent)
     signal.signal(signal.SIGTERM, leave_on_terminate)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's: it ends the run in order
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = RoleContext(load_config(run_dir / "config.yaml"), run_dir, role, index)
     try:

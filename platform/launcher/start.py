@@ -30,7 +30,7 @@ class StartError(RuntimeError):
     """The start model cannot be had; one line that says why and the way out."""
 
 
-def prepare_start_model(config: Config, run_dir: Path) -> None:
+def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int]) -> None:
     """Make runs/NAME/start, with a cold start where the cache has none. A resumed run keeps its link.
 
     Raises StartError when the model cannot be found, fetched or made.
@@ -39,7 +39,7 @@ def prepare_start_model(config: Config, run_dir: Path) -> None:
     if link.exists():
         return
     link.unlink(missing_ok=True)  # it may dangle: the cache was emptied
-    link.symlink_to(resolve(config.model.path) if config.model.path else cold_start(config, run_dir))
+    link.symlink_to(resolve(config.model.path) if config.model.path else cold_start(config, run_dir, interrupted))
 
 
 def resolve(path: str) -> Path:
@@ -57,25 +57,34 @@ def resolve(path: str) -> Path:
         ) from error
 
 
-def cold_start(config: Config, run_dir: Path) -> Path:
+def cold_start(config: Config, run_dir: Path, interrupted: list[int]) -> Path:
     """The cold-started checkpoint of this configuration, made now if the cache lacks it."""
     target = cache_dir() / cache_key(config)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    run_sft(run_dir, target, f"cold start → {target}", config)
+    run_sft(run_dir, target, f"cold start → {target}", config, interrupted)
     return target
 
 
-def run_sft(run_dir: Path, target: Path, title: str, config: Config) -> None:
-    """Run job=sft in a process of its own, with a progress bar; it writes ``target`` whole or not at all."""
+def run_sft(run_dir: Path, target: Path, title: str, config: Config, interrupted: list[int]) -> None:
+    """Run job=sft in a process of its own, with a progress bar; it writes ``target`` whole or not at all.
+
+    Raises StartError when it fails, and KeyboardInterrupt when a signal was noted in ``interrupted`` meanwhile.
+    """
     log = run_dir / "logs" / "sft-0.log"
     log.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "offtrail.platform.learner.sft", str(run_dir / "config.yaml"), str(target)]
     env = os.environ | {"OMP_NUM_THREADS": str(config.learner.threads)}
-    with log.open("ab") as err, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, env=env) as process:
+    # A process group of its own: Ctrl-C on the terminal is the launcher's alone.
+    with (
+        log.open("ab") as err,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, env=env, process_group=0) as process,
+    ):
         try:
-            show(config, title, progress_lines(process))
+            for row in show(config, title, progress_lines(process)):
+                if interrupted:
+                    raise KeyboardInterrupt(f"at step {row['step']:.0f}")
         except BaseException:
             process.terminate()
             raise
@@ -91,8 +100,8 @@ def progress_lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, float
         yield json.loads(line)
 
 
-def show(config: Config, title: str, rows: Iterator[dict[str, float]]) -> None:
-    """A bar on a terminal, a line for every tenth elsewhere."""
+def show(config: Config, title: str, rows: Iterator[dict[str, float]]) -> Iterator[dict[str, float]]:
+    """The rows as they come, shown on the way: a bar on a terminal, a line for every tenth elsewhere."""
     console = Console()
     mode = config.tracking.progress
     live = mode == "live" or (mode == "auto" and console.is_terminal)
@@ -110,6 +119,7 @@ def show(config: Config, title: str, rows: Iterator[dict[str, float]]) -> None:
             bar.update(task, completed=step, loss=loss)
             if not live and mode != "off" and step % max(1, config.sft.steps // 10) == 0:
                 console.print(f"{title}: step {step}/{config.sft.steps} · loss {loss:.3f}", highlight=False)
+            yield row
 
 
 def cache_dir() -> Path:
