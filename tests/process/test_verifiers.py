@@ -45,9 +45,9 @@ def verify(problem, answer):
         case "eat": return bool(bytearray(4 << 30))
         case "lie": os.write(LINE, b"\\x03\\x00\\x00\\x00abc")
         case "flood": os.write(LINE, b"\\xff\\xff\\xff\\xff") ; [os.write(LINE, bytes(1 << 20)) for _ in range(64)]
-        case "child" if os.fork() == 0: time.sleep(600)
         case "child":
-            while True: pass
+            if pid := os.fork(): flag.write_text(str(pid))
+            while True: time.sleep(1)
     return answer != "wrong"
 
 LINE = os.dup(1)
@@ -230,10 +230,15 @@ def test_printing_does_not_disturb_the_line(command: tuple[str, ...]):
     assert results["loud"]["accuracy"].tolist() == [1, 0, 1]
 
 
-def test_processes_that_a_verifier_started_are_killed_with_it(command: tuple[str, ...]):
-    with VerifierPool(config(deadline_seconds=0.3), command) as pool:
-        put(pool, "child", "child")
-        collect(pool)  # nothing_left_behind looks for grandchildren
+def test_processes_that_a_verifier_started_are_killed_with_it(command: tuple[str, ...], tmp_path: Path):
+    flag = tmp_path / "flag"
+    with VerifierPool(config(deadline_seconds=2.0), command) as pool:
+        put(pool, "child", "child", flag=flag)
+        wait_for(lambda: flag.exists() and flag.read_text() != "")
+        child = int(flag.read_text())
+        assert not gone(child)
+        collect(pool)
+    wait_for(lambda: gone(child))
 
 
 def test_many_keys_under_random_deaths_all_come_back_once(command: tuple[str, ...]):

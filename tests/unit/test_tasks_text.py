@@ -51,14 +51,14 @@ def test_text_that_the_tokenizer_does_not_know_is_an_error():
 
 
 def test_an_empty_prompt_is_an_error():
-    with pytest.raises(TaskError, match="problem 3: the prompt is empty"):
+    with pytest.raises(TaskError, match=r"problem 3: the prompt is empty"):
         encode_prompt(Letters(), Problem("chain", 3, "", "1"))
 
 
 def test_every_task_name_makes_a_task():
     for name, kind in TASKS.items():
         assert make_task(kind(), 0, load=False).name == name
-    with pytest.raises(TaskError, match="task.path is empty"):
+    with pytest.raises(TaskError, match=r"task\.path is empty"):
         make_task(JsonlConfig(), 0)
     with pytest.raises(TaskError, match=r"task=chess: no such task; choose one of chain, addition"):
         make_task(TaskConfig(name="chess"), 0)
