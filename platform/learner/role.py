@@ -31,6 +31,7 @@ from offtrail.platform.learner.report import batch_metrics, histogram, sample_te
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import Report, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World, join
+from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.weights.store import Publisher
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
 from offtrail.platform.wire.sockets import WaitError
@@ -83,7 +84,7 @@ class Learner:
         with connection.activity.busy("load"):
             model = load_model(origin, device=config.learner.device)
             world = join(config.learner, layer_classes(model), deadline_s=config.broker.deadline_seconds)
-            trainer = make_trainer(config, world, model, start, connection)
+            trainer = make_trainer(config, world, model, start, connection.activity)
             if step:
                 trainer.updates = checkpoint.read_state(origin).updates
                 checkpoint.restore_optimizer(origin, trainer.policy, trainer.optimizer)
@@ -195,7 +196,7 @@ class Learner:
         return {v: file for v, file in files.items() if file.is_file()}
 
 
-def make_trainer(config: Config, world: World, model: Any, start: Path, connection: Connection) -> Trainer:
+def make_trainer(config: Config, world: World, model: Any, start: Path, activity: Activity) -> Trainer:
     """Policy, AdamW, schedule and objective of job=rl; the reference policy where the loss has a KL term."""
     objective = PolicyGradient(config)
     settings = config.learner
@@ -213,7 +214,7 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, connecti
         optimizer,
         warmup(optim),
         objective,
-        connection.activity,
+        activity,
         budget=settings.tokens_per_microbatch,
         grad_clip=optim.grad_clip,
         reference=reference,

@@ -1,0 +1,99 @@
+"""The plain synchronous loop, in one process: generate batch k under version k, score, train, load version k+1.
+
+What invariant I3 is tested against (η = 0 through broker, wire and processes gives these numbers, bit for bit) and what
+benchmarks/overlap.py calls the synchronous loop. It uses the engine, driver, reward and trainer that the roles use, and
+none of what makes them asynchronous: no broker, ledger, wire, weight channel or verifier process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from offtrail.core.types import Batch, Group, Lease
+from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.generator.role import training_sampling
+from offtrail.platform.generator.rollout import totals
+from offtrail.platform.generator.text import Text
+from offtrail.platform.learner.checkpoint import gather
+from offtrail.platform.learner.model import load_model
+from offtrail.platform.learner.role import make_trainer
+from offtrail.platform.learner.train import Report, Trainer
+from offtrail.platform.learner.world import World
+from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.weights.store import checksum
+from offtrail.rewards.rule import COMPONENTS, score
+from offtrail.search.sample import SampleDriver
+from offtrail.tasks.registry import make_task
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: the batch, what training it reported, the new version's checksum, seconds of either half."""
+
+    batch: Batch
+    report: Report
+    checksum: str
+    generate_seconds: float
+    train_seconds: float
+
+
+class Synchronous:
+    """Engine and trainer of one process, from the start model in ``start``."""
+
+    def __init__(self, config: Config, start: Path) -> None:
+        self.config = config
+        self.task = make_task(config.task, config.run.seed)
+        self.text = Text(start, chat=getattr(config.task, "chat", False))
+        self.engine = LocalEngine(
+            start, config.engine, max_length=config.model.max_length, threads=config.generator.threads
+        )
+        torch.set_num_threads(config.learner.threads)
+        world = World(0, 1, torch.device(config.learner.device))
+        model = load_model(start, device=config.learner.device)
+        self.trainer: Trainer = make_trainer(config, world, model, start, Activity())
+        self.sampling = training_sampling(config, self.text.stop_token_ids)
+
+    def run(self, steps: int) -> Iterator[Step]:
+        """``steps`` learner steps from version 0."""
+        for step in range(steps):
+            began = time.perf_counter()
+            batch = self.generate(step)
+            generated = time.perf_counter()
+            report = self.trainer.step(step, batch)
+            weights = gather(self.trainer.policy)
+            self.engine.load_weights(step + 1, weights)
+            trained = time.perf_counter()
+            yield Step(batch, report, checksum(weights), generated - began, trained - generated)
+
+    def generate(self, step: int) -> Batch:
+        """Batch ``step``: all its groups enter the engine in slot order before the first decode."""
+        B = self.config.batch.groups
+        drivers: dict[int, SampleDriver] = {}
+        for slot in range(step * B, (step + 1) * B):
+            problem = self.task.train(slot)
+            drivers[slot] = SampleDriver(self.sampling, "synchronous")
+            lease = Lease(slot, slot, 1, problem, self.config.batch.group_size, min_version=step)
+            self.engine.generate(drivers[slot].start(lease, self.text.encode(problem)))
+        groups: dict[int, Group] = {}
+        while self.engine.unfinished:
+            for completion in self.engine.step():
+                _, group = drivers[completion.request].finished(completion)
+                if group is not None:
+                    groups[group.group] = self.scored(group)
+        return Batch(step, tuple(groups[i] for i in sorted(groups)))
+
+    def scored(self, group: Group) -> Group:
+        """The group with its reward."""
+        rows = [
+            score(group.problem, self.text.decode(sample.tokens), self.task.verify, finished=sample.finish == "stop")
+            for sample in group.samples()
+        ]
+        components = {name: np.array([row[name] for row in rows], np.float32) for name in COMPONENTS}
+        return replace(group, components=components, rewards=totals(components, self.config.reward))
