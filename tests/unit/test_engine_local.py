@@ -186,7 +186,8 @@ def test_weights_change_between_steps_and_nothing_is_dropped(models):
     while local.unfinished:
         done += local.step()
     assert len(done) == 9
-    assert local.counters["reprefilled_tokens"] == 4 * (7 + 5 - 1)
+    # request 0 runs whole, 3 samples that share 6 prompt tokens and have 5 of their own; request 1 has one running
+    assert local.counters["reprefilled_tokens"] == (6 + 3 * 5) + (6 + 5)
     spans = 0
     for c in done:
         old = int((c.versions == 0).sum())
@@ -196,6 +197,29 @@ def test_weights_change_between_steps_and_nothing_is_dropped(models):
         np.testing.assert_allclose(c.logprobs[:old], by_old[:old], atol=5e-6, rtol=0)
         np.testing.assert_allclose(c.logprobs[old:], by_new[old:], atol=5e-6, rtol=0)
     assert spans == 4
+
+
+def test_recompute_in_many_passes_up_to_full_length(models, monkeypatch):
+    """Padding of a short sample reaches past the last column when a long one shares its pass."""
+    folder, first, second = models
+    local = engine(folder, max_running=16, max_length=60)
+    monkeypatch.setattr(local, "_pass_tokens", 150)
+    requests = [Request(i, prompt(n, i), 4, Sampling(60 - n, seed=1)) for i, n in enumerate((1, 20, 50))]
+    late = Request(9, prompt(55, 9), 4, Sampling(5, seed=1))
+    local.generate([*requests, late])
+    done, both = [], (first, second)
+    for step in range(1, 100):
+        done += local.step()
+        if step in (8, 9, 30):
+            local.load_weights(step, both[step % 2].state_dict())
+    assert len(done) == 16
+    model_of = {0: first, 8: first, 9: second, 30: first}
+    for c in done:
+        p = late.prompt_tokens if c.request == 9 else requests[c.request].prompt_tokens
+        for version in set(c.versions.tolist()):
+            at = c.versions == version
+            expected = logprobs_of(model_of[version], p, c.tokens)
+            np.testing.assert_allclose(c.logprobs[at], expected[at], atol=5e-6, rtol=0)
 
 
 def test_kept_cache_differs_from_a_clean_forward_but_new_samples_do_not(models):

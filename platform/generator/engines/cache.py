@@ -28,6 +28,7 @@ class KVCache:
     """Keys and values of all layers, [2, layers, S, K, L, D]. MemoryError, with the size, where they do not fit."""
 
     def __init__(self, spec: Spec, slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.max_length = max_length
         self.columns = -(-max_length // _COLUMN_STEP) * _COLUMN_STEP
         self._kv_heads, self._scale = spec.kv_heads, spec.head_size**-0.5
         shape = (2, spec.layers, slots, spec.kv_heads, self.columns, spec.head_size)
@@ -67,11 +68,23 @@ class KVCache:
         """What a decode step of slots 0…n−1 at ``positions`` [n] needs in every layer."""
         n, span = len(positions), int(positions.max()) + 1
         span = -(-span // _COLUMN_STEP) * _COLUMN_STEP
-        rows = self.to_device(self._first_row[:n] + positions[:, None])
-        last = self.to_device(np.repeat(positions.astype(np.int32), self._kv_heads))
-        bias = torch.zeros((n * self._kv_heads, 1, span), dtype=self.data.dtype, device=self.data.device)
-        bias.masked_fill_((self._column[:span] > last[:, None]).unsqueeze(1), -torch.inf)
-        return DecodePlan(self, n, span, rows, bias)
+        bias = self.bias(np.repeat(positions, self._kv_heads), span).unsqueeze(1)
+        return DecodePlan(self, n, span, self.rows(np.arange(n), positions), bias)
+
+    def rows(self, slots: Int64, columns: Int64) -> Tensor:
+        """Where a token's keys (or values) stand among all rows [D] of a layer: [N, K] for N (slot, column) pairs."""
+        return self.to_device(self._first_row[slots] + columns[:, None])
+
+    def bias(self, positions: Int64, span: int) -> Tensor:
+        """What is added to the attention weights [N, span] of tokens at ``positions``: −inf on the columns after."""
+        last = self.to_device(positions.astype(np.int32))
+        bias = torch.zeros((len(positions), span), dtype=self.data.dtype, device=self.data.device)
+        return bias.masked_fill_(self._column[:span] > last[:, None], -torch.inf)
+
+    def put(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keys and values [N, K, D] into ``rows`` [N, K]."""
+        self._rows[0][layer].index_put_((rows,), keys)
+        self._rows[1][layer].index_put_((rows,), values)
 
     def to_device(self, array: npt.NDArray[Any]) -> Tensor:
         """The array as a tensor beside the cache; on a CPU it shares the array's memory."""
@@ -79,8 +92,7 @@ class KVCache:
 
     def append_and_attend(self, plan: DecodePlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one token's keys and values [n, K, D] a slot, and attend with q [n, H, D] → [n, H·D]."""
-        self._rows[0][layer].index_put_((plan.rows,), k)
-        self._rows[1][layer].index_put_((plan.rows,), v)
+        self.put(layer, plan.rows, k, v)
         n, span, K = plan.running, plan.span, self._kv_heads
         keys, values = self.data[0, layer, :n, :, :span], self.data[1, layer, :n, :, :span]
         queries = q.reshape(n * K, -1, q.shape[2])  # the R query heads of one key/value head as R queries
@@ -152,14 +164,42 @@ class Prefill(Sequences):
         self._cache.write(layer, self._target, keys, values)
         return q[:0].flatten(1) if layer == self._layers - 1 else super().__call__(layer, q, k, v)
 
-    def joined(self, decode: DecodePlan) -> Attend:
-        """One pass over these tokens and then a decode step's: its slots may be the very ones that are filled here,
-        since each layer's keys and values are in the cache before the step attends to them.
-        """
-        rows = len(self.tokens)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            first = self(layer, q[:rows], k[:rows], v[:rows])
-            return torch.cat((first, decode(layer, q[rows:], k[rows:], v[rows:])))
+class Continuation(Sequences):
+    """The rest of m sequences whose first ``starts`` tokens are in ``slots`` already: their keys and values join those.
 
-        return attend
+    Padding ends at the last column, which holds no token that anyone attends to: a sample of full length has ended.
+    """
+
+    __slots__ = ("_bias", "_cache", "_rows", "_slots", "_span")
+
+    def __init__(self, cache: KVCache, sequences: Sequence[Int32], slots: Int64, starts: Int64) -> None:
+        super().__init__(sequences)
+        columns = np.minimum(starts[:, None] + np.arange(self.width), cache.max_length - 1)
+        self.positions = columns.ravel()
+        self._cache, self._slots, self._span = cache, cache.to_device(slots), int(columns.max()) + 1
+        self._rows = cache.rows(np.repeat(slots, self.width), self.positions)
+        self._bias = cache.bias(self.positions, self._span).view(self.count, 1, self.width, self._span)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``decoder.Attend``: [m·T, H·D], and [0, H·D] in the last layer."""
+        self._cache.put(layer, self._rows, k, v)
+        data = self._cache.data[:, layer]
+        if layer == self._cache.data.shape[1] - 1:
+            return q[:0].flatten(1)
+        keys, values = data[:, :, :, : self._span].index_select(1, self._slots)
+        out = F.scaled_dot_product_attention(self.split(q), keys, values, self._bias, enable_gqa=True)
+        return out.transpose(1, 2).reshape(self.count * self.width, -1)
+
+
+def joined(first: Prefill | Continuation, decode: DecodePlan) -> Attend:
+    """One pass over the tokens of ``first`` and then a decode step's. The step's slots may be those that are filled
+    here: each layer's keys and values are in the cache before the step attends to them.
+    """
+    rows = len(first.tokens)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ahead = first(layer, q[:rows], k[:rows], v[:rows])
+        return torch.cat((ahead, decode(layer, q[rows:], k[rows:], v[rows:])))
+
+    return attend

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,22 @@ from torch import Tensor
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Float32, Int32
 from offtrail.platform.config.schema import EngineConfig
-from offtrail.platform.generator.engines.cache import KVCache, Prefill, Sequences
+from offtrail.platform.generator.engines.cache import Continuation, KVCache, Prefill, Sequences, joined
 from offtrail.platform.generator.engines.decoder import Attend, Decoder, read_spec, read_weights
 from offtrail.platform.generator.engines.sampler import draw, keep, log_probabilities
 from offtrail.platform.generator.engines.slots import Pending, Slots, queue
 
 Int64 = npt.NDArray[np.int64]
-_Due = tuple[Int32, Int64]
-"""A sequence whose keys and values are to be computed, and the slots that they go to."""
+_PASS_TOKENS = {"cpu": 1024}
+"""Padded tokens of one pass over whole sequences: on a CPU few enough to stay in its cache, elsewhere 8192."""
 
-_PREFILL_TOKENS = 8192
-"""Padded tokens of one prefill or scoring pass."""
+
+class _Due(NamedTuple):
+    """Tokens whose keys and values are to be computed, the slots that they go to, and the tokens before them there."""
+
+    tokens: Int32
+    slots: Int64
+    start: int = 0
 
 
 class LocalEngine:
@@ -64,6 +69,7 @@ class LocalEngine:
         )
         self._config, self._max_length = config, max_length
         self._device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self._pass_tokens = _PASS_TOKENS.get(self._device.type, 8192)
         self._decoder = Decoder(spec, max_length, dtype, self._device)
         self._decoder.load(read_weights(model_dir))
         self._cache = KVCache(spec, config.max_running, max_length, dtype, self._device)
@@ -109,7 +115,7 @@ class LocalEngine:
         scores: list[Float32] = [np.zeros(0, np.float32)] * len(whole)
         asked = [i for i, output in enumerate(outputs) if len(output)]
         divisor = torch.tensor(temperature or 1.0, device=self._device)
-        for part in _passes([len(whole[i]) for i in asked]):
+        for part in _cut([len(whole[i]) for i in asked], self._pass_tokens):
             chosen = [asked[place] for place in part]
             sequences = Sequences([whole[i][:-1] for i in chosen])
             hidden = self._forward(sequences.tokens, sequences.positions, sequences).view(
@@ -196,14 +202,23 @@ class LocalEngine:
     # One step
 
     def _stale(self) -> list[_Due]:
-        """What must be computed anew because the weights changed: all running samples, but for their last tokens."""
-        slots, due = self._slots, list[_Due]()
-        if self._kv_stale:
-            rows = (row for row in range(slots.running) if slots.length[row] > 1)
-            due = [(slots.tokens[row, : slots.length[row] - 1], np.array([row])) for row in rows]
-            self._kv_stale = False
-        for tokens, _ in due:
-            self._charge("reprefilled_tokens", len(tokens))
+        """What must be computed anew because the weights changed: all tokens of the running samples but their last.
+
+        Samples of one request share their prompt again; each then adds its own tokens to it.
+        """
+        if not self._kv_stale:
+            return []
+        self._kv_stale = False
+        slots, families, due = self._slots, dict[int, list[int]](), list[_Due]()
+        for row in range(slots.running):
+            families.setdefault(id(slots.pending[row]), []).append(row)
+        for rows in families.values():
+            shared = int(slots.prompt_length[rows[0]]) - 1 if len(rows) > 1 else 0
+            due.append(_Due(slots.tokens[rows[0], :shared], np.array(rows)))
+            due += [_Due(slots.tokens[row, shared : slots.length[row] - 1], np.array([row]), shared) for row in rows]
+        due = [part for part in due if len(part.tokens)]
+        for part in due:
+            self._charge("reprefilled_tokens", len(part.tokens), start=part.start)
         return due
 
     def _enter(self, due: list[_Due]) -> int:
@@ -221,7 +236,7 @@ class LocalEngine:
             if kept is not None:
                 self._cache.copy_in(rows.start, rows.stop, kept)
             elif len(prefix):
-                due.append((prefix, np.arange(rows.start, rows.stop)))
+                due.append(_Due(prefix, np.arange(rows.start, rows.stop)))
                 self._charge("prefilled_tokens", len(prefix))
                 hits -= 1
             self.counters["prefix_hit_tokens"] += hits * len(prefix)
@@ -234,19 +249,17 @@ class LocalEngine:
     def _decode(self, due: Sequence[_Due]) -> Tensor:
         """Logits [n, V] of the next token of each running sample.
 
-        ``due`` is prefilled in passes of bounded size, the last of them together with the running samples' tokens.
+        ``due`` is prefilled before, in passes of bounded size; the last takes the running samples' tokens along.
         """
         slots = self._slots
         n, tokens, positions = slots.running, slots.last[: slots.running], slots.positions()
         decode = self._cache.decode_plan(positions)
-        *passes, joined = _passes([len(prefix) for prefix, _ in due]) or [[]]
-        for chosen in passes:
-            prefill = self._prefill([due[i] for i in chosen])
-            self._forward(prefill.tokens, prefill.positions, prefill)
-        if joined:
-            prefill = self._prefill([due[i] for i in joined])
-            tokens = np.concatenate((prefill.tokens, tokens))
-            hidden = self._forward(tokens, np.concatenate((prefill.positions, positions)), prefill.joined(decode))
+        if due:
+            *passes, last = self._passes(due)
+            for part in passes:
+                self._forward(part.tokens, part.positions, part)
+            tokens, positions = np.concatenate((last.tokens, tokens)), np.concatenate((last.positions, positions))
+            hidden = self._forward(tokens, positions, joined(last, decode))
         else:
             hidden = self._forward(tokens, positions, decode)
         self._charge("decoded_tokens", n, heads=n, context=int(slots.length[:n].sum()))
@@ -285,18 +298,28 @@ class LocalEngine:
 
     # Helpers
 
-    def _prefill(self, due: Sequence[_Due]) -> Prefill:
-        return Prefill(self._cache, [tokens for tokens, _ in due], [slots for _, slots in due])
+    def _passes(self, due: Sequence[_Due]) -> list[Prefill | Continuation]:
+        """Passes over what is due: beginnings first, since what continues them attends to them."""
+        passes: list[Prefill | Continuation] = []
+        whole, rest = [part for part in due if not part.start], [part for part in due if part.start]
+        for chosen in _cut([len(part.tokens) for part in whole], self._pass_tokens):
+            parts = [whole[i] for i in chosen]
+            passes.append(Prefill(self._cache, [part.tokens for part in parts], [part.slots for part in parts]))
+        for chosen in _cut([len(part.tokens) for part in rest], self._pass_tokens):
+            parts = [rest[i] for i in chosen]
+            slots, starts = np.concatenate([part.slots for part in parts]), np.array([part.start for part in parts])
+            passes.append(Continuation(self._cache, [part.tokens for part in parts], slots, starts))
+        return passes
 
     def _forward(self, tokens: Int32, positions: Int64, attend: Attend) -> Tensor:
         return self._decoder.forward(self._to_device(tokens), self._to_device(positions), attend)
 
-    def _charge(self, counter: str, tokens: int, *, heads: int = 0, context: int | None = None) -> None:
+    def _charge(self, counter: str, tokens: int, *, heads: int = 0, start: int = 0, context: int | None = None) -> None:
         """Count tokens, and the operations of a forward over them (attention: ``context`` positions in all; by default
-        those of one causal sequence), with the output layer for ``heads`` of them.
+        those of one causal sequence after ``start`` tokens), with the output layer for ``heads`` of them.
         """
         decoder = self._decoder
-        attended = tokens * (tokens + 1) // 2 if context is None else context
+        attended = tokens * start + tokens * (tokens + 1) // 2 if context is None else context
         self.counters[counter] += tokens
         self.counters["flops"] += (
             tokens * decoder.body_flops + heads * decoder.head_flops + attended * decoder.attention_flops
@@ -306,11 +329,11 @@ class LocalEngine:
         return torch.from_numpy(array).to(self._device)
 
 
-def _passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Cut sequences, shortest first, into passes of at most ``_PREFILL_TOKENS`` padded tokens (or one sequence)."""
+def _cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut sequences, shortest first, into passes of at most ``budget`` padded tokens (or one sequence)."""
     passes: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not passes or (len(passes[-1]) + 1) * lengths[i] > _PREFILL_TOKENS:
+        if not passes or (len(passes[-1]) + 1) * lengths[i] > budget:
             passes.append([])
         passes[-1].append(i)
     return passes
