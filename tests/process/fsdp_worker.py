@@ -1,0 +1,111 @@
+"""One rank of test_fsdp.py: train batches from a file, from a model or a checkpoint, and leave what came of it.
+
+python fsdp_worker.py JOBS.json        with RANK, WORLD_SIZE, … set; each job is run in turn
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
+
+from offtrail.algos.config import GrpoConfig, TisConfig
+from offtrail.core.types import Batch
+from offtrail.platform.config.schema import Config, OptimConfig
+from offtrail.platform.learner import checkpoint
+from offtrail.platform.learner.checkpoint import TrainerState
+from offtrail.platform.learner.model import Policy, load_model
+from offtrail.platform.learner.objectives import PolicyGradient
+from offtrail.platform.learner.role import layer_classes
+from offtrail.platform.learner.train import Trainer, adamw, warmup
+from offtrail.platform.learner.world import World, join
+from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.wire.groups import unpack_group
+
+
+def config_of(ranks: int) -> Config:
+    """GRPO with TIS and a KL term, two updates a step, micro-batches of a few samples."""
+    config = Config(algo=GrpoConfig(kl="k3", kl_coef=0.01), correction=TisConfig())
+    config.learner.ranks, config.learner.tokens_per_microbatch = ranks, 60
+    config.learner.optim = OptimConfig(lr=1e-3, warmup_updates=3)
+    return config
+
+
+def trainer_of(world: World, model: Any, start: Path) -> Trainer:
+    """What role.make_trainer builds, without a broker."""
+    config = config_of(world.size)
+    policy, optim = Policy(model), config.learner.optim
+    optimizer = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
+    policy, optimizer = world.prepare(policy, optimizer)
+    reference = world.shard(Policy(load_model(start)).requires_grad_(False))
+    objective = PolicyGradient(config)
+    return Trainer(
+        world, policy, optimizer, warmup(optim), objective, Activity(), budget=60, grad_clip=1.0, reference=reference
+    )
+
+
+def run(world: World, model: Any, job: dict[str, Any]) -> None:
+    """Train ``job["steps"]`` from ``job["origin"]``; leave a checkpoint in ``job["out"]`` at the step ``job["save"]``."""
+    origin, out = Path(job["origin"]), Path(job["out"])
+    trainer = trainer_of(world, model, Path(job["start"]))
+    if (origin / "trainer.json").is_file():
+        trainer.updates = checkpoint.read_state(origin).updates
+        checkpoint.restore_optimizer(origin, trainer.policy, trainer.optimizer)
+    sharded = [isinstance(p, DTensor) for p in trainer.policy.parameters()]
+    metrics: dict[str, float] = {}
+    for step in job["steps"]:
+        metrics = trainer.step(step, read_batch(Path(job["batches"]), step)).metrics
+        if step + 1 == job.get("save"):
+            tokenizer = AutoTokenizer.from_pretrained(job["start"])
+            state = TrainerState(step + 1, trainer.updates)
+            checkpoint.save(out, world, state, model, tokenizer, trainer.policy, trainer.optimizer, {})
+    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.policy.parameters())
+    parameters = checkpoint.gather(trainer.policy)
+    told = {
+        "dtensor": all(sharded),
+        "plain": not any(sharded),
+        "local": local,
+        "size": trainer.size,
+        "metrics": metrics,
+    }
+    (out / f"rank_{world.rank}.json").write_text(json.dumps(told))
+    if world.main:
+        save_file({k: v.contiguous() for k, v in parameters.items()}, out / "parameters.safetensors")
+
+
+def read_batch(folder: Path, step: int) -> Batch:
+    """The groups that the test has packed."""
+    groups = msgspec.msgpack.decode((folder / str(step)).read_bytes(), type=list[bytes])
+    return Batch(step, tuple(unpack_group(g) for g in groups))
+
+
+def main(jobs: list[dict[str, Any]]) -> None:
+    """Join once, run every job."""
+    world = None
+    for job in jobs:
+        model = load_model(job["origin"])
+        if world is None:
+            ranks = int(job["ranks"])
+            world = join(config_of(ranks).learner, layer_classes(model), deadline_s=60.0)
+            check_broadcast(world)
+        run(world, model, job)
+    assert world is not None
+    world.close()
+
+
+def check_broadcast(world: World) -> None:
+    """Bytes of rank 0, none too, reach all ranks as they were."""
+    for blob in (b"", b"w", bytes(range(256)) * 500):
+        assert bytes(world.broadcast(blob if world.main else b"ignored")) == blob
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,141 @@
+"""FSDP2 on gloo: two ranks train as one does, with parameters that are really sharded; checkpoints fit any number."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offtrail.core.types import Batch
+from offtrail.platform.config.schema import LearnerConfig
+from offtrail.platform.learner.world import join
+from offtrail.platform.wire.groups import pack_group
+
+WORKER = Path(__file__).with_name("fsdp_worker.py")
+STEPS = 4
+
+
+def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Run all jobs in one world of ``ranks`` processes; what a failing rank said is the failure."""
+    listing = folder / f"jobs_{ranks}.json"
+    listing.write_text(json.dumps([{**job, "ranks": ranks} for job in jobs]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    source = str(Path(__file__).parents[2] / "src")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", str(WORKER), str(listing)],
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": source},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [0] * ranks, "\n".join(said)
+
+
+def load_worker() -> Any:
+    """The worker as a module: one rank needs no process of its own."""
+    spec = importlib.util.spec_from_file_location("fsdp_worker", WORKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results(
+    tmp_path_factory: pytest.TempPathFactory, start_dir: Path, make_batch: Callable[..., Batch]
+) -> Callable[[str], Path]:
+    """Folders of four runs: one rank and two ranks from the start, and each from the other's checkpoint of step 2."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    (folder / "batches").mkdir()
+    for step in range(STEPS):
+        groups = [pack_group(g) for g in make_batch(step, B=4, G=4).groups]
+        (folder / "batches" / str(step)).write_bytes(msgspec.msgpack.encode(groups))
+
+    def job(name: str, origin: Path, steps: range, **more: Any) -> dict[str, Any]:
+        (folder / name).mkdir()
+        common = {"start": str(start_dir), "batches": str(folder / "batches"), "out": str(folder / name)}
+        return {**common, "origin": str(origin), "steps": list(steps), **more}
+
+    halfway = Path("checkpoints") / "step_2"
+    one = job("one", start_dir, range(STEPS), save=2)
+    two = job("two", start_dir, range(STEPS), save=2)
+    two_from_one = job("two_from_one", folder / "one" / halfway, range(2, STEPS))
+    one_from_two = job("one_from_two", folder / "two" / halfway, range(2, STEPS))
+    worker = load_worker()
+    worker.main([{**one, "ranks": 1}])
+    launch(2, [two, two_from_one], folder)
+    worker.main([{**one_from_two, "ranks": 1}])
+    return lambda name: folder / name
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "parameters.safetensors")
+
+
+def distance(a: Path, b: Path) -> float:
+    left, right = parameters(a), parameters(b)
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def told(folder: Path, rank: int = 0) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / f"rank_{rank}.json").read_text())
+    return value
+
+
+def test_parameters_are_sharded_on_every_rank(results: Callable[[str], Path]) -> None:
+    two = [told(results("two"), rank) for rank in range(2)]
+    assert all(rank["dtensor"] for rank in two)
+    assert sum(rank["local"] for rank in two) == two[0]["size"] == told(results("one"))["size"]
+    assert all(rank["local"] < 0.6 * rank["size"] for rank in two)
+    assert told(results("one"))["plain"]
+
+
+def test_two_ranks_equal_one(results: Callable[[str], Path], start_dir: Path) -> None:
+    assert distance(results("one"), results("two")) < 1e-5
+    moved = max(
+        float((value - load_file(start_dir / "model.safetensors")[name]).abs().max())
+        for name, value in parameters(results("one")).items()
+    )
+    assert moved > 1e-3
+
+
+def test_metrics_of_two_ranks_equal_one(results: Callable[[str], Path]) -> None:
+    one, two = told(results("one"))["metrics"], told(results("two"))["metrics"]
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    assert told(results("two"), 1)["metrics"] == two
+    assert one["policy/kl_ref"] > 0
+
+
+@pytest.mark.parametrize(("whole", "resumed"), [("one", "two_from_one"), ("two", "one_from_two")])
+def test_a_checkpoint_fits_another_number_of_ranks(results: Callable[[str], Path], whole: str, resumed: str) -> None:
+    assert distance(results(whole), results(resumed)) < 1e-5
+    assert told(results(whole))["metrics"] == pytest.approx(told(results(resumed))["metrics"], rel=1e-3, abs=1e-5)
+
+
+def test_a_world_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"learner\.ranks=2, but WORLD_SIZE=3"):
+        join(LearnerConfig(ranks=2), set(), deadline_s=1.0)

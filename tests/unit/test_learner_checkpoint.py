@@ -1,0 +1,159 @@
+"""Checkpoints: whole or not there, openable by transformers, and going on from one is as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from offtrail.algos.config import TisConfig
+from offtrail.core.types import Batch
+from offtrail.platform.config.schema import Config
+from offtrail.platform.learner import checkpoint
+from offtrail.platform.learner.checkpoint import CheckpointError, TrainerState
+from offtrail.platform.learner.model import Policy, load_model
+from offtrail.platform.learner.objectives import PolicyGradient
+from offtrail.platform.learner.train import Trainer, adamw, warmup
+from offtrail.platform.learner.world import World
+from offtrail.platform.tracking.activity import Activity
+
+ALONE = World(0, 1, torch.device("cpu"))
+MakeBatch = Callable[..., Batch]
+
+
+def build(path: Path) -> tuple[Any, Trainer]:
+    model, config = load_model(path), Config(correction=TisConfig())
+    policy = Policy(model)
+    optimizer = adamw(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.0)
+    config.learner.optim.warmup_updates = 100
+    objective = PolicyGradient(config)
+    return model, Trainer(ALONE, policy, optimizer, warmup(config.learner.optim), objective, Activity(), budget=500)
+
+
+class Saved(NamedTuple):
+    run_dir: Path
+    path: Path
+    model: Any
+    trainer: Trainer
+
+    def save(self, step: int, window: dict[int, Path] | None = None) -> Path | None:
+        state = TrainerState(step, self.trainer.updates)
+        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        trainer = self.trainer
+        return checkpoint.save(
+            self.run_dir, ALONE, state, self.model, tokenizer, trainer.policy, trainer.optimizer, window or {}
+        )
+
+
+@pytest.fixture
+def saved(tmp_path: Path, start_dir: Path, make_batch: MakeBatch) -> Saved:
+    """One step trained and saved as step_1."""
+    model, trainer = build(start_dir)
+    trainer.step(0, make_batch(0))
+    run = Saved(tmp_path, start_dir, model, trainer)
+    assert run.save(1) == checkpoint.path_of(tmp_path, 1)
+    return run._replace(path=checkpoint.path_of(tmp_path, 1))
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in checkpoint.gather(trainer.policy).items()}
+
+
+def test_transformers_opens_it(saved: Saved, start_dir: Path) -> None:
+    opened = AutoModelForCausalLM.from_pretrained(saved.path)
+    ids = torch.tensor([[5, 9, 30, 12]])
+    plain = AutoModelForCausalLM.from_pretrained(start_dir)
+    plain.load_state_dict(state(saved.trainer), strict=False)
+    assert torch.equal(opened(ids).logits, plain(ids).logits)
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+    assert opened.config._attn_implementation == "sdpa"
+    assert AutoTokenizer.from_pretrained(saved.path).decode([7, 8]) == "01"
+    assert opened.generation_config.eos_token_id == plain.generation_config.eos_token_id
+
+
+def test_going_on_from_it_gives_the_same_bits(saved: Saved, make_batch: MakeBatch) -> None:
+    state_of = checkpoint.read_state(saved.path)
+    assert state_of == TrainerState(step=1, updates=2)
+    _, resumed = build(saved.path)
+    resumed.updates = state_of.updates
+    checkpoint.restore_optimizer(saved.path, resumed.policy, resumed.optimizer)
+    drawn = torch.rand(3)
+    torch.manual_seed(99)
+    checkpoint.restore_optimizer(saved.path, resumed.policy, resumed.optimizer)
+    assert torch.equal(drawn, torch.rand(3))
+    for step in (1, 2):
+        mine, theirs = saved.trainer.step(step, make_batch(step)), resumed.step(step, make_batch(step))
+        assert mine.metrics == theirs.metrics
+    ours, others = state(saved.trainer), state(resumed)
+    assert all(torch.equal(ours[name], others[name]) for name in ours)
+
+
+def test_without_its_moments_the_way_would_differ(saved: Saved, make_batch: MakeBatch) -> None:
+    _, forgetful = build(saved.path)
+    forgetful.updates = 2
+    saved.trainer.step(1, make_batch(1))
+    forgetful.step(1, make_batch(1))
+    ours, others = state(saved.trainer), state(forgetful)
+    assert any(not torch.equal(ours[name], others[name]) for name in ours)
+
+
+def test_a_full_disk_is_told_and_older_ones_stay(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil._ntuple_diskusage(10, 10, 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(CheckpointError, match=r"step_2 needs [\d,]+ bytes, 0 are free: make room .* run\.dir"):
+        saved.save(2)
+    assert [p.name for p in saved.path.parent.iterdir()] == ["step_1"]
+    assert checkpoint.read_state(saved.path).step == 1
+
+
+def test_a_disk_that_fills_meanwhile_leaves_nothing_half_written(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(CheckpointError, match=r"step_2 cannot be written: .*No space left"):
+        saved.save(2)
+    assert [p.name for p in saved.path.parent.iterdir()] == ["step_1"]
+
+
+def test_the_newest_are_kept(saved: Saved) -> None:
+    for step in (2, 9, 10):
+        saved.save(step)
+    checkpoint.prune(saved.run_dir, keep=2)
+    assert sorted(p.name for p in saved.path.parent.iterdir()) == ["step_10", "step_9"]
+
+
+def test_a_step_written_again_replaces_the_old(saved: Saved, make_batch: MakeBatch) -> None:
+    saved.trainer.step(1, make_batch(1))
+    saved.save(1)
+    assert checkpoint.read_state(saved.path).updates == 4
+    assert [p.name for p in saved.path.parent.iterdir()] == ["step_1"]
+
+
+def test_the_window_of_versions_comes_back(saved: Saved, tmp_path: Path) -> None:
+    from offtrail.platform.weights.store import Publisher
+
+    publisher = Publisher(tmp_path / "channel", keep=4)
+    checksums = {v: publisher.publish(v, {"w": torch.full((3,), float(v))}) for v in (9, 10, 11)}
+    path = saved.save(12, {v: tmp_path / "channel" / f"v{v:08d}.safetensors" for v in (9, 10, 11)})
+    publisher.close()
+    assert path is not None
+    again = Publisher(tmp_path / "channel", keep=4)
+    window = checkpoint.read_window(path)
+    assert list(window) == [9, 10, 11]
+    assert {v: again.publish(v, tensors) for v, tensors in window.items()} == checksums
+    again.close()
+    assert checkpoint.read_window(saved.path) == {}
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, saved: Saved) -> None:
+    with pytest.raises(CheckpointError, match="step_7 is no checkpoint to go on from"):
+        checkpoint.read_state(checkpoint.path_of(tmp_path, 7))
+    (saved.path / "optimizer.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="step_1 is no checkpoint to go on from"):
+        checkpoint.restore_optimizer(saved.path, saved.trainer.policy, saved.trainer.optimizer)

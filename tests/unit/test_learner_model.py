@@ -1,0 +1,169 @@
+"""Packed, fused, chunked: the same numbers as transformers' own model on one sample at a time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from offtrail.platform.learner.model import Policy, load_model, token_logprobs
+from offtrail.platform.learner.packing import Rows, lay_out
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+    "initializer_range": 0.2,
+}  # fmt: skip
+CONFIGS = {
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),  # biases on q, k, v
+    "llama": lambda: LlamaConfig(**SIZES, mlp_bias=True, attention_bias=True),  # MLP biases
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),  # nothing fused
+}
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp(request.param)
+    built = AutoModelForCausalLM.from_config(CONFIGS[request.param]())
+    with torch.no_grad():  # norms and biases away from 1 and 0, so that they can be seen
+        for name, parameter in built.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    built.save_pretrained(path)
+    return path
+
+
+def ragged(seed: int = 0, temperature: float = 1.0) -> Rows:
+    """Three prompts with three answers each, lengths 1 … 30."""
+    rng = np.random.default_rng(seed)
+    lengths = np.concatenate([[1, 30], rng.integers(1, 30, 7)])
+    return Rows(
+        prompts=tuple(rng.integers(2, 53, n).astype(np.int32) for n in (1, 6, 13)),
+        group_of=np.repeat(np.arange(3), 3),
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        tokens=rng.integers(2, 53, lengths.sum()).astype(np.int32),
+        temperatures=np.full(3, temperature, np.float32),
+        ids=np.arange(3),
+    )
+
+
+def one_by_one(model: Any, rows: Rows) -> torch.Tensor:
+    """Log-probabilities [T] of the output tokens by plain forward passes without any padding."""
+    out = []
+    for i in range(rows.size):
+        prompt = rows.prompts[rows.group_of[i]]
+        output = rows.tokens[rows.starts[i] : rows.starts[i + 1]]
+        ids = torch.from_numpy(np.concatenate([prompt, output]).astype(np.int64))
+        logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+        logits = logits / float(rows.temperatures[rows.group_of[i]])
+        out.append(torch.log_softmax(logits, -1).gather(1, ids[len(prompt) :, None])[:, 0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("share", [0, 100], ids=["whole", "shared"])
+def test_packed_equals_one_by_one_in_value_and_gradient(folder: Path, share: int) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    policy, rows = Policy(load_model(folder)), ragged(temperature=0.7)
+    logprobs, _ = policy(lay_out(rows, range(9), share_up_to=share))
+    expected = one_by_one(plain, rows)
+    assert (logprobs - expected).abs().max() < 1e-5
+
+    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(1))
+    (logprobs * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, mine), theirs in zip(policy.named_parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert (mine.grad - theirs.grad).abs().max() < 1e-4 * theirs.grad.abs().max().clamp_min(1e-2), name
+
+
+@pytest.mark.parametrize("share", [0, 100], ids=["whole", "shared"])
+def test_no_sample_sees_another(folder: Path, share: int) -> None:
+    policy, rows = Policy(load_model(folder)), ragged()
+    packed = lay_out(rows, range(9), share_up_to=share)
+    with torch.no_grad():
+        before, _ = policy(packed)
+        changed = rows.tokens.copy()
+        start, stop = int(rows.starts[4]), int(rows.starts[5])
+        changed[start:stop] = 2 + (changed[start:stop] + 7) % 51
+        after, _ = policy(lay_out(Rows(**{**vars(rows), "tokens": changed}), range(9), share_up_to=share))
+    others = torch.ones(len(before), dtype=torch.bool)
+    others[start:stop] = False
+    assert torch.equal(before[others], after[others])
+    assert not torch.isclose(before[start:stop], after[start:stop]).any()
+
+
+def test_an_empty_microbatch_gives_zero_gradients(folder: Path) -> None:
+    policy = Policy(load_model(folder))
+    logprobs, entropy = policy(lay_out(ragged(), [], share_up_to=100))
+    logprobs.sum().backward()
+    assert logprobs.shape == entropy.shape == (0,)
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+def test_bfloat16_stays_near_float32(folder: Path) -> None:
+    packed = lay_out(ragged(), range(9))
+    with torch.no_grad():
+        exact, rough = (Policy(load_model(folder), dtype=d)(packed)[0] for d in ("float32", "bfloat16"))
+    assert rough.dtype == torch.float32
+    assert 0 < (exact - rough).abs().mean() < 0.1
+
+
+def test_a_window_that_samples_cross_is_refused(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=16)).save_pretrained(tmp_path)
+    policy = Policy(load_model(tmp_path))
+    with pytest.raises(ValueError, match=r"attends within 16 tokens, but a sample has \d+.*model\.max_length"):
+        policy(lay_out(ragged(), range(9)))
+
+
+def head_case(dtype: torch.dtype, bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    hidden, weight = torch.randn(11, 8, generator=draw), torch.randn(19, 8, generator=draw)
+    b = torch.randn(19, generator=draw) if bias else None
+    tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+    return *tensors, None if b is None else b.to(dtype).requires_grad_(), torch.randint(19, (11,), generator=draw)
+
+
+@pytest.mark.parametrize("elements", [1 << 20, 40, 1], ids=["one chunk", "six chunks", "a chunk a row"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_equals_float64_whatever_the_chunk(elements: int, bias: bool) -> None:
+    inverse = torch.linspace(0.5, 2.0, 11).unsqueeze(1)
+    exact = head_case(torch.float64, bias)
+    z = torch.nn.functional.linear(exact[0], exact[1], exact[2]) * inverse
+    expected = torch.log_softmax(z, -1)
+    weights = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    (expected.gather(1, exact[3][:, None])[:, 0] * weights).sum().backward()
+
+    mine = head_case(torch.float32, bias)
+    logprobs, entropy = token_logprobs(*mine, inverse, elements=elements)
+    (logprobs * weights.float()).sum().backward()
+    assert not entropy.requires_grad
+    assert torch.allclose(logprobs.double(), expected.gather(1, exact[3][:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(entropy.double(), -(expected.exp() * expected).sum(-1), atol=1e-5)
+    for a, b in zip(mine[:3], exact[:3], strict=True):
+        if a is not None and b is not None:
+            assert a.grad is not None
+            assert b.grad is not None
+            assert torch.allclose(a.grad.double(), b.grad, atol=1e-5)
+
+
+def test_temperature_by_hand() -> None:
+    # logits 0 and ln 3 at T = 1: p = 1/4, 3/4; at T = 1/2: 1 : 9
+    hidden, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [math.log(3)]])
+    logprobs, entropy = token_logprobs(hidden, weight, None, torch.tensor([0, 1]), torch.tensor([[1.0], [2.0]]))
+    assert logprobs.exp().tolist() == pytest.approx([0.25, 0.9])
+    assert entropy[0].item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+
+
+def test_fused_layers_are_in_use(start_dir: Path) -> None:
+    kinds = {type(m).__name__ for m in Policy(load_model(start_dir)).modules()}
+    assert {"FusedQwen3RMSNorm", "FusedQwen3MLP", "FusedQwen3Attention"} <= kinds
+    rough = {type(m).__name__ for m in Policy(load_model(start_dir), dtype="bfloat16").modules()}
+    assert not any(kind.startswith("Fused") for kind in rough)

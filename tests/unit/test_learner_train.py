@@ -1,0 +1,278 @@
+"""The training step: numbers by hand on a table policy, invariances and refusals on a small real model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offtrail.algos.config import CorrectionConfig, GrpoConfig, TisConfig
+from offtrail.core.types import Batch
+from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
+from offtrail.platform.learner.model import Policy, load_model
+from offtrail.platform.learner.objectives import PolicyGradient, StalenessError
+from offtrail.platform.learner.packing import Packed, lay_out
+from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts
+from offtrail.platform.learner.train import DivergedError, Trainer, adamw, cosine, warmup
+from offtrail.platform.learner.world import World
+from offtrail.platform.tracking.activity import Activity
+
+ALONE = World(0, 1, torch.device("cpu"))
+MakeBatch = Callable[..., Batch]
+
+
+def settings(**learner: Any) -> Config:
+    config = Config(correction=TisConfig())
+    config.learner = dataclasses.replace(config.learner, **{"minibatches": 2, **learner})
+    config.learner.optim = OptimConfig(lr=1e-3)
+    return config
+
+
+def trainer_of(config: Config, start: Path, **extra: Any) -> Trainer:
+    policy, optim = Policy(load_model(start)), config.learner.optim
+    return Trainer(
+        ALONE,
+        policy,
+        adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay),
+        warmup(optim),
+        PolicyGradient(config),
+        Activity(),
+        budget=config.learner.tokens_per_microbatch,
+        grad_clip=optim.grad_clip,
+        **extra,
+    )
+
+
+def parameters(trainer: Trainer) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.parameters])
+
+
+def on_policy(batch: Batch, policy: Policy) -> Batch:
+    """The batch with the policy's own log-probabilities as behaviour."""
+    from offtrail.platform.learner.objectives import rows_of_groups
+
+    rows = rows_of_groups(batch)
+    with torch.no_grad():
+        logprobs = policy(lay_out(rows, range(rows.size)))[0].numpy()
+    ends = np.cumsum([len(g.tokens) for g in batch.groups])
+    parts = np.split(logprobs, ends[:-1])
+    return Batch(
+        batch.step, tuple(dataclasses.replace(g, logprobs=p) for g, p in zip(batch.groups, parts, strict=True))
+    )
+
+
+class Table(nn.Module):
+    """A policy that ignores its context: one logit a token of a vocabulary of two."""
+
+    share_up_to = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(2))
+
+    def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        logp = torch.log_softmax(self.logits, -1)
+        entropy = -(logp.exp() * logp).sum().detach()
+        return logp[packed.targets], entropy.expand(len(packed.targets))
+
+
+def test_one_update_by_hand(make_batch: MakeBatch) -> None:
+    """Two answers, tokens 1 and 0, rewards 1 and 0, p = ½ each, as the engine had it.
+
+    A = ±(½)/(std of (1, 0) = √½) = ±1/√2. r = 1, so ∇loss = −½·Σ A·∇log p with ∇log p(1) = (−½, ½) = −∇log p(0):
+    ∇ = −½·(1/√2)·2·(−½, ½) = (1, −1)/(2√2); its norm is ½. Plain SGD at lr 1 moves the logits by (−1, 1)/(2√2).
+    """
+    group = make_batch(0, B=1, G=2).groups[0]
+    ints, half = np.array([1, 0], np.int32), np.full(2, math.log(0.5), np.float32)
+    group = dataclasses.replace(
+        group, lengths=np.ones(2, np.int32), tokens=ints, logprobs=half, versions=np.zeros(2, np.int32),
+        rewards=np.array([1, 0], np.float32),
+    )  # fmt: skip
+    config = settings(minibatches=1)
+    config.algo = GrpoConfig(std_eps=0.0)
+    table: Any = Table()
+    sgd = torch.optim.SGD(table.parameters(), lr=1.0)
+    trainer = Trainer(ALONE, table, sgd, lambda _: 1.0, PolicyGradient(config), Activity(), budget=100)
+    report = trainer.step(0, Batch(0, (group,)))
+    step = 1 / (2 * math.sqrt(2))
+    assert table.logits.tolist() == pytest.approx([-step, step])
+    assert report.metrics["policy/grad_norm"] == pytest.approx(0.5)
+    assert report.metrics["policy/entropy"] == pytest.approx(math.log(2))
+    assert report.metrics["loss/policy"] == pytest.approx(0.0)
+    assert report.metrics["mismatch/tokens"] == 2
+    assert report.metrics["mismatch/abs_dlogp_max"] == 0
+
+
+def test_the_cut_into_microbatches_changes_nothing(start_dir: Path, make_batch: MakeBatch) -> None:
+    whole = trainer_of(settings(), start_dir)
+    cut = trainer_of(settings(tokens_per_microbatch=40), start_dir)
+    for step in range(3):
+        a, b = (t.step(step, make_batch(step)).metrics for t in (whole, cut))
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    assert (parameters(whole) - parameters(cut)).abs().max() < 1e-5
+
+
+def test_the_same_batches_give_the_same_bits(start_dir: Path, make_batch: MakeBatch) -> None:
+    first, second = trainer_of(settings(), start_dir), trainer_of(settings(), start_dir)
+    for step in range(2):
+        assert first.step(step, make_batch(step)).metrics == second.step(step, make_batch(step)).metrics
+    assert torch.equal(parameters(first), parameters(second))
+
+
+@pytest.mark.parametrize(
+    ("minibatches", "correction", "share"),
+    [(1, TisConfig(), 0), (2, CorrectionConfig(), 0), (2, TisConfig(), 1 / 2), (4, TisConfig(), 3 / 4)],
+)
+def test_proximal_passes_only_where_they_are_needed(
+    start_dir: Path, make_batch: MakeBatch, minibatches: int, correction: CorrectionConfig, share: float
+) -> None:
+    config = settings(minibatches=minibatches)
+    config.correction = correction
+    trainer, batch = trainer_of(config, start_dir), make_batch(0)
+    trainer.step(0, batch)
+    compute = trainer.activity.snapshot().compute
+    later = batch.groups[len(batch.groups) - round(share * 4) :] if share else ()
+    tokens = sum(len(g.prompt_tokens) + int((g.lengths - 1).sum()) for g in later)
+    assert compute.get("prox_flops", 0.0) == 2.0 * trainer.size * tokens
+    assert compute["trained_tokens"] == sum(len(g.tokens) for g in batch.groups)
+
+
+def test_proximal_is_the_policy_before_the_first_update(start_dir: Path, make_batch: MakeBatch) -> None:
+    """With behaviour = θ, w = 1 in both updates, however far the first moves θ. Were prox taken later, it would not."""
+    config = settings()
+    config.learner.optim = OptimConfig(lr=0.05)
+    trainer = trainer_of(config, start_dir)
+    metrics = trainer.step(0, on_policy(make_batch(0), trainer.policy)).metrics
+    assert metrics["offpolicy/abs_dlogp_max"] < 1e-5
+    assert metrics["mismatch/k3"] == pytest.approx(0, abs=1e-9)
+    assert metrics["policy/ratio_max"] > 1.01
+
+
+def test_mismatch_counts_groups_of_the_current_version_only(start_dir: Path, make_batch: MakeBatch) -> None:
+    trainer = trainer_of(settings(), start_dir)
+    batch = on_policy(make_batch(3, versions=3), trainer.policy)
+    batch.groups[1].versions[0] = 2
+    batch.groups[2].logprobs[:] -= np.float32(0.5)
+    metrics = trainer.step(3, batch).metrics
+    kept = [len(batch.groups[i].tokens) for i in (0, 2, 3)]
+    assert metrics["mismatch/tokens"] == sum(kept)
+    assert metrics["mismatch/abs_dlogp_max"] == pytest.approx(0.5, abs=1e-5)
+    assert metrics["mismatch/abs_dlogp_mean"] == pytest.approx(0.5 * kept[1] / sum(kept), abs=1e-5)
+    # k3 of a log ratio of ½: e^½ − 1 − ½
+    assert metrics["mismatch/k3"] == pytest.approx((math.exp(0.5) - 1.5) * kept[1] / sum(kept), abs=1e-4)
+
+
+@pytest.mark.parametrize("version", [2, 6])
+def test_a_forbidden_token_stops_the_step(start_dir: Path, make_batch: MakeBatch, version: int) -> None:
+    trainer, batch = trainer_of(settings(), start_dir), make_batch(5)
+    batch.groups[2].versions[3:] = version
+    before = parameters(trainer)
+    with pytest.raises(
+        StalenessError, match=rf"step 5: group 22 holds tokens of versions .*{version}.* 3…5 only \(I2\)"
+    ):
+        trainer.step(5, batch)
+    assert torch.equal(before, parameters(trainer))
+
+
+def test_what_is_not_finite_stops_the_run_and_names_its_group(start_dir: Path, make_batch: MakeBatch) -> None:
+    trainer, batch = trainer_of(settings(), start_dir), make_batch(0)
+    batch.groups[1].tokens[:] = 60
+    for group in (batch.groups[0], *batch.groups[2:]):
+        group.tokens[:] = np.minimum(group.tokens, 59)
+    with torch.no_grad():
+        # tied head: every softmax would see it, so only the input of group 1 is poisoned
+        trainer.policy.model.model.embed_tokens.register_forward_hook(
+            lambda module, inputs, output: output.masked_fill((inputs[0] == 60).unsqueeze(-1), math.nan)
+        )
+    before = parameters(trainer)
+    with pytest.raises(DivergedError, match=r"step 0, update 1 of 2: the loss is nan on groups \[1\]; no version"):
+        trainer.step(0, batch)
+    assert torch.equal(before, parameters(trainer))
+    assert trainer.updates == 0
+
+
+def test_kl_to_the_reference_is_zero_at_the_start_and_grows(start_dir: Path, make_batch: MakeBatch) -> None:
+    config = settings()
+    config.algo = GrpoConfig(kl="k3", kl_coef=0.01)
+    trainer = trainer_of(config, start_dir, reference=Policy(load_model(start_dir)).requires_grad_(False))
+    first, second = (trainer.step(step, make_batch(step)).metrics for step in (0, 1))
+    # the first update of the first step is at the reference; the second has moved by one
+    assert 0 <= first["policy/kl_ref"] < second["policy/kl_ref"]
+    assert first["policy/kl_ref"] < 1e-3
+
+
+def test_gradients_are_clipped_to_the_norm(start_dir: Path, make_batch: MakeBatch) -> None:
+    config = settings(minibatches=1)
+    trainer = trainer_of(config, start_dir)
+    trainer.grad_clip = 1e-4
+    seen: list[float] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(
+            float(torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None]).norm())
+        )
+    )
+    report = trainer.step(0, make_batch(0))
+    assert seen == [pytest.approx(1e-4, rel=1e-3)]
+    assert report.metrics["policy/grad_norm"] > 1e-3  # as it was before
+
+
+def test_schedules_by_hand() -> None:
+    lr = warmup(OptimConfig(lr=1.0, warmup_updates=4))
+    assert [lr(u) for u in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert warmup(OptimConfig(lr=0.5))(0) == 0.5
+    # 2 updates of warm-up, then half a cosine over 4 intervals down to .1
+    lr = cosine(SftConfig(steps=7, lr=1.0, warmup_steps=2, final_lr_share=0.1))
+    assert [lr(u) for u in (0, 1, 2, 4, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+
+
+def test_what_a_batch_tells_by_itself(make_batch: MakeBatch) -> None:
+    batch = make_batch(4, B=2, G=2, versions=4)
+    for group, lengths, versions, rewards in zip(
+        batch.groups, ([1, 2], [3, 2]), ([4, 4, 4], [2, 3, 3, 4, 4]), ([1.0, 0.0], [1.0, 1.0]), strict=True
+    ):
+        group.lengths, group.versions = np.array(lengths, np.int32), np.array(versions, np.int32)
+        group.tokens, group.logprobs = group.versions, np.zeros(len(versions), np.float32)
+        group.rewards = np.array(rewards, np.float32)
+        group.components = {"accuracy": group.rewards}
+        group.queued_version = 4
+    batch.groups[1].finish[0] = 1
+    batch.groups[1].queued_version = 3
+    batch.groups[1].versions[3:] = 3
+    # staleness 0 0 0 | 2 1 1 1 1; in flight 0 0 0 | 1 0 0 0 0
+    metrics = batch_metrics(batch)
+    assert metrics["staleness/mean"] == pytest.approx(6 / 8)
+    assert metrics["staleness/max"] == 2
+    assert metrics["staleness/stale_token_share"] == pytest.approx(5 / 8)
+    assert metrics["staleness/in_flight_mean"] == pytest.approx(1 / 8)
+    assert metrics["staleness/in_queue_mean"] == pytest.approx(5 / 8)
+    assert metrics["staleness/mixed_sample_share"] == pytest.approx(1 / 4)
+    assert metrics["reward/accuracy"] == pytest.approx(3 / 4)
+    assert metrics["reward/zero_variance_share"] == 0.5
+    assert metrics["length/mean"] == 2
+    assert metrics["length/truncated_share"] == 0.25
+
+
+def test_a_histogram_is_made_of_values() -> None:
+    assert set(histogram(np.array([3, 1, 1, 2]))) == {1.0, 2.0, 3.0}
+    assert histogram(np.array([3, 1, 1, 2])).count(1.0) == 100
+    assert histogram(np.array([])) == []
+
+
+def test_sample_texts_show_the_best_and_the_worst(make_batch: MakeBatch) -> None:
+    batch = make_batch(0, B=2, G=3)
+    batch.groups[0].rewards = np.array([0.0, 1.0, 0.5], np.float32)
+    text = sample_texts(batch, lambda tokens: f"<{len(tokens)} tokens>", 1)["samples"]
+    assert text.count("prompt") == 1
+    assert "+1.00" in text
+    assert "+0.00" in text
+    assert "+0.50" not in text
+    assert sample_texts(batch, str, 0) == {}
