@@ -7,6 +7,7 @@ tokens, T output tokens of the whole group (samples one after another), B groups
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -118,31 +119,47 @@ class Group:
 
     def check(self, *, vocab_size: int | None = None) -> None:
         """Raise ValueError, naming the field, unless shapes, counts and values agree with each other."""
-        G, T = len(self.lengths), len(self.tokens)
-        if G == 0 or len(self.prompt_tokens) == 0:
-            raise ValueError(f"group {self.group}: empty (lengths {self.lengths.shape}, prompt {self.prompt_tokens.shape})")
-        if (self.lengths < 0).any() or int(self.lengths.sum()) != T:
-            raise ValueError(f"group {self.group}: lengths sum to {int(self.lengths.sum())}, but there are {T} tokens")
-        for name, array, shape in (
+        self._check_shapes()
+        # Few reductions, one value each: this runs for every group that arrives.
+        lowest, highest = _range(self.logprobs)
+        if not (-math.inf < lowest <= highest < math.inf and math.isfinite(sum(self.rewards.tolist()))):
+            raise ValueError(f"group {self.group}: a reward or log-probability is not finite")
+        if highest > 1e-4:
+            raise ValueError(f"group {self.group}: a log-probability is above 0 ({highest:.4g})")
+        if max(self.finish.tobytes()) >= len(FINISH_REASONS):
+            raise ValueError(f"group {self.group}: unknown finish reason {max(self.finish.tobytes())}")
+        ranges = _range(self.prompt_tokens), _range(self.tokens)
+        low, high = min(ranges[0][0], ranges[1][0]), max(ranges[0][1], ranges[1][1])
+        if low < 0 or (vocab_size is not None and high >= vocab_size):
+            raise ValueError(f"group {self.group}: token ids span {low}…{high}, vocabulary is {vocab_size}")
+
+    def _check_shapes(self) -> None:
+        if self.lengths.ndim != 1 or self.prompt_tokens.ndim != 1 or not self.lengths.size or not self.prompt_tokens.size:
+            shapes = f"lengths {self.lengths.shape}, prompt {self.prompt_tokens.shape}"
+            raise ValueError(f"group {self.group}: empty, or not one-dimensional ({shapes})")
+        lengths = self.lengths.tolist()
+        G, T = len(lengths), self.tokens.size
+        if min(lengths) < 0 or sum(lengths) != T:
+            raise ValueError(f"group {self.group}: lengths sum to {sum(lengths)}, but there are {T} tokens")
+        arrays: list[tuple[str, npt.NDArray[Any], tuple[int, ...]]] = [
+            ("tokens", self.tokens, (T,)),
             ("logprobs", self.logprobs, (T,)),
             ("versions", self.versions, (T,)),
             ("finish", self.finish, (G,)),
             ("rewards", self.rewards, (G,)),
             ("times", self.times, (G, 3)),
-            *((f"components[{k}]", v, (G,)) for k, v in self.components.items()),
-        ):
+        ]
+        arrays += [(name, array, (G,)) for name, array in self.components.items()]
+        for name, array, shape in arrays:
             if array.shape != shape:
                 raise ValueError(f"group {self.group}: {name} has shape {array.shape}, expected {shape}")
-        if not np.isfinite(self.rewards).all() or not np.isfinite(self.logprobs).all():
-            raise ValueError(f"group {self.group}: a reward or log-probability is not finite")
-        if T and (self.logprobs > 1e-4).any():
-            raise ValueError(f"group {self.group}: a log-probability is above 0 ({float(self.logprobs.max()):.4g})")
-        if (self.finish >= len(FINISH_REASONS)).any():
-            raise ValueError(f"group {self.group}: unknown finish reason {int(self.finish.max())}")
-        low = min(int(self.prompt_tokens.min()), int(self.tokens.min()) if T else 0)
-        high = max(int(self.prompt_tokens.max()), int(self.tokens.max()) if T else 0)
-        if low < 0 or (vocab_size is not None and high >= vocab_size):
-            raise ValueError(f"group {self.group}: token ids span {low}…{high}, vocabulary is {vocab_size}")
+
+
+def _range(array: npt.NDArray[Any]) -> tuple[float, float]:
+    """Smallest and largest value, NaN where there is one; (0, 0) when empty."""
+    if not array.size:
+        return 0, 0
+    return np.minimum.reduce(array).item(), np.maximum.reduce(array).item()
 
 
 @dataclass(frozen=True, slots=True)

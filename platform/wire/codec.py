@@ -1,21 +1,23 @@
-"""Frames of the wire: one header frame, one frame that packs the small arrays, one raw frame for each large array.
+"""Frames of the wire: a head that holds the message and the small arrays, then one raw frame for each large array.
 
-Called by sockets.py for every message and by groups.py for the ledger's payloads. Layout:
+Called by sockets.py for every message and by groups.py for the ledger's payloads. Layout of the head:
 
-    header   b"offt" · protocol (uint16, little-endian) · msgpack of [message, [[dtype, dim, dim, …], …]]
-    packed   all arrays below LARGE_BYTES, one after another, each start aligned to 8 bytes (absent when there are none)
-    raw …    each array of LARGE_BYTES or more, in order, sent from where it lies
+    b"offt" · protocol (uint16) · 0 (uint16) · bytes of msgpack (uint32)     little-endian
+    msgpack of [message, [[dtype, dim, dim, …], …]]                          dtype is an index into DTYPES
+    each array below LARGE_BYTES, one after another                          each part starts at a multiple of 8
 
-Where an array lies follows from the dtypes and shapes alone, so no offset of the sender is ever trusted. Invariants:
-`decode(encode(m, arrays))` is (m, arrays) bit for bit; `decode` of any other frames raises WireError and nothing else,
-and allocates nothing in proportion to a size that the frames merely claim.
+An array of LARGE_BYTES or more is a frame of its own, sent from where it lies. Where an array lies follows from the
+dtypes and shapes alone, so no offset of the sender is ever trusted. Invariants: `decode(encode(m, arrays))` is
+(m, arrays) bit for bit; `decode` of any other frames raises WireError and nothing else, and allocates nothing in
+proportion to a size that the frames merely claim.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -23,30 +25,34 @@ import numpy.typing as npt
 
 from offtrail.platform.wire.messages import PROTOCOL, Message, Reply, Request, VersionHint
 
-Frame = bytes | memoryview
+Frame = Any
+"""Anything with the buffer protocol and a length in bytes: bytes, memoryview of bytes, zmq.Frame."""
 Array = npt.NDArray[Any]
 
-DTYPES = {
-    name: np.dtype(name) for name in ("<i4", "<f4", "<f8", "|u1", "<i8", "|i1", "<i2", "<f2", "<u2", "<u4", "<u8")
-}
-LARGE_BYTES = 32 * 1024
-MAX_ARRAYS = 1_000_000
-MAX_DIMS = 8
+DTYPES = tuple(map(np.dtype, ("<i4", "<f4", "<f8", "|u1", "<i8", "|i1", "<i2", "<f2", "<u2", "<u4", "<u8")))
+LARGE_BYTES = 64 * 1024
+"""Below it a copy costs less than a frame."""
 MAX_BYTES = 1 << 40
+MAX_DIMS = 8
+MAX_ARRAYS = 1_000_000
 
 _MAGIC = b"offt"
-_PREFIX = struct.Struct("<4sH")
-_ALIGN = 8
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PREFIX = struct.Struct("<4sHHI")
+_PADS = tuple(bytes(-size % 8) for size in range(8))
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_SIZES = tuple((dtype, dtype.itemsize) for dtype in DTYPES)
+
+Dim = Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)]
+Spec = Annotated[list[Dim], msgspec.Meta(min_length=1, max_length=1 + MAX_DIMS)]
 
 
 class WireError(ValueError):
     """Frames that are not a message of this protocol; one line that says what is wrong with them."""
 
 
-class _Header(msgspec.Struct, frozen=True, array_like=True):
+class _Header(msgspec.Struct, frozen=True, array_like=True, gc=False):
     message: Request | Reply | VersionHint
-    arrays: list[list[Any]]
+    arrays: Annotated[list[Spec], msgspec.Meta(max_length=MAX_ARRAYS)]
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -58,92 +64,91 @@ def encode(message: Message, arrays: Sequence[Array] = ()) -> list[Frame]:
 
     Raises WireError when an array's dtype is not in DTYPES.
     """
-    specs: list[list[Any]] = []
-    small: list[bytes] = []
-    large: list[Frame] = []
+    specs: list[list[int]] = []
+    small: list[Frame] = []
+    frames: list[Frame] = [b""]
     for array in arrays:
-        name = _NAMES.get(array.dtype)
-        if name is None:
-            raise WireError(f"array {len(specs)} has dtype {array.dtype}; the wire carries {', '.join(DTYPES)}")
-        specs.append([name, *array.shape])
+        code = _CODES.get(array.dtype)
+        if code is None:
+            raise WireError(f"array {len(specs)} has dtype {array.dtype}; the wire carries {_allowed()}")
+        specs.append([code, *array.shape])
+        data = array if array.flags.c_contiguous else np.ascontiguousarray(array)
         size = array.nbytes
         if size >= LARGE_BYTES:
-            large.append(np.ascontiguousarray(array).data.cast("B"))
+            frames.append(data.data.cast("B"))
         else:
-            small.append(array.tobytes())
-            if pad := -size % _ALIGN:
-                small.append(bytes(pad))
-    header = _PREFIX.pack(_MAGIC, PROTOCOL) + _encoder.encode(_Header(message, specs))  # type: ignore[arg-type]
-    return [header, b"".join(small), *large] if small else [header, *large]
+            small.append(data)
+            if size % 8:
+                small.append(_PADS[size % 8])
+    header = _encoder.encode((message, specs))
+    prefix = _PREFIX.pack(_MAGIC, PROTOCOL, 0, len(header))
+    # 12 + size: the prefix counts towards the alignment of what follows.
+    frames[0] = b"".join((prefix, header, _PADS[(12 + len(header)) % 8], *small))
+    return frames
 
 
 def decode(frames: Sequence[Frame]) -> tuple[Message, list[Array]]:
     """The message and its arrays, as read-only views of the frames. Raises WireError, and nothing else."""
     if not frames:
         raise WireError("a message without frames")
-    header = _read_header(frames[0])
-    if len(header.arrays) > MAX_ARRAYS:
-        raise WireError(f"{len(header.arrays)} arrays in one message; the limit is {MAX_ARRAYS}")
-    layout = [_place(spec) for spec in header.arrays]
-    return header.message, _views(layout, frames)
+    header, start = _read_header(frames[0])
+    try:
+        return header.message, _views(header.arrays, frames, start)
+    except ValueError as error:
+        raise WireError(str(error)) from None
 
 
-def _read_header(frame: Frame) -> _Header:
+def _read_header(head: Frame) -> tuple[_Header, int]:
     """Check magic and protocol first, so that another version is named as such whatever its header looks like."""
-    if len(frame) < _PREFIX.size:
-        raise WireError(f"a header of {len(frame)} bytes")
-    magic, protocol = _PREFIX.unpack_from(frame)
+    if len(head) < _PREFIX.size:
+        raise WireError(f"a header of {len(head)} bytes")
+    magic, protocol, _, size = _PREFIX.unpack_from(head)
     if magic != _MAGIC:
-        raise WireError(f"a header that starts with {bytes(magic)!r}: this peer does not speak offtrail's protocol")
+        raise WireError(f"a header that starts with {magic!r}: this peer does not speak offtrail's protocol")
     if protocol != PROTOCOL:
         raise WireError(
             f"protocol {protocol}, but this process speaks {PROTOCOL}: run one version of offtrail everywhere"
         )
+    end = _PREFIX.size + size
+    if end > len(head):
+        raise WireError(f"a head of {len(head)} bytes whose header needs {end}")
     try:
-        return _decoder.decode(memoryview(frame)[_PREFIX.size :])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:
+        return _decoder.decode(memoryview(head)[_PREFIX.size : end]), end + -end % 8
+    except (msgspec.MsgspecError, RecursionError, ValueError, OverflowError) as error:
         raise WireError(f"header: {' '.join(str(error).split())}") from None
 
 
-def _place(spec: list[Any]) -> tuple[np.dtype[Any], list[int], int]:
-    """(dtype, shape, bytes) of one array; Python integers, so that a product of huge dimensions cannot wrap round."""
-    dtype = DTYPES.get(spec[0]) if spec and isinstance(spec[0], str) else None
-    if dtype is None:
-        raise WireError(f"dtype {spec[0] if spec else None!r:.40}; the wire carries {', '.join(DTYPES)}")
-    shape = spec[1:]
-    if len(shape) > MAX_DIMS:
-        raise WireError(f"an array of {len(shape)} dimensions; the limit is {MAX_DIMS}")
-    size = dtype.itemsize
-    for dim in shape:
-        if type(dim) is not int or not 0 <= dim <= MAX_BYTES:
-            raise WireError(f"a shape with dimension {dim!r:.40}")
-        size *= dim
-    if size > MAX_BYTES:
-        raise WireError(f"an array of {size} bytes; the limit is {MAX_BYTES}")
-    return dtype, shape, size
+def _views(specs: list[list[int]], frames: Sequence[Frame], start: int) -> list[Array]:
+    """One pass over the arrays. Sizes are Python integers: a product of huge dimensions cannot wrap round.
 
-
-def _views(layout: list[tuple[np.dtype[Any], list[int], int]], frames: Sequence[Frame]) -> list[Array]:
-    packed = sum(size + -size % _ALIGN for _, _, size in layout if size < LARGE_BYTES)
-    has_packed = any(size < LARGE_BYTES for _, _, size in layout)
-    expected = [packed] * has_packed + [size for _, _, size in layout if size >= LARGE_BYTES]
-    found = [len(frame) for frame in frames[1:]]
-    if found != expected:
-        raise WireError(f"array frames of {_few(found)} bytes, where the header announces {_few(expected)}")
+    ``start``: where the small arrays begin in the head. ValueError when frames and specs do not fit to the byte.
+    """
+    head, raw = frames[0], 1
+    length = len(head)
     arrays: list[Array] = []
-    raw = 1 + has_packed
-    offset = 0
-    for dtype, shape, size in layout:
+    for spec in specs:
+        if spec[0] >= len(DTYPES):
+            raise WireError(f"array {len(arrays)} has dtype number {spec[0]}; the wire carries {_allowed()}")
+        dtype, size = _SIZES[spec[0]]
+        shape = spec[1:]
+        size *= shape[0] if len(shape) == 1 else math.prod(shape)
         if size < LARGE_BYTES:
-            array: Array = np.ndarray(shape, dtype, frames[1], offset)
-            offset += size + -size % _ALIGN
+            if start + size > length:
+                raise WireError(f"array {len(arrays)} needs {start + size} bytes of a head of {length}")
+            array: Array = np.ndarray(shape, dtype, head, start)
+            start += size + -size % 8
         else:
+            if raw == len(frames) or len(frames[raw]) != size:
+                found = "no frame" if raw == len(frames) else f"a frame of {len(frames[raw])} bytes"
+                raise WireError(f"array {len(arrays)} needs {size} bytes and has {found}")
             array = np.ndarray(shape, dtype, frames[raw])
             raw += 1
-        array.flags.writeable = False
+        array.setflags(write=False)
         arrays.append(array)
+    if start != length or raw != len(frames):
+        raise WireError(f"{length - start} bytes and {len(frames) - raw} frames more than the header announces")
     return arrays
 
 
-def _few(sizes: list[int]) -> str:
-    return f"{sizes[:6]}{f' … ({len(sizes)} frames)' if len(sizes) > 6 else ''}"
+def _allowed() -> str:
+    return ", ".join(dtype.str for dtype in DTYPES)

@@ -10,19 +10,22 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+import numpy as np
+
 from offtrail.core.types import Group
 from offtrail.platform.wire.codec import Array, Frame, WireError, decode, encode
 from offtrail.platform.wire.messages import GroupHeader, SubmitGroup
 
+INT32, FLOAT32, FLOAT64, UINT8 = map(np.dtype, (np.int32, np.float32, np.float64, np.uint8))
 FIXED = (
-    ("prompt_tokens", "<i4"),
-    ("lengths", "<i4"),
-    ("tokens", "<i4"),
-    ("logprobs", "<f4"),
-    ("versions", "<i4"),
-    ("finish", "|u1"),
-    ("rewards", "<f4"),
-    ("times", "<f8"),
+    ("prompt_tokens", INT32),
+    ("lengths", INT32),
+    ("tokens", INT32),
+    ("logprobs", FLOAT32),
+    ("versions", INT32),
+    ("finish", UINT8),
+    ("rewards", FLOAT32),
+    ("times", FLOAT64),
 )
 """Arrays that every group has, in wire order; components and channels follow, in the header's order of names."""
 
@@ -65,16 +68,16 @@ def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
     if len(arrays) != arrays_per_group(header):
         raise WireError(f"group {header.group}: {len(arrays)} arrays, its header announces {arrays_per_group(header)}")
     for (name, dtype), array in zip(FIXED, arrays, strict=False):
-        if array.dtype.str != dtype or array.ndim != (2 if name == "times" else 1):
-            raise WireError(f"group {header.group}: {name} is {array.dtype.str} {array.shape}, expected {dtype}")
+        if array.dtype != dtype:
+            raise WireError(f"group {header.group}: {name} is {array.dtype}, expected {dtype}")
     names = header.component_names
     components = dict(zip(names, arrays[n : n + len(names)], strict=True))
     channels = dict(zip(header.channel_names, arrays[n + len(names) :], strict=True))
     if len(components) != len(names) or len(channels) != len(header.channel_names):
         raise WireError(f"group {header.group}: a component or channel name stands twice")
     for name, array in components.items():
-        if array.dtype.str != "<f4":
-            raise WireError(f"group {header.group}: component {name} is {array.dtype.str}, expected <f4")
+        if array.dtype != FLOAT32:
+            raise WireError(f"group {header.group}: component {name} is {array.dtype}, expected {FLOAT32}")
     group = Group(
         group=header.group,
         slot=header.slot,

@@ -25,7 +25,7 @@ from typing import Any, get_args
 import zmq
 
 from offtrail.platform.wire.auth import ClientKeys, ServerKeys, ZapGate, make_keys, needs_keys, write_private
-from offtrail.platform.wire.codec import Array, WireError, decode, encode
+from offtrail.platform.wire.codec import LARGE_BYTES, Array, Frame, WireError, decode, encode
 from offtrail.platform.wire.messages import Error, Message, Request, VersionHint
 
 __all__ = [
@@ -38,7 +38,7 @@ DRAIN = 256
 """Messages that one poll hands out at most, so that a flood cannot starve the caller's loop."""
 
 _TICKET = struct.Struct("<Q")
-_REQUESTS = get_args(Request)
+_REQUESTS = frozenset(get_args(Request))
 
 
 class WaitError(RuntimeError):
@@ -85,7 +85,7 @@ class Endpoint:
                 raise WireError(f"{path} is not an endpoint of this version of offtrail ({error}); remove it") from None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Envelope:
     """One request: from whom, under which ticket, what."""
 
@@ -139,36 +139,31 @@ class Server:
         envelopes: list[Envelope] = []
         if not _readable(self._requests, timeout_s):
             return envelopes
-        while len(envelopes) < DRAIN:
-            try:
-                frames = self._requests.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
+        while len(envelopes) < DRAIN and (frames := _receive(self._requests)) is not None:
             if (envelope := self._open_envelope(frames)) is not None:
                 envelopes.append(envelope)
         return envelopes
 
-    def _open_envelope(self, frames: list[bytes]) -> Envelope | None:
-        peer, ticket = frames[0], frames[1] if len(frames) > 1 else b""
+    def _open_envelope(self, frames: list[zmq.Frame]) -> Envelope | None:
+        peer, ticket = frames[0].bytes, frames[1].bytes if len(frames) > 1 else b""
         try:
             if len(ticket) != _TICKET.size:
                 raise WireError(f"a ticket of {len(ticket)} bytes")
             message, arrays = decode(frames[2:])
-            if not isinstance(message, _REQUESTS):
+            if type(message) not in _REQUESTS:
                 raise WireError(f"{type(message).__name__} is not a request")
         except WireError as error:
-            self._requests.send_multipart([peer, ticket, *encode(Error(error=str(error)))])
+            _send(self._requests, [peer, ticket, *encode(Error(error=str(error)))])
             return None
         return Envelope(peer, _TICKET.unpack(ticket)[0], message, arrays)
 
     def reply(self, envelope: Envelope, message: Message, arrays: Sequence[Array] = ()) -> None:
         """Answer a request. A peer that is gone is no error: its lease ends with its heartbeats."""
-        frames = encode(message, arrays)
-        self._requests.send_multipart([envelope.peer, _TICKET.pack(envelope.ticket), *frames], copy=False)
+        _send(self._requests, [envelope.peer, _TICKET.pack(envelope.ticket), *encode(message, arrays)])
 
     def hint(self, message: VersionHint) -> None:
         """Publish a hint; it may be lost."""
-        self._hints.send_multipart(encode(message))
+        _send(self._hints, encode(message))
 
     def close(self) -> None:
         """Close the sockets without waiting for unsent frames."""
@@ -217,7 +212,7 @@ class Client:
         """
         ticket = self._next
         self._next += 1
-        self._requests.send_multipart([_TICKET.pack(ticket), *encode(message, arrays)], copy=False)
+        _send(self._requests, [_TICKET.pack(ticket), *encode(message, arrays)])
         self._open.add(ticket)
         return ticket
 
@@ -229,12 +224,8 @@ class Client:
         replies, self._early = self._early, []
         if not _readable(self._requests, 0.0 if replies else timeout_s):
             return replies
-        while len(replies) < DRAIN:
-            try:
-                frames = self._requests.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            ticket = _TICKET.unpack(frames[0])[0] if len(frames[0]) == _TICKET.size else -1
+        while len(replies) < DRAIN and (frames := _receive(self._requests)) is not None:
+            ticket = _TICKET.unpack(frames[0].bytes)[0] if len(frames[0]) == _TICKET.size else -1
             if ticket in self._open:
                 self._open.discard(ticket)
                 replies.append((ticket, *decode(frames[1:])))
@@ -291,6 +282,26 @@ def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[byte
     socket.ipv6 = True
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     return socket
+
+
+def _send(socket: zmq.Socket[bytes], frames: Sequence[Frame]) -> None:
+    """Frames of LARGE_BYTES or more are sent from where they lie; for smaller ones a copy costs less."""
+    last = len(frames) - 1
+    for i, frame in enumerate(frames):
+        socket.send(frame, zmq.SNDMORE if i < last else 0, copy=len(frame) < LARGE_BYTES)
+
+
+def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
+    """All frames of the next message, not copied; None when there is none. A message arrives whole or not at all."""
+    try:
+        frame = socket.recv(zmq.NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    frames = [frame]
+    while frame.more:
+        frame = socket.recv(copy=False)
+        frames.append(frame)
+    return frames
 
 
 def _readable(socket: zmq.Socket[bytes], timeout_s: float) -> bool:
