@@ -187,7 +187,7 @@ class Continuation(Sequences):
         data = self._cache.data[:, layer]
         if layer == self._cache.data.shape[1] - 1:
             return q[:0].flatten(1)
-        keys, values = data[:, :, :, : self._span].index_select(1, self._slots)
+        keys, values = data[:, :, :, : self._span][:, self._slots]  # index_select would copy every slot first
         out = F.scaled_dot_product_attention(self.split(q), keys, values, self._bias, enable_gqa=True)
         return out.transpose(1, 2).reshape(self.count * self.width, -1)
 
