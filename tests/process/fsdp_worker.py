@@ -52,7 +52,7 @@ def trainer_of(world: World, model: Any, start: Path) -> Trainer:
 
 
 def run(world: World, model: Any, job: dict[str, Any]) -> None:
-    """Train ``job["steps"]`` from ``job["origin"]``; leave a checkpoint in ``job["out"]`` at the step ``job["save"]``."""
+    """Train ``job["steps"]`` from ``job["origin"]``, with a checkpoint in ``job["out"]`` at step ``job["save"]``."""
     origin, out = Path(job["origin"]), Path(job["out"])
     trainer = trainer_of(world, model, Path(job["start"]))
     if (origin / "trainer.json").is_file():
