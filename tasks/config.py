@@ -56,8 +56,8 @@ class ChainConfig(GeneratedConfig):
     """Difficulty: the longest chain. A worked step takes 5 tokens (9 at most with styles=3)."""
     modulus: int = 10
     """Results are taken modulo this."""
-    max_operand: int = 9
-    """The largest operand."""
+    max_operand: int = 5
+    """Difficulty too, the largest operand: 3 × modulus × max_operand facts to learn (9 needs twice the cold start)."""
     styles: int = 1
     """Cold start: ways to write worked steps, mixed evenly (1…3): `7*5=5;5-2=3`, `7*5=5;-2=3`, `7*5=35>5;5-2=3`."""
 
