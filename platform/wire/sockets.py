@@ -112,6 +112,7 @@ class Server:
                 f"broker.address={address} can be reached from other hosts and needs CURVE keys: "
                 "make them with make_keys(run_dir, address), or set broker.address=127.0.0.1"
             )
+        host = _numeric(address)
         # A context of its own: the ZAP gate answers for all sockets of a context.
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = ZapGate(self._context, keys.allowed) if keys else None
@@ -120,7 +121,7 @@ class Server:
         self._requests.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._hints = self._socket(zmq.PUB, keys)
         try:
-            url, hints_url = _bind(self._requests, address, port), _bind(self._hints, address, 0)
+            url, hints_url = _bind(self._requests, host, port), _bind(self._hints, host, 0)
         except zmq.ZMQError as error:
             self.close()
             raise ValueError(f"broker.address={address}, broker.port={port} cannot be bound: {error}") from None
@@ -310,9 +311,8 @@ def _readable(socket: zmq.Socket[bytes], timeout_s: float) -> bool:
     return timeout_s > 0 and bool(socket.poll(max(1, round(timeout_s * 1000))))
 
 
-def _bind(socket: zmq.Socket[Any], address: str, port: int) -> str:
+def _bind(socket: zmq.Socket[Any], host: str, port: int) -> str:
     """Bind and return the URL under which others reach it."""
-    host = _numeric(address)
     socket.bind(f"tcp://{_bracket(host)}:{port or '*'}")
     bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     reachable = _own_address() if ipaddress.ip_address(host).is_unspecified else host

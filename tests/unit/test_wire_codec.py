@@ -1,0 +1,195 @@
+"""The codec: exact round trips, and nothing but WireError out of bytes that are no message."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from offtrail.platform.wire.codec import DTYPES, LARGE_BYTES, MAX_BYTES, WireError, decode, encode
+from offtrail.platform.wire.messages import PROTOCOL, Commit, Done, Heartbeat, Hello, LeaseRequest, VersionHint
+
+ARRAYS = st.lists(
+    st.sampled_from(DTYPES).flatmap(
+        lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6))
+    ),
+    max_size=6,
+)
+MESSAGES = st.one_of(
+    st.builds(LeaseRequest, room=st.integers(0, 1000), version=st.integers(-1, 10**9)),
+    st.builds(Commit, step=st.integers(-1, 99), version=st.integers(0, 99), checksum=st.text(),
+              metrics=st.dictionaries(st.text(), st.floats(allow_nan=False))),
+    st.builds(VersionHint, version=st.integers(0, 99)),
+    st.just(Done()),
+)  # fmt: skip
+HEAD = struct.Struct("<4sHHI")
+
+
+def head(payload: bytes, tail: bytes = b"", protocol: int = PROTOCOL) -> bytes:
+    start = HEAD.pack(b"offt", protocol, 0, len(payload)) + payload
+    return start + bytes(-len(start) % 8) + tail
+
+
+def with_specs(specs: list[object], tail: bytes = b"") -> bytes:
+    return head(msgspec.msgpack.encode((Done(), specs)), tail)
+
+
+def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
+    return len(left) == len(right) and all(
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@given(MESSAGES, ARRAYS)
+def test_round_trip_is_exact(message, arrays):
+    found, views = decode([bytes(frame) for frame in encode(message, arrays)])
+    assert found == message
+    assert same(views, arrays)
+
+
+@pytest.mark.parametrize("size", [LARGE_BYTES - 1, LARGE_BYTES, LARGE_BYTES + 1])
+def test_small_arrays_share_the_head_and_large_ones_have_a_frame(size):
+    arrays = [np.arange(3), np.arange(size, dtype=np.uint32).astype(np.uint8), np.ones((2, 2))]
+    frames = encode(Done(), arrays)
+    assert len(frames) == (1 if size < LARGE_BYTES else 2)
+    assert same(decode([bytes(frame) for frame in frames])[1], arrays)
+
+
+def test_large_arrays_are_neither_copied_on_encode_nor_on_decode():
+    array = np.zeros(LARGE_BYTES, np.uint8)
+    frames = encode(Done(), [array])
+    (view,) = decode(frames)[1]
+    array[5] = 77
+    assert view[5] == 77
+
+
+def test_arrays_that_are_not_contiguous_arrive_by_value():
+    array = np.arange(40_000, dtype=np.float64).reshape(200, 200).T
+    small = array[::7, ::9]
+    assert same(decode(encode(Done(), [array, small]))[1], [np.ascontiguousarray(array), np.ascontiguousarray(small)])
+
+
+def test_decoded_arrays_are_read_only():
+    frames = [bytearray(frame) for frame in encode(Done(), [np.arange(3), np.zeros(LARGE_BYTES)])]
+    for array in decode(frames)[1]:
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+@pytest.mark.parametrize("odd", range(9))
+def test_small_arrays_are_aligned_behind_odd_ones(odd):
+    views = decode(encode(LeaseRequest(room=10**odd, version=0), [np.zeros(odd, np.uint8), np.ones(2)]))[1]
+    assert views[1].flags.aligned
+
+
+@pytest.mark.parametrize("dtype", [object, np.complex64, ">i4", "U3", bool])
+def test_encode_names_a_dtype_that_the_wire_does_not_carry(dtype):
+    with pytest.raises(WireError, match="array 1 has dtype"):
+        encode(Done(), [np.zeros(1), np.zeros(2, dtype)])
+
+
+@pytest.mark.parametrize("protocol", [0, PROTOCOL + 1, 65535])
+def test_another_protocol_is_named_whatever_follows(protocol):
+    with pytest.raises(WireError, match=f"protocol {protocol}, but this process speaks {PROTOCOL}"):
+        decode([head(b"\xc1 not msgpack", protocol=protocol)])
+
+
+@pytest.mark.parametrize(
+    ("frames", "says"),
+    [
+        ([], "without frames"),
+        ([b""], "0 bytes"),
+        ([b"GET / HTTP/1.1\r\n\r\n"], "does not speak"),
+        ([head(b"\xc1")], "header"),
+        ([HEAD.pack(b"offt", PROTOCOL, 0, 4_000_000_000)], "needs 4000000012"),
+        ([head(msgspec.msgpack.encode(({"type": "Launch"}, [])))], "Launch"),
+        ([head(msgspec.msgpack.encode(({"type": "Done"},)))], "header"),
+        ([head(msgspec.msgpack.encode(({"type": "LeaseRequest", "room": "9", "version": 0}, [])))], "room"),
+        ([with_specs([[99, 1]])], "dtype number 99"),
+        ([with_specs([[-1, 1]])], "header"),
+        ([with_specs([[]])], "header"),
+        ([with_specs([[0, -1]])], "header"),
+        ([with_specs([[0, 1.5]])], "header"),
+        ([with_specs([["<i4", 1]])], "header"),
+        ([with_specs([[0, MAX_BYTES + 1]])], "header"),
+        ([with_specs([[0, *[1] * 9]])], "header"),
+        ([with_specs([[0, 4]], bytes(15))], "needs"),
+        ([with_specs([[0, 4]], bytes(24))], "8 bytes and 0 frames more"),
+        ([with_specs([[0, 1 << 40, 1 << 40]])], "has no frame"),
+        ([with_specs([[0, 1 << 40, 1 << 40, 0]])], "array is too big|Maximum allowed dimension"),
+        ([with_specs([[3, LARGE_BYTES]]), bytes(LARGE_BYTES - 1)], "has a frame of"),
+        ([with_specs([]), b"one more"], "0 bytes and 1 frames more"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_frames_is_said_in_one_line(frames, says):
+    with pytest.raises(WireError, match=says) as caught:
+        decode(frames)
+    assert "\n" not in str(caught.value)
+
+
+def test_deep_nesting_is_refused_and_does_not_overflow_the_stack():
+    with pytest.raises(WireError):
+        decode([head(b"\x92" + b"\x91" * 200_000)])
+
+
+@given(st.lists(st.binary(max_size=200), max_size=4))
+def test_garbage_gives_nothing_but_wire_errors(frames):
+    with pytest.raises(WireError):
+        decode(frames)
+
+
+@given(st.binary(max_size=200), st.binary(max_size=64))
+def test_garbage_behind_a_right_prefix_gives_nothing_but_wire_errors(payload, tail):
+    with pytest.raises(WireError):
+        decode([head(payload, tail)])
+
+
+@given(MESSAGES, ARRAYS, st.data())
+def test_damaged_frames_decode_or_give_a_wire_error(message, arrays, data):
+    frames = [bytearray(frame) for frame in encode(message, arrays)]
+    at = data.draw(st.integers(0, len(frames[0]) - 1))
+    frames[0][at] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(WireError):
+        decode([bytes(frame) for frame in frames])
+
+
+@given(MESSAGES, ARRAYS.filter(bool), st.data())
+def test_truncated_frames_give_a_wire_error(message, arrays, data):
+    frames = [bytes(frame) for frame in encode(message, arrays)]
+    cut = data.draw(st.integers(0, len(frames[0]) - 1))
+    with pytest.raises(WireError):
+        decode([frames[0][:cut], *frames[1:]])
+
+
+def test_nothing_of_the_header_is_executed():
+    """The whole point of not pickling: an instruction stream is bytes like any other."""
+    with pytest.raises(WireError):
+        decode([b"cos\nsystem\n(S'true'\ntR."])
+
+
+def test_numbers_that_are_not_finite_travel():
+    message = Commit(step=0, version=1, checksum="", metrics={"a": float("inf"), "b": float("nan")})
+    found, _ = decode(encode(message))
+    assert isinstance(found, Commit)
+    assert found.metrics["a"] == float("inf")
+    assert found.metrics["b"] != found.metrics["b"]
+
+
+def test_messages_with_defaults_may_leave_them_out():
+    found, _ = decode(
+        [head(msgspec.msgpack.encode(({"type": "Hello", "role": "r", "index": 0, "pid": 1, "run": "x"}, [])))]
+    )
+    assert found == Hello(role="r", index=0, pid=1, run="x")
+
+
+def test_heartbeats_round_trip():
+    beat = Heartbeat(role="learner", index=0, pid=4, activity="busy/update", waiting_on="", since=1.5,
+                     seconds={"busy/update": 2.0}, compute={"flops": 1e12}, gauges={"x": 1.0})  # fmt: skip
+    assert decode(encode(beat)) == (beat, [])
