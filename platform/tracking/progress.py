@@ -127,7 +127,7 @@ class Progress:
                 f" {self._config.staleness.max}, stale tokens {show('staleness/stale_token_share', '.0%')}",
             ),
             (
-                "tokens/s",
+                "tokens per second",
                 f"{show('throughput/trained_tokens_per_second', ',.0f')} trained,"
                 f" {show('throughput/generated_tokens_per_second', ',.0f')} generated",
             ),
