@@ -12,7 +12,7 @@ import logging
 import numpy as np
 
 from offtrail.core.protocols import Completion, Engine, Request
-from offtrail.core.types import Problem, Sampling
+from offtrail.core.types import Float32, Problem, Sampling
 from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.engines.local import LocalEngine
 from offtrail.platform.generator.text import Text
@@ -21,6 +21,7 @@ from offtrail.platform.launcher.context import RoleContext
 from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
+from offtrail.rewards.rule import COMPONENTS
 from offtrail.tasks.registry import make_task
 
 log = logging.getLogger("offtrail.evaluator")
@@ -76,7 +77,7 @@ class Evaluation:
         self._charge()
         lengths = np.array([len(c.tokens) for group in answers for c in group])
         stopped = np.array([c.finish == "stop" for group in answers for c in group])
-        metrics = {f"eval/{name}": float(np.concatenate(columns).mean()) for name, columns in components.items()}
+        metrics = {f"eval/{name}": float(column.mean()) for name, column in components.items()}
         metrics |= {
             "eval/length_mean": float(lengths.mean()),
             "eval/truncated_share": float(1.0 - stopped.mean()),
@@ -106,17 +107,20 @@ class Evaluation:
                 answers[completion.request].append(completion)
         return [sorted(group, key=lambda c: c.index) for group in answers]
 
-    def _verify(self, answers: list[list[Completion]]) -> dict[str, list[np.ndarray]]:
+    def _verify(self, answers: list[list[Completion]]) -> dict[str, Float32]:
+        """Components by name over all answers. A group without a verdict (its verifier was killed) counts as 0."""
         for i, group in enumerate(answers):
             texts = [self.text.decode(c.tokens) for c in group]
             self.verifiers.submit(i, self.problems[i], texts, [c.finish == "stop" for c in group])
-        columns: dict[str, list[np.ndarray]] = {}
+        columns = {name: np.zeros((len(answers), self.config.eval.samples), np.float32) for name in COMPONENTS}
         pending = len(answers)
         while pending:
-            for _, components in self.verifiers.poll(timeout_s=0.05):
+            for i, components in self.verifiers.poll(timeout_s=0.05):
                 pending -= 1
+                if components is None:
+                    log.warning("problem %d counts as wrong: %s", i, self.verifiers.reason(i))
                 for name, column in (components or {}).items():
-                    columns.setdefault(name, []).append(column)
+                    columns[name][i] = column
         return columns
 
     def _texts(self, answers: list[list[Completion]]) -> dict[str, str]:

@@ -124,7 +124,7 @@ class Rollout:
             group = self._scoring.pop(key)
             group.attempt = self._attempts.pop(key)
             if components is None:
-                self._fail(group.group, group.attempt, "verifier deadline")
+                self._fail(group.group, group.attempt, self.verifiers.reason(key))
                 continue
             group.components = components
             group.rewards = totals(components, self.config.reward)

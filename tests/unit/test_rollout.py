@@ -103,6 +103,9 @@ class FakeVerifiers:
         done, self.pending = self.pending, []
         return [(key, self.verdict) for key in done]
 
+    def reason(self, key: int) -> str:
+        return f"no verdict on {key}"
+
 
 @dataclass
 class FakeConnection:
@@ -262,7 +265,7 @@ def test_a_killed_verifier_fails_the_group_where_the_config_says_refuse() -> Non
     rollout.verifiers.verdict = None  # type: ignore[attr-defined]
     grant(rollout, lease(1))
     turn(rollout)
-    assert [(m.group, m.detail) for m in sent(rollout, FailGroup)] == [(1, "verifier deadline")]
+    assert [(m.group, m.detail) for m in sent(rollout, FailGroup)] == [(1, "no verdict on 1")]
 
 
 def test_a_refused_request_ends_the_generator_with_the_brokers_words() -> None:

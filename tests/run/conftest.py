@@ -1,0 +1,72 @@
+"""The real command in a subprocess, and a start model that is made once for all runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Finished:
+    """What one launch came to."""
+
+    code: int
+    output: str
+    run_dir: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return dict(json.loads((self.run_dir / "summary.json").read_text()))
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+Command = Callable[..., list[str]]
+Launch = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return os.environ | {"OFFTRAIL_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "100"}
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """The command line of a run named ``name``: a small, quick run of the default task unless told otherwise."""
+
+    def make(name: str, *overrides: str) -> list[str]:
+        small = [
+            "sft.steps=150", "batch.groups=4", "batch.group_size=4", "learner.steps=4", "learner.checkpoint_every=3",
+            "eval.prompts=16", "eval.every=0", "broker.deadline_seconds=60", "broker.lease_heartbeats=10",
+        ]  # fmt: skip
+        given = {override.split("=")[0] for override in overrides}
+        kept = [override for override in small if override.split("=")[0] not in given]
+        run = [f"run.name={name}", f"run.dir={tmp_path}"]
+        return [sys.executable, str(ROOT / "launch.py"), *run, *kept, *overrides]
+
+    return make
+
+
+@pytest.fixture
+def launch(command: Command, environment: dict[str, str], tmp_path: Path) -> Launch:
+    """Run the command to its end."""
+
+    def run(name: str, *overrides: str) -> Finished:
+        done = subprocess.run(
+            command(name, *overrides), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280
+        )
+        return Finished(done.returncode, done.stdout + done.stderr, tmp_path / name)
+
+    return run

@@ -1,0 +1,161 @@
+"""I3, I2b and I1 through the real command: broker, wire and processes, against plain loops and across kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from offtrail.platform.config.compose import load_config
+from offtrail.platform.learner.checkpoint import gather
+from offtrail.platform.learner.synchronous import Synchronous
+
+NUMBERS = ("loss/policy", "policy/grad_norm", "policy/entropy", "reward/mean", "reward/accuracy", "length/mean")
+
+
+def checksums(run_dir: Path) -> list[tuple[int, str]]:
+    """(version, checksum) of every version that the ledger logged, in order."""
+    with sqlite3.connect(f"file:{run_dir / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
+        return ledger.execute("SELECT version, checksum FROM versions ORDER BY version").fetchall()
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[list[float]]:
+    return [[row[name] for name in NUMBERS] for row in rows if row["step"] > 0]
+
+
+def wait_until(what: str, condition: Any, seconds: float = 120.0) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"{what} did not come true in {seconds} s"
+        time.sleep(0.02)
+
+
+def test_staleness_zero_is_the_synchronous_loop_bit_for_bit(launch: Any) -> None:
+    run = launch("i3", "staleness.max=0")
+    assert run.code == 0, run.output
+    assert run.summary["staleness/max"] == 0
+    config = load_config(run.run_dir / "config.yaml")
+    plain = Synchronous(config, run.run_dir / "start")
+    steps = list(plain.run(config.learner.steps))
+    assert checksums(run.run_dir)[1:] == [(i + 1, step.checksum) for i, step in enumerate(steps)]
+    trained = load_file(run.run_dir / "checkpoints" / "step_4" / "model.safetensors")
+    for name, tensor in gather(plain.trainer.policy).items():
+        assert (trained[name] == tensor).all(), name
+    rows = [row for row in run.rows if row["step"] > 0]
+    assert [row["loss/policy"] for row in rows] == [step.report.metrics["loss/policy"] for step in steps]
+    # The comparison means something: every step moved the weights.
+    assert len({digest for _, digest in checksums(run.run_dir)}) == config.learner.steps + 1
+
+
+def test_an_exact_run_repeats_bit_for_bit_and_survives_a_kill_of_its_learner(
+    launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    exact = ("staleness.mode=exact", "staleness.max=2", "learner.steps=8")
+    first, second = launch("first", *exact), launch("second", *exact)
+    assert (first.code, second.code) == (0, 0), first.output + second.output
+    assert checksums(first.run_dir) == checksums(second.run_dir)
+    assert numbers(first.rows) == numbers(second.rows)
+    assert first.summary["staleness/max"] == 2
+
+    # Killed between checkpoints (3 and 6), resumed from the one before: the same versions, nothing lost or twice.
+    process = subprocess.Popen(command("killed", *exact), env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
+    wait_until("step 4", lambda: reached(tmp_path / "killed", 4))
+    os.kill(pid_of("learner", tmp_path / "killed"), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert b"learner-0 was killed by SIGKILL" in stderr
+    resumed = launch("killed", "run.resume=true", *exact)
+    assert resumed.code == 0, resumed.output
+    assert checksums(resumed.run_dir) == checksums(first.run_dir)
+    assert numbers(resumed.rows) == numbers(first.rows)
+    for name in ("groups/trained", "groups/lost", "groups/duplicated", "tokens/trained", "staleness/mean"):
+        assert resumed.summary[name] == first.summary[name], name
+    assert resumed.summary["groups/trained"] == 8 * 4
+    assert resumed.summary["lineage"] == 0
+
+
+def test_every_wait_drop_and_rank_goes_through_two_of_each(launch: Any) -> None:
+    run = launch(
+        "many",
+        "generator.count=2",
+        "learner.ranks=2",
+        "staleness.on_violation=drop",
+        "staleness.max=1",
+        "learner.steps=6",
+    )
+    assert run.code == 0, run.output
+    summary = run.summary
+    assert summary["staleness/max"] <= 1
+    assert (summary["groups/trained"], summary["groups/lost"], summary["groups/duplicated"]) == (24, 0, 0)
+    refused = sum(summary["groups/refused"].values())
+    assert summary["groups/admitted"] == summary["groups/trained"] + summary["groups/in_flight"] + refused
+
+
+@pytest.mark.parametrize("role", ["generator", "broker", "evaluator"])
+def test_a_dead_role_ends_the_run_with_its_name_and_how_it_died(
+    role: str, command: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    line = command("dead", "learner.steps=100000", "sft.steps=150")
+    process = subprocess.Popen(line, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    run_dir = tmp_path / "dead"
+    wait_until(
+        "step 1",
+        lambda: (run_dir / "metrics.jsonl").is_file() and '"step": 1,' in (run_dir / "metrics.jsonl").read_text(),
+    )
+    pids = [pid_of(name, run_dir) for name in ("broker", "learner", "generator", "evaluator")]
+    os.kill(pid_of(role, run_dir), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"{role}-0 was killed by SIGKILL" in stderr.decode()
+    assert "Traceback" not in stderr.decode()
+    assert not [pid for pid in pids if alive(pid)]
+    assert not list(Path("/dev/shm").glob(f"offtrail-{os.getuid()}-*"))
+
+
+def test_an_interrupted_run_says_so_and_goes_on(
+    launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    process = subprocess.Popen(command("stop", "learner.steps=6"), env=environment, cwd=tmp_path)
+    wait_until("step 2", lambda: reached(tmp_path / "stop", 2))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    resumed = launch("stop", "run.resume=true", "learner.steps=6")
+    assert resumed.code == 0, resumed.output
+    assert resumed.summary["status"] == "completed"
+    assert [row["step"] for row in resumed.rows] == list(range(7))
+    assert (
+        resumed.summary["groups/trained"],
+        resumed.summary["groups/lost"],
+        resumed.summary["groups/duplicated"],
+    ) == (24, 0, 0)
+
+
+def reached(run_dir: Path, step: int) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.is_file() and f'"step": {step},' in metrics.read_text()
+
+
+def pid_of(role: str, run_dir: Path) -> int:
+    """The process of a role of this run, found by its command line."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"offtrail.platform.launcher.role" in words and role.encode() in words and str(run_dir).encode() in words:
+            return int(entry.name)
+    raise AssertionError(f"no {role} of {run_dir} is running")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "zombie" not in (Path("/proc") / str(pid) / "status").read_text()
+    except OSError:
+        return False
