@@ -30,8 +30,9 @@ def test_eps_is_added_to_the_deviation():
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, 1 / 3])
 @pytest.mark.parametrize("G", [3, 8, 16])
 @pytest.mark.parametrize("std", ["sample", "population", "none"])
-def test_equal_rewards_give_exactly_nothing(reward, G, std):
-    rewards = torch.cat([torch.full((G,), reward), torch.tensor([1.0] + [0.0] * (G - 1))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_nothing(reward, G, std, dtype):
+    rewards = torch.cat([torch.full((G,), reward, dtype=dtype), torch.tensor([1.0] + [0.0] * (G - 1), dtype=dtype)])
     A = grpo_advantages(rewards, groups(G, 2), std=std)
     assert A[:G].tolist() == [0.0] * G
     assert A[G] > 0
