@@ -2,11 +2,12 @@
 
     python benchmarks/packing.py [--rounds 7]
 
-Both train the same batch on the embedded default's model: 16 groups of 8, prompts of the chain task, answers as long as its
-worked and guessed traces, K = 2 updates, proximal log-probabilities of the second minibatch, GRPO with TIS, clipping,
-AdamW. The peer is what a plain script does: right-padded batches through AutoModelForCausalLM (its default attention),
-log-softmax, gather, mask, torch's AdamW. Rounds alternate; the best of each counts, in CPU time of this process. The
-parameters of both are compared at the end, so that they did the same work. The last line is one JSON object.
+Both train the same batch on the embedded default's model: 16 groups of 8, prompts of the chain task, answers as long as
+its worked and guessed traces, K = 2 updates, proximal log-probabilities of the second minibatch, GRPO with TIS,
+clipping, AdamW. The peer is what a plain script does: right-padded batches through AutoModelForCausalLM (its default
+attention), log-softmax, gather, mask, torch's AdamW. Rounds alternate; the best of each counts, in CPU time of this
+process. The parameters of both are compared at the end, so that they did the same work. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Padded:
         with torch.no_grad():
             prox = [None, *(self.logprobs(work.rows, part) for part in parts[1:])]
         for part, before in zip(parts, prox, strict=True):
-            loss, _ = policy_loss(self._input(work, part, before), self.config.algo, self.config.correction)  # type: ignore[arg-type]
+            loss, _ = policy_loss(self._input(work, part, before), self.objective.algo, self.objective.correction)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.learner.optim.grad_clip)
             self.optimizer.step()
@@ -94,7 +95,8 @@ class Padded:
         start, stop = int(work.rows.starts[part[0]]), int(work.rows.starts[part[-1] + 1])
         return LossInput(
             logprobs=self.logprobs(work.rows, part), behaviour_logprobs=work.behaviour[start:stop],
-            advantages=work.advantages[sample], token_weights=work.weights[sample], sample_index=sample, prox_logprobs=prox,
+            advantages=work.advantages[sample], token_weights=work.weights[sample], sample_index=sample,
+            prox_logprobs=prox,
         )  # fmt: skip
 
     def logprobs(self, rows: Rows, part: list[int]) -> Tensor:
@@ -151,12 +153,11 @@ def main() -> None:
         seconds["padded"].append(cpu_seconds(lambda: peer.step(0, batch)))
     best = {name: min(values[1:]) for name, values in seconds.items()}
     apart = max(
-        float((a - b).abs().max()) for a, b in zip(mine.policy.parameters(), peer.model.parameters(), strict=True)
+        float((a - b).detach().abs().max())
+        for a, b in zip(mine.policy.parameters(), peer.model.parameters(), strict=True)
     )
     tokens = sum(len(g.tokens) + g.size * len(g.prompt_tokens) for g in batch.groups)
-    print(
-        f"{tokens} tokens a step, prompts counted once a sample; parameters differ by {apart:.1e} after {rounds + 1} steps"
-    )
+    print(f"{tokens} tokens a step (prompts once a sample); parameters differ by {apart:.1e} after {rounds + 1} steps")
     figures = {f"{name}_tokens_per_cpu_second": round(tokens / value) for name, value in best.items()}
     figures |= {f"{name}_samples_per_cpu_second": round(128 / value) for name, value in best.items()}
     print(
