@@ -104,6 +104,7 @@ class Accounts:
             "throughput/samples_per_second": samples / seconds,
             "time/step_seconds": seconds,
             **self._shares,
+            **self.mismatch(),
             **self.compute(),
         }
 
@@ -118,6 +119,12 @@ class Accounts:
             for role, amounts in sorted(self.ledger.charges().items())
             for name, amount in sorted(amounts.items())
         }
+
+    def mismatch(self) -> Row:
+        """mismatch/probe_*: the generators' last comparisons on the fixed text, the worst of them."""
+        gauges = [m.beat.gauges for m in self.members.values() if m.beat is not None]
+        found = sorted({name for gauge in gauges for name in gauge if name.startswith("mismatch/")})
+        return {name: max(gauge[name] for gauge in gauges if name in gauge) for name in found}
 
     def busy_fraction(self, role: str) -> float | None:
         """Busy share of the time from the first version to the last commit, over all processes of a role."""

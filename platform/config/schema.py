@@ -61,7 +61,7 @@ class SftConfig:
     seed: int = 0
     """Of the start weights and worked problems; apart from run.seed, so that runs of several seeds share a start."""
 
-    steps: int = 600
+    steps: int = 1000
     """Optimizer updates."""
     batch_size: int = 32
     """Problems of an update, fresh in each."""
@@ -117,7 +117,7 @@ class StalenessConfig:
 class OptimConfig:
     """AdamW."""
 
-    lr: float = 1e-4
+    lr: float = 2e-4
     """Constant after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
@@ -208,6 +208,10 @@ class WeightsConfig:
     """shm: safetensors in shared memory, on one host. disk: the same in the run directory, on any file system."""
     dir: str = ""
     """Folder of the channel; empty = /dev/shm/offtrail-… or runs/NAME/weights."""
+    probe_every: int = 5
+    """Versions between two fixed-text probes of engine against learner; 0 = none."""
+    probe_alarm: float = 0.05
+    """The run fails when the probe differs by more, in nats a token (bfloat16: about .02); 0 = never."""
 
 
 @dataclass

@@ -39,6 +39,8 @@ LIMITS = {
     "reward.workers": "[1, inf)",
     "reward.deadline_seconds": "(0, inf)",
     "engine.max_running": "[1, inf)",
+    "weights.probe_every": "[0, inf)",
+    "weights.probe_alarm": "[0, inf)",
     "sft.steps": "[1, inf)",
     "sft.batch_size": "[1, inf)",
     "sft.lr": "(0, inf)",

@@ -24,6 +24,7 @@ from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease
 from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import Connection
+from offtrail.platform.weights.probe import compare, probe_text
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.groups import group_frames
 from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
@@ -90,6 +91,7 @@ class Rollout:
                     raise
                 return  # retired while we looked: a newer one is out, the next turn takes it
             self.engine.load_weights(version, tensors)
+            self._probe(version)
 
     def start_ready(self) -> None:
         """Hand the engine every lease whose version rule is met."""
@@ -176,6 +178,22 @@ class Rollout:
                 log.info("group %d was not accepted: %s", message.group, message.reason)
         elif isinstance(message, Error):
             raise RuntimeError(f"the broker refused a request: {message.error}")
+
+    def _probe(self, version: int) -> None:
+        """Engine against learner on the fixed text, where the version carries the learner's numbers (I5).
+
+        Raises MismatchError when they differ by more than weights.probe_alarm.
+        """
+        try:
+            learner = self.weights.probe(version)
+        except FileNotFoundError:  # retired meanwhile; a later version carries one too
+            return
+        if learner:
+            prompt, output = probe_text(self.engine.vocab_size)
+            [engine] = self.engine.score([prompt], [output], 1.0)
+            alarm = self.config.weights.probe_alarm
+            for name, value in compare(engine, learner, version=version, alarm=alarm).items():
+                self.connection.activity.gauge(name, value)
 
     def _already_held(self, lease: Lease) -> bool:
         """A group leased to us again (our heartbeats were lost for a while) goes on under the new attempt's number."""

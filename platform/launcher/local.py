@@ -173,7 +173,7 @@ def run_rl(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, 
 def run_supervised(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """job=sft: one process, one checkpoint."""
     target = run_dir / "checkpoints" / f"step_{config.sft.steps}"
-    run_sft(run_dir, target, f"sft → {target}", config, interrupted)
+    run_sft(run_dir, target, "sft", config, interrupted)
     write_summary(run_dir, {"status": "completed", "steps": config.sft.steps, "seed": config.sft.seed})
     return "completed", ""
 

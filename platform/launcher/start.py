@@ -63,7 +63,7 @@ def cold_start(config: Config, run_dir: Path, interrupted: list[int]) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    run_sft(run_dir, target, f"cold start → {target}", config, interrupted)
+    run_sft(run_dir, target, "cold start", config, interrupted)
     return target
 
 
@@ -118,7 +118,8 @@ def show(config: Config, title: str, rows: Iterator[dict[str, float]]) -> Iterat
             step, loss = int(row["step"]), row["loss"]
             bar.update(task, completed=step, loss=loss)
             if not live and mode != "off" and step % max(1, config.sft.steps // 10) == 0:
-                console.print(f"{title}: step {step}/{config.sft.steps} · loss {loss:.3f}", highlight=False)
+                line = f"{title}: step {step}/{config.sft.steps} · loss {loss:.3f}"
+                console.print(line, highlight=False, soft_wrap=True)
             yield row
 
 

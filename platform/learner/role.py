@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from offtrail.core.types import Batch
@@ -26,12 +27,14 @@ from offtrail.platform.launcher.context import Connection, RoleContext
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
 from offtrail.platform.learner.model import Policy, load_model
-from offtrail.platform.learner.objectives import PolicyGradient
+from offtrail.platform.learner.objectives import PolicyGradient, rows_of_pairs
+from offtrail.platform.learner.packing import lay_out
 from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts, staleness
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import Report, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.weights.store import Publisher
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
 from offtrail.platform.wire.sockets import WaitError
@@ -69,7 +72,7 @@ class Learner:
     tokenizer: Any
     publisher: Publisher | None
     step: int
-    stopping: bool = False
+    publish_seconds: float = 0.0
 
     @classmethod
     def open(cls, context: RoleContext) -> Learner:
@@ -120,7 +123,7 @@ class Learner:
                 step=batch.step,
                 version=self.step,
                 checksum=checksum,
-                metrics=report.metrics | batch_metrics(batch),
+                metrics=report.metrics | batch_metrics(batch) | {"weights/publish_seconds": self.publish_seconds},
                 histograms=report.histograms | {"staleness/tokens": histogram(staleness(batch))},
                 texts=sample_texts(batch, self.tokenizer.decode, shown) if not batch.replay else {},
             )
@@ -160,15 +163,27 @@ class Learner:
     def _publish(self) -> str:
         """Gather (a collective) and write the version; its checksum on rank 0."""
         with self.connection.activity.busy("publish"):
+            probe = self._probe()
             tensors = checkpoint.gather(self.trainer.policy)
             if self.publisher is None:
                 return ""
             started = time.monotonic()
-            checksum = self.publisher.publish(self.step, tensors)
+            checksum = self.publisher.publish(self.step, tensors, probe)
             if due_for_evaluation(self.context.config, self.step):
                 self.publisher.pin(self.step)
-            self.connection.activity.gauge("publish_seconds", time.monotonic() - started)
+            self.publish_seconds = time.monotonic() - started
         return checksum
+
+    def _probe(self) -> list[float]:
+        """Log-probabilities of the fixed text where this version carries them (I5); a forward of all ranks."""
+        every, vocabulary = self.context.config.weights.probe_every, int(self.model.config.vocab_size)
+        if not every or self.step % every:
+            return []
+        prompt, output = probe_text(vocabulary)
+        packed = lay_out(rows_of_pairs([prompt], [output]), [0]).to(self.world.device)
+        with torch.no_grad():
+            logprobs, _ = self.trainer.policy(packed)
+        return [float(value) for value in logprobs]
 
     def _commit(self, commit: Commit) -> None:
         if self.world.main:

@@ -32,7 +32,7 @@ from offtrail.platform.tracking.activity import Activity
 from offtrail.tasks.registry import make_task
 
 SFT_SEED = 0x5F7
-"""Of the data order, beside run.seed for job=sft: other problems than those that reinforcement learning begins with."""
+"""Of the data order, beside sft.seed: other problems than those that reinforcement learning begins with."""
 
 Progress = Callable[[int, float], None]
 """Called after each update with the updates done and the loss in nats a token."""
@@ -42,12 +42,12 @@ def cold_start(config: Config, out_dir: Path, on_progress: Progress | None = Non
     """Train config.sft.steps updates from model.path, or from random weights, and write ``out_dir``, whole or not at
     all.
 
-    run.seed counts for job=sft only: runs of job=rl with other seeds share one cold start, whoever makes it first.
+    Its seed is sft.seed, not run.seed: runs of job=rl with several seeds share one cold start.
     Returns the last step's metrics. Raises DivergedError, TaskError, and FileExistsError where ``out_dir`` is not
     empty.
     """
     torch.set_num_threads(config.learner.threads)
-    seed = config.run.seed if config.job == "sft" else 0
+    seed = config.sft.seed
     with tempfile.TemporaryDirectory() as scratch:
         start = Path(config.model.path) if config.model.path else Path(scratch) / "start"
         if not config.model.path:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -70,8 +70,10 @@ class Publisher:
         for version in list(_versions(folder)):
             _path(folder, version).unlink(missing_ok=True)
 
-    def publish(self, version: int, tensors: Mapping[str, Tensor]) -> str:
+    def publish(self, version: int, tensors: Mapping[str, Tensor], probe: Sequence[float] = ()) -> str:
         """Make ``version`` visible, whole or not at all, and drop the oldest beyond ``keep``. Returns its checksum.
+
+        ``probe``: log-probabilities of the fixed text (probe.py) under this version, for the engines to compare.
 
         Of names that share one tensor (a tied head) the first is written, as Hugging Face checkpoints do; tensors that
         were gathered into separate copies must be given without the tied name. Nothing is held after the call.
@@ -82,9 +84,10 @@ class Publisher:
         plain = _plain(tensors)
         self._check_space(version, sum(t.numel() * t.element_size() for t in plain.values()))
         digest = checksum(plain)
+        metadata = {"format": "pt", "version": str(version), "checksum": digest, "probe": json.dumps(list(probe))}
         temporary = _path(self.folder / _WRITING, version)
         try:
-            save_file(plain, temporary, metadata={"format": "pt", "version": str(version), "checksum": digest})
+            save_file(plain, temporary, metadata=metadata)
             os.replace(temporary, _path(self.folder, version))
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -156,6 +159,16 @@ class Subscriber:
             with contextlib.suppress(FileNotFoundError):
                 return _read(_path(folder, version), version)
         raise FileNotFoundError(f"version {version} is not in {self.folder} (newest: {self.newest()})")
+
+    def probe(self, version: int) -> list[float]:
+        """The fixed text's log-probabilities that were published with ``version``; empty where there are none.
+
+        Raises:
+            FileNotFoundError: the version is no longer kept.
+        """
+        with safe_open(_path(self.folder, version), framework="pt", device="cpu") as file:
+            found: list[float] = json.loads((file.metadata() or {}).get("probe", "[]"))
+        return found
 
     def unpin(self, version: int) -> None:
         """Let a pinned version go; nothing happens if it is not pinned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from offtrail.core.types import Lease, Problem, Sampling
 from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.weights.probe import MismatchError
 from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.search.sample import SampleDriver
@@ -78,13 +80,23 @@ class FakeEngine:
             for request, i in reversed(done)
         ]
 
+    def score(self, prompts: Any, outputs: Any, temperature: float) -> list[Any]:
+        assert temperature == 1.0
+        return [np.full(len(output), -1.0, np.float32) for output in outputs]
+
     def load_weights(self, version: int, weights: object) -> None:
         self.version = version
 
 
+@dataclass
 class FakeWeights:
+    learner: list[float] = field(default_factory=list)
+
     def load(self, version: int) -> dict[str, Any]:
         return {}
+
+    def probe(self, version: int) -> list[float]:
+        return self.learner
 
 
 @dataclass
@@ -280,3 +292,19 @@ def test_a_silent_broker_ends_the_wait_with_what_on_whom_and_how_long() -> None:
     rollout.connection.heart.lost = 601.0  # type: ignore[misc]
     with pytest.raises(WaitError, match=r"leases from .*broker"):
         rollout.wait()
+
+
+def test_the_fixed_text_probe_is_a_gauge_and_an_alarm() -> None:
+    rollout = make()
+    rollout.weights.learner = [-1.0] * 23 + [-1.24]  # type: ignore[attr-defined]
+    grant(rollout, lease(1))
+    turn(rollout)
+    gauges = rollout.connection.activity.snapshot().gauges
+    assert gauges["mismatch/probe_abs_dlogp_mean"] == pytest.approx(0.01)  # .24 over 24 tokens
+    assert gauges["mismatch/probe_abs_dlogp_max"] == pytest.approx(0.24)
+    assert gauges["mismatch/probe_k3"] == pytest.approx((math.exp(-0.24) - 1 + 0.24) / 24)
+    rollout.weights.learner = [-1.0] * 12 + [-1.2] * 12  # type: ignore[attr-defined]
+    rollout.connection.heart.version = 1
+    rollout.take_replies()
+    with pytest.raises(MismatchError, match=r"disagree by 0\.1 nats .* version 1; weights\.probe_alarm=0\.05"):
+        rollout.apply_weights()
