@@ -60,6 +60,10 @@ class ChainConfig(GeneratedConfig):
     """Difficulty too, the largest operand: 3 × modulus × max_operand facts to learn (9 needs twice the cold start)."""
     styles: int = 1
     """Cold start: ways to write worked steps, mixed evenly (1…3): `7*5=5;5-2=3`, `7*5=5;-2=3`, `7*5=35>5;5-2=3`."""
+    worked_share: float = 0.55
+    """Cold start: share of answers that work the problem step by step; the others guess directly."""
+    noise: float = 0.02
+    """Cold start: chance that a worked step goes wrong (and its error is carried on)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value is out of bounds."""

@@ -80,7 +80,7 @@ MISTAKES = [
     (["model.hidden_size=60"], "model.hidden_size=60: must be a multiple of 2·model.heads=8", []),
     (["model.kv_heads=3"], "model.kv_heads=3: must divide model.heads=4", []),
     (["reward.accuracy_weight=0", "reward.format_weight=0"], "reward.accuracy_weight=0: at least one", []),
-    (["sft.warmup_steps=600"], "sft.warmup_steps=600: must be < sft.steps=600", []),
+    (["sft.warmup_steps=1000"], "sft.warmup_steps=1000: must be < sft.steps=1000", []),
     (["learner.device=gpu"], "learner.device=gpu: must be cpu, cuda or cuda:N", []),
     (["engine.device=tpu"], "engine.device=tpu: must be cpu, cuda or cuda:N", []),
     (["broker.address=myhost"], "broker.address=myhost: must be an IP address", ["127.0.0.1"]),

@@ -13,7 +13,7 @@ PROBLEM = Problem("chain", 0, "7;+5;*3;-2;%10=?", "4", {"start": 7, "operations"
 
 
 def task(**settings: object) -> ChainTask:
-    return ChainTask(ChainConfig(**settings), 0)  # type: ignore[arg-type]
+    return ChainTask(ChainConfig(**{"noise": 0.0} | settings), 0)  # type: ignore[arg-type]
 
 
 def check(steps: str) -> list[bool]:
@@ -98,7 +98,7 @@ def test_drawn_problems_are_what_their_prompts_say():
 
 
 def test_other_moduli():
-    other = ChainTask(ChainConfig(modulus=97, max_operand=30, worked_share=1.0, styles=3), 0)
+    other = ChainTask(ChainConfig(modulus=97, max_operand=30, worked_share=1.0, noise=0.0, styles=3), 0)
     rng = stream("moduli")
     for problem in map(other.train, range(300)):
         trace = other.trace(problem, rng)

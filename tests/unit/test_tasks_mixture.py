@@ -12,7 +12,8 @@ from offtrail.tasks.mixture import MixtureTask
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.split import stream
 
-CONFIG = MixtureConfig(weights={"chain": 5.0, "addition": 3.0, "countdown": 2.0})
+WEIGHTS = {"chain": 5.0, "addition": 3.0, "countdown": 2.0}
+CONFIG = MixtureConfig(weights=WEIGHTS, settings={"chain": {"noise": 0.0}})
 SHARES = {"chain": 0.5, "addition": 0.3, "countdown": 0.2}
 
 
