@@ -132,10 +132,9 @@ class Law:
     def violation(self, needed: int, min_version: int, max_version: int, newest: int) -> tuple[str, str]:
         """Why a group that arrives may not be trained, as (reason, detail); ("", "") when it may.
 
-        ``newest`` is the newest version of the living lineage. One more is let through: the learner publishes a version
-        before it commits it, and a generator may apply it and submit in between.
+        ``newest`` is the newest version that anybody can have.
         """
-        if max_version > newest + 1:
+        if max_version > newest:
             return "superseded", f"a token of version {max_version}, but the newest version is {newest}"
         if min_version < needed:
             return "stale", f"a token of version {min_version}, but the lease needs {needed} or newer"

@@ -50,6 +50,7 @@ class Desk:
         self.ledger, self.law, self.problems, self.samples = ledger, law, problems, samples
         self.version = -1
         self.replay_until = 0
+        self.training = False
         self._at_commit = dict(ledger.tally().refused)
 
     # ------------------------------------------------------------------ leases
@@ -138,7 +139,7 @@ class Desk:
         low, high = min(versions, default=row.needs), max(versions, default=row.needs)
         # A generator may apply a version before its commit arrives here: it was queued under that version.
         group.queued_version, group.queued_at = max(self.version, high), now
-        reason, detail = self._misfit(row, group) or self.law.violation(row.needs, low, high, self.ledger.newest)
+        reason, detail = self._misfit(row, group) or self.law.violation(row.needs, low, high, self.newest)
         arrival = Arrival(pack_group(group), versions, group.queued_version, now)
         if reason:
             self.ledger.refuse(row.id, reason, detail, arrival, self.ledger.lineage)
@@ -155,6 +156,13 @@ class Desk:
             reason, detail = "failed", f"{reason}: {detail}"
         self.ledger.refuse(group, reason, detail)
         return Verdict(False, reason, changed=True)
+
+    @property
+    def newest(self) -> int:
+        """The newest version that a generator can have applied. While a batch is in training its version may be out
+        before its commit arrives here.
+        """
+        return max(self.ledger.newest, self.version + 1 if self.training else self.version)
 
     def _row(self, group: int) -> Row:
         row = self.ledger.row(group)
@@ -190,8 +198,11 @@ class Desk:
         """
         if step != self.version:
             raise RequestError(f"the batch of step {step} was asked for, but the newest version is {self.version}")
-        if (logged := self.ledger.batch(step)) is not None:
-            return logged
+        groups = self.ledger.batch(step) or self._form(step)
+        self.training = groups is not None
+        return groups
+
+    def _form(self, step: int) -> list[int] | None:
         rows = self._swept(step)
         if len(rows) < self.law.batch:
             return None
@@ -235,14 +246,14 @@ class Desk:
         if step != self.version or self.ledger.batch(step) is None:
             raise RequestError(f"step {step} was committed, but step {self.version} is the one to train")
         diverged = self.ledger.commit(step, checksum, metrics)
-        self.version = step + 1
+        self.version, self.training = step + 1, False
         self._at_commit = dict(self.ledger.tally().refused)
         return "diverged" if diverged else "new"
 
     def rewind(self) -> None:
         """The learner begins anew from its checkpoint: nothing is published until it says so."""
         self.ledger.rewind()
-        self.version = -1
+        self.version, self.training = -1, False
         self.replay_until = self.ledger.logged()
 
     def starved(self) -> str:

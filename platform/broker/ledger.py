@@ -283,7 +283,7 @@ class Ledger:
         )
         unkept = self._one(
             "SELECT COUNT(*) FROM groups g LEFT JOIN payloads p ON p.id = g.id LEFT JOIN shards s ON s.name = g.shard "
-            "WHERE g.state IN ('queued', 'training', 'trained') AND p.id IS NULL AND COALESCE(s.sealed, 0) = 0"
+            "WHERE p.id IS NULL AND (g.state IN ('queued', 'training') OR g.state = 'trained' AND COALESCE(s.sealed, 0) = 0)"
         )
         twice = self._one(f"SELECT COALESCE(SUM(n - 1), 0) FROM (SELECT COUNT(*) AS n FROM ({log}) GROUP BY id)")
         return Audit(admitted, (admitted - rows) + abs(uncounted) + unlogged + unfounded + unkept, twice)
