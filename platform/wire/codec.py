@@ -3,8 +3,8 @@
 Called by sockets.py for every message and by groups.py for the ledger's payloads. Layout of the head:
 
     b"offt" · protocol (uint16) · 0 (uint16) · bytes of msgpack (uint32)     little-endian
-    msgpack of [message, [[dtype, dim, dim, …], …]]                          dtype is an index into DTYPES
-    each array below LARGE_BYTES, one after another                          each part starts at a multiple of 8
+    msgpack of [message, kinds, dims]        a byte for each array: 16 · dimensions + index into DTYPES
+    each array below LARGE_BYTES             each part starts at a multiple of 8, zeros between
 
 An array of LARGE_BYTES or more is a frame of its own, sent from where it lies. Where an array lies follows from the
 dtypes and shapes alone, so no offset of the sender is ever trusted. Invariants: `decode(encode(m, arrays))` is
@@ -34,16 +34,20 @@ LARGE_BYTES = 64 * 1024
 """Below it a copy costs less than a frame."""
 MAX_BYTES = 1 << 40
 MAX_DIMS = 8
-MAX_ARRAYS = 1_000_000
 
 _MAGIC = b"offt"
 _PREFIX = struct.Struct("<4sHHI")
 _PADS = tuple(bytes(-size % 8) for size in range(8))
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_SIZES = tuple((dtype, dtype.itemsize) for dtype in DTYPES)
+_KINDS = tuple(
+    (DTYPES[kind & 15], DTYPES[kind & 15].itemsize, kind >> 4)
+    if kind & 15 < len(DTYPES) and kind >> 4 <= MAX_DIMS
+    else None
+    for kind in range(256)
+)
+"""(dtype, bytes of an element, dimensions) by kind; None where there is no such kind."""
 
 Dim = Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)]
-Spec = Annotated[list[Dim], msgspec.Meta(min_length=1, max_length=1 + MAX_DIMS)]
 
 
 class WireError(ValueError):
@@ -52,7 +56,8 @@ class WireError(ValueError):
 
 class _Header(msgspec.Struct, frozen=True, array_like=True, gc=False):
     message: Request | Reply | VersionHint
-    arrays: Annotated[list[Spec], msgspec.Meta(max_length=MAX_ARRAYS)]
+    kinds: bytes
+    dims: list[Dim]
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -62,16 +67,19 @@ _decoder = msgspec.msgpack.Decoder(_Header)
 def encode(message: Message, arrays: Sequence[Array] = ()) -> list[Frame]:
     """The frames of a message. Large contiguous arrays are not copied: leave them unchanged until they are sent.
 
-    Raises WireError when an array's dtype is not in DTYPES.
+    Raises WireError when an array's dtype is not in DTYPES or it has more than MAX_DIMS dimensions.
     """
-    specs: list[list[int]] = []
+    kinds = bytearray()
+    dims: list[int] = []
     small: list[Frame] = []
     frames: list[Frame] = [b""]
     for array in arrays:
         code = _CODES.get(array.dtype)
-        if code is None:
-            raise WireError(f"array {len(specs)} has dtype {array.dtype}; the wire carries {_allowed()}")
-        specs.append([code, *array.shape])
+        if code is None or array.ndim > MAX_DIMS:
+            what = f"dtype {array.dtype}" if code is None else f"{array.ndim} dimensions"
+            raise WireError(f"array {len(kinds)} has {what}; the wire carries {_allowed()}")
+        kinds.append(16 * array.ndim + code)
+        dims += array.shape
         data = array if array.flags.c_contiguous else np.ascontiguousarray(array)
         size = array.nbytes
         if size >= LARGE_BYTES:
@@ -80,10 +88,9 @@ def encode(message: Message, arrays: Sequence[Array] = ()) -> list[Frame]:
             small.append(data)
             if size % 8:
                 small.append(_PADS[size % 8])
-    header = _encoder.encode((message, specs))
+    header = _encoder.encode((message, bytes(kinds), dims))
     prefix = _PREFIX.pack(_MAGIC, PROTOCOL, 0, len(header))
-    # 12 + size: the prefix counts towards the alignment of what follows.
-    frames[0] = b"".join((prefix, header, _PADS[(12 + len(header)) % 8], *small))
+    frames[0] = b"".join((prefix, header, _PADS[(len(prefix) + len(header)) % 8], *small))
     return frames
 
 
@@ -93,9 +100,11 @@ def decode(frames: Sequence[Frame]) -> tuple[Message, list[Array]]:
         raise WireError("a message without frames")
     header, start = _read_header(frames[0])
     try:
-        return header.message, _views(header.arrays, frames, start)
+        return header.message, _views(header, frames, start)
+    except WireError:
+        raise
     except ValueError as error:
-        raise WireError(str(error)) from None
+        raise WireError(f"arrays: {error}") from None
 
 
 def _read_header(head: Frame) -> tuple[_Header, int]:
@@ -118,37 +127,39 @@ def _read_header(head: Frame) -> tuple[_Header, int]:
         raise WireError(f"header: {' '.join(str(error).split())}") from None
 
 
-def _views(specs: list[list[int]], frames: Sequence[Frame], start: int) -> list[Array]:
-    """One pass over the arrays. Sizes are Python integers: a product of huge dimensions cannot wrap round.
+def _views(header: _Header, frames: Sequence[Frame], start: int) -> list[Array]:
+    """The arrays; ``start``: where those in the head begin. ValueError unless header and frames fit to the byte.
 
-    ``start``: where the small arrays begin in the head. ValueError when frames and specs do not fit to the byte.
+    Sizes are Python integers: a product of huge dimensions cannot wrap round. np.frombuffer checks every end.
     """
-    head, raw = frames[0], 1
-    length = len(head)
+    head = memoryview(frames[0]).toreadonly()
+    dims, at, raw = header.dims, 0, 1
     arrays: list[Array] = []
-    for spec in specs:
-        if spec[0] >= len(DTYPES):
-            raise WireError(f"array {len(arrays)} has dtype number {spec[0]}; the wire carries {_allowed()}")
-        dtype, size = _SIZES[spec[0]]
-        shape = spec[1:]
-        size *= shape[0] if len(shape) == 1 else math.prod(shape)
+    for kind in header.kinds:
+        dtype, item, ndim = _KINDS[kind] or _unknown(kind)
+        count = dims[at] if ndim == 1 and at < len(dims) else math.prod(dims[at : at + ndim])
+        size = count * item
         if size < LARGE_BYTES:
-            if start + size > length:
-                raise WireError(f"array {len(arrays)} needs {start + size} bytes of a head of {length}")
-            array: Array = np.ndarray(shape, dtype, head, start)
+            array = np.frombuffer(head, dtype, count, start)
             start += size + -size % 8
         else:
             if raw == len(frames) or len(frames[raw]) != size:
                 found = "no frame" if raw == len(frames) else f"a frame of {len(frames[raw])} bytes"
                 raise WireError(f"array {len(arrays)} needs {size} bytes and has {found}")
-            array = np.ndarray(shape, dtype, frames[raw])
+            array = np.frombuffer(memoryview(frames[raw]).toreadonly(), dtype)
             raw += 1
-        array.setflags(write=False)
-        arrays.append(array)
-    if start != length or raw != len(frames):
-        raise WireError(f"{length - start} bytes and {len(frames) - raw} frames more than the header announces")
+        arrays.append(array if ndim == 1 else array.reshape(dims[at : at + ndim]))
+        at += ndim
+    if at != len(dims):
+        raise WireError(f"{len(dims)} dimensions, where the arrays have {at}")
+    if start != len(head) or raw != len(frames):
+        raise WireError(f"{len(head) - start} bytes and {len(frames) - raw} frames more than the header announces")
     return arrays
 
 
+def _unknown(kind: int) -> tuple[np.dtype[Any], int, int]:
+    raise WireError(f"an array of dtype number {kind & 15} and {kind >> 4} dimensions; the wire carries {_allowed()}")
+
+
 def _allowed() -> str:
-    return ", ".join(dtype.str for dtype in DTYPES)
+    return f"{', '.join(dtype.str for dtype in DTYPES)} of up to {MAX_DIMS} dimensions"

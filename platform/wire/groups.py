@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ FIXED = (
 )
 """Arrays that every group has, in wire order; components and channels follow, in the header's order of names."""
 
+_DTYPES = [dtype for _, dtype in FIXED]
 _COUNT = struct.Struct("<I")
 _SIZE = struct.Struct("<Q")
 
@@ -67,17 +69,14 @@ def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
     n = len(FIXED)
     if len(arrays) != arrays_per_group(header):
         raise WireError(f"group {header.group}: {len(arrays)} arrays, its header announces {arrays_per_group(header)}")
-    for (name, dtype), array in zip(FIXED, arrays, strict=False):
-        if array.dtype != dtype:
-            raise WireError(f"group {header.group}: {name} is {array.dtype}, expected {dtype}")
     names = header.component_names
+    dtypes = [array.dtype for array in arrays[: n + len(names)]]
+    if dtypes != [*_DTYPES, *[FLOAT32] * len(names)]:
+        raise WireError(f"group {header.group}: {_wrong_dtype(names, dtypes)}")
     components = dict(zip(names, arrays[n : n + len(names)], strict=True))
     channels = dict(zip(header.channel_names, arrays[n + len(names) :], strict=True))
     if len(components) != len(names) or len(channels) != len(header.channel_names):
         raise WireError(f"group {header.group}: a component or channel name stands twice")
-    for name, array in components.items():
-        if array.dtype != FLOAT32:
-            raise WireError(f"group {header.group}: component {name} is {array.dtype}, expected {FLOAT32}")
     group = Group(
         group=header.group,
         slot=header.slot,
@@ -103,6 +102,15 @@ def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
     except ValueError as error:
         raise WireError(str(error)) from None
     return group
+
+
+def _wrong_dtype(components: Sequence[str], dtypes: Sequence[np.dtype[Any]]) -> str:
+    expected = [*FIXED, *((f"component {name}", FLOAT32) for name in components)]
+    return "; ".join(
+        f"{name} is {found}, expected {dtype}"
+        for (name, dtype), found in zip(expected, dtypes, strict=True)
+        if found != dtype
+    )
 
 
 def pack_group(group: Group) -> bytes:
