@@ -160,7 +160,10 @@ class Ages:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A recount of the ledger. ``lost``: admitted but nowhere to be found. ``duplicated``: stands twice in the batch log."""
+    """A recount of the ledger. ``lost``: groups that were admitted and are not where their state says.
+
+    ``duplicated``: how often a group stands in the batch log again.
+    """
 
     admitted: int
     lost: int
@@ -189,12 +192,15 @@ class Ledger:
             raise LedgerError(
                 f"{path}: another broker holds this run; stop it first, or choose another run.name"
             ) from error
+        self._db = sqlite3.connect(path, isolation_level=None)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
             self._open()
         except sqlite3.Error as error:
-            self._lock.close()
+            self.close()
             raise self._broken(error) from error
+        except LedgerError:
+            self.close()
+            raise
 
     def _open(self) -> None:
         self._db.execute("PRAGMA page_size = 16384")
@@ -273,20 +279,18 @@ class Ledger:
         """Recount everything from the rows, the payloads and the batch log, trusting no counter."""
         admitted, rows = self._rows("SELECT COALESCE(MAX(id) + 1, 0), COUNT(*) FROM groups")[0]
         log = "SELECT j.value AS id FROM batches b, json_each(b.ids) j"
-        uncounted = self._one("SELECT ? - COALESCE(SUM(n), 0) FROM tally", rows)
-        unlogged = self._one(
-            f"SELECT COUNT(*) FROM groups WHERE state IN ('training', 'trained') AND id NOT IN ({log})"
+        lost = {i for (i,) in self._rows(f"SELECT id FROM groups WHERE state IN ('training', 'trained') EXCEPT {log}")}
+        lost |= {i for (i,) in self._rows(f"{log} EXCEPT SELECT id FROM groups WHERE state IN ('training', 'trained')")}
+        unkept = self._rows(
+            "SELECT g.id FROM groups g LEFT JOIN payloads p ON p.id = g.id LEFT JOIN shards s ON s.name = g.shard "
+            "WHERE p.id IS NULL AND (state IN ('queued', 'training') OR state = 'trained' AND COALESCE(sealed, 0) = 0)"
         )
-        unfounded = self._one(
-            f"SELECT COUNT(*) FROM (SELECT DISTINCT id FROM ({log})) l LEFT JOIN groups g ON g.id = l.id "
-            "WHERE g.id IS NULL OR g.state NOT IN ('training', 'trained')"
-        )
-        unkept = self._one(
-            "SELECT COUNT(*) FROM groups g LEFT JOIN payloads p ON p.id = g.id LEFT JOIN shards s ON s.name = g.shard "
-            "WHERE p.id IS NULL AND (g.state IN ('queued', 'training') OR g.state = 'trained' AND COALESCE(s.sealed, 0) = 0)"
-        )
+        lost |= {i for (i,) in unkept}
+        if admitted != rows:
+            lost |= set(range(admitted)) - {i for (i,) in self._rows("SELECT id FROM groups")}
+        drift = abs(rows - self._one("SELECT COALESCE(SUM(n), 0) FROM tally"))
         twice = self._one(f"SELECT COALESCE(SUM(n - 1), 0) FROM (SELECT COUNT(*) AS n FROM ({log}) GROUP BY id)")
-        return Audit(admitted, (admitted - rows) + abs(uncounted) + unlogged + unfounded + unkept, twice)
+        return Audit(admitted, len(lost) + drift, twice)
 
     # ------------------------------------------------------------------ leases
 

@@ -1,0 +1,156 @@
+"""The archive: what leaves the spool is in a sealed shard, whole, once, whatever happens in between."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from offtrail.core.types import Group, Problem
+from offtrail.platform.broker.archive import SCHEMA, Archive, write_shard
+from offtrail.platform.broker.ledger import FILE, Arrival, Audit, Grant, Ledger
+from offtrail.platform.wire.groups import pack_group
+
+
+def group(number: int, versions: list[int], **changes: object) -> Group:
+    """Two samples: the first has one token, the second the rest."""
+    T = len(versions)
+    fields = {
+        "group": number,
+        "slot": number,
+        "attempt": 1,
+        "problem": Problem("chain", number, "3+4=", "7", {"start": 3}),
+        "generator": "generator-0",
+        "temperature": 0.5,
+        "prompt_tokens": np.array([5, 6, 7], np.int32),
+        "lengths": np.array([1, T - 1], np.int32),
+        "tokens": np.arange(T, dtype=np.int32) + 10,
+        "logprobs": -np.arange(T, dtype=np.float32),
+        "versions": np.array(versions, np.int32),
+        "finish": np.array([0, 1], np.uint8),
+        "rewards": np.array([1.1, 0.0], np.float32),
+        "components": {"accuracy": np.array([1, 0], np.float32), "format": np.array([1, 0], np.float32)},
+        "times": np.array([[1, 2, 3], [1, 2, 4]], np.float64),
+        "queued_version": 1,
+        "queued_at": 9.5,
+    }
+    return Group(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """Batch 0 (groups 1, 0) trained and checkpointed, batch 1 (2, 3) trained since, 4 refused, 5 refused with no payload."""
+    ledger = Ledger(tmp_path / FILE)
+    ledger.grant("generator-0", [Grant(slot, 0) for slot in range(6)], 0.0)
+    channels = {"channels": {"step_scores": np.array([[0.5, 0.25]], np.float32)}}
+    for number in range(4):
+        versions = [0, 0, number % 2]
+        whole = group(number, versions, **(channels if number == 1 else {}))
+        ledger.submit(number, Arrival(pack_group(whole), {0: 3}, 1, 9.5), 0)
+    ledger.refuse(4, "stale", "a token of version 0", Arrival(pack_group(group(4, [0, 0])), {0: 2}, 1, 9.5))
+    ledger.refuse(5, "failed", "no room")
+    for step, groups in enumerate([[1, 0], [2, 3]]):
+        ledger.log_batch(step, groups)
+        ledger.commit(step, f"c{step + 1}", {})
+    ledger.checkpointed(1, "")
+    yield ledger
+    ledger.close()
+
+
+def seal(ledger: Ledger, tmp_path: Path) -> list[str]:
+    """Through the thread, as the broker does it."""
+    ledger.plan_shards(1 << 20)
+    names, done = ledger.unsealed(), list[str]()
+    archive = Archive(ledger.path, tmp_path / "trajectories", "run")
+    archive.seal(names)
+    archive.seal(names)  # asked for twice, written once
+    limit = time.monotonic() + 30
+    while len(done) < len(names) and time.monotonic() < limit:
+        done += archive.done()
+        time.sleep(0.005)
+    archive.close()
+    for name in done:
+        ledger.sealed(name)
+    return done
+
+
+def test_a_shard_holds_every_sample_of_its_groups_in_training_order(ledger: Ledger, tmp_path: Path) -> None:
+    batches, refused = seal(ledger, tmp_path)
+    assert (batches, refused) == ("000000_batches_000000-000000.parquet", "000001_refused_00000004-00000004.parquet")
+    table = pq.read_table(tmp_path / "trajectories" / batches)
+    assert table.schema.equals(SCHEMA)
+    rows = table.to_pylist()
+    assert [(row["group"], row["sample"], row["batch"], row["position"]) for row in rows] == [
+        (1, 0, 0, 0), (1, 1, 0, 0), (0, 0, 0, 1), (0, 1, 0, 1),
+    ]  # fmt: skip
+    row = rows[1]
+    assert (row["tokens"], row["logprobs"], row["versions"]) == ([11, 12], [-1.0, -2.0], [0, 1])
+    assert (row["finish"], row["reward"], dict(row["rewards"])) == ("length", 0.0, {"accuracy": 0.0, "format": 0.0})
+    assert (row["submitted_at"], row["last_token_at"], row["queued_at"], row["queued_version"]) == (1.0, 4.0, 9.5, 1)
+    assert (row["run"], row["state"], row["reason"], row["attempt"], row["temperature"]) == ("run", "trained", "", 1, 0.5)
+    assert (row["prompt"], row["prompt_tokens"], row["generator"]) == ("3+4=", [5, 6, 7], "generator-0")
+    problem = {"task": "chain", "index": 1, "prompt": "3+4=", "answer": "7", "meta": {"start": 3}}
+    assert json.loads(row["problem"]) == problem
+    assert rows[0]["reward"] == pytest.approx(1.1)
+
+
+def test_channels_come_back_as_they_were(ledger: Ledger, tmp_path: Path) -> None:
+    batches, _ = seal(ledger, tmp_path)
+    rows = pq.read_table(tmp_path / "trajectories" / batches).to_pylist()
+    [(name, data)] = rows[0]["channels"]
+    assert name == "step_scores"
+    np.testing.assert_array_equal(np.load(io.BytesIO(data)), np.array([[0.5, 0.25]], np.float32))
+    assert all(row["channels"] == [] for row in rows[1:])
+
+
+def test_refused_groups_are_kept_with_their_reason(ledger: Ledger, tmp_path: Path) -> None:
+    _, refused = seal(ledger, tmp_path)
+    rows = pq.read_table(tmp_path / "trajectories" / refused).to_pylist()
+    told = [(row["group"], row["state"], row["reason"], row["detail"], row["batch"]) for row in rows]
+    assert told == [(4, "refused", "stale", "a token of version 0", None)] * 2
+
+
+def test_payloads_leave_the_spool_only_when_a_checkpoint_covers_them_and_their_shard_stands(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    def spooled() -> set[int]:
+        return {i for (i,) in ledger._rows("SELECT id FROM payloads")}
+
+    ledger.plan_shards(1 << 20)
+    assert spooled() == {0, 1, 2, 3, 4}
+    seal(ledger, tmp_path)
+    assert spooled() == {2, 3}  # batch 1 is replayed if the run is restarted
+    assert ledger.audit() == Audit(6, 0, 0)
+
+
+def test_a_crash_between_the_rename_and_the_clearing_writes_the_same_shard_again(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.plan_shards(1 << 20)
+    for name in ledger.unsealed():
+        write_shard(ledger.path, tmp_path / "trajectories", "run", name)
+    before = {path.name: pq.read_table(path) for path in (tmp_path / "trajectories").iterdir()}
+    ledger.close()  # the ledger never learned that they stand
+    again = Ledger(ledger.path)
+    again.checkpointed(2, "")
+    done = seal(again, tmp_path)
+    after = {path.name: pq.read_table(path) for path in (tmp_path / "trajectories").iterdir()}
+    assert sorted(done) == sorted(after) == [*sorted(before), "000002_batches_000001-000001.parquet"]
+    assert all(after[name].equals(table) for name, table in before.items())
+    groups = [row["group"] for table in after.values() for row in table.to_pylist()]
+    assert sorted(groups) == sorted(2 * [0, 1, 2, 3, 4])  # two samples each, nothing twice
+    assert again.audit() == Audit(6, 0, 0)
+    again.close()
+
+
+def test_a_folder_that_takes_no_file_is_named_and_nothing_is_lost(ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "trajectories").write_text("a file stands in the way")
+    with pytest.raises(OSError, match=r"trajectories/000000_batches_000000-000000\.parquet: .*File exists"):
+        seal(ledger, tmp_path)
+    assert len(ledger.unsealed()) == 2
+    assert ledger.payloads([0, 1])
+    assert ledger.audit() == Audit(6, 0, 0)
