@@ -35,6 +35,7 @@ from offtrail.platform.wire.sockets import Client, Endpoint, Server
 SIZES = {"10kB": 10_000, "100kB": 100_000, "1MB": 1_000_000}
 WAYS = ("wire", "raw_copy", "raw_zero_copy")
 WINDOW = 16
+PATIENCE_S = 30.0
 STOP = b"stop"
 
 
@@ -139,7 +140,8 @@ def send_raw(endpoint: Endpoint, frames: list[bytes], seconds: float, copy: bool
 
 def windowed(send: Callable[[], Any], receive: Callable[[], int], seconds: float) -> float:
     """Keep WINDOW messages open for ``seconds`` after a short warm-up; answered messages per second."""
-    window, done, began, counted = 0, 0, time.perf_counter(), 0
+    window, done, counted = 0, 0, 0
+    began = heard = time.perf_counter()
     warm_up = seconds / 5
     started: float | None = None
     while True:
@@ -149,6 +151,9 @@ def windowed(send: Callable[[], Any], receive: Callable[[], int], seconds: float
         got = receive()
         window, done = window - got, done + got
         now = time.perf_counter()
+        heard = now if got else heard
+        if now - heard > PATIENCE_S:
+            raise TimeoutError(f"{window} messages open and no answer for {PATIENCE_S:g} s, after {done}")
         if started is None and now - began > warm_up:
             started, counted = now, done
         if started is not None and now - started > seconds:
@@ -161,13 +166,17 @@ def measure(way: str, group: Group, seconds: float) -> float:
     target, args = (receive_wire, (there,)) if way == "wire" else (receive_raw, (there, way == "raw_copy"))
     receiver = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
     receiver.start()
+    if not here.poll(PATIENCE_S):
+        raise TimeoutError(f"the receiver of {way} did not come up in {PATIENCE_S:g} s")
     endpoint = Endpoint(*here.recv())
     if way == "wire":
         rate = send_wire(endpoint, group, seconds)
     else:
         rate = send_raw(endpoint, wire_frames(group), seconds, way == "raw_copy")
     here.send(STOP)
-    receiver.join()
+    receiver.join(PATIENCE_S)
+    if receiver.is_alive():
+        raise TimeoutError(f"the receiver of {way} did not end in {PATIENCE_S:g} s")
     return rate
 
 

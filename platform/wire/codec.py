@@ -30,8 +30,8 @@ Frame = Any
 Array = npt.NDArray[Any]
 
 DTYPES = tuple(map(np.dtype, ("<i4", "<f4", "<f8", "|u1", "<i8", "|i1", "<i2", "<f2", "<u2", "<u4", "<u8")))
-LARGE_BYTES = 64 * 1024
-"""Below it a copy costs less than a frame."""
+LARGE_BYTES = 32 * 1024
+"""Below it a copy into the head costs less than a frame."""
 MAX_BYTES = 1 << 40
 MAX_DIMS = 8
 

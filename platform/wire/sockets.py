@@ -25,7 +25,7 @@ from typing import Any, get_args
 import zmq
 
 from offtrail.platform.wire.auth import ClientKeys, ServerKeys, ZapGate, make_keys, needs_keys, write_private
-from offtrail.platform.wire.codec import LARGE_BYTES, Array, Frame, WireError, decode, encode
+from offtrail.platform.wire.codec import Array, Frame, WireError, decode, encode
 from offtrail.platform.wire.messages import Error, Message, Request, VersionHint
 
 __all__ = [
@@ -286,10 +286,10 @@ def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[byte
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Frame]) -> None:
-    """Frames of LARGE_BYTES or more are sent from where they lie; for smaller ones a copy costs less."""
+    """Frames of zmq.COPY_THRESHOLD (64 KiB) or more are sent from where they lie; smaller ones cost less copied."""
     last = len(frames) - 1
     for i, frame in enumerate(frames):
-        socket.send(frame, zmq.SNDMORE if i < last else 0, copy=len(frame) < LARGE_BYTES)
+        socket.send(frame, zmq.SNDMORE if i < last else 0, copy=len(frame) < zmq.COPY_THRESHOLD)
 
 
 def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
