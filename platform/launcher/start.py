@@ -137,6 +137,7 @@ def cache_key(config: Config) -> str:
         "model": model,
         "task": dataclasses.asdict(config.task),
         "sft": dataclasses.asdict(config.sft),
+        "dtype": config.learner.dtype,
         "torch": metadata.version("torch"),
     }
     digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
