@@ -1,1 +1,1 @@
-
+"""The broker: admission, leases, the ledger, the queue, batches."""

@@ -1,17 +1,18 @@
-"""The law of admission: how much may be in flight, which version a group needs, and whether one that arrives may be trained.
+"""The law of admission: how much may be in flight, which version a group needs, and whether it may be trained.
 
 I2: no token older than η = ``staleness.max`` versions is trained.
 I2b: in exact mode every token of batch k is of version max(0, k−η): what staleness happens does not depend on timing.
 
 Who calls: desk.py, with counts that it reads from the ledger. Nothing here holds state, reads a clock or does I/O.
 
-Why I2 holds in slot order (``wait``): batch k is slots kB…(k+1)B−1, and the lowest open slot s is filled first, so that all
-slots below s are living and s ≤ their number. Capacity ≥ 1 means that fewer than (η+v+1)·B slots are living, hence
-s < (η+v+1)·B and k = ⌊s/B⌋ ≤ η+v: the version that s needs, k−η, is at most v and is published. No token of it is older than
-that version, so none is older than η when batch k trains from version k. In completion order (``drop``) the same count
-only makes staleness likely to hold; the sweep at dequeue makes it certain.
+Why I2 holds in slot order (``wait``): batch k is slots kB…(k+1)B−1, and the lowest open slot s is filled first, so that
+all slots below s are living and s ≤ their number. Capacity ≥ 1 means that fewer than (η+v+1)·B slots are living, hence
+s < (η+v+1)·B and k = ⌊s/B⌋ ≤ η+v: the version that s needs, k−η, is at most v and is published. No token of it is
+older than that version, so none is older than η when batch k trains from version k. In completion order (``drop``) the
+same count only makes it likely that groups are young enough; the sweep at dequeue makes it certain.
 
-Numbering: version v = the parameters after v learner steps; batch k trains v = k into k+1; a token's staleness is k − its version.
+Numbering: version v = the parameters after v learner steps; batch k trains v = k into k+1; a token's staleness is
+k − its version.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ STARVING = ("stale", "filtered", "failed")
 class Tally:
     """Groups by state, as the ledger counts them at one moment.
 
-    I1: admitted = leased + queued + training + trained + refused by reason. ``tokens`` are those of all groups that arrived.
+    I1: admitted = leased + queued + training + trained + refused by reason. ``tokens`` are those of all groups
+    that arrived.
     """
 
     admitted: int = 0
@@ -104,7 +106,8 @@ class Law:
     def capacity(self, tally: Tally, version: int) -> int:
         """How many groups may be admitted now that ``version`` (v) is published; 0 before the first one.
 
-        min(max_in_flight − leased, (η+v+1)·B − living, steps·B − living), living = leased + queued + training + trained.
+        min(max_in_flight − leased, (η+v+1)·B − living, steps·B − living), where living = leased + queued + training +
+        trained: refused groups give their place back.
         Source: AReaL (arXiv:2505.24298, §5.1), with counts from the ledger so that a restart needs no special case.
         """
         if version < 0:

@@ -2,7 +2,7 @@
 
     ledger.plan_shards ──► Archive.seal (a thread: read, write, rename) ──► Archive.done ──► ledger.sealed
 
-Invariant: a payload is deleted only after the file that holds it stands under its final name. A file without the leading
+Invariant: a payload is deleted only after the file that holds it stands under its final name. A file without a leading
 dot is whole. The plan is durable and decides what a shard holds, so that writing it again after a crash replaces it by
 itself. The broker's loop never waits for a shard; it only deletes the payloads afterwards.
 """
@@ -61,8 +61,8 @@ SCHEMA = pa.schema(
         ("channels", pa.map_(pa.string(), pa.binary())),
     ]
 )
-"""One row a sample. ``problem`` is JSON; ``batch`` and ``position`` are null for refused groups; ``channels`` (.npy bytes by
-name) belong to the whole group and stand with its sample 0."""
+"""One row a sample. ``problem`` is JSON; ``batch`` and ``position`` are null for refused groups; ``channels`` (.npy
+bytes by name) belong to the whole group and stand with its sample 0."""
 
 
 def table(run: str, groups: Sequence[tuple[dict[str, Any], Group]]) -> pa.Table:

@@ -1,13 +1,13 @@
 """The broker: answers every request of a run, from the ledger and the law, in one loop.
 
-    poll ──► handle: a reply, an Error, or held (long poll) ──► serve what is held ──► tick: leases, archive, deadlines
+    poll ──► handle: a reply, an Error, or held ──► serve what is held (long polls) ──► tick: leases, shards, deadlines
 
-Invariants: I1 (ledger.py), I2 and I2b (admission.py) through desk.py: a reply that promises something leaves after the
-transaction that made it durable. I4: whoever is held is told at least once a second for what, on whom and since when it waits;
-when a role waits and nothing in the run moves for broker.deadline_seconds, the run fails with that sentence.
+Invariants: I1 (ledger.py), I2 and I2b (admission.py), through desk.py. A reply that promises something leaves after the
+transaction that made it durable. I4: whoever is held is told at least once a second for what, on whom and since when it
+waits; when a role waits and nothing in the run moves for broker.deadline_seconds, the run fails with that sentence.
 Nothing in the loop blocks: shards are written by the archive's thread.
 
-States of the run: status "" while it runs; then completed | failed | interrupted, and every reply says stop; the process
+States of the run: status "" while it runs; then completed | failed | interrupted, and every reply says stop; the broker
 leaves once the shards are sealed and the roles are gone. The run completes when the last version is trained,
 checkpointed and scored.
 """
@@ -293,7 +293,8 @@ class Broker:
             if now.get(key, value) != value:
                 self.ledger.close()
                 raise ValueError(
-                    f"{key}={now[key]}: the run {self.run_dir.name} began with {value}; resume it with that, or choose another run.name"
+                    f"{key}={now[key]}: the run {self.run_dir.name} began with {value}; "
+                    "resume it with that, or choose another run.name"
                 )
         self.ledger.put({"run": self.run_dir.name, "settings": json.dumps(now)})
 
@@ -355,7 +356,9 @@ class Broker:
         def empty(sentence: str) -> Message:
             return Leases(leases=[], version=self.desk.version, waiting=sentence)
 
-        return self._hold(envelope, serve, empty, lambda: self._why_no_lease(holder))
+        return self._hold(
+            envelope, serve, empty, lambda: self.desk.why_no_lease(holder, len(self.accounts.alive("generator")))
+        )
 
     def on_submit(self, message: SubmitGroup, envelope: Envelope) -> Answer:
         """A finished group: durable before it is acknowledged."""
@@ -365,7 +368,8 @@ class Broker:
         except WireError as error:
             return self._give_up(header.group, header.attempt, holder, "failed", str(error))
         if abs(group.temperature - self.config.sampling.temperature) > 1e-6:  # I5
-            detail = f"sampled at temperature {group.temperature}, not sampling.temperature={self.config.sampling.temperature}"
+            expected = self.config.sampling.temperature
+            detail = f"sampled at temperature {group.temperature}, not sampling.temperature={expected}"
             return self._give_up(group.group, group.attempt, holder, "failed", detail)
         verdict = self.desk.arrive(group, holder, time.time())
         if verdict.changed:
@@ -384,28 +388,6 @@ class Broker:
         verdict = self.desk.fail(group, attempt, holder, reason, detail)
         log.warning("group %d from %s: %s (%s)", group, holder, verdict.reason, detail)
         return GroupAck(group=group, accepted=False, reason=f"{verdict.reason}: {detail}"), NO_ARRAYS
-
-    def _why_no_lease(self, holder: str) -> str:
-        law, tally, version = self.law, self.ledger.tally(), self.desk.version
-        if version < 0:
-            return f"version {self.ledger.checkpoint} from learner-0"
-        if tally.living >= law.steps * law.batch:
-            return f"the end of the run: all {tally.living} groups of its {law.steps} steps are admitted"
-        if tally.living >= (law.staleness + version + 1) * law.batch:
-            return (
-                f"version {version + 1} from learner-0 (staleness.max={law.staleness}: {tally.living} groups are admitted "
-                f"at version {version})"
-            )
-        share = law.share(len(self.accounts.alive("generator")))
-        if (held := self.ledger.held(holder)) >= share:
-            return f"one of its own {held} groups to finish (its share of generator.max_in_flight={law.max_in_flight} is {share})"
-        return f"one of {tally.leased} groups in flight ({self._holders()}) to finish"
-
-    def _holders(self) -> str:
-        counts: dict[str, int] = {}
-        for row in self.ledger.leased():
-            counts[row.holder or "to be issued again"] = counts.get(row.holder or "to be issued again", 0) + 1
-        return ", ".join(f"{name}: {n}" for name, n in sorted(counts.items())) or "nobody"
 
     # ------------------------------------------------------------------ the learner
 
@@ -426,18 +408,13 @@ class Broker:
         def empty(sentence: str) -> Message:
             return BatchReply(step=step, headers=[], waiting=sentence)
 
-        return self._hold(envelope, serve, empty, lambda: self._why_no_batch(step))
+        return self._hold(envelope, serve, empty, lambda: self.desk.why_no_batch(step))
 
     def _batch_reply(self, step: int, groups: Sequence[int]) -> Answer:
         frames = [group_frames(unpack_group(body)) for body in self.ledger.payloads(groups)]
         arrays = [array for _, parts in frames for array in parts]
         replay = step < self.desk.replay_until
         return BatchReply(step=step, headers=[header for header, _ in frames], replay=replay), arrays
-
-    def _why_no_batch(self, step: int) -> str:
-        B = self.law.batch
-        queued = self.ledger.queued_slots(step * B, B) if self.law.slots else self.ledger.queued()
-        return f"batch {step}: {len(queued)} of its {B} groups are here, {self.ledger.tally().leased} in flight ({self._holders()})"
 
     def on_commit(self, message: Commit, envelope: Envelope) -> Answer:
         """A version is out. Its batch is trained, durably, with its metrics; then everybody is told."""
@@ -500,7 +477,7 @@ class Broker:
         return self._hold(envelope, serve, empty, self._why_no_eval)
 
     def _due(self) -> list[int]:
-        """Versions to score: 0, every eval.every-th, the last. Those from before a restart are gone with its weights."""
+        """Versions to score: 0, every eval.every-th, the last. The weights of those from before a restart are gone."""
         scored = self.ledger.evals()
         out = range(self.first_version, self.desk.version + 1)
         return [version for version in out if self._evaluates(version) and version not in scored]
@@ -585,7 +562,8 @@ class Broker:
             str(error)
             if isinstance(error, LedgerError)
             else (
-                f"{self.run_dir}: {error}; nothing acknowledged is lost: free space (or make it writable) and go on with run.resume=true"
+                f"{self.run_dir}: {error}; nothing acknowledged is lost: free space (or make it writable) "
+                "and go on with run.resume=true"
             )
         )
         if not self.status:

@@ -11,6 +11,7 @@ I1 (ledger.py) and I2, I2b (admission.py) hold after every call, whatever the or
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -44,7 +45,10 @@ class Verdict:
 
 
 class Desk:
-    """Grants, arrivals, batches and commits of one run. ``version``: newest one published in this life (−1: none yet)."""
+    """Grants, arrivals, batches and commits of one run.
+
+    ``version``: the newest one published in this life (−1: none yet). ``training``: its batch was handed out.
+    """
 
     def __init__(self, ledger: Ledger, law: Law, problems: Callable[[int], Problem], samples: int) -> None:
         self.ledger, self.law, self.problems, self.samples = ledger, law, problems, samples
@@ -90,8 +94,8 @@ class Desk:
     def _wave(self) -> tuple[int, list[Grant]]:
         """Exact mode: all of the lowest batch that is open and of which nothing is in flight, in slot order.
 
-        Refused slots of a wave are refilled together, once the rest of it has arrived: which problems a wave gets does not
-        depend on when its refusals came.
+        Refused slots of a wave are refilled together, once the rest of it has arrived: which problems a wave gets does
+        not depend on when its refusals came.
         """
         law, B = self.law, self.law.batch
         capacity = law.capacity(self.ledger.tally(), self.version)
@@ -122,6 +126,26 @@ class Desk:
             wave=wave,
             wave_size=size if exact else 0,
         )
+
+    def why_no_lease(self, holder: str, generators: int) -> str:
+        """What a holder that got nothing waits for, and on whom (I4)."""
+        law, tally, version = self.law, self.ledger.tally(), self.version
+        if version < 0:
+            return f"version {self.ledger.checkpoint} from learner-0"
+        if tally.living >= law.steps * law.batch:
+            return f"the end of the run: all {tally.living} groups of its {law.steps} steps are admitted"
+        if tally.living >= (law.staleness + version + 1) * law.batch:
+            why = f"staleness.max={law.staleness}: {tally.living} groups are admitted at version {version}"
+            return f"version {version + 1} from learner-0 ({why})"
+        held, share = self.ledger.held(holder), law.share(generators)
+        if held >= share:
+            why = f"its share of generator.max_in_flight={law.max_in_flight} is {share}"
+            return f"one of its own {held} groups to finish ({why})"
+        return f"one of {tally.leased} groups in flight ({self._holders()}) to finish"
+
+    def _holders(self) -> str:
+        counts = Counter(row.holder or "to be issued again" for row in self.ledger.leased())
+        return ", ".join(f"{name}: {n}" for name, n in sorted(counts.items())) or "nobody"
 
     # ------------------------------------------------------------------ arrivals
 
@@ -223,6 +247,13 @@ class Desk:
             else:
                 kept.append(row)
         return kept
+
+    def why_no_batch(self, step: int) -> str:
+        """What the learner waits for, and on whom (I4)."""
+        B = self.law.batch
+        queued = self.ledger.queued_slots(step * B, B) if self.law.slots else self.ledger.queued()
+        flying = f"{self.ledger.tally().leased} in flight ({self._holders()})"
+        return f"batch {step}: {len(queued)} of its {B} groups are here, {flying}"
 
     def start(self, version: int, checksum: str) -> Outcome:
         """The learner published its start: version 0, or the checkpoint's again."""

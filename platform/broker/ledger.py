@@ -10,16 +10,15 @@ payloads are kept until a checkpoint covers them; *trained once* holds in the li
    attempt+1 └─┘              ▼                    ▼
                            refused  ◄──────────────┘  superseded
 
-The legal moves stand in the schema as a trigger, the counts are kept by triggers inside the same transaction, and one
-living group a slot is a unique index: a bug in Python cannot break I1 silently. `audit` recounts from the rows and the
-batch log.
+The schema (tables.py) itself refuses any other move, and counts inside the transaction of the move. `audit` recounts
+from the rows, the payloads and the batch log.
 
 Durable: survives kill -9 of any process; power loss is out of scope. Why sqlite3: it is in Python itself, one file, one
 writer (the broker), transactions over groups, batches, versions and metrics together, partial indexes and triggers that
-hold the invariants, and a file that any tool can open. Of the others, LMDB has no indexes or constraints of its own and a
-map size to choose, RocksDB bindings are a heavy dependency for one writer, and an append-only log would need its own
-recovery. WAL with synchronous=NORMAL writes each commit to the log without an fsync: the page cache survives a killed process,
-and fsync at WAL checkpoints keeps the file consistent even through power loss.
+hold the invariants, and a file that any tool can open. Of the others, LMDB has no indexes or constraints of its own and
+a map size to choose, RocksDB bindings are a heavy dependency for one writer, and an append-only log would need its own
+recovery. WAL with synchronous=NORMAL writes each commit to the log without an fsync: the page cache survives a killed
+process, and fsync at WAL checkpoints keeps the file consistent even through power loss.
 WAL needs shared memory: on a network file system the file must be opened from one host only, which is the broker's.
 """
 
@@ -35,77 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from offtrail.platform.broker.admission import Tally
+from offtrail.platform.broker.tables import LEDGER_SCHEMA, TABLES
 
-LEDGER_SCHEMA = 1
 FILE = "ledger.sqlite"
-
-TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE groups (
-    id INTEGER PRIMARY KEY,               -- admission counter = problem index
-    slot INTEGER NOT NULL,
-    state TEXT NOT NULL,
-    reason TEXT NOT NULL DEFAULT '',
-    detail TEXT NOT NULL DEFAULT '',
-    attempt INTEGER NOT NULL DEFAULT 1,
-    holder TEXT NOT NULL DEFAULT '',      -- '' while leased: returned, to be issued again
-    leased_at REAL NOT NULL DEFAULT 0,
-    needs INTEGER NOT NULL,               -- lease.min_version
-    arrival INTEGER,                      -- order of arrival
-    queued_at REAL,
-    queued_version INTEGER,
-    min_version INTEGER,
-    max_version INTEGER,
-    versions TEXT,                        -- {version: tokens}
-    tokens INTEGER NOT NULL DEFAULT 0,
-    lineage INTEGER NOT NULL DEFAULT 0,
-    batch INTEGER,
-    position INTEGER,
-    shard TEXT
-);
-CREATE UNIQUE INDEX living_slot ON groups(slot) WHERE state <> 'refused';
-CREATE INDEX leased ON groups(holder, slot) WHERE state = 'leased';
-CREATE INDEX queued ON groups(arrival) WHERE state = 'queued';
-CREATE INDEX batched ON groups(batch) WHERE batch IS NOT NULL;
-CREATE INDEX sharded ON groups(shard) WHERE shard IS NOT NULL;
-CREATE TABLE payloads (id INTEGER PRIMARY KEY, body BLOB NOT NULL);
-CREATE TABLE batches (
-    step INTEGER PRIMARY KEY, ids TEXT NOT NULL, tokens INTEGER NOT NULL, stale_tokens INTEGER NOT NULL,
-    age_sum INTEGER NOT NULL, age_max INTEGER NOT NULL, flight_sum INTEGER NOT NULL, queue_sum INTEGER NOT NULL,
-    trained INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE versions (
-    version INTEGER, lineage INTEGER, checksum TEXT NOT NULL, dead INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (version, lineage)
-) WITHOUT ROWID;
-CREATE TABLE steps (step INTEGER PRIMARY KEY, metrics TEXT NOT NULL);
-CREATE TABLE evals (version INTEGER PRIMARY KEY, metrics TEXT NOT NULL);
-CREATE TABLE charges (
-    role TEXT, place INTEGER, life INTEGER, name TEXT, amount REAL NOT NULL, PRIMARY KEY (role, place, life, name)
-) WITHOUT ROWID;
-CREATE TABLE shards (name TEXT PRIMARY KEY, sealed INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
-CREATE TABLE tally (
-    state TEXT, reason TEXT, n INTEGER NOT NULL, tokens INTEGER NOT NULL, PRIMARY KEY (state, reason)
-) WITHOUT ROWID;
-CREATE TRIGGER count_admission AFTER INSERT ON groups BEGIN
-    INSERT INTO tally VALUES (NEW.state, NEW.reason, 1, NEW.tokens)
-        ON CONFLICT DO UPDATE SET n = n + 1, tokens = tokens + NEW.tokens;
-END;
-CREATE TRIGGER count_move AFTER UPDATE OF state, reason, tokens ON groups BEGIN
-    UPDATE tally SET n = n - 1, tokens = tokens - OLD.tokens WHERE state = OLD.state AND reason = OLD.reason;
-    INSERT INTO tally VALUES (NEW.state, NEW.reason, 1, NEW.tokens)
-        ON CONFLICT DO UPDATE SET n = n + 1, tokens = tokens + NEW.tokens;
-END;
-CREATE TRIGGER legal_start BEFORE INSERT ON groups WHEN NEW.state <> 'leased' BEGIN
-    SELECT RAISE(ABORT, 'a group is admitted as leased');
-END;
-CREATE TRIGGER legal_move BEFORE UPDATE OF state ON groups WHEN OLD.state || ' to ' || NEW.state NOT IN (
-    'leased to queued', 'leased to refused', 'queued to training', 'queued to refused', 'training to trained',
-    'trained to training', 'training to queued', 'training to refused'
-) OR (NEW.state = 'refused') <> (NEW.reason <> '') BEGIN
-    SELECT RAISE(ABORT, 'illegal move of a group');
-END;
-"""
 
 
 class LedgerError(RuntimeError):
@@ -176,7 +107,8 @@ ROW = "id, slot, state, reason, attempt, holder, needs, min_version, max_version
 class Ledger:
     """One run's ledger. One process writes it; every public method is one transaction.
 
-    LedgerError on a file that another broker holds, that another schema wrote, that cannot be written, or on a full disk.
+    LedgerError on a file that another broker holds, that another schema wrote, that cannot be written, or on a full
+    disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -226,7 +158,8 @@ class Ledger:
 
     def _broken(self, error: Exception) -> LedgerError:
         return LedgerError(
-            f"{self.path}: {error}; nothing acknowledged is lost: free space (or make it writable) and go on with run.resume=true"
+            f"{self.path}: {error}; nothing acknowledged is lost: free space (or make it writable) "
+            "and go on with run.resume=true"
         )
 
     @contextmanager
@@ -319,7 +252,8 @@ class Ledger:
             for grant in grants:
                 if grant.group is None:
                     db.execute(
-                        "INSERT INTO groups (id, slot, state, holder, leased_at, needs) VALUES (?, ?, 'leased', ?, ?, ?)",
+                        "INSERT INTO groups (id, slot, state, holder, leased_at, needs) "
+                        "VALUES (?, ?, 'leased', ?, ?, ?)",
                         (fresh, grant.slot, holder, now, grant.needs),
                     )
                     ids.append(fresh)
@@ -337,7 +271,8 @@ class Ledger:
         """Take back what ``holder`` has; a late submission of it will carry an old attempt number."""
         with self._change() as db:
             found = db.execute(
-                "UPDATE groups SET holder = '', attempt = attempt + 1 WHERE state = 'leased' AND holder = ? RETURNING id",
+                "UPDATE groups SET holder = '', attempt = attempt + 1 WHERE state = 'leased' AND holder = ? "
+                "RETURNING id",
                 (holder,),
             ).fetchall()
         return sorted(i for (i,) in found)
@@ -363,8 +298,8 @@ class Ledger:
         low = min(arrival.versions, default=arrival.queued_version)
         high = max(arrival.versions, default=arrival.queued_version)
         db.execute(
-            "UPDATE groups SET holder = '', arrival = ?, queued_at = ?, queued_version = ?, min_version = ?, max_version = ?, "
-            "versions = ?, tokens = ?, lineage = ? WHERE id = ?",
+            "UPDATE groups SET holder = '', arrival = ?, queued_at = ?, queued_version = ?, min_version = ?, "
+            "max_version = ?, versions = ?, tokens = ?, lineage = ? WHERE id = ?",
             (self._arrivals, arrival.queued_at, arrival.queued_version, low, high, json.dumps(dict(arrival.versions)),
              sum(arrival.versions.values()), lineage, group),
         )  # fmt: skip
@@ -374,7 +309,8 @@ class Ledger:
     @staticmethod
     def _refuse(db: sqlite3.Connection, groups: Sequence[int], reason: str, detail: str = "") -> None:
         db.executemany(
-            "UPDATE groups SET state = 'refused', reason = ?, detail = ?, holder = '', batch = NULL, position = NULL WHERE id = ?",
+            "UPDATE groups SET state = 'refused', reason = ?, detail = ?, holder = '', batch = NULL, position = NULL "
+            "WHERE id = ?",
             [(reason, detail, group) for group in groups],
         )
 
@@ -393,14 +329,8 @@ class Ledger:
 
     def queued_slots(self, first: int, count: int) -> list[Row]:
         """The queued groups of slots first…first+count−1, in slot order."""
-        return [
-            Row(*r)
-            for r in self._rows(
-                f"SELECT {ROW} FROM groups WHERE state = 'queued' AND slot >= ? AND slot < ? ORDER BY slot",
-                first,
-                first + count,
-            )  # fmt: skip
-        ]
+        query = f"SELECT {ROW} FROM groups WHERE state = 'queued' AND slot >= ? AND slot < ? ORDER BY slot"
+        return [Row(*r) for r in self._rows(query, first, first + count)]
 
     def batch(self, step: int) -> list[int] | None:
         """The ordered ids of a logged batch."""
@@ -435,7 +365,7 @@ class Ledger:
 
     @staticmethod
     def _ages(db: sqlite3.Connection, step: int, groups: Sequence[int]) -> Ages:
-        """Age of a token = step − version = (queued_version − version) in flight + (step − queued_version) in the queue."""
+        """Age of a token = step − version = (queued_version − version) in flight + (step − queued_version) queued."""
         tokens = stale = total = oldest = flight = queue = 0
         ids = ",".join(map(str, groups))
         for text, queued_version in db.execute(f"SELECT versions, queued_version FROM groups WHERE id IN ({ids})"):
@@ -454,7 +384,8 @@ class Ledger:
         where = "step = ?" if step is not None else "trained = 1"
         rows = self._rows(
             "SELECT COALESCE(SUM(tokens), 0), COALESCE(SUM(stale_tokens), 0), COALESCE(SUM(age_sum), 0), "
-            f"COALESCE(MAX(age_max), 0), COALESCE(SUM(flight_sum), 0), COALESCE(SUM(queue_sum), 0) FROM batches WHERE {where}",
+            "COALESCE(MAX(age_max), 0), COALESCE(SUM(flight_sum), 0), COALESCE(SUM(queue_sum), 0) "
+            f"FROM batches WHERE {where}",
             *([step] if step is not None else []),
         )
         return Ages(*rows[0])
@@ -477,7 +408,7 @@ class Ledger:
         return rows[0][0] if rows else None
 
     def publish(self, version: int, checksum: str) -> bool:
-        """A version is out without a batch: the start, or a checkpoint's again. True when it differs from the logged one."""
+        """A version is out without a batch: the start, or a checkpoint's again. True when it differs from the log."""
         with self._change() as db:
             return self._publish(db, version, checksum)
 
@@ -696,7 +627,8 @@ def read_shard(path: Path, name: str) -> list[tuple[dict[str, Any], bytes]]:
     db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     try:
         rows = db.execute(
-            "SELECT g.id, state, reason, detail, batch, position, lineage, body FROM groups g JOIN payloads p ON p.id = g.id "
+            "SELECT g.id, state, reason, detail, batch, position, lineage, body "
+            "FROM groups g JOIN payloads p ON p.id = g.id "
             "WHERE g.shard = ? ORDER BY batch, position, g.id",
             (name,),
         ).fetchall()

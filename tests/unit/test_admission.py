@@ -138,7 +138,7 @@ class Out:
 
 
 class History(RuleBasedStateMachine):
-    """Everything that can happen to groups, in any order; the invariants after every step, and in the end the run ends."""
+    """Everything that can happen to groups, in any order: the invariants hold after every step, and the run ends."""
 
     @initialize(
         batch=st.integers(1, 3),
@@ -222,7 +222,9 @@ class History(RuleBasedStateMachine):
             return
         del self.current[out.lease.group]
         needed = out.lease.min_version
-        fine = min(versions) >= needed and max(versions) <= max(self.ledger.newest, self.desk.version + self.desk.training)
+        fine = min(versions) >= needed and max(versions) <= max(
+            self.ledger.newest, self.desk.version + self.desk.training
+        )
         assert verdict.accepted == (fine and (not self.law.exact or set(versions) == {needed}))
         if verdict.accepted:
             self.accepted.append((finished(out.lease, versions), out.holder))

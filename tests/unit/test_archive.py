@@ -45,7 +45,7 @@ def group(number: int, versions: list[int], **changes: object) -> Group:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    """Batch 0 (groups 1, 0) trained and checkpointed, batch 1 (2, 3) trained since, 4 refused, 5 refused with no payload."""
+    """Batch 0 (groups 1, 0) is trained and checkpointed, batch 1 (2, 3) trained since; 4 and 5 are refused, 5 empty."""
     ledger = Ledger(tmp_path / FILE)
     ledger.grant("generator-0", [Grant(slot, 0) for slot in range(6)], 0.0)
     channels = {"channels": {"step_scores": np.array([[0.5, 0.25]], np.float32)}}
@@ -93,7 +93,13 @@ def test_a_shard_holds_every_sample_of_its_groups_in_training_order(ledger: Ledg
     assert (row["tokens"], row["logprobs"], row["versions"]) == ([11, 12], [-1.0, -2.0], [0, 1])
     assert (row["finish"], row["reward"], dict(row["rewards"])) == ("length", 0.0, {"accuracy": 0.0, "format": 0.0})
     assert (row["submitted_at"], row["last_token_at"], row["queued_at"], row["queued_version"]) == (1.0, 4.0, 9.5, 1)
-    assert (row["run"], row["state"], row["reason"], row["attempt"], row["temperature"]) == ("run", "trained", "", 1, 0.5)
+    assert (row["run"], row["state"], row["reason"], row["attempt"], row["temperature"]) == (
+        "run",
+        "trained",
+        "",
+        1,
+        0.5,
+    )
     assert (row["prompt"], row["prompt_tokens"], row["generator"]) == ("3+4=", [5, 6, 7], "generator-0")
     problem = {"task": "chain", "index": 1, "prompt": "3+4=", "answer": "7", "meta": {"start": 3}}
     assert json.loads(row["problem"]) == problem
@@ -129,7 +135,9 @@ def test_payloads_leave_the_spool_only_when_a_checkpoint_covers_them_and_their_s
     assert ledger.audit() == Audit(6, 0, 0)
 
 
-def test_a_crash_between_the_rename_and_the_clearing_writes_the_same_shard_again(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_crash_between_the_rename_and_the_clearing_writes_the_same_shard_again(
+    ledger: Ledger, tmp_path: Path
+) -> None:
     ledger.plan_shards(1 << 20)
     for name in ledger.unsealed():
         write_shard(ledger.path, tmp_path / "trajectories", "run", name)

@@ -1,4 +1,4 @@
-"""The ledger file itself: durable through kill -9, whole or not at all, legal moves only, an audit that can find fault."""
+"""The ledger file: durable through kill -9, whole or not at all, legal moves only, an audit that can find fault."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def test_every_acknowledged_group_survives_kill_9_in_the_middle_of_work(tmp_path
             assert process.stdout is not None
             acknowledged = [int(process.stdout.readline()) for _ in range(50 + 7 * life)]
             process.send_signal(signal.SIGKILL)
-            acknowledged += [int(line) for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+            acknowledged += [
+                int(line) for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")
+            ]
         ledger = Ledger(tmp_path / FILE)
         for group, body in zip(acknowledged, ledger.payloads(acknowledged), strict=True):
             assert body.endswith(b"%d" % group)
@@ -254,7 +256,9 @@ def test_metrics_at_the_edges_and_their_mean(ledger: Ledger) -> None:
     for step, value in enumerate([0.25, 0.5, 1.0]):
         groups = queue(ledger, 1)
         ledger.log_batch(step, groups)
-        ledger.commit(step, f"c{step}", {"reward/accuracy": value} if step != 1 else {"reward/accuracy": value, "x": 3.0})
+        ledger.commit(
+            step, f"c{step}", {"reward/accuracy": value} if step != 1 else {"reward/accuracy": value, "x": 3.0}
+        )
     assert ledger.edge_metrics("reward/accuracy") == (0.25, 1.0)
     assert ledger.mean_metric("reward/accuracy") == pytest.approx(1.75 / 3)
     assert ledger.mean_metric("x") == 3.0

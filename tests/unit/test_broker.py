@@ -1,0 +1,744 @@
+"""The broker's answers, request by request, on a clock of the test's own: no sockets, no sleeping."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from offtrail.core.types import Group, Lease, Problem
+from offtrail.platform.broker.broker import HOLD_SECONDS, Broker
+from offtrail.platform.broker.ledger import FILE, LedgerError
+from offtrail.platform.broker.role import main
+from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.context import RoleContext
+from offtrail.platform.wire.groups import group_frames, group_from
+from offtrail.platform.wire.messages import (
+    BatchReply,
+    Beat,
+    Checkpointed,
+    Commit,
+    Committed,
+    Done,
+    Error,
+    EvalJob,
+    EvalResult,
+    FailGroup,
+    Failure,
+    GroupAck,
+    Heartbeat,
+    Hello,
+    LeaseRequest,
+    Leases,
+    Message,
+    NextBatch,
+    NextEval,
+    Status,
+    StatusRequest,
+    StopRun,
+    SubmitGroup,
+    VersionHint,
+    Welcome,
+)
+from offtrail.platform.wire.sockets import Envelope
+
+M = TypeVar("M", bound=Message)
+B, G = 2, 2
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeWire:
+    """Takes the broker's replies; `ask` gives a request its reply, or None while it is held."""
+
+    def __init__(self) -> None:
+        self.replies: dict[int, tuple[Message, Sequence[Any]]] = {}
+        self.hints: list[int] = []
+        self.tickets = 0
+
+    def poll(self, timeout_s: float) -> list[Envelope]:
+        return []
+
+    def reply(self, envelope: Envelope, message: Message, arrays: Sequence[Any] = ()) -> None:
+        assert envelope.ticket not in self.replies, "a request is answered once"
+        self.replies[envelope.ticket] = (message, arrays)
+
+    def hint(self, message: VersionHint) -> None:
+        self.hints.append(message.version)
+
+
+class Run:
+    """A broker, and the roles' side of the talk."""
+
+    def __init__(self, run_dir: Path, **changes: Any) -> None:
+        self.next: Run | None = None
+        run_dir.mkdir(exist_ok=True)
+        config = Config()
+        config.learner.steps, config.batch.groups, config.batch.group_size = 3, B, G
+        config.staleness.max, config.eval.every, config.tracking.tensorboard = 1, 2, False
+        config.broker.heartbeat_seconds, config.broker.lease_heartbeats = 1.0, 5
+        for key, value in changes.items():
+            part, name = key.split("__")
+            setattr(getattr(config, part), name, value)
+        self.config, self.run_dir, self.wire, self.clock = config, run_dir, FakeWire(), Clock()
+        self.broker = Broker(config, run_dir, self.wire, lambda i: Problem("t", i, f"{i}+0", str(i)), self.clock)
+
+    def send(self, peer: str, message: Message, arrays: Sequence[Any] = ()) -> int:
+        self.wire.tickets += 1
+        self.broker.handle(Envelope(peer.encode(), self.wire.tickets, message, list(arrays)))
+        return self.wire.tickets
+
+    def reply(self, ticket: int, kind: type[M]) -> M:
+        message, _ = self.wire.replies[ticket]
+        assert isinstance(message, kind), message
+        return message
+
+    def ask(self, peer: str, message: Message, kind: type[M], arrays: Sequence[Any] = ()) -> M:
+        ticket = self.send(peer, message, arrays)
+        if ticket not in self.wire.replies:
+            self.clock.now += HOLD_SECONDS
+            self.broker.serve_held()
+        return self.reply(ticket, kind)
+
+    def hello(self, role: str, index: int = 0, pid: int | None = None) -> Welcome:
+        message = Hello(role=role, index=index, pid=pid or os.getpid(), run=self.run_dir.name)
+        return self.ask(f"{role}-{index}", message, Welcome)
+
+    def everybody(self) -> None:
+        for role in ("learner", "generator", "evaluator"):
+            self.hello(role)
+        start = self.broker.ledger.checkpoint
+        self.commit(-1, start)
+
+    def beat(self, role: str, index: int = 0, **changes: Any) -> Beat:
+        fields = {
+            "role": role, "index": index, "pid": os.getpid(), "activity": "busy/x", "waiting_on": "", "since": 0.0,
+            "seconds": {}, "compute": {},
+        }  # fmt: skip
+        return self.ask(f"{role}-{index}-heart", Heartbeat(**(fields | changes)), Beat)
+
+    def lease(self, room: int = 8, peer: str = "generator-0") -> Leases:
+        return self.ask(peer, LeaseRequest(room=room, version=0), Leases)
+
+    def submit(self, lease: Lease, version: int, peer: str = "generator-0", **changes: Any) -> GroupAck:
+        header, arrays = group_frames(group(lease, version, **changes))
+        return self.ask(peer, SubmitGroup(header=header), GroupAck, arrays)
+
+    def commit(self, step: int, version: int, checksum: str | None = None, **metrics: float) -> Committed:
+        message = Commit(step=step, version=version, checksum=checksum or f"c{version}", metrics=metrics)
+        return self.ask("learner-0", message, Committed)
+
+    def make(self, room: int = 8) -> list[Lease]:
+        leases = self.lease(room).leases
+        for lease in leases:
+            assert self.submit(lease, max(0, self.broker.desk.version)).accepted
+        return leases
+
+    def train(self, checkpoint: bool = True, **metrics: float) -> BatchReply:
+        step = self.broker.desk.version
+        self.make()
+        batch = self.ask("learner-0", NextBatch(step=step), BatchReply)
+        assert batch.headers
+        self.commit(step, step + 1, **metrics)
+        if checkpoint:
+            self.ask("learner-0", Checkpointed(step=step + 1, path=f"step_{step + 1}"), Done)
+        return batch
+
+    def restarted(self, **changes: Any) -> Run:
+        """All of it again on the same directory, up to the learner's start."""
+        run = self.again(**changes)
+        run.everybody()
+        return run
+
+    def again(self, **changes: Any) -> Run:
+        """A new broker on the same directory."""
+        self.close()
+        self.next = Run(self.run_dir, **changes)
+        return self.next
+
+    def close(self) -> None:
+        self.broker.close()
+        if self.next:
+            self.next.close()
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "summary.json").read_text())
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    def finish_archive(self) -> None:
+        limit = time.monotonic() + 30
+        while self.broker.ledger.unsealed() and time.monotonic() < limit:
+            self.broker.tick()
+            time.sleep(0.002)
+
+
+def group(lease: Lease, version: int, **changes: Any) -> Group:
+    fields = {
+        "group": lease.group, "slot": lease.slot, "attempt": lease.attempt, "problem": lease.problem,
+        "generator": "generator-0", "temperature": 1.0, "prompt_tokens": np.array([1, 2], np.int32),
+        "lengths": np.array([1, 2], np.int32), "tokens": np.array([3, 4, 5], np.int32),
+        "logprobs": np.array([-1, -1, -1], np.float32), "versions": np.full(3, version, np.int32),
+        "finish": np.zeros(G, np.uint8), "rewards": np.zeros(G, np.float32),
+        "components": {"accuracy": np.zeros(G, np.float32)}, "times": np.zeros((G, 3)),
+    }  # fmt: skip
+    return Group(**(fields | changes))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def make(**changes: Any) -> Run:
+        runs.append(Run(tmp_path / "run", **changes))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close()
+
+
+# ---------------------------------------------------------------------- who may speak
+
+
+def test_a_role_of_another_run_or_protocol_or_without_hello_is_told_so(start: Callable[..., Run]) -> None:
+    run = start()
+    hello = Hello(role="generator", index=0, pid=1, run="other")
+    assert "run 'other' was asked for, this broker serves 'run'" in run.ask("generator-0", hello, Error).error
+    hello = Hello(role="generator", index=0, pid=1, run="run", protocol=99)
+    assert "protocol 99 was spoken" in run.ask("generator-0", hello, Error).error
+    assert "generator-0 has not said Hello" in run.ask("generator-0", LeaseRequest(room=1, version=0), Error).error
+
+
+def test_nobody_gets_a_lease_before_the_first_version_is_out(start: Callable[..., Run]) -> None:
+    run = start()
+    run.hello("generator")
+    assert run.lease().waiting.startswith("version 0 from learner-0, since ")
+    run.hello("learner")
+    run.commit(-1, 0)
+    assert run.wire.hints == [0]
+    # (η+v+1)·B = 4 groups; the batches that slots 0…3 enter, 0 and 1, need version 0.
+    leases = run.lease().leases
+    assert [(lease.group, lease.slot, lease.min_version, lease.attempt) for lease in leases] == [
+        (i, i, 0, 1) for i in range(4)
+    ]
+    assert [lease.problem.prompt for lease in leases] == ["0+0", "1+0", "2+0", "3+0"]
+    assert {lease.samples for lease in leases} == {G}
+
+
+def test_a_held_request_is_answered_by_the_event_it_waits_for(start: Callable[..., Run]) -> None:
+    run = start()
+    run.hello("generator")
+    ticket = run.send("generator-0", LeaseRequest(room=1, version=0))
+    assert ticket not in run.wire.replies
+    run.hello("learner")
+    run.commit(-1, 0)
+    run.broker.serve_held()
+    assert len(run.reply(ticket, Leases).leases) == 1
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def test_a_batch_carries_its_groups_bit_for_bit_with_the_brokers_stamp(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    leases = run.lease().leases
+    for lease in reversed(leases):
+        assert run.submit(lease, 0) == GroupAck(group=lease.group, accepted=True)
+    ticket = run.send("learner-0", NextBatch(step=0))
+    reply, arrays = run.wire.replies[ticket]
+    assert isinstance(reply, BatchReply)
+    assert [header.slot for header in reply.headers] == [0, 1]  # slot order, though they came in reverse
+    first = group_from(reply.headers[0], [np.asarray(a) for a in arrays[: len(arrays) // 2]])
+    np.testing.assert_array_equal(first.tokens, [3, 4, 5])
+    assert (first.queued_version, first.problem) == (0, leases[0].problem)
+    assert first.queued_at > 0
+    again = run.ask("learner-0", NextBatch(step=0), BatchReply)  # its reply was lost
+    assert again == reply
+
+
+def test_late_repeated_and_wrong_submissions(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    first, second = run.lease().leases[:2]
+    assert run.submit(first, 0).accepted
+    assert run.submit(first, 0).accepted  # its acknowledgement was lost
+    run.hello("generator")  # restarted: what it had goes back
+    assert "late: attempt 1 of group 1 is over" in run.submit(second, 0).reason
+    again = run.lease().leases
+    assert [(lease.group, lease.slot, lease.attempt) for lease in again] == [(1, 1, 2), (2, 2, 2), (3, 3, 2)]
+    assert not run.submit(second, 0).accepted  # still the old attempt
+    assert run.submit(again[0], 0).accepted
+    assert "failed: samples is 3" in run.submit(again[1], 0, **three_samples()).reason
+    assert "failed: sampled at temperature 0.7" in run.submit(again[2], 0, temperature=0.7).reason
+    ack = run.ask("generator-0", FailGroup(group=99, attempt=1, reason="failed"), Error)
+    assert "group 99 was never admitted" in ack.error
+    tally = run.broker.ledger.tally()
+    assert (tally.queued, tally.leased, dict(tally.refused)) == (2, 0, {"failed": 2})
+    # The refused slots 2 and 3 are filled again, with new groups and the next problems.
+    assert [(lease.group, lease.slot) for lease in run.lease().leases] == [(4, 2), (5, 3)]
+
+
+def three_samples() -> dict[str, Any]:
+    return {
+        "lengths": np.array([1, 1, 1], np.int32), "finish": np.zeros(3, np.uint8),
+        "rewards": np.zeros(3, np.float32), "components": {}, "times": np.zeros((3, 3)),
+    }  # fmt: skip
+
+
+def test_broken_arrays_refuse_the_group_and_not_the_run(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    lease = run.lease(1).leases[0]
+    header, arrays = group_frames(group(lease, 0))
+    arrays[3] = np.full(3, np.nan, np.float32)
+    ack = run.ask("generator-0", SubmitGroup(header=header), GroupAck, arrays)
+    assert not ack.accepted
+    assert "log-probability is not finite" in ack.reason
+    assert run.broker.status == ""
+    assert run.broker.ledger.tally().refused == {"failed": 1}
+
+
+def test_tokens_older_than_the_bound_are_refused_as_stale_on_arrival(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.train()
+    leases = run.lease().leases  # slots 4, 5 of batch 2, which needs version 1
+    assert [(lease.slot, lease.min_version) for lease in leases] == [(4, 1), (5, 1)]
+    assert run.submit(leases[0], 0).reason == "stale: a token of version 0, but the lease needs 1 or newer"
+    assert run.submit(leases[1], 1).accepted
+
+
+def test_completion_order_drops_stale_groups_at_dequeue_and_starving_fails_by_name(start: Callable[..., Run]) -> None:
+    run = start(staleness__on_violation="drop", staleness__max=1, staleness__max_refusals=2, learner__steps=9)
+    run.everybody()
+    old = run.lease().leases
+    for lease in old[:2]:
+        run.submit(lease, 0)
+    for step in (0, 1):
+        assert len(run.ask("learner-0", NextBatch(step=step), BatchReply).headers) == B
+        run.commit(step, step + 1)
+        for lease in run.lease(2).leases:
+            run.submit(lease, step + 1)
+    for lease in old[2:]:
+        run.submit(lease, 0)  # two versions old by now: batch 2 takes 1 or newer
+    run.ask("learner-0", NextBatch(step=2), BatchReply)
+    assert run.broker.ledger.tally().refused == {"stale": 2}
+    run.broker.tick()
+    assert run.broker.status == "failed"
+    assert (
+        "staleness.max_refusals=2: 2 groups were refused since the last learner step, 2 of them as stale"
+        in run.broker.reason
+    )
+    assert run.summary()["status"] == "failed"
+
+
+def test_exact_mode_grants_whole_waves_in_slot_order(start: Callable[..., Run]) -> None:
+    run = start(staleness__mode="exact", staleness__max=1)
+    run.everybody()
+    first, second = run.lease(1).leases, run.lease(1).leases
+    assert [(lease.slot, lease.wave, lease.wave_size, lease.exact_version) for lease in [*first, *second]] == [
+        (0, 0, 2, 0), (1, 0, 2, 0), (2, 1, 2, 0), (3, 1, 2, 0),
+    ]  # fmt: skip
+    assert run.submit(first[0], 0).accepted
+    run.ask("generator-0", FailGroup(group=first[1].group, attempt=1, reason="failed"), GroupAck)
+    [refill] = run.lease().leases
+    assert (refill.group, refill.slot, refill.wave, refill.wave_size, refill.exact_version) == (4, 1, 0, 1, 0)
+    assert run.submit(refill, 0).accepted
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+    run.commit(0, 1)
+    assert run.submit(second[0], 1).reason.startswith("stale: a token of version 1, but staleness.mode=exact needs")
+    third = run.lease().leases
+    assert {(lease.wave, lease.exact_version) for lease in third} == {(2, 1)}
+
+
+# ---------------------------------------------------------------------- lost roles and deadlines
+
+
+def test_a_lease_outlives_a_long_answer_and_ends_with_lost_heartbeats(start: Callable[..., Run]) -> None:
+    run = start(generator__count=2)
+    run.everybody()
+    run.hello("generator", 1)
+    mine = run.lease().leases
+    assert len(mine) == 2  # its share of 4
+    for _ in range(60):  # an hour of decoding, heartbeats all the while
+        run.clock.now += 1.0
+        run.beat("generator", 0)
+        run.beat("generator", 1)
+        run.broker.tick()
+    assert {row.holder for row in run.broker.ledger.leased()} == {"generator-0"}
+    for _ in range(6):
+        run.clock.now += 1.0
+        run.beat("generator", 1)
+        run.broker.tick()
+    other = run.lease(peer="generator-1").leases
+    assert [(lease.group, lease.attempt) for lease in other[:2]] == [(0, 2), (1, 2)]
+    assert not run.submit(mine[0], 0).accepted
+    assert run.submit(other[0], 0, peer="generator-1").accepted
+
+
+def test_a_broker_that_was_stopped_itself_blames_nobody(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.lease()
+    run.broker.tick()
+    run.clock.now += 3600.0
+    run.broker.tick()
+    assert {row.holder for row in run.broker.ledger.leased()} == {"generator-0"}
+    assert run.broker.status == ""
+
+
+def stand_still(run: Run, seconds: float, *roles: str) -> None:
+    for _ in range(int(seconds)):
+        run.clock.now += 1.0
+        for role in roles:
+            run.beat(role)
+        run.broker.tick()
+
+
+def test_a_wait_with_no_progress_fails_the_run_with_who_what_whom_and_since_when(start: Callable[..., Run]) -> None:
+    run = start(broker__deadline_seconds=20.0)
+    run.everybody()
+    run.beat("generator")
+    run.lease()
+    run.send("learner-0", NextBatch(step=0))
+    stand_still(run, 19, "learner", "generator", "evaluator")
+    assert run.broker.status == ""
+    run.send("learner-0", NextBatch(step=0))  # a role asks again and again: the wait is one
+    stand_still(run, 4, "learner", "generator", "evaluator")
+    assert run.broker.status == "failed"
+    assert (
+        "learner-0 waits for batch 0: 0 of its 2 groups are here, 4 in flight (generator-0: 4), since "
+        in run.broker.reason
+    )
+    assert "broker.deadline_seconds=20" in run.broker.reason
+    assert "generator-0 busy/x" in run.broker.reason
+    assert run.ask("learner-0", NextBatch(step=0), BatchReply).stop
+
+
+def test_tokens_that_flow_are_progress(start: Callable[..., Run]) -> None:
+    run = start(broker__deadline_seconds=20.0)
+    run.everybody()
+    run.lease()
+    run.send("learner-0", NextBatch(step=0))
+    for tokens in range(60):
+        run.clock.now += 1.0
+        run.beat("generator", compute={"decoded_tokens": float(tokens)})
+        run.beat("learner")
+        run.broker.tick()
+    assert run.broker.status == ""
+
+
+def test_a_role_that_never_dials_is_named(start: Callable[..., Run]) -> None:
+    run = start(broker__deadline_seconds=20.0)
+    run.hello("learner")
+    run.hello("generator")
+    stand_still(run, 22, "learner", "generator")
+    assert "the broker waits for evaluator-0 to dial" in run.broker.reason
+
+
+def test_a_role_that_dies_ends_the_run_with_its_words(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.make()
+    run.ask("x", Failure(role="generator", index=0, error="ValueError: no"), Done)
+    assert run.beat("learner").stop
+    status = run.ask("launcher-0", StatusRequest(), Status)
+    assert (status.failures[0].error, status.finished) == ("ValueError: no", False)
+    summary = run.summary()
+    assert (summary["status"], summary["reason"], summary["groups/in_flight"]) == (
+        "failed",
+        "generator-0: ValueError: no",
+        4,
+    )
+
+
+# ---------------------------------------------------------------------- a whole run
+
+
+def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_scored(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    for step in range(3):
+        run.train(**{"reward/accuracy": 0.25 * step, "weights/publish_seconds": 0.5})
+    assert run.ask("learner-0", NextBatch(step=3), BatchReply).stop
+    assert "all 6 groups of its 3 steps are admitted" in run.lease().waiting
+    assert run.broker.status == ""
+    for version in (0, 2, 3):  # eval.every = 2, and the last
+        assert run.ask("evaluator-0", NextEval(), EvalJob).version == version
+        result = EvalResult(version=version, metrics={"eval/accuracy": 0.1 * version})
+        run.ask("evaluator-0", result, Done)
+    assert run.broker.status == "completed"
+    assert run.ask("evaluator-0", NextEval(), EvalJob).stop
+    assert run.lease().stop
+    run.finish_archive()
+    assert run.ask("launcher-0", StatusRequest(), Status).finished
+    summary = run.summary()
+    expected: dict[str, Any] = {
+        "status": "completed", "steps": 3, "eval/accuracy_first": 0.0, "eval/accuracy_last": pytest.approx(0.3),
+        "reward/accuracy_first": 0.0, "reward/accuracy_last": 0.5, "groups/admitted": 6, "groups/trained": 6,
+        "groups/in_flight": 0, "groups/lost": 0, "groups/duplicated": 0, "staleness/max": 1.0,
+        # Batch 0 is fresh; slots 2, 3 were made at version 0 and 4, 5 at version 1: one version old when trained.
+        "staleness/mean": pytest.approx(2 / 3), "staleness/stale_token_share": pytest.approx(2 / 3),
+        "tokens/generated": 18, "tokens/trained": 18, "weights/publish_seconds_mean": 0.5, "seed": 0,
+    }  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["groups/refused"] == dict.fromkeys(("stale", "filtered", "failed", "superseded", "run_ended"), 0)
+    for key in ("wall_seconds", "learner/busy_fraction", "generator/busy_fraction", "versions", "git_commit"):
+        assert key in summary
+    assert [(row["step"], row.get("eval/accuracy")) for row in run.rows()] == [
+        (0, 0.0), (1, None), (2, pytest.approx(0.2)), (3, pytest.approx(0.3)),
+    ]  # fmt: skip
+    shards = [pq.read_table(path).to_pylist() for path in (run.run_dir / "trajectories").iterdir()]
+    assert sorted(row["group"] for rows in shards for row in rows) == [i for i in range(6) for _ in range(G)]
+
+
+def test_the_brokers_part_of_a_steps_metrics_by_hand(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    for role in ("learner", "generator"):
+        run.beat(role, seconds={"busy/train": 1.0, "waiting/batch": 1.0})
+    run.commit(-1, 0)  # a repetition: marks nothing
+    run.make()
+    run.clock.now += 4.0
+    run.beat("learner", seconds={"busy/train": 4.0, "waiting/batch": 2.0}, compute={"trained_tokens": 6.0})
+    run.beat("generator", seconds={"busy/train": 3.0, "waiting/batch": 1.0}, compute={"decoded_tokens": 12.0})
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+    run.commit(0, 1, loss=2.0)
+    [row] = run.rows()
+    expected = {
+        "step": 1, "loss": 2.0, "queue/groups": 2.0, "queue/leased": 0.0, "queue/refused": 0.0,
+        # 2 groups of 3 tokens trained and 4 of 3 made, in 4 seconds
+        "throughput/trained_tokens_per_second": 1.5, "throughput/generated_tokens_per_second": 3.0,
+        "throughput/samples_per_second": 1.0, "time/step_seconds": 4.0,
+        "time/learner_busy": 0.75, "time/learner_waiting_batch": 0.25, "time/generator_busy": 0.5,
+        "staleness/max": 0.0, "staleness/in_flight_mean": 0.0, "staleness/in_queue_mean": 0.0,
+        "compute/learner_trained_tokens": 6.0, "compute/generator_decoded_tokens": 12.0,
+        "compute/learner_busy_train_seconds": 4.0,
+    }  # fmt: skip
+    assert {key: row[key] for key in expected} == expected
+    assert run.summary()["learner/busy_fraction"] == 0.75
+    run.make()
+    run.ask("learner-0", NextBatch(step=1), BatchReply)
+    run.clock.now += 2.0
+    run.commit(1, 2)
+    # Slots 2 and 3 were made and queued at version 0: one version old, all of it in the queue.
+    row = run.rows()[-1]
+    assert (row["staleness/in_flight_mean"], row["staleness/in_queue_mean"], row["staleness/mean"]) == (0.0, 1.0, 1.0)
+    assert row["time/learner_busy"] == 0.75  # no heartbeat since: the last shares stand
+
+
+def test_a_stopped_run_keeps_its_groups_and_goes_on(start: Callable[..., Run], tmp_path: Path) -> None:
+    run = start()
+    run.everybody()
+    run.train(checkpoint=True)
+    run.make()
+    run.ask("launcher-0", StopRun(status="interrupted", reason="stopped by SIGINT"), Done)
+    run.ask("launcher-0", StopRun(status="completed"), Done)  # only the first end counts
+    assert (run.summary()["status"], run.summary()["groups/in_flight"]) == ("interrupted", 4)
+    again = run.restarted()
+    assert again.broker.desk.version == 1
+    assert [header.slot for header in again.ask("learner-0", NextBatch(step=1), BatchReply).headers] == [2, 3]
+
+
+# ---------------------------------------------------------------------- restarts
+
+
+def test_a_restart_replays_the_logged_batches_and_keeps_one_row_a_step(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=4)
+    run.everybody()
+    run.train(checkpoint=True, loss=1.0)
+    logged = [run.train(checkpoint=False, loss=2.0)]
+    half_done = run.lease().leases
+    assert [(lease.slot, lease.min_version) for lease in half_done] == [(6, 2), (7, 2)]
+    logged.append(run.ask("learner-0", NextBatch(step=2), BatchReply))
+    run.commit(2, 3, loss=3.0)
+    run = run.again(learner__steps=4)
+    welcome = run.hello("learner")
+    assert (welcome.step, welcome.logged, welcome.lineage) == (1, 2, 0)
+    run.hello("generator")
+    run.commit(-1, 1)
+    # They need version 2 (batch 3, η = 1), which the replay has yet to publish again.
+    assert run.lease().leases == []
+    for step, before in zip((1, 2), logged, strict=True):
+        replay = run.ask("learner-0", NextBatch(step=step), BatchReply)
+        assert replay.replay
+        assert [h.group for h in replay.headers] == [h.group for h in before.headers]
+        assert not run.commit(step, step + 1, loss=2.5).diverged
+    again = run.lease().leases
+    assert [(lease.group, lease.attempt) for lease in again] == [(lease.group, 2) for lease in half_done]
+    for lease in again:
+        assert run.submit(lease, 3).accepted
+    fresh = run.ask("learner-0", NextBatch(step=3), BatchReply)
+    assert not fresh.replay
+    run.commit(3, 4)
+    assert [(row["step"], row.get("loss")) for row in run.rows()] == [(1, 1.0), (2, 2.5), (3, 2.5), (4, None)]
+    assert (run.summary()["groups/lost"], run.summary()["groups/duplicated"]) == (0, 0)
+
+
+def test_a_replay_that_differs_starts_a_new_lineage(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=6)
+    run.everybody()
+    for _ in range(3):
+        run.train(checkpoint=False)
+    run = run.restarted(learner__steps=6)
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+    reply = run.commit(0, 1, checksum="another")
+    assert (reply.diverged, reply.lineage) == (True, 1)
+    # Batch 1 (slots 2, 3) was made at version 0: its groups are queued again. Slots 4, 5 of batch 2 were made at version 1
+    # and the queued slots 6, 7 at version 2, which are dead.
+    assert run.broker.ledger.tally().refused == {"superseded": 4}
+    assert [h.slot for h in run.ask("learner-0", NextBatch(step=1), BatchReply).headers] == [2, 3]
+    run.commit(1, 2)
+    assert [lease.slot for lease in run.lease().leases] == [4, 5, 6, 7]
+    assert run.summary()["lineage"] == 1
+
+
+def test_versions_of_before_the_restart_are_not_handed_to_the_evaluator(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.train()
+    run = run.restarted()  # version 0 was never scored, and its weights are gone
+    assert run.ask("evaluator-0", NextEval(), EvalJob).waiting.startswith("version 2 from learner-0, since ")
+
+
+def test_settings_that_the_ledger_depends_on_cannot_change(start: Callable[..., Run]) -> None:
+    run = start()
+    run.broker.close()
+    with pytest.raises(ValueError, match=r"batch\.groups=7: the run run began with 2; resume it with that, or choose"):
+        Run(run.run_dir, batch__groups=7)
+    run.again(learner__steps=99)  # a longer run may go on
+
+
+def test_a_full_disk_fails_the_run_in_one_line_and_every_beat_says_stop(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    leases = run.lease().leases
+    assert run.submit(leases[0], 0).accepted
+    ledger = run.broker.ledger
+    ledger._rows(f"PRAGMA max_page_count = {ledger._one('PRAGMA page_count')}")
+    header, arrays = group_frames(group(leases[1], 0, channels={"big": np.zeros(1 << 20, np.float32)}))
+    error = run.ask("generator-0", SubmitGroup(header=header), Error, arrays).error
+    assert f"{run.run_dir / FILE}: database or disk is full; nothing acknowledged is lost: free space" in error
+    assert "\n" not in error
+    assert run.broker.status == "failed"
+    assert run.beat("generator", compute={"decoded_tokens": 1.0}).stop
+    assert run.ask("launcher-0", StatusRequest(), Status).failures[0].error == error
+    assert run.again().broker.ledger.tally().queued == 1
+
+
+def test_a_metrics_file_that_cannot_be_written_fails_the_run_and_names_the_directory(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start()
+    run.everybody()
+    run.make()
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.broker.recorder, "step", full)
+    error = run.ask("learner-0", Commit(step=0, version=1, checksum="c1", metrics={}), Error).error
+    assert str(run.run_dir) in error
+    assert "No space left on device" in error
+    assert run.broker.failures[0].role == "broker"
+
+
+def test_another_broker_on_the_same_run_is_refused(start: Callable[..., Run]) -> None:
+    run = start()
+    with pytest.raises(LedgerError, match="another broker holds this run"):
+        Run(run.run_dir)
+
+
+def test_the_broker_leaves_when_the_roles_are_gone(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.broker.end("interrupted", "")
+    assert not run.broker.may_leave()
+    run.clock.now += 2.0
+    run.beat("generator")
+    assert not run.broker.may_leave()
+    run.clock.now += 3.5  # silent for more than three heartbeats
+    assert run.broker.may_leave()
+
+
+# ---------------------------------------------------------------------- the real wire
+
+
+def generate(context: RoleContext) -> None:
+    connection = context.connect()
+    while not connection.heart.stop:
+        request = LeaseRequest(room=8, version=0)
+        reply, _ = connection.client.request(request, what="leases", deadline_s=20)
+        assert isinstance(reply, Leases)
+        for lease in reply.leases:
+            header, arrays = group_frames(group(lease, reply.version))
+            connection.client.request(SubmitGroup(header=header), arrays, what="an acknowledgement", deadline_s=20)
+    connection.close()
+
+
+def learn(context: RoleContext) -> None:
+    connection = context.connect()
+
+    def ask(message: Message) -> Message:
+        return connection.client.request(message, what="a reply", deadline_s=20)[0]
+
+    step = connection.welcome.step
+    ask(Commit(step=-1, version=step, checksum=f"c{step}", metrics={}))
+    while not (batch := ask(NextBatch(step=step))).stop:  # type: ignore[attr-defined]
+        if batch.headers:  # type: ignore[attr-defined]
+            step += 1
+            ask(Commit(step=step - 1, version=step, checksum=f"c{step}", metrics={}))
+            ask(Checkpointed(step=step, path=""))
+    connection.close()
+
+
+def evaluate(context: RoleContext) -> None:
+    connection = context.connect()
+    while True:
+        job, _ = connection.client.request(NextEval(), what="a version", deadline_s=20)
+        assert isinstance(job, EvalJob)
+        if job.stop:
+            break
+        if job.version >= 0:
+            result = EvalResult(version=job.version, metrics={"eval/accuracy": 0.5})
+            connection.client.request(result, what="an acknowledgement", deadline_s=20)
+    connection.close()
+
+
+def test_the_role_serves_a_whole_run_over_sockets_and_leaves(tmp_path: Path) -> None:
+    config = Config()
+    config.learner.steps, config.batch.groups, config.batch.group_size, config.tracking.tensorboard = 4, B, G, False
+    config.broker.heartbeat_seconds = 0.05
+    with ThreadPoolExecutor() as roles:
+        done = [
+            roles.submit(work, RoleContext(config, tmp_path, role, 0))
+            for role, work in (("learner", learn), ("generator", generate), ("evaluator", evaluate))
+        ]
+        main(RoleContext(config, tmp_path, "broker", 0))
+        for role in done:
+            role.result()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["groups/trained"], summary["groups/lost"]) == ("completed", 4 * B, 0)
+    assert summary["eval/accuracy_last"] == 0.5
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+    assert (tmp_path / "endpoint.json").stat().st_mode & 0o777 == 0o600
