@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,3 +79,9 @@ def weights_folder(config: Config, run_dir: Path) -> Path:
         return run_dir / "weights"
     tag = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
     return Path("/dev/shm") / f"offtrail-{os.getuid()}-{tag}"
+
+
+def remove_shared_memory(config: Config, run_dir: Path) -> None:
+    """Give a run's shared memory back; what a reader has mapped stays valid. A folder on disk stays for a resume."""
+    if config.weights.channel == "shm":
+        shutil.rmtree(weights_folder(config, run_dir), ignore_errors=True)

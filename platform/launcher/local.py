@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.context import weights_folder
+from offtrail.platform.launcher.context import remove_shared_memory
 from offtrail.platform.launcher.start import StartError, prepare_start_model, run_sft
 from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.progress import Progress
@@ -139,8 +138,7 @@ class Run:
                 role.process.wait()
         if self.client is not None:
             self.client.close()
-        if self.config.weights.channel == "shm":
-            shutil.rmtree(weights_folder(self.config, self.run_dir), ignore_errors=True)
+        remove_shared_memory(self.config, self.run_dir)
 
 
 def launch(config: Config, run_dir: Path) -> int:

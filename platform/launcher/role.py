@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from offtrail.platform.config.compose import load_config
-from offtrail.platform.launcher.context import RoleContext
+from offtrail.platform.launcher.context import RoleContext, remove_shared_memory
 
 log = logging.getLogger("offtrail")
 
@@ -48,6 +48,9 @@ def main(argv: list[str]) -> int:
         log.exception("%s-%d failed", role, index)
         report_failure(context, f"{type(error).__name__}: {error}")
         return 1
+    finally:
+        if os.getppid() != parent:  # the launcher was killed and cannot do it
+            remove_shared_memory(context.config, run_dir)
     return 0
 
 

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from offtrail.platform.config.compose import load_config
+from offtrail.platform.launcher.context import weights_folder
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.synchronous import Synchronous
 
@@ -116,7 +117,20 @@ def test_a_dead_role_ends_the_run_with_its_name_and_how_it_died(
     assert f"{role}-0 was killed by SIGKILL" in stderr.decode()
     assert "Traceback" not in stderr.decode()
     assert not [pid for pid in pids if alive(pid)]
-    assert not list(Path("/dev/shm").glob(f"offtrail-{os.getuid()}-*"))
+    assert not weights_folder(load_config(run_dir / "config.yaml"), run_dir).exists()
+
+
+def test_no_role_and_no_shared_memory_outlives_a_killed_launcher(
+    command: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    process = subprocess.Popen(command("orphan", "learner.steps=100000"), env=environment, cwd=tmp_path)
+    run_dir = tmp_path / "orphan"
+    wait_until("step 1", lambda: reached(run_dir, 1))
+    pids = [pid_of(name, run_dir) for name in ("broker", "learner", "generator", "evaluator")]
+    process.kill()
+    process.wait()
+    wait_until("an end of all roles", lambda: not any(alive(pid) for pid in pids))
+    assert not weights_folder(load_config(run_dir / "config.yaml"), run_dir).exists()
 
 
 def test_an_interrupted_run_says_so_and_goes_on(
