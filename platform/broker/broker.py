@@ -296,6 +296,12 @@ class Broker:
                     f"{key}={now[key]}: the run {self.run_dir.name} began with {value}; "
                     "resume it with that, or choose another run.name"
                 )
+        if (done := self.ledger.checkpoint) > self.law.steps:
+            self.ledger.close()
+            raise ValueError(
+                f"learner.steps={self.law.steps}: the run {self.run_dir.name} is at step {done} already; "
+                "raise it, or choose another run.name"
+            )
         self.ledger.put({"run": self.run_dir.name, "settings": json.dumps(now)})
 
     def _restore_rows(self) -> None:
@@ -424,6 +430,7 @@ class Broker:
         if message.step < 0:
             if (outcome := self.desk.start(message.version, message.checksum)) != "repeated":
                 self.accounts.mark()
+                self._finish()
         elif message.version <= self.desk.version:
             outcome = self.desk.commit(message.step, message.checksum, {})
         else:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -421,7 +422,7 @@ class Ledger:
             diverged = self._publish(db, step + 1, checksum)
             db.execute("UPDATE groups SET state = 'trained' WHERE batch = ? AND state = 'training'", (step,))
             db.execute("UPDATE batches SET trained = 1 WHERE step = ?", (step,))
-            db.execute("INSERT OR REPLACE INTO steps VALUES (?, ?)", (step + 1, json.dumps(metrics)))
+            db.execute("INSERT OR REPLACE INTO steps VALUES (?, ?)", (step + 1, _json(metrics)))
         return diverged
 
     def _publish(self, db: sqlite3.Connection, version: int, checksum: str) -> bool:
@@ -517,7 +518,7 @@ class Ledger:
     def evaluated(self, version: int, metrics: Mapping[str, float]) -> None:
         """The scores of one version."""
         with self._change() as db:
-            db.execute("INSERT OR REPLACE INTO evals VALUES (?, ?)", (version, json.dumps(metrics)))
+            db.execute("INSERT OR REPLACE INTO evals VALUES (?, ?)", (version, _json(metrics)))
 
     def evals(self) -> dict[int, dict[str, float]]:
         """Scores by version, in order."""
@@ -595,6 +596,11 @@ class Ledger:
     @staticmethod
     def _put(db: sqlite3.Connection, key: str, value: str) -> None:
         db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+
+def _json(metrics: Mapping[str, float]) -> str:
+    """Strict JSON, which SQLite can read: null for what is not finite."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()})
 
 
 Planned = tuple[int | None, int, int]

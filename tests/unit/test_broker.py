@@ -603,8 +603,8 @@ def test_a_replay_that_differs_starts_a_new_lineage(start: Callable[..., Run]) -
     run.ask("learner-0", NextBatch(step=0), BatchReply)
     reply = run.commit(0, 1, checksum="another")
     assert (reply.diverged, reply.lineage) == (True, 1)
-    # Batch 1 (slots 2, 3) was made at version 0: its groups are queued again. Slots 4, 5 of batch 2 were made at version 1
-    # and the queued slots 6, 7 at version 2, which are dead.
+    # Batch 1 (slots 2, 3) was made at version 0: its groups are queued again. Slots 4, 5 of batch 2 were made at
+    # version 1 and the queued slots 6, 7 at version 2, which are dead.
     assert run.broker.ledger.tally().refused == {"superseded": 4}
     assert [h.slot for h in run.ask("learner-0", NextBatch(step=1), BatchReply).headers] == [2, 3]
     run.commit(1, 2)
@@ -626,6 +626,35 @@ def test_settings_that_the_ledger_depends_on_cannot_change(start: Callable[..., 
     with pytest.raises(ValueError, match=r"batch\.groups=7: the run run began with 2; resume it with that, or choose"):
         Run(run.run_dir, batch__groups=7)
     run.again(learner__steps=99)  # a longer run may go on
+
+
+def test_a_completed_run_completes_again_and_can_be_made_longer_but_not_shorter(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=2)
+    run.everybody()
+    run.train()
+    run.train()
+    for version in (0, 2):
+        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Done)
+    assert run.broker.status == "completed"
+    run.finish_archive()
+    run.close()
+    with pytest.raises(ValueError, match=r"learner\.steps=1: the run run is at step 2 already; raise it"):
+        Run(run.run_dir, learner__steps=1)
+    assert run.restarted(learner__steps=2).broker.status == "completed"
+    longer = run.restarted(learner__steps=3)
+    assert longer.broker.status == ""
+    longer.train()
+    assert (longer.summary()["groups/trained"], longer.summary()["groups/lost"]) == (3 * B, 0)
+
+
+def test_a_metric_that_is_not_finite_is_null_and_breaks_nothing(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.train(**{"loss": float("nan"), "weights/publish_seconds": float("inf")})
+    run.train(**{"loss": 1.0, "weights/publish_seconds": 2.0})
+    assert [row["loss"] for row in run.rows()] == [None, 1.0]
+    assert run.summary()["weights/publish_seconds_mean"] == 2.0
+    assert [row["loss"] for row in run.restarted().rows()] == [None, 1.0]
 
 
 def test_a_full_disk_fails_the_run_in_one_line_and_every_beat_says_stop(start: Callable[..., Run]) -> None:
