@@ -48,7 +48,7 @@ class Member:
 
     def window(self) -> tuple[float, dict[str, float]]:
         """Seconds since the mark, and of these by activity; the mark moves to the newest heartbeat."""
-        if self.beat is None or self.mark is None or self.beat_at <= self.mark[0]:
+        if self.beat is None or self.mark is None:
             return 0.0, {}
         at, before = self.mark
         self.mark = (self.beat_at, self.beat.seconds)

@@ -294,7 +294,13 @@ def test_late_repeated_and_wrong_submissions(start: Callable[..., Run]) -> None:
     tally = run.broker.ledger.tally()
     assert (tally.queued, tally.leased, dict(tally.refused)) == (2, 0, {"failed": 2})
     # The refused slots 2 and 3 are filled again, with new groups and the next problems.
-    assert [(lease.group, lease.slot) for lease in run.lease().leases] == [(4, 2), (5, 3)]
+    fresh = run.lease().leases
+    assert [(lease.group, lease.slot, lease.problem.index) for lease in fresh] == [(4, 2, 4), (5, 3, 5)]
+    for lease, reason in zip(fresh, ("filtered", "bored"), strict=True):
+        message = FailGroup(group=lease.group, attempt=1, reason=reason, detail="why")
+        assert not run.ask("generator-0", message, GroupAck).accepted
+    # A reason that is not one of the named ones counts as failed.
+    assert run.broker.ledger.tally().refused == {"failed": 3, "filtered": 1}
 
 
 def three_samples() -> dict[str, Any]:
@@ -483,6 +489,7 @@ def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_score
     assert "all 6 groups of its 3 steps are admitted" in run.lease().waiting
     assert run.broker.status == ""
     for version in (0, 2, 3):  # eval.every = 2, and the last
+        assert run.broker.status == ""
         assert run.ask("evaluator-0", NextEval(), EvalJob).version == version
         result = EvalResult(version=version, metrics={"eval/accuracy": 0.1 * version})
         run.ask("evaluator-0", result, Done)
@@ -516,9 +523,9 @@ def test_the_brokers_part_of_a_steps_metrics_by_hand(start: Callable[..., Run]) 
     run.everybody()
     for role in ("learner", "generator"):
         run.beat(role, seconds={"busy/train": 1.0, "waiting/batch": 1.0})
-    run.commit(-1, 0)  # a repetition: marks nothing
     run.make()
     run.clock.now += 4.0
+    run.commit(-1, 0)  # a repetition: the clock of the step goes on
     run.beat("learner", seconds={"busy/train": 4.0, "waiting/batch": 2.0}, compute={"trained_tokens": 6.0})
     run.beat("generator", seconds={"busy/train": 3.0, "waiting/batch": 1.0}, compute={"decoded_tokens": 12.0})
     run.ask("learner-0", NextBatch(step=0), BatchReply)
@@ -544,6 +551,8 @@ def test_the_brokers_part_of_a_steps_metrics_by_hand(start: Callable[..., Run]) 
     row = run.rows()[-1]
     assert (row["staleness/in_flight_mean"], row["staleness/in_queue_mean"], row["staleness/mean"]) == (0.0, 1.0, 1.0)
     assert row["time/learner_busy"] == 0.75  # no heartbeat since: the last shares stand
+    # 2 groups of 3 tokens trained, and 2 made (slots 4, 5), in 2 seconds
+    assert row["throughput/trained_tokens_per_second"] == row["throughput/generated_tokens_per_second"] == 3.0
 
 
 def test_a_stopped_run_keeps_its_groups_and_goes_on(start: Callable[..., Run], tmp_path: Path) -> None:
@@ -655,6 +664,43 @@ def test_a_metric_that_is_not_finite_is_null_and_breaks_nothing(start: Callable[
     assert [row["loss"] for row in run.rows()] == [None, 1.0]
     assert run.summary()["weights/publish_seconds_mean"] == 2.0
     assert [row["loss"] for row in run.restarted().rows()] == [None, 1.0]
+
+
+def test_a_run_is_not_complete_before_its_last_checkpoint(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=1)
+    run.everybody()
+    run.train(checkpoint=False)
+    for version in (0, 1):
+        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Done)
+    assert run.broker.status == ""
+    run.ask("learner-0", Checkpointed(step=1, path="step_1"), Done)
+    assert run.broker.status == "completed"
+
+
+def test_after_a_restart_leases_go_to_whoever_asks(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.lease(2)
+    run = run.again()
+    run.hello("learner")
+    run.hello("generator", 1)
+    run.commit(-1, 0)
+    leases = run.lease(2, peer="generator-1").leases
+    assert [(lease.group, lease.attempt) for lease in leases] == [(0, 2), (1, 2)]
+
+
+def test_a_ledger_that_fails_at_a_heartbeat_still_says_stop(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start()
+    run.everybody()
+
+    def full(*_: object) -> None:
+        raise LedgerError("disk is full")
+
+    monkeypatch.setattr(run.broker.ledger, "charge", full)
+    assert run.beat("generator").stop
+    assert run.broker.reason == "disk is full"
 
 
 def test_a_full_disk_fails_the_run_in_one_line_and_every_beat_says_stop(start: Callable[..., Run]) -> None:
