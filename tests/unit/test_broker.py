@@ -376,6 +376,17 @@ def test_exact_mode_grants_whole_waves_in_slot_order(start: Callable[..., Run]) 
     assert {(lease.wave, lease.exact_version) for lease in third} == {(2, 1)}
 
 
+def test_exact_mode_never_cuts_a_wave_in_two(start: Callable[..., Run]) -> None:
+    run = start(staleness__mode="exact", staleness__max=1, generator__max_in_flight=3)
+    run.everybody()
+    first = run.lease().leases
+    assert [lease.slot for lease in first] == [0, 1]
+    # Room for one more in flight, but wave 1 is two groups.
+    assert run.lease().waiting.startswith("one of 2 groups in flight (generator-0: 2) to finish")
+    run.submit(first[0], 0)
+    assert [lease.slot for lease in run.lease().leases] == [2, 3]
+
+
 # ---------------------------------------------------------------------- lost roles and deadlines
 
 
@@ -619,6 +630,22 @@ def test_a_replay_that_differs_starts_a_new_lineage(start: Callable[..., Run]) -
     run.commit(1, 2)
     assert [lease.slot for lease in run.lease().leases] == [4, 5, 6, 7]
     assert run.summary()["lineage"] == 1
+
+
+def test_a_version_that_was_out_before_its_commit_may_make_tokens_but_not_outlive_a_restart(
+    start: Callable[..., Run],
+) -> None:
+    run = start()
+    run.everybody()
+    leases = run.lease().leases
+    assert not run.submit(leases[3], 1).accepted  # version 1 cannot exist: batch 0 was never handed out
+    for lease in leases[:2]:
+        run.submit(lease, 0)
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+    assert run.submit(leases[2], 1).accepted  # published, and its commit is on the way
+    assert run.broker.ledger.tally().queued == 1
+    # No commit came: nobody can tell whether the replay makes the same version 1.
+    assert run.restarted().broker.ledger.tally().refused == {"superseded": 2}
 
 
 def test_versions_of_before_the_restart_are_not_handed_to_the_evaluator(start: Callable[..., Run]) -> None:
