@@ -47,7 +47,8 @@ class Engine(Protocol):
     version: int
     vocab_size: int
     counters: dict[str, float]
-    """Cumulative: ``decoded_tokens``, ``prefilled_tokens``, ``prefix_hit_tokens``, ``reprefilled_tokens``, ``flops``."""
+    """Cumulative: ``decoded_tokens``, ``prefilled_tokens``, ``prefix_hit_tokens``, ``reprefilled_tokens``,
+    ``flops``."""
 
     @property
     def unfinished(self) -> int:

@@ -1,8 +1,8 @@
 """The words every room shares: Problem, Sampling, Group, Sample, Batch.
 
 Who uses them: tasks/ make Problems; the broker leases them; generators turn a lease into one Group; the broker keeps
-Groups until they are trained; the learner receives Batches of B Groups. Legend of shapes: G samples of a group, P prompt
-tokens, T output tokens of the whole group (samples one after another), B groups of a batch.
+Groups until they are trained; the learner receives Batches of B Groups. Legend of shapes: G samples of a group, P
+prompt tokens, T output tokens of the whole group (samples one after another), B groups of a batch.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Sample:
 class Group:
     """G samples of one prompt, columnar: what one lease yields, what the wire carries, what the ledger counts.
 
-    Shapes: ``prompt_tokens`` [P] int32; ``lengths`` [G] int32; ``tokens`` [T] int32, ``logprobs`` [T] float32 (behaviour,
-    at the sampling temperature), ``versions`` [T] int32 (weight version of each token, stamped where weights are
+    Shapes: ``prompt_tokens`` [P] int32; ``lengths`` [G] int32; ``tokens`` [T] int32, ``logprobs`` [T] float32 (the
+    behaviour policy's, at the sampling temperature), ``versions`` [T] int32 (weight version of each token, stamped where weights are
     applied); ``finish`` [G] uint8 indexes FINISH_REASONS; ``rewards`` [G] float32 (the weighted total) and
     ``components`` name → [G] float32; ``times`` [G, 3] float64, seconds since the epoch at submission, first and last
     token. ``channels``: name → array, for step or token scores and for a tree's node and parent ids (empty by default).
@@ -134,7 +134,7 @@ class Group:
             raise ValueError(f"group {self.group}: token ids span {low}…{high}, vocabulary is {vocab_size}")
 
     def _check_shapes(self) -> None:
-        if self.lengths.ndim != 1 or self.prompt_tokens.ndim != 1 or not self.lengths.size or not self.prompt_tokens.size:
+        if any(array.ndim != 1 or not array.size for array in (self.lengths, self.prompt_tokens)):
             shapes = f"lengths {self.lengths.shape}, prompt {self.prompt_tokens.shape}"
             raise ValueError(f"group {self.group}: empty, or not one-dimensional ({shapes})")
         lengths = self.lengths.tolist()
