@@ -71,10 +71,11 @@ class Group:
     """G samples of one prompt, columnar: what one lease yields, what the wire carries, what the ledger counts.
 
     Shapes: ``prompt_tokens`` [P] int32; ``lengths`` [G] int32; ``tokens`` [T] int32, ``logprobs`` [T] float32 (the
-    behaviour policy's, at the sampling temperature), ``versions`` [T] int32 (weight version of each token, stamped where weights are
-    applied); ``finish`` [G] uint8 indexes FINISH_REASONS; ``rewards`` [G] float32 (the weighted total) and
-    ``components`` name → [G] float32; ``times`` [G, 3] float64, seconds since the epoch at submission, first and last
-    token. ``channels``: name → array, for step or token scores and for a tree's node and parent ids (empty by default).
+    behaviour policy's, at the sampling temperature), ``versions`` [T] int32 (weight version of each token, stamped
+    where weights are applied); ``finish`` [G] uint8 indexes FINISH_REASONS; ``rewards`` [G] float32 (the weighted
+    total) and ``components`` name → [G] float32; ``times`` [G, 3] float64, seconds since the epoch at submission,
+    first and last token. ``channels``: name → array, for step or token scores and for a tree's node and parent ids
+    (empty by default).
     ``queued_version`` and ``queued_at`` are the broker's stamp on arrival (−1 before).
     """
 
