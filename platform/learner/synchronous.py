@@ -62,15 +62,18 @@ class Synchronous:
 
     def run(self, steps: int) -> Iterator[Step]:
         """``steps`` learner steps from version 0."""
-        for step in range(steps):
-            began = time.perf_counter()
-            batch = self.generate(step)
-            generated = time.perf_counter()
-            report = self.trainer.step(step, batch)
-            weights = gather(self.trainer.policy)
-            self.engine.load_weights(step + 1, weights)
-            trained = time.perf_counter()
-            yield Step(batch, report, checksum(weights), generated - began, trained - generated)
+        return (self.step(step) for step in range(steps))
+
+    def step(self, step: int) -> Step:
+        """One learner step, from the version that the engine holds, which is ``step``, to the next."""
+        began = time.perf_counter()
+        batch = self.generate(step)
+        generated = time.perf_counter()
+        report = self.trainer.step(step, batch)
+        weights = gather(self.trainer.policy)
+        self.engine.load_weights(step + 1, weights)
+        trained = time.perf_counter()
+        return Step(batch, report, checksum(weights), generated - began, trained - generated)
 
     def generate(self, step: int) -> Batch:
         """Batch ``step``: all its groups enter the engine in slot order before the first decode."""
