@@ -141,6 +141,7 @@ class Broker:
         self.held: dict[str, Held] = {}
         self.waits: dict[str, Wait] = {}
         self.failures: list[Failure] = []
+        self.later: list[Callable[[], None]] = []
         self.status = self.reason = ""
         self.first_version = self.ledger.checkpoint
         self.audit = self.ledger.audit()
@@ -191,6 +192,15 @@ class Broker:
             answer = Error(error=self.broken(error)), NO_ARRAYS
         if answer is not None:
             self.wire.reply(envelope, *answer)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """What a reply need not wait for: files that are made of what the ledger holds already."""
+        while self.later:
+            try:
+                self.later.pop(0)()
+            except (LedgerError, OSError) as error:
+                self.broken(error)
 
     def serve_held(self) -> None:
         """Answer the long polls that can be answered now, and those that were held long enough."""
@@ -442,7 +452,7 @@ class Broker:
         if outcome != "repeated":
             self._progress()
             self.wire.hint(VersionHint(version=self.desk.version))
-            self._write_summary()
+            self.later.append(self._write_summary)
         return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged", stop=bool(self.status)), NO_ARRAYS
 
     def _train(self, message: Commit) -> Outcome:
@@ -451,7 +461,7 @@ class Broker:
         metrics = {**message.metrics, **row}
         outcome = self.desk.commit(step, message.checksum, metrics)
         self.ledger.put(self.accounts.remarks())
-        self.recorder.step({**metrics, "step": step + 1}, message.histograms, message.texts)
+        self.later.append(lambda: self.recorder.step({**metrics, "step": step + 1}, message.histograms, message.texts))
         return outcome
 
     def on_checkpointed(self, message: Checkpointed, envelope: Envelope) -> Answer:

@@ -274,8 +274,10 @@ class Desk:
         """
         if step < self.version and self.ledger.checksum(step + 1) == checksum:
             return "repeated"
-        if step != self.version or self.ledger.batch(step) is None:
+        if step != self.version:
             raise RequestError(f"step {step} was committed, but step {self.version} is the one to train")
+        if not self.training:
+            raise RequestError(f"step {step} was committed, but nobody has asked for its batch")
         diverged = self.ledger.commit(step, checksum, metrics)
         self.version, self.training = step + 1, False
         self._at_commit = dict(self.ledger.tally().refused)

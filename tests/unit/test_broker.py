@@ -759,10 +759,13 @@ def test_a_metrics_file_that_cannot_be_written_fails_the_run_and_names_the_direc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run.broker.recorder, "step", full)
-    error = run.ask("learner-0", Commit(step=0, version=1, checksum="c1", metrics={}), Error).error
-    assert str(run.run_dir) in error
-    assert "No space left on device" in error
-    assert run.broker.failures[0].role == "broker"
+    run.commit(0, 1, loss=1.0)  # the commit itself is durable
+    [failure] = run.broker.failures
+    assert failure.role == "broker"
+    assert str(run.run_dir) in failure.error
+    assert "No space left on device" in failure.error
+    assert run.beat("learner").stop
+    assert [row["loss"] for row in run.broker.ledger.metrics()] == [1.0]
 
 
 def test_another_broker_on_the_same_run_is_refused(start: Callable[..., Run]) -> None:
