@@ -47,15 +47,21 @@ class Verdict:
 class Desk:
     """Grants, arrivals, batches and commits of one run.
 
-    ``version``: the newest one published in this life (−1: none yet). ``training``: its batch was handed out.
+    ``version``: the newest one published in this life (−1: none yet). ``handed``: the newest step whose batch was
+    handed out in this life.
     """
 
     def __init__(self, ledger: Ledger, law: Law, problems: Callable[[int], Problem], samples: int) -> None:
         self.ledger, self.law, self.problems, self.samples = ledger, law, problems, samples
         self.version = -1
         self.replay_until = 0
-        self.training = False
+        self.handed = -1
         self._at_commit = dict(ledger.tally().refused)
+
+    @property
+    def training(self) -> bool:
+        """Whether the batch of the newest version was handed out: its successor may be out before its commit arrives."""
+        return self.handed >= self.version >= 0
 
     # ------------------------------------------------------------------ leases
 
@@ -69,7 +75,7 @@ class Desk:
             return []
         wave, grants = self._wave() if self.law.exact else (-1, self._next(room))
         rows = self.ledger.grant(holder, grants, now) if grants else []
-        return [self._lease(row, wave, len(rows)) for row in rows]
+        return [self._lease(row, wave) for row in rows]
 
     def _next(self, room: int) -> list[Grant]:
         law, ledger = self.law, self.ledger
@@ -113,7 +119,7 @@ class Desk:
             return wave, sorted(whole, key=lambda grant: grant.slot)
         return -1, []
 
-    def _lease(self, row: Row, wave: int, size: int) -> Lease:
+    def _lease(self, row: Row, wave: int) -> Lease:
         exact = self.law.exact
         return Lease(
             group=row.id,
@@ -124,7 +130,6 @@ class Desk:
             min_version=row.needs,
             exact_version=row.needs if exact else -1,
             wave=wave,
-            wave_size=size if exact else 0,
         )
 
     def why_no_lease(self, holder: str, generators: int) -> str:
@@ -218,19 +223,28 @@ class Desk:
     def batch(self, step: int) -> list[int] | None:
         """The durable ordered ids of the batch of ``step``; None while there are not enough groups.
 
-        RequestError unless ``step`` is the newest published version: a batch trains from the version of its number.
+        A batch trains from the version of its number. The next one may be asked for while this one trains, so that it
+        is at the learner when the version is out; RequestError on any other step. What is handed out ahead can never be
+        taken back: not in a replay, which may diverge, and no token of a version that is not committed.
         """
-        if step != self.version:
+        ahead = step == self.version + 1 and self.training
+        if step != self.version and not ahead:
             raise RequestError(f"the batch of step {step} was asked for, but the newest version is {self.version}")
-        groups = self.ledger.batch(step) or self._form(step)
-        self.training = groups is not None
+        if ahead and self.version < self.ledger.newest:
+            return None
+        groups = self.ledger.batch(step) or self._form(step, self.version if ahead else None)
+        if groups is not None:
+            self.handed = step
         return groups
 
-    def _form(self, step: int) -> list[int] | None:
-        rows = self._swept(step)
+    def _form(self, step: int, newest: int | None) -> list[int] | None:
+        """Log the batch of ``step``; None while a group is missing, or has a token of a version above ``newest``."""
+        rows = self._swept(step)[: self.law.batch]
         if len(rows) < self.law.batch:
             return None
-        groups = [row.id for row in rows[: self.law.batch]]
+        if newest is not None and any((row.max_version or 0) > newest for row in rows):
+            return None
+        groups = [row.id for row in rows]
         self.ledger.log_batch(step, groups)
         return groups
 
@@ -279,14 +293,14 @@ class Desk:
         if not self.training:
             raise RequestError(f"step {step} was committed, but nobody has asked for its batch")
         diverged = self.ledger.commit(step, checksum, metrics)
-        self.version, self.training = step + 1, False
+        self.version = step + 1
         self._at_commit = dict(self.ledger.tally().refused)
         return "diverged" if diverged else "new"
 
     def rewind(self) -> None:
         """The learner begins anew from its checkpoint: nothing is published until it says so."""
         self.ledger.rewind()
-        self.version, self.training = -1, False
+        self.version = self.handed = -1
         self.replay_until = self.ledger.logged()
 
     def starved(self) -> str:

@@ -167,6 +167,8 @@ class Rollout:
     def _take(self, ticket: int, message: Message) -> None:
         if isinstance(message, Leases):
             self._lease_ticket = None
+            granted = {lease.group for lease in message.leases}
+            self._waiting = [lease for lease in self._waiting if lease.group not in granted]
             self._waiting += [lease for lease in message.leases if not self._already_held(lease)]
             self._waiting.sort(key=lambda lease: (lease.wave, lease.slot, lease.group))
             self.newest = max(self.newest, message.version)
@@ -210,21 +212,17 @@ class Rollout:
 
     def _wanted_version(self) -> int | None:
         if self.config.staleness.mode == "exact":
-            wave = self._whole_wave()
+            wave = self._next_wave()
             return wave[0].exact_version if wave and not self.engine.unfinished else None
         return self.newest if self.newest > self.engine.version else None
 
-    def _whole_wave(self) -> list[Lease]:
-        """The oldest wave, once all its leases are here (else empty)."""
-        if not self._waiting:
-            return []
-        first = self._waiting[0]
-        wave = [lease for lease in self._waiting if lease.wave == first.wave]
-        return wave if len(wave) == first.wave_size else []
+    def _next_wave(self) -> list[Lease]:
+        """The leases of the oldest wave. The broker grants a wave whole in one reply, so they are all here or none."""
+        return [lease for lease in self._waiting if lease.wave == self._waiting[0].wave]
 
     def _ready(self) -> list[Lease]:
         if self.config.staleness.mode == "exact":
-            wave = self._whole_wave()
+            wave = self._next_wave()
             ready = bool(wave) and not self.engine.unfinished and self.engine.version == wave[0].exact_version
             return wave if ready else []
         limit = 2 * self.config.engine.max_running

@@ -191,7 +191,6 @@ class History(RuleBasedStateMachine):
             [wave] = {lease.wave for lease in leases}
             assert {lease.exact_version for lease in leases} == {max(0, wave - self.law.staleness)}
             assert [lease.slot for lease in leases] == sorted(lease.slot for lease in leases)
-            assert {lease.wave_size for lease in leases} == {len(leases)}
         else:
             assert len(leases) <= room
         for lease in leases:

@@ -212,14 +212,8 @@ def test_one_lease_request_is_open_at_a_time_and_none_once_the_engine_is_twice_f
 
 def test_a_wave_enters_whole_in_slot_order_under_its_exact_version() -> None:
     rollout = make(exact())
-    late, early = (
-        lease(3, slot=3, wave=1, wave_size=2, exact_version=0),
-        lease(2, slot=2, wave=1, wave_size=2, exact_version=0),
-    )
-    grant(rollout, late, version=4)
-    turn(rollout)
-    assert rollout.engine.seen == []  # type: ignore[attr-defined]
-    grant(rollout, early, version=4)
+    late, early = lease(3, slot=3, wave=1, exact_version=0), lease(2, slot=2, wave=1, exact_version=0)
+    grant(rollout, late, early, version=4)
     turn(rollout)
     assert rollout.engine.seen == [2, 3]  # type: ignore[attr-defined]
     assert rollout.engine.version == 0  # not the newest, 4: the one that the wave names
@@ -227,7 +221,7 @@ def test_a_wave_enters_whole_in_slot_order_under_its_exact_version() -> None:
 
 def test_the_next_wave_waits_until_the_engine_is_empty() -> None:
     rollout = make(exact())
-    waves = [lease(i, wave=i // 2, wave_size=2, exact_version=max(0, i // 2 - 1)) for i in range(4)]
+    waves = [lease(i, wave=i // 2, exact_version=max(0, i // 2 - 1)) for i in range(4)]
     grant(rollout, *waves, version=1)
     rollout.apply_weights()
     rollout.start_ready()
@@ -249,6 +243,20 @@ def test_a_group_leased_again_goes_on_under_the_new_attempt() -> None:
     turn(rollout)
     assert rollout.engine.seen == [1]  # type: ignore[attr-defined]
     assert [m.header.attempt for m in sent(rollout, SubmitGroup)] == [2]
+
+
+def test_a_wave_leased_again_while_half_of_it_runs_is_neither_doubled_nor_stuck() -> None:
+    """Heartbeats were lost for a while: the broker took the wave back and granted it again, to us."""
+    rollout = make(exact())
+    wave = [lease(i, wave=0, exact_version=0) for i in range(2)]
+    grant(rollout, *wave)
+    grant(rollout, *(lease(i, attempt=2, wave=0, exact_version=0) for i in range(2)))
+    rollout.apply_weights()
+    rollout.start_ready()
+    grant(rollout, *(lease(i, attempt=3, wave=0, exact_version=0) for i in range(2)))
+    turn(rollout)
+    assert rollout.engine.seen == [0, 1]  # type: ignore[attr-defined]
+    assert [m.header.attempt for m in sent(rollout, SubmitGroup)] == [3, 3]
 
 
 def test_a_group_is_forgotten_only_when_acknowledged() -> None:
