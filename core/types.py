@@ -177,9 +177,10 @@ class Batch:
 class Lease:
     """The right to make one group, held until it is submitted, failed, or its holder's heartbeats stop.
 
-    ``min_version`` is the oldest version whose tokens may enter (I2). In exact mode (I2b) ``exact_version`` is the one
-    version that must make every token, and ``wave`` numbers the batch: the broker grants a wave whole in one
-    reply, it enters the engine whole, in slot order, and nothing else is in flight with it (I3). ``driver`` names what turns the lease into samples.
+    ``min_version`` is the oldest version whose tokens may enter (I2). In exact mode (I2b) ``exact_version`` is the
+    one version that must make every token, and ``wave`` numbers the batch: the broker grants a wave whole in one
+    reply, it enters the engine whole, in slot order, and nothing else is in flight with it (I3). ``driver`` names
+    what turns the lease into samples.
     """
 
     group: int

@@ -60,7 +60,7 @@ class Desk:
 
     @property
     def training(self) -> bool:
-        """Whether the batch of the newest version was handed out: its successor may be out before its commit arrives."""
+        """Whether the newest version's batch was handed out: its successor may be out before its commit arrives."""
         return self.handed >= self.version >= 0
 
     # ------------------------------------------------------------------ leases
