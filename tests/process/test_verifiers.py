@@ -20,7 +20,7 @@ from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.verifiers import VerifierError, VerifierPool
 from offtrail.rewards.config import RewardConfig
-from offtrail.tasks.config import CountdownConfig, JsonlConfig, MixtureConfig
+from offtrail.tasks.config import ChainConfig, CountdownConfig, JsonlConfig, MixtureConfig
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.split import stream
 
@@ -107,7 +107,13 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "task", [Config().task, CountdownConfig(), MixtureConfig(), JsonlConfig(path="/not/read.jsonl")]
+    "task",
+    [
+        ChainConfig(noise=0.0),  # without slips a trace is right
+        CountdownConfig(),
+        MixtureConfig(settings={"chain": {"noise": 0.0}}),
+        JsonlConfig(path="/not/read.jsonl"),
+    ],
 )
 def test_every_task_is_rebuilt_in_the_worker(task: Any):
     made = make_task(task, 0, load=False)
