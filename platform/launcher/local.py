@@ -194,6 +194,9 @@ def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
                 if status.finished:
                     return "completed", ""
             if (role := run.dead()) is not None:
+                # Between two looks the run may have ended: the broker writes its status before it lets anybody go.
+                if role.process.returncode == 0 and read_summary(run.run_dir).get("status") == "completed":
+                    return "completed", ""
                 return "failed", role.epitaph()
             time.sleep(STATUS_PERIOD_S)
 

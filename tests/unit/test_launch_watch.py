@@ -1,0 +1,27 @@
+"""The launcher's loop when a role leaves: in order after the end, or before its time."""
+
+import subprocess
+import sys
+
+import pytest
+
+from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.local import Role, Run, watch
+from offtrail.platform.tracking.summary import write_summary
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [(0, "completed", "completed"), (0, "interrupted", "failed"), (3, "completed", "failed")],
+)
+def test_a_role_may_leave_by_itself_only_after_the_broker_said_completed(tmp_path, code, status, expected):
+    config = Config()
+    config.tracking.progress = "off"
+    run = Run(config, tmp_path)  # no endpoint.json: the broker has left too
+    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+    process.wait()
+    run.roles.append(Role("generator-0", process, tmp_path / "generator-0.log"))
+    write_summary(tmp_path, {"status": status})
+    found, reason = watch(run, [])
+    assert found == expected
+    assert ("generator-0 exited" in reason) == (expected == "failed")
