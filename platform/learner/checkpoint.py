@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from offtrail.platform.learner.world import World, full, shard_like
 
@@ -58,6 +59,11 @@ def gather(policy: nn.Module) -> dict[str, Tensor]:
     """Full parameters under transformers' names; all ranks take part. With one rank the live ones: read, then let
     go.
     """
+    # Trap: a forward without a backward leaves FSDP2's root gathered; its plain parameters would be taken for the
+    # result, and a NumPy view of them forbids FSDP2 to free them.
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return {n: full(p.detach()) for n, p in zip(parameter_names(policy), policy.parameters(), strict=True)}
 
 
