@@ -12,6 +12,7 @@ of a step that failed; a restart is the checkpoint plus a replay of the batches 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.weights.store import Publisher
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
-from offtrail.platform.wire.sockets import WaitError
+from offtrail.platform.wire.sockets import RefusedError, WaitError
 
 log = logging.getLogger("offtrail.learner")
 
@@ -96,7 +97,7 @@ class Learner:
             connection=connection,
             world=world,
             trainer=trainer,
-            source=BrokerSource(connection, world, config.broker.deadline_seconds),
+            source=BrokerSource(connection, world, config.learner.steps, config.broker.deadline_seconds),
             model=model,
             tokenizer=AutoTokenizer.from_pretrained(start),
             publisher=Publisher(context.weights_folder, versions_kept(config)) if world.main else None,
@@ -112,7 +113,10 @@ class Learner:
         self._commit(Commit(step=-1, version=self.step, checksum=checksum, metrics={}))
 
     def publish(self, batch: Batch, report: Report) -> None:
-        """Publish the new version, then commit the batch with its metrics."""
+        """Publish the new version, then commit the batch with its metrics. The acknowledgement comes while the next
+        batch trains.
+        """
+        self._settle()
         self.step += 1
         checksum = self._publish()
         if not self.world.main:
@@ -141,12 +145,15 @@ class Learner:
                 self.trainer.policy, self.trainer.optimizer, self._window(),
             )  # fmt: skip
         if path is not None:
-            self._request(Checkpointed(step=self.step, path=str(path)), "an acknowledged checkpoint")
+            self._settle()
+            ticket = self.connection.client.send(Checkpointed(step=self.step, path=str(path)))
+            self._reply(ticket, "an acknowledged checkpoint")
             checkpoint.prune(self.context.run_dir, config.keep_checkpoints)
 
     def wait_for_stop(self) -> None:
         """The last version is out: stay until the run is over. Raises WaitError (I4) when the broker falls silent."""
         heart, deadline = self.connection.heart, self.context.config.broker.deadline_seconds
+        self._settle()
         with self.connection.activity.waiting("stop", on="evaluator"):
             while not heart.stop:
                 if heart.lost > deadline:
@@ -155,6 +162,8 @@ class Learner:
 
     def close(self) -> None:
         """Leave the world and the broker; the launcher removes the weight channel."""
+        with contextlib.suppress(WaitError, RefusedError):  # after a failure: what was published should be known
+            self._settle(1.0)
         if self.publisher is not None:
             self.publisher.close()
         self.connection.close()
@@ -187,19 +196,22 @@ class Learner:
 
     def _commit(self, commit: Commit) -> None:
         if self.world.main:
-            reply = self._request(commit, f"an acknowledged commit of version {commit.version}")
-            assert isinstance(reply, Committed)
-            if reply.diverged:
-                log.warning(
-                    "version %d differs from the one logged before the restart: lineage %d",
-                    commit.version,
-                    reply.lineage,
-                )
+            self.unacknowledged = commit.version, self.connection.client.send(commit)
 
-    def _request(self, message: Any, what: str) -> Any:
-        deadline = self.context.config.broker.deadline_seconds
+    def _settle(self, deadline_s: float | None = None) -> None:
+        """Wait for the acknowledgement of the last commit, if it is still to come."""
+        if self.unacknowledged is None:
+            return
+        (version, ticket), self.unacknowledged = self.unacknowledged, None
+        reply = self._reply(ticket, f"an acknowledged commit of version {version}", deadline_s)
+        assert isinstance(reply, Committed)
+        if reply.diverged:
+            log.warning("version %d differs from the one logged before the restart: lineage %d", version, reply.lineage)
+
+    def _reply(self, ticket: int, what: str, deadline_s: float | None = None) -> Any:
+        deadline_s = deadline_s or self.context.config.broker.deadline_seconds
         with self.connection.activity.waiting("commit", on="broker"):
-            return self.connection.client.request(message, what=what, deadline_s=deadline)[0]
+            return self.connection.client.wait(ticket, what=what, deadline_s=deadline_s)[0]
 
     def _window(self) -> dict[int, Path]:
         """Exact mode: the published files of the last η versions, which leases may still name after a restart."""

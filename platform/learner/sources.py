@@ -24,14 +24,17 @@ WAITING, STOP = b"w", b"s"
 
 
 class BrokerSource:
-    """Batches in their durable order. Rank 0 asks the broker; every rank returns the same batch.
+    """The batches of steps below ``steps`` in their durable order. Rank 0 asks the broker, one step ahead, so that the
+    next batch arrives while this one trains; every rank returns the same batch.
 
     Invariant: after each answer of the broker, an empty one too, all ranks meet in a broadcast, so that a rank never
     waits longer in a collective than one long poll takes.
     """
 
-    def __init__(self, connection: Connection, world: World, deadline_s: float) -> None:
-        self.connection, self.world, self.deadline_s = connection, world, deadline_s
+    def __init__(self, connection: Connection, world: World, steps: int, deadline_s: float) -> None:
+        self.connection, self.world, self.steps, self.deadline_s = connection, world, steps, deadline_s
+        self._asked: dict[int, int] = {}
+        """Tickets of open requests by step."""
 
     def next(self, step: int) -> Batch | None:
         """The batch of ``step``; None when the run stops.
@@ -55,17 +58,23 @@ class BrokerSource:
                     raise WaitError.passed(f"batch {step}", f"the broker ({word})", since, self.deadline_s)
 
     def _ask(self, step: int) -> tuple[BatchReply, Batch | None]:
-        reply, arrays = self.connection.client.request(
-            NextBatch(step=step), what=f"batch {step}", deadline_s=self.deadline_s
-        )
+        self._request(step)
+        ticket = self._asked.pop(step)
+        reply, arrays = self.connection.client.wait(ticket, what=f"batch {step}", deadline_s=self.deadline_s)
         assert isinstance(reply, BatchReply)
         if reply.stop or not reply.headers:
             return reply, None
+        if step + 1 < self.steps:
+            self._request(step + 1)
         groups, end = [], 0
         for header in reply.headers:
             start, end = end, end + arrays_per_group(header)
             groups.append(group_from(header, arrays[start:end]))
         return reply, Batch(reply.step, tuple(groups), reply.replay)
+
+    def _request(self, step: int) -> None:
+        if step not in self._asked:
+            self._asked[step] = self.connection.client.send(NextBatch(step=step))
 
 
 def _blob(reply: BatchReply, batch: Batch | None) -> bytes:

@@ -235,23 +235,24 @@ class Client:
     def request(
         self, message: Message, arrays: Sequence[Array] = (), *, what: str, deadline_s: float
     ) -> tuple[Message, list[Array]]:
-        """Send and wait for the reply; replies to other tickets are kept for ``poll``.
+        """Send and wait for the reply; see ``wait``."""
+        return self.wait(self.send(message, arrays), what=what, deadline_s=deadline_s)
 
-        Raises WaitError after ``deadline_s`` and RefusedError on an Error reply.
+    def wait(self, ticket: int, *, what: str, deadline_s: float) -> tuple[Message, list[Array]]:
+        """The reply to what was sent under ``ticket``; replies to other tickets are kept for ``poll`` and ``wait``.
+
+        Raises WaitError after ``deadline_s`` from now and RefusedError on an Error reply.
         """
         since, limit = time.time(), time.monotonic() + deadline_s
-        ticket = self.send(message, arrays)
         others: list[tuple[int, Message, list[Array]]] = []
         try:
             while True:
-                for reply in self.poll(max(0.0, limit - time.monotonic())):
-                    if reply[0] != ticket:
-                        others.append(reply)
-                        continue
-                    if isinstance(reply[1], Error):
-                        raise RefusedError(reply[1].error)
-                    answer = reply
-                    return answer[1], answer[2]
+                replies = self.poll(max(0.0, limit - time.monotonic()))
+                others += [reply for reply in replies if reply[0] != ticket]
+                for _, message, arrays in (reply for reply in replies if reply[0] == ticket):
+                    if isinstance(message, Error):
+                        raise RefusedError(message.error)
+                    return message, arrays
                 if time.monotonic() >= limit:
                     self._open.discard(ticket)
                     raise WaitError.passed(what, f"the broker ({self.endpoint.url})", since, deadline_s)

@@ -159,6 +159,7 @@ class History(RuleBasedStateMachine):
         self.world = 0
         self.differs_from = 1 << 30
         self.made: dict[int, str] = {}
+        self.handed: dict[int, list[int]] = {}  # step → batch that the living learner was given
         self.open()
         self.desk.start(0, self.checksum(0))
 
@@ -276,7 +277,18 @@ class History(RuleBasedStateMachine):
     def next_batch(self) -> None:
         step = self.desk.version
         if 0 <= step < self.law.steps:
-            self.desk.batch(step)
+            self.handed |= {step: batch} if (batch := self.desk.batch(step)) else {}
+
+    @rule()
+    def ask_ahead(self) -> None:
+        """The learner asks for the next batch while one trains."""
+        step = self.desk.version + 1
+        if not self.desk.training:
+            with pytest.raises(RequestError):
+                self.desk.batch(step)
+        elif step < self.law.steps and (batch := self.desk.batch(step)):
+            self.handed[step] = batch
+            event("ahead")
 
     @rule()
     def commit(self) -> None:
@@ -302,6 +314,7 @@ class History(RuleBasedStateMachine):
         """Some whole learner steps, with work and leases left over."""
         for _ in range(steps):
             self.work("a", max(0, lag))
+            self.ask_ahead()
             self.commit()
         self.next_batch()
         self.work("b", lag)
@@ -329,6 +342,7 @@ class History(RuleBasedStateMachine):
             self.differs_from = self.ledger.checkpoint + after
             self.made = {v: c for v, c in self.made.items() if v < self.differs_from}
         self.desk.rewind()
+        self.handed.clear()
         if self.desk.start(self.ledger.checkpoint, self.checksum(self.ledger.checkpoint)) == "diverged":
             self.current.clear()
 
@@ -352,6 +366,7 @@ class History(RuleBasedStateMachine):
         batches = {step: json.loads(ids) for step, ids in self.rows("SELECT step, ids FROM batches ORDER BY step")}
         assert list(batches) == list(range(len(batches)))
         slots = dict(self.rows("SELECT id, slot FROM groups"))
+        assert self.handed == {step: batches.get(step) for step in self.handed}
         for step, ids in batches.items():
             assert len(ids) == B
             assert not seen & set(ids)

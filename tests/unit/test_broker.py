@@ -275,6 +275,43 @@ def test_a_batch_carries_its_groups_bit_for_bit_with_the_brokers_stamp(start: Ca
     assert again == reply
 
 
+def test_the_next_batch_may_be_asked_for_while_one_trains(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    leases = run.make()  # batches 0 and 1, of version 0
+    ask = {step: NextBatch(step=step) for step in range(3)}
+    assert "newest version is 0" in run.ask("learner-0", ask[1], Error).error  # batch 0 does not train yet
+    run.ask("learner-0", ask[0], BatchReply)
+    ahead = run.ask("learner-0", ask[1], BatchReply)
+    assert [header.group for header in ahead.headers] == [lease.group for lease in leases[B:]]
+    assert "newest version is 0" in run.ask("learner-0", ask[2], Error).error
+    run.commit(0, 1)
+    # Batch 2 is asked for while batch 1 trains; a token of version 2, which is not committed yet, keeps it waiting.
+    for lease, version in zip(run.lease().leases, (1, 2), strict=True):
+        assert run.submit(lease, version).accepted
+    ticket = run.send("learner-0", ask[2])
+    run.broker.serve_held()
+    assert ticket not in run.wire.replies
+    run.commit(1, 2)
+    run.broker.serve_held()
+    assert len(run.reply(ticket, BatchReply).headers) == B
+
+
+def test_a_replay_is_not_handed_out_ahead(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.train(checkpoint=False)
+    run.train(checkpoint=False)
+    run = run.restarted()
+    assert run.ask("learner-0", NextBatch(step=0), BatchReply).replay
+    ticket = run.send("learner-0", NextBatch(step=1))
+    run.broker.serve_held()
+    assert ticket not in run.wire.replies
+    run.commit(0, 1, "another")  # it differs: what was logged after it is logged anew
+    run.broker.serve_held()
+    assert len(run.reply(ticket, BatchReply).headers) == B
+
+
 def test_late_repeated_and_wrong_submissions(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()
