@@ -202,7 +202,8 @@ class Learner:
         """Wait for the acknowledgement of the last commit, if it is still to come."""
         if self.unacknowledged is None:
             return
-        (version, ticket), self.unacknowledged = self.unacknowledged, None
+        version, ticket = self.unacknowledged
+        self.unacknowledged = None
         reply = self._reply(ticket, f"an acknowledged commit of version {version}", deadline_s)
         assert isinstance(reply, Committed)
         if reply.diverged:
