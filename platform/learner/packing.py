@@ -87,7 +87,7 @@ class Packed:
     prompt's queries are computed once; otherwise each bucket holds whole samples (queries = keys) for a causal kernel.
     ``predict`` [M] are the flat places whose hidden state predicts ``targets`` [M]; ``inverse_temperature`` [M, 1]
     divides the logits (None: all at temperature 1). ``tokens`` [M] are the places in Rows.tokens, ``samples`` [M] the
-    places in Rows of each predicted token.
+    places in Rows of each predicted token, ``lengths`` how many each sample in turn has (Σ = M).
     """
 
     input_ids: torch.Tensor
@@ -100,6 +100,7 @@ class Packed:
     inverse_temperature: torch.Tensor | None
     tokens: torch.Tensor
     samples: torch.Tensor
+    lengths: tuple[int, ...]
 
     @property
     def longest(self) -> int:
@@ -205,6 +206,7 @@ def lay_out(rows: Rows, samples: Sequence[int], *, share_up_to: int = 0) -> Pack
         inverse_temperature=None if (temperatures == 1).all() else torch.from_numpy(1 / temperatures).unsqueeze(1),
         tokens=torch.from_numpy(tokens),
         samples=torch.from_numpy(sample_of),
+        lengths=tuple(rows.lengths[chosen].tolist()),
     )
 
 

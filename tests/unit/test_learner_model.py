@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from offtrail.platform.learner.model import Policy, load_model, token_logprobs
+from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.packing import Rows, lay_out
 
 SIZES: dict[str, Any] = {
@@ -121,45 +120,6 @@ def test_a_window_that_samples_cross_is_refused(tmp_path: Path) -> None:
     policy = Policy(load_model(tmp_path))
     with pytest.raises(ValueError, match=r"attends within 16 tokens, but a sample has \d+.*model\.max_length"):
         policy(lay_out(ragged(), range(9)))
-
-
-def head_case(dtype: torch.dtype, bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    draw = torch.Generator().manual_seed(5)
-    hidden, weight = torch.randn(11, 8, generator=draw), torch.randn(19, 8, generator=draw)
-    b = torch.randn(19, generator=draw) if bias else None
-    tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
-    return *tensors, None if b is None else b.to(dtype).requires_grad_(), torch.randint(19, (11,), generator=draw)
-
-
-@pytest.mark.parametrize("elements", [1 << 20, 40, 1], ids=["one chunk", "six chunks", "a chunk a row"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_head_equals_float64_whatever_the_chunk(elements: int, bias: bool) -> None:
-    inverse = torch.linspace(0.5, 2.0, 11).unsqueeze(1)
-    exact = head_case(torch.float64, bias)
-    z = torch.nn.functional.linear(exact[0], exact[1], exact[2]) * inverse
-    expected = torch.log_softmax(z, -1)
-    weights = torch.linspace(-1, 1, 11, dtype=torch.float64)
-    (expected.gather(1, exact[3][:, None])[:, 0] * weights).sum().backward()
-
-    mine = head_case(torch.float32, bias)
-    logprobs, entropy = token_logprobs(*mine, inverse, elements=elements)
-    (logprobs * weights.float()).sum().backward()
-    assert not entropy.requires_grad
-    assert torch.allclose(logprobs.double(), expected.gather(1, exact[3][:, None])[:, 0], atol=1e-5)
-    assert torch.allclose(entropy.double(), -(expected.exp() * expected).sum(-1), atol=1e-5)
-    for a, b in zip(mine[:3], exact[:3], strict=True):
-        if a is not None and b is not None:
-            assert a.grad is not None
-            assert b.grad is not None
-            assert torch.allclose(a.grad.double(), b.grad, atol=1e-5)
-
-
-def test_temperature_by_hand() -> None:
-    # logits 0 and ln 3 at T = 1: p = 1/4, 3/4; at T = 1/2: 1 : 9
-    hidden, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [math.log(3)]])
-    logprobs, entropy = token_logprobs(hidden, weight, None, torch.tensor([0, 1]), torch.tensor([[1.0], [2.0]]))
-    assert logprobs.exp().tolist() == pytest.approx([0.25, 0.9])
-    assert entropy[0].item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
 
 
 def test_fused_layers_are_in_use(start_dir: Path) -> None:
