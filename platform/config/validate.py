@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from offtrail.algos.config import incompatible
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.keys import flatten
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config
@@ -33,7 +34,35 @@ LIMITS = {
     "algo.kl_coef": "[0, inf)",
     "algo.clip_high": "[0, inf)",
     "algo.std_eps": "[0, inf)",
-    "correction.cap": "(0, inf)",
+    "algo.ref_refresh": "[0, inf)",
+    "algo.entropy_coef": "[0, inf)",
+    "algo.overlong_share": "[0, 1]",
+    "algo.overlong_penalty": "[0, inf)",
+    "algo.dual_clip": "[0, inf)",
+    "algo.gamma": "[0, 1]",
+    "algo.gae_lambda": "[0, 1]",
+    "algo.gae_alpha": "[0, inf)",
+    "algo.value_lambda": "[0, 1]",
+    "algo.value_clip": "[0, inf)",
+    "algo.tau_positive": "(0, inf)",
+    "algo.tau_negative": "(0, inf)",
+    "algo.cap": "[1, inf)",
+    "algo.low_start": "[0, 1]",
+    "algo.low_end": "[0, 1]",
+    "algo.low_step": "(0, inf)",
+    "algo.high_start": "[1, inf)",
+    "algo.high_end": "[1, inf)",
+    "algo.high_step": "(0, inf)",
+    "algo.positive_share": "[0, 1]",
+    "algo.tau": "[0, inf)",
+    "algo.mask_low": "[0, 1]",
+    "algo.mask_high": "[0, 1]",
+    "algo.penalty": "[0, inf)",
+    "correction.cap": "[0, inf)",
+    "correction.low": "[0, 1]",
+    "correction.high": "[1, inf)",
+    "correction.limit": "[0, inf)",
+    "correction.floor": "[0, inf)",
     "reward.accuracy_weight": "[0, inf)",
     "reward.format_weight": "[0, inf)",
     "reward.workers": "[1, inf)",
@@ -176,6 +205,13 @@ def task_files_are_here(config: Config) -> None:
             raise refuse(key, path, "no such file; give a JSON-lines file, one problem a line")
 
 
+def objective_and_correction_fit(config: Config) -> None:
+    """No importance weight counts twice; the reason stands in algos/config.py."""
+    reason = incompatible(config.algo, config.correction)
+    if reason is not None:
+        raise ConfigError(reason)
+
+
 def minibatches_divide_groups(config: Config) -> None:
     """A learner step is K updates of whole groups."""
     groups, minibatches = config.batch.groups, config.learner.minibatches
@@ -301,6 +337,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     made_model_has_whole_heads,
     model_path_is_here,
     task_files_are_here,
+    objective_and_correction_fit,
     minibatches_divide_groups,
     every_rank_has_samples,
     answers_fit_the_model,
