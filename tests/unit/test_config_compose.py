@@ -75,6 +75,7 @@ def test_options_hold_only_differences():
         for option in options_of(group):
             given = read_file(OPTIONS_DIR / group / f"{option}.yaml")
             name = given.pop("name", option)
+            given.pop("with", None)
             keys = variant_keys()[group][name]
             assert [k for k, v in given.items() if str(keys[f"{group}.{k}"].default).lower() == v.lower()] == []
 

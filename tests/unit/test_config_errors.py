@@ -28,7 +28,7 @@ MISTAKES = [
     (["task=adition"], "task=adition: unknown option", ["addition, chain", "nearest: addition"]),
     (["model=/data/qwen"], "model=/data/qwen: unknown option", ["options: tiny", "model.path=/data/qwen"]),
     (["engine.name=sglang"], "engine.name=sglang: must be one of local", []),
-    (["algo.name=gppo"], "algo.name=gppo: must be one of grpo", ["nearest: grpo"]),
+    (["algo.name=gppo"], "algo.name=gppo: must be one of grpo", ["nearest: ppo, gspo, grpo"]),
     (["task.path=x.jsonl"], "task.path=x.jsonl: not a key of task.name=chain", ["of task.name=jsonl"]),
     (["correction=none", "correction.cap=3"], "correction.cap=3: not a key of correction.name=none", ["tis"]),
     (["batch=8"], "batch=8: is a section", ["batch.groups, batch.group_size"]),
