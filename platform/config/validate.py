@@ -31,6 +31,12 @@ LIMITS = {
     "model.mlp_size": "[1, inf)",
     "model.init_std": "(0, inf)",
     "model.max_length": "[2, inf)",
+    "algo.critic.lr": "[0, inf)",
+    "algo.critic.eps": "(0, inf)",
+    "algo.critic.weight_decay": "[0, inf)",
+    "algo.critic.grad_clip": "(0, inf)",
+    "algo.critic.warmup_updates": "[0, inf)",
+    "algo.critic.pretrain_steps": "[0, inf)",
     "algo.kl_coef": "[0, inf)",
     "algo.clip_high": "[0, inf)",
     "algo.std_eps": "[0, inf)",
@@ -78,6 +84,8 @@ LIMITS = {
     "batch.groups": "[1, inf)",
     "batch.group_size": "[1, inf)",
     "sampling.max_new_tokens": "[1, inf)",
+    "sampling.growth_step": "[0, inf)",
+    "sampling.growth_factor": "[1, inf)",
     "staleness.max": "[0, inf)",
     "staleness.max_refusals": "[1, inf)",
     "learner.steps": "[1, inf)",
@@ -127,8 +135,8 @@ def numbers_are_in_range(config: Config) -> None:
             raise refuse(key, value, "must be a finite number")
         if key in LIMITS and not inside(value, LIMITS[key]):
             raise refuse(key, value, f"must be {limit_text(LIMITS[key])}")
-    for key, betas in (("sft.betas", config.sft.betas), ("learner.optim.betas", config.learner.optim.betas)):
-        if not all(0 <= beta < 1 for beta in betas):
+    for key, betas in flatten(config).items():
+        if key.endswith(".betas") and not all(0 <= beta < 1 for beta in betas):
             raise refuse(key, list(betas), "each must lie in [0, 1)")
 
 
@@ -171,20 +179,22 @@ def made_model_has_whole_heads(config: Config) -> None:
         raise refuse("model.kv_heads", model.kv_heads, f"must divide model.heads={model.heads}")
 
 
-def model_path_is_here(config: Config) -> None:
+def model_paths_are_here(config: Config) -> None:
     """A folder with config.json, or a name in the Hugging Face cache: no role downloads, four of them would at once."""
-    given = config.model.path
+    for key in ("model.path", "algo.critic.path"):
+        _model_is_here(key, flatten(config).get(key, ""))
+
+
+def _model_is_here(key: str, given: str) -> None:
     if not given or (Path(given) / "config.json").is_file():
         return
     if Path(given).exists():
-        raise refuse("model.path", given, "holds no config.json; a Hugging Face model folder has one")
+        raise refuse(key, given, "holds no config.json; a Hugging Face model folder has one")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith("."):
-        raise refuse("model.path", given, "no such folder; give a Hugging Face model folder, or leave it empty")
+        raise refuse(key, given, "no such folder; give a Hugging Face model folder, or leave it empty")
     cached = hub_cache() / f"models--{given.replace('/', '--')}" / "snapshots"
     if not any(cached.glob("*/config.json")):
-        raise refuse(
-            "model.path", given, f"neither a folder nor in the Hugging Face cache; fetch it first: hf download {given}"
-        )
+        raise refuse(key, given, f"neither a folder nor in the Hugging Face cache; fetch it first: hf download {given}")
 
 
 def hub_cache() -> Path:
@@ -219,6 +229,27 @@ def minibatches_divide_groups(config: Config) -> None:
         raise refuse("batch.groups", groups, f"must be divisible by learner.minibatches={minibatches}")
 
 
+def references_are_refreshed_between_steps(config: Config) -> None:
+    """All K updates of a learner step have one reference, so it can only change after whole steps."""
+    refresh, minibatches = config.algo.ref_refresh, config.learner.minibatches
+    if refresh % minibatches:
+        raise refuse(
+            "algo.ref_refresh",
+            refresh,
+            f"counts optimizer updates: must be a multiple of learner.minibatches={minibatches}, the updates of a step",
+        )
+
+
+def groups_can_have_a_signal(config: Config) -> None:
+    """One sample alone has no variance: every group would be refused."""
+    if config.algo.filter_groups != "none" and config.batch.group_size < 2:
+        raise refuse(
+            "algo.filter_groups",
+            config.algo.filter_groups,
+            f"needs batch.group_size ≥ 2, not {config.batch.group_size}: one answer is always all right or all wrong",
+        )
+
+
 def every_rank_has_samples(config: Config) -> None:
     """Each of the K updates is split over the ranks, sample by sample."""
     samples = config.batch.groups * config.batch.group_size // config.learner.minibatches
@@ -235,6 +266,14 @@ def answers_fit_the_model(config: Config) -> None:
     longest, new = config.model.max_length, config.sampling.max_new_tokens
     if new >= longest:
         raise refuse("sampling.max_new_tokens", new, f"must be < model.max_length={longest}: the prompt needs room too")
+    grown = config.sampling.longest_at(config.learner.steps - 1)
+    if grown >= longest:
+        raise refuse(
+            "sampling.growth_factor",
+            config.sampling.growth_factor,
+            f"answers grow to {grown} tokens at step {config.sampling.growth_step}: must stay < "
+            f"model.max_length={longest}",
+        )
     if config.learner.tokens_per_microbatch < longest:
         raise refuse(
             "learner.tokens_per_microbatch",
@@ -335,10 +374,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
     numbers_are_in_range,
     run_name_is_a_folder_name,
     made_model_has_whole_heads,
-    model_path_is_here,
+    model_paths_are_here,
     task_files_are_here,
     objective_and_correction_fit,
     minibatches_divide_groups,
+    references_are_refreshed_between_steps,
+    groups_can_have_a_signal,
     every_rank_has_samples,
     answers_fit_the_model,
     training_samples_the_policy_itself,

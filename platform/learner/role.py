@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from offtrail.algos.config import PpoConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.context import Connection, RoleContext
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
+from offtrail.platform.learner.critic import Critic, CriticTrainer
 from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.objectives import PolicyGradient, rows_of_pairs
 from offtrail.platform.learner.packing import lay_out
-from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts, staleness
+from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import Report, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World, join
@@ -89,8 +91,7 @@ class Learner:
             world = join(config.learner, layer_classes(model), deadline_s=config.broker.deadline_seconds)
             trainer = make_trainer(config, world, model, start, connection.activity)
             if step:
-                trainer.updates = checkpoint.read_state(origin).updates
-                checkpoint.restore_optimizer(origin, trainer.policy, trainer.optimizer)
+                checkpoint.restore(origin, trainer)
         return cls(
             context=context,
             connection=connection,
@@ -124,7 +125,7 @@ class Learner:
                 version=self.step,
                 checksum=checksum,
                 metrics=report.metrics | batch_metrics(batch) | {"weights/publish_seconds": self.publish_seconds},
-                histograms=report.histograms | {"staleness/tokens": histogram(staleness(batch))},
+                histograms=report.histograms | batch_histograms(batch),
                 texts=sample_texts(batch, self.tokenizer.decode, shown) if not batch.replay else {},
             )
         )
@@ -135,11 +136,10 @@ class Learner:
         if self.step % config.checkpoint_every and self.step != config.steps:
             return
         with self.connection.activity.busy("checkpoint"):
-            state = TrainerState(step=self.step, updates=self.trainer.updates)
+            state = TrainerState.of(self.step, self.trainer)
             path = checkpoint.save(
-                self.context.run_dir, self.world, state, self.model, self.tokenizer,
-                self.trainer.policy, self.trainer.optimizer, self._window(),
-            )  # fmt: skip
+                self.context.run_dir, self.world, state, self.model, self.tokenizer, self.trainer, self._window()
+            )
         if path is not None:
             self._request(Checkpointed(step=self.step, path=str(path)), "an acknowledged checkpoint")
             checkpoint.prune(self.context.run_dir, config.keep_checkpoints)
@@ -212,7 +212,9 @@ class Learner:
 
 
 def make_trainer(config: Config, world: World, model: Any, start: Path, activity: Activity) -> Trainer:
-    """Policy, AdamW, schedule and objective of job=rl; the reference policy where the loss has a KL term."""
+    """Policy, AdamW, schedule and objective of job=rl; the reference policy and the critic where the objective needs
+    them.
+    """
     objective = PolicyGradient(config)
     settings = config.learner
     policy = Policy(model, dtype=settings.dtype)
@@ -220,7 +222,7 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
     optimizer = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
     policy, optimizer = world.prepare(policy, optimizer)
     reference = None
-    if objective.needs_ref:
+    if config.algo.needs_ref:
         frozen = Policy(load_model(start, device=settings.device), dtype=settings.dtype).requires_grad_(False)
         reference = world.shard(frozen)
     return Trainer(
@@ -233,7 +235,24 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
         budget=settings.tokens_per_microbatch,
         grad_clip=optim.grad_clip,
         reference=reference,
+        critic=make_critic(config, world, start, activity),
+        ref_refresh=config.algo.ref_refresh,
+        watch_gradients=config.tracking.gradient_cosine,
     )
+
+
+def make_critic(config: Config, world: World, start: Path, activity: Activity) -> CriticTrainer | None:
+    """The critic of algo=ppo, from algo.critic.path or the start model, in the policy's world."""
+    algo = config.algo
+    if not isinstance(algo, PpoConfig):
+        return None
+    settings = algo.critic
+    critic = Critic(load_model(settings.path or start, device=config.learner.device), dtype=config.learner.dtype)
+    optimizer = adamw(
+        critic.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, decay=settings.weight_decay
+    )
+    critic, optimizer = world.prepare(critic, optimizer)
+    return CriticTrainer(world, critic, optimizer, warmup(settings), algo, activity)
 
 
 def start_model(config: Config, run_dir: Path) -> Path:

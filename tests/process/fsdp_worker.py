@@ -56,16 +56,14 @@ def run(world: World, model: Any, job: dict[str, Any]) -> None:
     origin, out = Path(job["origin"]), Path(job["out"])
     trainer = trainer_of(world, model, Path(job["start"]))
     if (origin / "trainer.json").is_file():
-        trainer.updates = checkpoint.read_state(origin).updates
-        checkpoint.restore_optimizer(origin, trainer.policy, trainer.optimizer)
+        checkpoint.restore(origin, trainer)
     sharded = [isinstance(p, DTensor) for p in trainer.policy.parameters()]
     metrics: dict[str, float] = {}
     for step in job["steps"]:
         metrics = trainer.step(step, read_batch(Path(job["batches"]), step)).metrics
         if step + 1 == job.get("save"):
             tokenizer = AutoTokenizer.from_pretrained(job["start"])
-            state = TrainerState(step + 1, trainer.updates)
-            checkpoint.save(out, world, state, model, tokenizer, trainer.policy, trainer.optimizer, {})
+            checkpoint.save(out, world, TrainerState.of(step + 1, trainer), model, tokenizer, trainer, {})
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.policy.parameters())
     parameters = checkpoint.gather(trainer.policy)
     told = {

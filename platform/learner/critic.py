@@ -1,0 +1,110 @@
+"""The critic of PPO: the value of the state that each output token is drawn in, trained beside the policy.
+
+train.py calls ``CriticTrainer``: ``score`` before the first update of a step, ``update`` behind each of the policy's.
+
+Invariants: the critic sees the policy's micro-batches, cut over the same ranks; its values before the batch's first
+update are the ones that advantages, returns and the value clip are taken from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offtrail.algos.config import PpoConfig
+from offtrail.algos.value import ValueMetrics, value_loss
+from offtrail.platform.learner import attention
+from offtrail.platform.learner.fused import fuse
+from offtrail.platform.learner.packing import Packed
+from offtrail.platform.learner.world import World, full
+from offtrail.platform.tracking.activity import Activity
+
+
+class Critic(nn.Module):
+    """A decoder with a scalar head that begins at 0, so that at first advantages are returns.
+
+    ``model``: a causal language model; its decoder is taken (under the same parameter names), its own head is left.
+    """
+
+    def __init__(self, model: Any, *, dtype: str = "float32") -> None:
+        super().__init__()
+        plain = dtype == "float32" and model.device.type == "cpu"
+        width = model.get_output_embeddings().weight.shape[1]
+        self.model: Any = (fuse(model) if plain else model).base_model
+        self.head = nn.Linear(width, 1, bias=False, device=model.device, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        self.autocast = dtype == "bfloat16"
+        self.share_up_to = attention.SHARE_UP_TO if plain else 0
+
+    def forward(self, packed: Packed) -> Tensor:
+        """Values [M] float32, with gradient: before each output token, of the prompt and the tokens so far."""
+        with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden = self.model(
+                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
+            ).last_hidden_state[0]
+        rows = hidden.index_select(0, packed.predict).float()
+        values: Tensor = torch.nn.functional.linear(rows, self.head.weight.float()).squeeze(1)
+        return values
+
+
+class CriticTrainer:
+    """A critic, its optimizer and its schedule. ``updates``: optimizer updates done so far."""
+
+    def __init__(
+        self,
+        world: World,
+        critic: Critic,
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable[[int], float],
+        algo: PpoConfig,
+        activity: Activity,
+    ) -> None:
+        self.world, self.critic, self.optimizer, self.schedule = world, critic, optimizer, schedule
+        self.activity, self.updates, self.clip = activity, 0, algo.value_clip
+        self.grad_clip, self.pretrain_steps = algo.critic.grad_clip, algo.critic.pretrain_steps
+        self.parameters = [p for p in critic.parameters() if p.requires_grad]
+        self.size = sum(p.numel() for p in self.parameters)
+
+    @torch.no_grad()
+    def score(self, packs: Sequence[Packed], into: Tensor) -> None:
+        """Write the values of this rank's tokens into [T]."""
+        with self.activity.busy("values"):
+            for packed in packs:
+                into[packed.tokens] = self.critic(packed)
+                self.activity.charge("value_flops", 2.0 * self.size * packed.input_ids.numel())
+
+    def update(
+        self, micro: Sequence[Packed], weights: Tensor, old_values: Tensor, returns: Tensor
+    ) -> tuple[list[ValueMetrics], float, float]:
+        """One optimizer update on ``weights`` [N], ``old_values`` and ``returns`` [T].
+
+        Metrics of the micro-batches, the loss over all ranks and the gradient's norm before clipping. Where one of
+        these is not finite, nothing was changed: the caller raises.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(self.updates)
+        losses, metrics = [], []
+        for packed in micro:
+            at = packed.tokens
+            loss, sums = value_loss(
+                self.critic(packed),
+                old_values.index_select(0, at),
+                returns.index_select(0, at),
+                weights.index_select(0, packed.samples),
+                clip=self.clip,
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            metrics.append(sums)
+            self.activity.charge("value_flops", 6.0 * self.size * packed.input_ids.numel())
+        norm = float(full(nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)))
+        loss_sum = float(self.world.sum(torch.stack(losses).sum()))
+        if math.isfinite(norm) and math.isfinite(loss_sum):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.updates += 1
+        return metrics, loss_sum, norm
