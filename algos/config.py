@@ -113,7 +113,7 @@ class CriticConfig:
     """The critic: the policy's architecture with a scalar head, trained by an AdamW of its own."""
 
     path: str = ""
-    """A Hugging Face directory to start its decoder from; empty = the start model's. Its vocabulary must be the policy's."""
+    """A Hugging Face directory to start its decoder from, of the policy's vocabulary; empty = the start model's."""
     lr: float = 1e-3
     """Constant after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)

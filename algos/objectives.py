@@ -125,7 +125,8 @@ def cispo(x: Tokens, algo: CispoConfig) -> Surrogate:
 def sapo(x: Tokens, algo: SapoConfig) -> Surrogate:
     """−(4/τ)·σ(τ(r − 1))·A, τ by the sign of A (arXiv:2511.20347): slope 1 in r at r = 1, fading to both sides."""
     ratio, A = x.log_ratio().exp(), x.advantages
-    tau = torch.where(A > 0, algo.tau_positive, algo.tau_negative)
+    # Trap: where() of two Python numbers is float32, whatever A is.
+    tau = torch.where(A > 0, A.new_tensor(algo.tau_positive), A.new_tensor(algo.tau_negative))
     never = torch.zeros_like(A, dtype=torch.bool)
     return Surrogate(-(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * A, ratio.detach(), never, never)
 
