@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offtrail.platform.learner.train import Trainer
-from offtrail.platform.learner.world import World, full, local, shard_like
+from offtrail.platform.learner.world import World, full, local, resharded, shard_like
 
 _NAME = re.compile(r"step_(\d+)")
 _HEADROOM = 1 << 24
@@ -211,7 +211,7 @@ def restore(path: Path, trainer: Trainer) -> None:
 def restore_parameters(file: Path, module: nn.Module) -> None:
     """Cut a module's parameters out of a file of ``gather``."""
     saved = _load(file)
-    for name, parameter in zip(parameter_names(module), module.parameters(), strict=True):
+    for name, parameter in zip(parameter_names(module), resharded(module).parameters(), strict=True):
         if name not in saved or saved[name].shape != parameter.shape:
             raise CheckpointError(f"{file} is no checkpoint to go on from: it lacks {name} of {tuple(parameter.shape)}")
         local(parameter).copy_(local(shard_like(saved[name], parameter.detach())))

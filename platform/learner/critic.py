@@ -46,9 +46,8 @@ class Critic(nn.Module):
             hidden = self.model(
                 input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
             ).last_hidden_state[0]
-        rows = hidden.index_select(0, packed.predict).float()
-        values: Tensor = torch.nn.functional.linear(rows, self.head.weight.float()).squeeze(1)
-        return values
+        # mv and not linear(…).squeeze(1): FSDP2's hooks do not hold on a view.
+        return torch.mv(hidden.index_select(0, packed.predict).float(), self.head.weight[0].float())
 
 
 class CriticTrainer:

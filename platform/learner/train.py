@@ -34,7 +34,7 @@ from offtrail.platform.learner.head import Reference, Scores
 from offtrail.platform.learner.model import Policy
 from offtrail.platform.learner.objectives import Metrics, Objective, Work
 from offtrail.platform.learner.packing import Packed, lay_out, plan
-from offtrail.platform.learner.world import World, full, local
+from offtrail.platform.learner.world import World, full, local, resharded
 from offtrail.platform.tracking.activity import Activity
 
 Schedule = Callable[[int], float]
@@ -175,7 +175,8 @@ class Trainer:
         due = self.ref_refresh and self.updates - self.refreshed >= self.ref_refresh
         if self.reference is None or not due:
             return
-        for mine, current in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+        to, of = resharded(self.reference), resharded(self.policy)
+        for mine, current in zip(to.parameters(), of.parameters(), strict=True):
             local(mine).copy_(local(current))
         self.refreshed = self.updates
 
