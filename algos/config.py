@@ -336,7 +336,7 @@ class WeightConfig(CorrectionConfig):
     weighted: ClassVar[bool] = True
 
     normalise: bool = False
-    """Divide the weights, truncated first, by their mean over the update."""
+    """Divide the weights, truncated first, by their mean over the update's tokens (seq_tis, vcpo: samples)."""
 
 
 def _positive_cap(cap: float) -> None:

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from offtrail.algos.advantages import optimal_baseline
-from offtrail.algos.config import AlgoConfig, BapoConfig, CorrectionConfig, M2poConfig, VcpoConfig, WeightConfig
+from offtrail.algos.config import (
+    AlgoConfig,
+    BapoConfig,
+    CorrectionConfig,
+    M2poConfig,
+    SeqTisConfig,
+    VcpoConfig,
+    WeightConfig,
+)
 from offtrail.algos.corrections import correct, sequence_weights
 from offtrail.algos.objectives import clamp_log_ratio
 from offtrail.algos.samples import Samples
@@ -77,7 +85,9 @@ def prepare_update(
     if isinstance(correction, WeightConfig) and correction.normalise:
         weighed = correct(correction, logprobs, logprobs, behaviour_logprobs, advantages, samples, level=algo.level)
         applied = weighed.weight if weighed.keep is None else torch.where(weighed.keep, weighed.weight, 0.0)
-        mean = float(applied.double().mean())
+        # One weight a sample: their mean is over samples, or long samples would decide it.
+        each = samples.mean(applied) if isinstance(correction, SeqTisConfig) else applied
+        mean = float(each.double().mean())
         scale = 1 / mean if mean > 0 else 1.0
     if not isinstance(correction, VcpoConfig):
         return Prepared(weight_scale=scale)

@@ -1,7 +1,7 @@
 """The same loss from independent code: trl 1.16.0 and liger-kernel 0.8.5, value and gradient.
 
-Where they differ by design: TRL's entropy bonus is a mean over tokens whatever the loss type (compared under token_mean);
-`luspo` is a sum over each sample, which is seq_mean_token_sum_norm with a constant of 1; Liger's KL is k3 only.
+Where they differ by design: TRL's entropy bonus is a mean over tokens whatever the loss type (compared under
+token_mean); `luspo` is a sum over each sample, which is seq_mean_token_sum_norm with a constant of 1.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def trl_loss(trl, case, loss_type, *, level="token", low=0.2, high=0.2, delta=No
             sapo_temperature_pos=1.0,
             sapo_temperature_neg=1.05,
             steps_per_generation=1,
-        ),  # fmt: skip
+        ),
         loss_type=loss_type,
         epsilon_low=low,
         epsilon_high=high,
