@@ -155,6 +155,12 @@ class LearnerConfig:
     """Budget of prompt + answer tokens packed into one forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters in the forward pass."""
+    head_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of the head's products; sums, logits and log-probabilities are float32 always."""
+    activation_checkpointing: bool = False
+    """Keep only each decoder layer's input and run the layer again in backward: less memory, a third more time."""
+    liger: Literal["auto", "always", "never"] = "auto"
+    """Liger's Triton kernels in the decoder; auto: where there is CUDA and liger-kernel is installed."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     threads: int = 1

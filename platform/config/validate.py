@@ -7,6 +7,7 @@ own `__post_init__`.
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import math
 import os
@@ -341,6 +342,26 @@ def devices_are_known(config: Config) -> None:
             raise refuse(key, device, "must be cpu, cuda or cuda:N")
 
 
+def head_is_no_wider_than_the_decoder(config: Config) -> None:
+    """Rounded operands in the head alone would save a little and cost agreement with the engine (I5)."""
+    learner = config.learner
+    if learner.head_dtype == "bfloat16" and learner.dtype != "bfloat16":
+        raise refuse("learner.head_dtype", "bfloat16", f"needs learner.dtype=bfloat16, not {learner.dtype}")
+
+
+def liger_has_a_gpu(config: Config) -> None:
+    """Triton kernels; auto falls back where they cannot run, always must not."""
+    learner = config.learner
+    if learner.liger != "always":
+        return
+    if learner.device == "cpu":
+        raise refuse("learner.liger", "always", "needs learner.device=cuda; or take learner.liger=auto")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise refuse(
+            "learner.liger", "always", "liger-kernel is not installed; pip install --no-deps liger-kernel, or take auto"
+        )
+
+
 def weights_have_a_channel(config: Config) -> None:
     """Shared memory is Linux's /dev/shm, unless weights.dir names a folder."""
     if config.weights.channel == "shm" and not config.weights.dir and not Path("/dev/shm").is_dir():
@@ -387,6 +408,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     reward_has_a_component,
     warmup_ends_before_training,
     devices_are_known,
+    head_is_no_wider_than_the_decoder,
+    liger_has_a_gpu,
     weights_have_a_channel,
     broker_address_is_numeric,
     a_lease_expires_before_the_run,

@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-HEAD_ELEMENTS = 1 << 25
-"""Logits held at a time: 128 MiB in float32."""
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 25, 1 << 28
+"""Logits held at a time, at least: 128 MiB and 1 GiB in float32."""
+PIECE_ROWS = 512
+"""From so many rows on, a piece's products hide the cost of adding to the weight's gradient."""
 TILE = 1 << 22
 """… and per tile on a CPU, so that the passes over it stay in the cache."""
 BLOCK = 1 << 20
@@ -75,7 +77,7 @@ def token_logprobs(
     inverse_temperature: Tensor | None = None,
     *,
     reference: Reference | None = None,
-    elements: int = HEAD_ELEMENTS,
+    elements: int | None = None,
 ) -> Scores:
     """Scores of ``targets`` [M] from ``hidden`` [M, H]; ``inverse_temperature`` [M, 1] divides both models' logits.
 
@@ -83,7 +85,7 @@ def token_logprobs(
     clipped ratio) costs nothing in backward.
     """
     _check(head, reference)
-    rest = (head.products, targets, inverse_temperature, reference, elements)
+    rest = (head.products, targets, inverse_temperature, reference, elements or default_elements(head.weight))
     out = _TokenLogprobs.apply(hidden, head.weight, head.bias, *rest)  # type: ignore[no-untyped-call]
     return Scores(*out)
 
@@ -97,7 +99,7 @@ def loss_in_head(
     *,
     pieces: Sequence[slice],
     reference: Reference | None = None,
-    elements: int = HEAD_ELEMENTS,
+    elements: int | None = None,
 ) -> tuple[Tensor, Scores]:
     """The sum of ``loss`` over ``pieces``, which cut the M rows in order, and the scores without gradient.
 
@@ -105,16 +107,26 @@ def loss_in_head(
     loss behind it take 8MHV. Two derivatives at once: the gradient exists before backward is called, which scales it.
     """
     _check(head, reference)
-    rest = (head.products, targets, loss, inverse_temperature, list(pieces), reference, elements)
+    limit = elements or default_elements(head.weight)
+    rest = (head.products, targets, loss, inverse_temperature, list(pieces), reference, limit)
     total, *scores = _LossInHead.apply(hidden, head.weight, head.bias, *rest)  # type: ignore[no-untyped-call]
     return total, Scores(*scores)
 
 
-def pieces(lengths: Sequence[int], vocabulary: int, elements: int = HEAD_ELEMENTS) -> list[slice]:
+def default_elements(weight: Tensor) -> int:
+    """Logits that may exist at a time: half as many as the head has weights, whose gradient exists anyway, or the
+    floor for its device.
+    """
+    return max(CPU_ELEMENTS if weight.device.type == "cpu" else GPU_ELEMENTS, weight.numel() // 2)
+
+
+def pieces(lengths: Sequence[int], vocabulary: int, elements: int) -> list[slice]:
     """Cut the rows of consecutive samples into pieces of whole samples, of at most ``elements`` logits each.
 
-    A sample above that is a piece of its own; no rows are one empty piece.
+    A sample above that is a piece of its own; no rows are one empty piece. Short samples share a piece only as long as
+    that makes its products faster.
     """
+    elements = min(elements, max(elements // 8, PIECE_ROWS * vocabulary))
     cuts, end = [0], 0
     for length in lengths:
         if end > cuts[-1] and (end + length - cuts[-1]) * vocabulary > elements:
@@ -357,23 +369,22 @@ class _Piece:
         for x in given:
             alive |= x != 0
         live = torch.nonzero(alive).squeeze(1)
-        live_only = len(live) < M
-        pick: Callable[[Tensor], Tensor] = (lambda x: x.index_select(0, live)) if live_only else (lambda x: x)
+        some = len(live) < M
+        pick: Callable[[Tensor], Tensor] = (lambda x: x.index_select(0, live)) if some else (lambda x: x)
         hidden = pick(self.hidden)
-        d_hidden = torch.zeros_like(hidden)
+        place = None if sums.hidden is None else sums.hidden[rows].zero_()
+        d_hidden = torch.zeros_like(hidden) if some and place is not None else place
         if len(live) or sums.fresh:
             state = _RowGradients(self, pick, g, g_entropy, g_kl)
             for tile in [slice(0, self.V)] if self.whole else self.tiles:
-                logp, logq = self._logp(tile, pick, overwrite=scratch or live_only)
+                logp, logq = self._logp(tile, pick, overwrite=scratch or some)
                 d_z = state.logits(logp, logq, tile)
-                _add_product(d_hidden, d_z, self.head.weight[tile], self.head.products)
+                if d_hidden is not None:
+                    _add_product(d_hidden, d_z, self.head.weight[tile], self.head.products)
                 sums.add_weight(tile, d_z, hidden, self.head.products)
             sums.fresh = False
-        if sums.hidden is not None:
-            if live_only:
-                sums.hidden[rows] = torch.zeros_like(self.hidden).index_copy_(0, live, d_hidden)
-            else:
-                sums.hidden[rows] = d_hidden
+        if some and place is not None and d_hidden is not None:
+            place.index_copy_(0, live, d_hidden)
 
     def _logp(self, tile: slice, pick: Callable[[Tensor], Tensor], *, overwrite: bool) -> tuple[Tensor, Tensor | None]:
         """Both models' log-probabilities of a tile's columns, to be written over."""

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from offtrail.algos.config import PpoConfig
 from offtrail.core.types import Batch
-from offtrail.platform.config.schema import Config
+from offtrail.platform.config.schema import Config, LearnerConfig
 from offtrail.platform.launcher.context import Connection, RoleContext
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
@@ -217,13 +217,13 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
     """
     objective = PolicyGradient(config)
     settings = config.learner
-    policy = Policy(model, dtype=settings.dtype)
+    policy = make_policy(model, settings)
     optim = settings.optim
     optimizer = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
     policy, optimizer = world.prepare(policy, optimizer)
     reference = None
     if config.algo.needs_ref:
-        frozen = Policy(load_model(start, device=settings.device), dtype=settings.dtype).requires_grad_(False)
+        frozen = make_policy(load_model(start, device=settings.device), settings).requires_grad_(False)
         reference = world.shard(frozen)
     return Trainer(
         world,
@@ -253,6 +253,17 @@ def make_critic(config: Config, world: World, start: Path, activity: Activity) -
     )
     critic, optimizer = world.prepare(critic, optimizer)
     return CriticTrainer(world, critic, optimizer, warmup(settings), algo, activity)
+
+
+def make_policy(model: Any, settings: LearnerConfig) -> Policy:
+    """A policy as the learner's config has it."""
+    return Policy(
+        model,
+        dtype=settings.dtype,
+        head_dtype=settings.head_dtype,
+        activation_checkpointing=settings.activation_checkpointing,
+        liger=settings.liger,
+    )
 
 
 def start_model(config: Config, run_dir: Path) -> Path:

@@ -164,7 +164,8 @@ class Trainer:
 
     def _lay_out(self, work: Work, groups: range) -> list[Packed]:
         """Micro-batches of this rank of one update; every rank has as many."""
-        parts = plan(work.rows, groups, self.world.size, self.budget)[self.world.rank]
+        every = plan(work.rows, groups, self.world.size, self.budget, quadratic=self.policy.quadratic)
+        parts = every[self.world.rank]
         return [lay_out(work.rows, part, share_up_to=self.share_up_to).to(self.world.device) for part in parts]
 
     # --- before the first update
