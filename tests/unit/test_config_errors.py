@@ -91,6 +91,8 @@ MISTAKES = [
     (["reward.accuracy_weight=0", "reward.format_weight=0"], "reward.accuracy_weight=0: at least one", []),
     (["sft.warmup_steps=1000"], "sft.warmup_steps=1000: must be < sft.steps=1000", []),
     (["learner.device=gpu"], "learner.device=gpu: must be cpu, cuda or cuda:N", []),
+    (["learner.head_dtype=bfloat16"], "learner.head_dtype=bfloat16: needs learner.dtype=bfloat16, not float32", []),
+    (["learner.liger=always"], "learner.liger=always: needs learner.device=cuda", ["learner.liger=auto"]),
     (["engine.device=tpu"], "engine.device=tpu: must be cpu, cuda or cuda:N", []),
     (["broker.address=myhost"], "broker.address=myhost: must be an IP address", ["127.0.0.1"]),
     (["broker.deadline_seconds=30"], "broker.deadline_seconds=30.0: must be > ", ["lease"]),
