@@ -166,8 +166,8 @@ class Law:
         worst = max(counts, key=lambda reason: counts[reason])
         way_out = {
             "stale": "raise staleness.max, lower generator.max_in_flight, or set staleness.on_violation=wait",
-            "filtered": f"algo.filter_groups={self.filter} finds no signal in them: take a task that is neither too easy "
-            "nor too hard, raise batch.group_size, or set algo.filter_groups=none",
+            "filtered": f"algo.filter_groups={self.filter} finds no signal in them: take a task that is neither too "
+            "easy nor too hard, raise batch.group_size, or set algo.filter_groups=none",
             "failed": "see the generators' logs for what fails",
         }[worst]
         return (

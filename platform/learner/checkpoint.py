@@ -71,7 +71,10 @@ def gather(policy: nn.Module) -> dict[str, Tensor]:
     """Full parameters under transformers' names; all ranks take part. With one rank the live ones: read, then let
     go.
     """
-    return {n: full(p.detach()) for n, p in zip(parameter_names(policy), policy.parameters(), strict=True)}
+    # Trap: gathered parameters that FSDP2 left at the root would be taken for the result, and a NumPy view of them
+    # forbids it to free them.
+    held = resharded(policy).parameters()
+    return {n: full(p.detach()) for n, p in zip(parameter_names(policy), held, strict=True)}
 
 
 def gather_optimizer(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ of a step that failed; a restart is the checkpoint plus a replay of the batches 
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,12 @@ class Learner:
                 step=batch.step,
                 version=self.step,
                 checksum=checksum,
-                metrics=report.metrics | batch_metrics(batch) | {"weights/publish_seconds": self.publish_seconds},
+                metrics=report.metrics
+                | batch_metrics(batch)
+                | {
+                    "weights/publish_seconds": self.publish_seconds,
+                    "memory/learner_peak_bytes": float(peak_memory(self.world.device)),
+                },
                 histograms=report.histograms | batch_histograms(batch),
                 texts=sample_texts(batch, self.tokenizer.decode, shown) if not batch.replay else {},
             )
@@ -275,6 +281,13 @@ def start_model(config: Config, run_dir: Path) -> Path:
 def layer_classes(model: Any) -> set[str]:
     """Class names of the decoder's layers, FSDP2's units."""
     return {type(layer).__name__ for layer in model.base_model.layers}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def versions_kept(config: Config) -> int:

@@ -143,8 +143,8 @@ def test_a_group_without_signal_gives_its_place_back_and_is_kept(
 
 
 def test_with_a_filter_exact_waves_go_out_one_by_one(tmp_path: Path) -> None:
-    """Problems are numbered in the order of grants. Were wave 1 leased while wave 0 decodes, timing would decide whether
-    wave 0's refill gets problem 2 or 4.
+    """Problems are numbered in the order of grants. Were wave 1 leased while wave 0 decodes, timing would decide
+    whether wave 0's refill gets problem 2 or 4.
     """
     for filter_, early in (("none", [2, 3]), ("variance", [])):
         ledger = Ledger(tmp_path / f"{filter_}.sqlite")
