@@ -264,6 +264,21 @@ def test_leave_one_out_over_steps():
     assert step_leave_one_out(steps, owner, groups(2), gamma=0.5).tolist() == [0.25, -0.5, 0.0]
 
 
+def test_a_sample_is_not_its_own_baseline():
+    # means 1, 0, ½: others' means ¼, ¾, ½
+    steps = step_leave_one_out(torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0, 1, 2]), groups(3))
+    assert steps.tolist() == [0.75, -0.75, 0.0]
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3])
+def test_equal_steps_give_exactly_nothing_whatever_the_rounding_of_their_mean(reward):
+    counts = torch.tensor([7, 3, 11])
+    steps = torch.full((21,), reward, dtype=torch.float64)
+    naive = torch.stack([part.sum() / len(part) for part in steps.split(counts.tolist())]) - reward
+    assert naive.abs().max() > 0
+    assert not step_leave_one_out(steps, torch.arange(3).repeat_interleave(counts), groups(3)).any()
+
+
 def test_steps_without_others_give_nothing():
     assert step_leave_one_out(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), groups(1)).tolist() == [0.0, 0.0]
     # the other sample of the group has no steps

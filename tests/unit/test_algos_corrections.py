@@ -173,6 +173,15 @@ def test_what_is_left_out_stays_in_the_denominator():
     assert metrics["offpolicy/rejected_fraction"] == pytest.approx(1 - inside.double().mean().item())
 
 
+def test_two_masks_both_leave_out():
+    x = record()
+    mask = torch.arange(24) % 2 == 0
+    w = (x.prox_logprobs - x.behaviour_logprobs).exp()
+    inside = (w >= 0.8) & (w <= 1.25)
+    got = grad(dataclasses.replace(x, keep=mask), WIDE, IcepopConfig(low=0.8, high=1.25))
+    assert (got != 0).tolist() == (mask & inside).tolist()
+
+
 def test_reinforce_weighs_and_uncorrected_does_not():
     x = record()
     w = (x.prox_logprobs - x.behaviour_logprobs).exp()
@@ -231,6 +240,10 @@ def test_m2po_masks_as_few_as_it_must():
     A = torch.ones(3)
     assert m2po_keep(torch.tensor([0.1, 0.3, 0.1]), A, 0.04).tolist() == [True] * 3
     assert m2po_keep(torch.tensor([0.1, 0.4, 0.1]), A, 0.04).tolist() == [True, False, True]
+
+
+def test_m2po_keeps_what_lies_on_its_limit():
+    assert m2po_keep(torch.tensor([0.5, 0.5]), torch.ones(2), 0.25).tolist() == [True, True]
 
 
 def test_m2po_masks_nothing_between_identical_policies():
