@@ -15,7 +15,8 @@ gradients, float32. Arms:
 No sample is padded, which favours the peers. Speed: rounds alternate between arms in one process; CPU time of the
 process (wall time on a GPU); medians. Memory: the most that a step needs above its inputs. On a CPU each arm runs in a
 process of its own, the high-water mark of its resident set is reset after a small warm-up
-(/proc/self/clear_refs, then VmHWM), because torch's CPU allocations are invisible to tracemalloc; on a GPU,
+(/proc/self/clear_refs, then VmHWM), because torch's CPU allocations are invisible to tracemalloc, and glibc gives freed
+blocks back at once (MALLOC_MMAP_THRESHOLD_), so that what is resident is in use; on a GPU,
 torch.cuda.max_memory_allocated. All arms' losses and gradients are compared first. The last line is one JSON object:
 ``peak_memory_ratio`` is offtrail / the best peer (less is better), ``tokens_per_second_ratio`` offtrail / the best peer
 (more is better), each the worst over the vocabularies.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -179,7 +181,8 @@ def peak_bytes(arm: str, sizes: tuple[int, int, int, int], device: str) -> int:
 
 def peak_in_its_own_process(arm: str, sizes: tuple[int, int, int, int], device: str) -> int:
     command = [sys.executable, __file__, "--device", device, "--peak", arm, *map(str, sizes)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.splitlines()[-1])
 
 
