@@ -4,9 +4,10 @@
     python benchmarks/gpu/learner.py --device cpu --model tiny --tokens 256 --length 64      (does the script work?)
 
 One update is what train.py does for one micro-batch: decoder in bfloat16 under autocast, head, clipped
-policy-gradient loss inside the head, backward, gradient norm and clipping, fused AdamW on float32 weights. Arms, which
-alternate: the head's products in float32 and in bfloat16, activation checkpointing, and then, where it is installed, the
-first two again with Liger's decoder kernels, which come last because its rotary embedding counts for a whole process. With --compare the head alone is measured too, by benchmarks/learner.py.
+policy-gradient loss inside the head, backward, gradient norm and clipping, fused AdamW on float32 weights. Arms
+alternate: the head's products in float32 and in bfloat16, and activation checkpointing; then, where it is installed,
+the first two with Liger's decoder kernels, which come last because its rotary embedding counts for a whole process.
+With --compare the head alone is measured too, by benchmarks/learner.py.
 
 MFU counts the model's operations, not what is computed twice: forward 2·P·F + 2·layers·heads·D·Σ L² (causal), three
 times that for forward and backward; P all weights but an untied input embedding, of which the V·H of the head count for
