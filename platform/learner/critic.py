@@ -17,28 +17,26 @@ from torch import Tensor, nn
 
 from offtrail.algos.config import PpoConfig
 from offtrail.algos.value import ValueMetrics, value_loss
-from offtrail.platform.learner import attention
-from offtrail.platform.learner.fused import fuse
+from offtrail.platform.learner.model import Policy
 from offtrail.platform.learner.packing import Packed
 from offtrail.platform.learner.world import World, full
 from offtrail.platform.tracking.activity import Activity
 
 
 class Critic(nn.Module):
-    """A decoder with a scalar head that begins at 0, so that at first advantages are returns.
+    """A policy's decoder with a scalar head that begins at 0, so that at first advantages are returns.
 
-    ``model``: a causal language model; its decoder is taken (under the same parameter names), its own head is left.
+    ``policy``: its decoder is taken as it is set up (dtype, kernels, checkpointing) under the same parameter names; its
+    own head is left.
     """
 
-    def __init__(self, model: Any, *, dtype: str = "float32") -> None:
+    def __init__(self, policy: Policy) -> None:
         super().__init__()
-        plain = dtype == "float32" and model.device.type == "cpu"
-        width = model.get_output_embeddings().weight.shape[1]
-        self.model: Any = (fuse(model) if plain else model).base_model
-        self.head = nn.Linear(width, 1, bias=False, device=model.device, dtype=torch.float32)
+        self.model: Any = policy.model.base_model
+        head = policy.model.get_output_embeddings().weight
+        self.head = nn.Linear(head.shape[1], 1, bias=False, device=head.device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
-        self.autocast = dtype == "bfloat16"
-        self.share_up_to = attention.SHARE_UP_TO if plain else 0
+        self.autocast = policy.autocast
 
     def forward(self, packed: Packed) -> Tensor:
         """Values [M] float32, with gradient: before each output token, of the prompt and the tokens so far."""

@@ -241,19 +241,30 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
         budget=settings.tokens_per_microbatch,
         grad_clip=optim.grad_clip,
         reference=reference,
-        critic=make_critic(config, world, start, activity),
+        critic=make_critic(config, world, start, activity, vocabulary=int(model.config.vocab_size)),
         ref_refresh=config.algo.ref_refresh,
         watch_gradients=config.tracking.gradient_cosine,
     )
 
 
-def make_critic(config: Config, world: World, start: Path, activity: Activity) -> CriticTrainer | None:
-    """The critic of algo=ppo, from algo.critic.path or the start model, in the policy's world."""
+def make_critic(
+    config: Config, world: World, start: Path, activity: Activity, *, vocabulary: int
+) -> CriticTrainer | None:
+    """The critic of algo=ppo, from algo.critic.path or the start model, in the policy's world.
+
+    Raises ValueError where its vocabulary is smaller than the policy's: it could not read every answer.
+    """
     algo = config.algo
     if not isinstance(algo, PpoConfig):
         return None
     settings = algo.critic
-    critic = Critic(load_model(settings.path or start, device=config.learner.device), dtype=config.learner.dtype)
+    decoder = load_model(settings.path or start, device=config.learner.device)
+    if decoder.config.vocab_size < vocabulary:
+        raise ValueError(
+            f"algo.critic.path={settings.path}: has {decoder.config.vocab_size} tokens, the policy {vocabulary}; take "
+            "a model with the policy's tokenizer, or leave it empty"
+        )
+    critic = Critic(make_policy(decoder, config.learner))
     optimizer = adamw(
         critic.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, decay=settings.weight_decay
     )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from offtrail.algos.value import value_loss
 from offtrail.core.types import Batch
 from offtrail.platform.config.compose import compose, options_of
 from offtrail.platform.config.schema import Config
@@ -96,7 +97,46 @@ def test_every_algorithm_and_correction_trains_and_does_not_depend_on_the_cut(
     assert (parameters(whole) - parameters(cut)).abs().max() < 2e-5
 
 
+GOLDEN = {
+    16_384: [(15.9150894, 165.585852), (1.10373604, 35.8728809), (-23.5276841, 408.485956)],
+    90: [(15.9150894, 165.585852), (1.1037358, 35.8728809), (-23.5276843, 408.485987)],
+}
+"""loss/policy and policy/grad_norm of three steps at lr 1e-3, by microbatch budget, as GRPO alone gave them."""
+
+
+@pytest.mark.parametrize("budget", GOLDEN)
+def test_the_default_is_what_it_was(budget: int, start_dir: Path, make_batch: MakeBatch) -> None:
+    config = Config()
+    config.learner.optim.lr, config.learner.tokens_per_microbatch = 1e-3, budget
+    trainer = trainer_of(config, start_dir)
+    rows = [trainer.step(step, make_batch(step)).metrics for step in range(3)]
+    for row, (loss, norm) in zip(rows, GOLDEN[budget], strict=True):
+        assert row["loss/policy"] == pytest.approx(loss, rel=2e-6)
+        assert row["policy/grad_norm"] == pytest.approx(norm, rel=2e-6)
+
+
 # --- the critic, by hand
+
+
+def test_the_value_loss_by_hand() -> None:
+    """V_old 0, clip ½, returns 1: V = .2 → (.8)²; V = .9 → max(.1², .5²), clipped; V = −1 → max(2², 1.5²).
+
+    ½·(.64 + .25 + 4)/3, and the gradient (V − R)/3 where the plain square is the larger.
+    """
+    values = torch.tensor([0.2, 0.9, -1.0], requires_grad=True)
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    loss, metrics = value_loss(values, zeros, ones, ones / 3, clip=0.5)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (0.64 + 0.25 + 4) / 3)
+    assert values.grad is not None
+    assert values.grad.tolist() == pytest.approx([-0.8 / 3, 0, -2 / 3])
+    assert metrics.means()["value/clip_fraction"] == pytest.approx(1 / 3)
+    off, _ = value_loss(values.detach(), zeros, ones, ones / 3, clip=0.0)
+    assert off.item() == pytest.approx(0.5 * (0.64 + 0.01 + 4) / 3)
+    # explained variance: R = (0, 1, 2), V = (0, 1, 1): Var R = 2/3, R − V = (0, 0, 1) of variance 2/9
+    _, told = value_loss(torch.tensor([0.0, 1, 1]), zeros, torch.tensor([0.0, 1, 2]), ones / 3, clip=0.0)
+    assert told.means()["value/explained_variance"] == pytest.approx(1 - 1 / 3)
+    assert value_loss(ones, zeros, ones, ones / 3, clip=0.0)[1].means()["value/explained_variance"] == 0
 
 
 def ppo(*argv: str) -> Config:

@@ -73,6 +73,7 @@ class Table(nn.Module):
     """A policy that ignores its context: one logit a token of a vocabulary of two."""
 
     share_up_to = 0
+    quadratic = 0.0
 
     def __init__(self) -> None:
         super().__init__()
