@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two busy processes on two cores want one thread each; the launcher sets its roles' own.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint prove bench clean
+.PHONY: demo test lint prove bench oracles clean
 
 demo: .venv/installed
 	$(BIN)/python launch.py
@@ -26,12 +26,26 @@ bench: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e .[bench]
 	for script in transport packing local_engine overlap vs_trl; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
-# torch first and pinned: the constraints hold the pair that the whole platform is tested with.
+# The losses against verl's and areal's, in an environment of their own. `-c`: not this project's pytest settings.
+oracles: .venv-oracles/installed
+	PYTHONPATH=src .venv-oracles/bin/pytest -c tests/oracles/pytest.ini --noconftest tests/oracles
+
+# torch first and pinned: the constraints hold the pair that the whole platform is tested with. liger-kernel's only
+# dependency, triton, is for GPUs, and its chunked losses run without.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e .[test]
+	$(BIN)/pip install -q -c constraints.txt --no-deps liger-kernel
+	touch $@
+
+# verl and areal ask for other versions of torch and half a cluster: what their loss functions import, and no more.
+.venv-oracles/installed: tests/oracles/requirements.txt constraints.txt
+	test -x .venv-oracles/bin/python || $(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/pip install -q -c constraints.txt torch
+	.venv-oracles/bin/pip install -q --no-deps verl==0.9.1 areal==1.0.4
+	.venv-oracles/bin/pip install -q -c constraints.txt -r tests/oracles/requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info src/*.egg-info
+	rm -rf .venv .venv-oracles build dist *.egg-info src/*.egg-info

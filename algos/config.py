@@ -1,63 +1,371 @@
-"""Settings of the objective. No torch here: `launch.py --help` imports this."""
+"""Settings of the objective. No torch here: `launch.py --help` imports this.
+
+An algorithm is an advantage estimator × an objective × an aggregation; a correction says what is done about data that
+an older policy made. A dataclass per *objective*: what papers vary without changing the formula (GRPO, Dr. GRPO, DAPO,
+RLOO, REINFORCE++ share PPO's clip) is an option file in configs/algo/ over the same class.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm", "prompt_mean"]
-KlKind = Literal["none", "k1", "k2", "k3"]
+Advantage = Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "reward", "gae"]
+KlKind = Literal["none", "k1", "k2", "k3", "k3_weighted", "full"]
+Std = Literal["sample", "population", "none"]
+Level = Literal["token", "sequence"]
 
 
 @dataclass
 class AlgoConfig:
     """What every algorithm has."""
 
+    off_policy: ClassVar[bool] = False
+    """Whether the objective holds the ratio to the behaviour policy itself, so that a weight would count it twice."""
+    level: ClassVar[Level] = "token"
+    """Whether ratios, and so importance weights, are per token or geometric means over a sample."""
+
     name: str = "grpo"
     """The algorithm."""
+    advantage: Advantage = "group"
+    """Estimator: centred in the group, leave-one-out, whitened over the batch, the plain reward, or GAE (a critic)."""
+    std: Std = "sample"
+    """Divide centred rewards by this standard deviation (n−1, n, or not at all); also of REINFORCE++'s whitening."""
+    std_eps: float = 1e-6
+    """Added to that standard deviation."""
     aggregation: Aggregation = "token_mean"
     """How per-token losses become one number: over all tokens of the update, or per sample first."""
     kl: KlKind = "none"
-    """Estimator of KL(policy‖reference) in the loss; none = no reference policy is held."""
+    """Estimator of KL(policy‖reference); none = no reference policy. k3_weighted: k3 times the attached ratio."""
     kl_coef: float = 0.0
     """Weight of the KL term; needs kl."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL term stands: a loss at each token, or (k1, k2, k3) a penalty in each token's reward."""
+    ref_refresh: int = 0
+    """The reference becomes the policy every so many optimizer updates; 0 = it stays the start model."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    overlong_share: float = 0.0
+    """DAPO's soft penalty begins at (1 − this)·sampling.max_new_tokens and reaches overlong_penalty at the end."""
+    overlong_penalty: float = 1.0
+    """Taken from the reward of a sample of sampling.max_new_tokens tokens; needs overlong_share."""
+    filter_groups: Literal["none", "accuracy", "variance"] = "none"
+    """Groups without signal give their place back: accuracy 0 or 1 throughout, or all rewards equal."""
 
+    @property
+    def needs_ref(self) -> bool:
+        """Whether a reference policy is held."""
+        return self.kl != "none"
 
-@dataclass
-class GrpoConfig(AlgoConfig):
-    """Group-relative policy optimisation (arXiv:2402.03300, eq. 3)."""
-
-    name: str = "grpo"
-    clip_low: float = 0.2
-    """The ratio to the proximal policy is clipped below at 1 − clip_low."""
-    clip_high: float = 0.2
-    """… and above at 1 + clip_high."""
-    std: Literal["sample", "population", "none"] = "sample"
-    """Divide the centred rewards of a group by this standard deviation (n−1, n, or not at all)."""
-    std_eps: float = 1e-6
-    """Added to that standard deviation."""
+    @property
+    def needs_values(self) -> bool:
+        """Whether a critic is trained."""
+        return self.advantage == "gae"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1]")
-        if self.clip_high < 0:
-            raise ValueError(f"algo.clip_high={self.clip_high}: must be ≥ 0")
         if self.kl_coef < 0 or (self.kl_coef > 0) != (self.kl != "none"):
             raise ValueError(
                 f"algo.kl_coef={self.kl_coef} with algo.kl={self.kl}: set both (kl=k3 kl_coef=0.001) or neither"
             )
+        if self.kl_in == "reward" and self.kl not in ("k1", "k2", "k3"):
+            raise ValueError(
+                f"algo.kl_in=reward with algo.kl={self.kl}: a reward carries no gradient, so only an estimate of the "
+                "sampled token fits: algo.kl=k1, k2 or k3"
+            )
+        if self.ref_refresh and self.kl == "none":
+            raise ValueError(
+                f"algo.ref_refresh={self.ref_refresh}: there is no reference; set algo.kl and algo.kl_coef"
+            )
+        if (self.advantage == "gae") != isinstance(self, PpoConfig):
+            raise ValueError(
+                f"algo.advantage={self.advantage} with algo={self.name}: gae and its critic belong to algo=ppo, and "
+                "algo=ppo without them is algo=grpo"
+            )
+
+
+@dataclass
+class GrpoConfig(AlgoConfig):
+    """Group-relative policy optimisation (arXiv:2402.03300, eq. 3): PPO's clip on group advantages."""
+
+    name: str = "grpo"
+    clip_low: float = 0.2
+    """The ratio to the proximal policy is clipped below at 1 − clip_low; 1 = never."""
+    clip_high: float = 0.2
+    """… and above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """With a negative advantage the ratio also stops counting above this (arXiv:1912.09729, eq. 5); 0 = off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1]")
+        if self.clip_high < 0:
+            raise ValueError(f"algo.clip_high={self.clip_high}: must be ≥ 0")
+        if self.dual_clip and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"algo.dual_clip={self.dual_clip}: must be > 1 + algo.clip_high = {1 + self.clip_high:g}, or 0 for off"
+            )
+
+
+@dataclass
+class CriticConfig:
+    """The critic: the policy's architecture with a scalar head, trained by an AdamW of its own."""
+
+    path: str = ""
+    """A Hugging Face directory to start its decoder from, of the policy's vocabulary; empty = the start model's."""
+    lr: float = 1e-3
+    """Constant after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    warmup_updates: int = 0
+    """Optimizer updates of linear warm-up."""
+    pretrain_steps: int = 0
+    """Learner steps at the start that train the critic alone; their versions hold the same policy."""
+
+
+@dataclass
+class PpoConfig(GrpoConfig):
+    """PPO with a critic (arXiv:1707.06347): generalised advantage estimation at each token."""
+
+    name: str = "ppo"
+    advantage: Advantage = "gae"
+    dual_clip: float = 3.0
+    std: Std = "sample"
+    """Whitening of the advantages over the batch (n−1, n, or none)."""
+    gamma: float = 1.0
+    """Discount from one token to the next."""
+    gae_lambda: float = 1.0
+    """λ of the policy's advantages; 1 = return minus value, 0 = one-step errors."""
+    gae_alpha: float = 0.0
+    """Length-adaptive λ = 1 − 1/(α·length) in its place (VAPO, arXiv:2504.05118, eq. 9); 0 = off."""
+    value_lambda: float = 1.0
+    """λ of the returns that the critic learns."""
+    value_clip: float = 0.2
+    """The value may move so far from its old one before the larger loss counts; 0 = no clip."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("gamma", "gae_lambda", "value_lambda"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"algo.{key}={getattr(self, key)}: must lie in [0, 1]")
+
+
+@dataclass
+class GspoConfig(AlgoConfig):
+    """Group sequence policy optimisation (arXiv:2507.18071, eq. 5): one clipped geometric-mean ratio a sample."""
+
+    level: ClassVar[Level] = "sequence"
+
+    name: str = "gspo"
+    aggregation: Aggregation = "seq_mean_token_mean"
+    clip_low: float = 3e-4
+    """The sample's ratio is clipped below at 1 − clip_low."""
+    clip_high: float = 4e-4
+    """… and above at 1 + clip_high."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1]")
+
+
+@dataclass
+class CispoConfig(AlgoConfig):
+    """CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4): −sg(clip(r))·A·log π; every token keeps a gradient."""
+
+    name: str = "cispo"
+    clip_low: float = 0.0
+    """The ratio's weight is at least this: an absolute floor, not a distance from 1; 0 = none."""
+    clip_high: float = 5.0
+    """… and at most this: the absolute cap itself, not a distance from 1 (others write 1 + ε)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1], it is the floor of the ratio itself")
+        if self.clip_high < 1:
+            raise ValueError(f"algo.clip_high={self.clip_high}: must be ≥ 1, it is the cap of the ratio itself")
+
+
+@dataclass
+class SapoConfig(AlgoConfig):
+    """SAPO (arXiv:2511.20347): a sigmoid gate (4/τ)·σ(τ(r − 1)) in place of the clip."""
+
+    name: str = "sapo"
+    aggregation: Aggregation = "seq_mean_token_mean"
+    tau_positive: float = 1.0
+    """Steepness of the gate for positive advantages."""
+    tau_negative: float = 1.05
+    """… and for the others: steeper, so their gradients fade faster."""
+
+
+@dataclass
+class ToprConfig(AlgoConfig):
+    """Tapered off-policy REINFORCE (arXiv:2503.14286, eq. 9): positives at weight 1, negatives at min(∏ρ, cap)."""
+
+    off_policy: ClassVar[bool] = True
+
+    name: str = "topr"
+    std: Std = "none"
+    cap: float = 1.0
+    """Largest weight of a negative sample: its sequence ratio is truncated here."""
+
+
+@dataclass
+class AipoConfig(AlgoConfig):
+    """AIPO (LlamaRL, arXiv:2505.24034): −sg(min(ρ, cap))·A·log π, one-sided."""
+
+    off_policy: ClassVar[bool] = True
+
+    name: str = "aipo"
+    cap: float = 4.0
+    """The ratio to the behaviour policy is truncated here; the paper uses 2–10."""
+
+
+@dataclass
+class AspoConfig(AlgoConfig):
+    """ASPO (arXiv:2510.06062): positive advantages get the ratio turned over, so that unlikely tokens weigh more."""
+
+    name: str = "aspo"
+    clip_low: float = 0.2
+    """Negative advantages: PPO's clip below at 1 − clip_low."""
+    clip_high: float = 0.2
+    """Positive advantages: no gradient above 1 + clip_high."""
+    cap: float = 3.0
+    """Largest weight 1/r of a positive token, and where a negative token's ratio stops counting."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1]")
+
+
+@dataclass
+class BapoConfig(AlgoConfig):
+    """BAPO (arXiv:2510.18927): clip bounds move until positive tokens carry their share of the update."""
+
+    off_policy: ClassVar[bool] = True
+
+    name: str = "bapo"
+    low_start: float = 0.6
+    """The lower bound of the ratio to the behaviour policy begins here (a ratio, not a distance from 1) …"""
+    low_end: float = 0.9
+    """… and is raised first, up to this."""
+    low_step: float = 0.02
+    """Size of a step of the lower bound."""
+    high_start: float = 1.2
+    """The upper bound begins here …"""
+    high_end: float = 3.0
+    """… and is raised next, up to this."""
+    high_step: float = 0.05
+    """Size of a step of the upper bound."""
+    positive_share: float = 0.5
+    """Both stop where positive tokens make up this share of the unclipped Σ ratio·|advantage|."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.low_start <= self.low_end <= 1 <= self.high_start <= self.high_end:
+            raise ValueError(
+                f"algo.low_start={self.low_start}: needs low_start ≤ low_end={self.low_end} ≤ 1 ≤ "
+                f"high_start={self.high_start} ≤ high_end={self.high_end}"
+            )
+
+
+@dataclass
+class OpmdConfig(AlgoConfig):
+    """Online policy mirror descent (Kimi k1.5, arXiv:2501.12599, eq. 3): −(R − R̄)·log π + (τ/2)(log π − log π_beh)²."""
+
+    off_policy: ClassVar[bool] = True
+
+    name: str = "opmd"
+    std: Std = "none"
+    tau: float = 0.1
+    """Strength of the pull to the behaviour policy."""
+    square_of: Level = "token"
+    """The square is of each token's log-ratio, or, as in the paper, of the whole answer's (split over its tokens)."""
+
+
+@dataclass
+class DppoConfig(AlgoConfig):
+    """DPPO with the total-variation mask (prime-rl's default loss): −keep·ρ·A + penalty·(log ρ)²."""
+
+    off_policy: ClassVar[bool] = True
+
+    name: str = "dppo"
+    mask_low: float = 0.2
+    """A token of negative advantage is left out when its probability fell by more than this, …"""
+    mask_high: float = 0.2
+    """… one of positive advantage when it rose by more."""
+    penalty: float = 1e-3
+    """Weight of (log ρ)², at every token."""
+
+
+@dataclass
+class ReinforceConfig(AlgoConfig):
+    """REINFORCE: −A·log π. What an older policy made is put right by the correction alone, or not at all."""
+
+    name: str = "reinforce"
 
 
 @dataclass
 class CorrectionConfig:
     """What is done about data that an older policy made. `none` trusts the behaviour log-probabilities as proximal."""
 
+    needs_prox: ClassVar[bool] = False
+    """Whether log-probabilities from before the batch's first update are needed in the later ones."""
+    weighted: ClassVar[bool] = False
+    """Whether the loss is multiplied by an importance weight."""
+
     name: str = "none"
     """none: the ratio is to the behaviour policy itself (r = π_θ/π_beh), with no further weight."""
 
 
 @dataclass
-class TisConfig(CorrectionConfig):
+class WeightConfig(CorrectionConfig):
+    """Corrections that weigh by w = π_prox/π_beh."""
+
+    needs_prox: ClassVar[bool] = True
+    weighted: ClassVar[bool] = True
+
+    normalise: bool = False
+    """Divide the weights, truncated first, by their mean over the update's tokens (seq_tis, vcpo: samples)."""
+
+
+def _positive_cap(cap: float) -> None:
+    if cap <= 0:
+        raise ValueError(f"correction.cap={cap}: must be > 0")
+
+
+@dataclass
+class DecoupledConfig(WeightConfig):
+    """Decoupled PPO: clip around the proximal policy, weight by the full w = π_prox/π_beh (AReaL, arXiv:2505.24298)."""
+
+    name: str = "decoupled"
+
+
+@dataclass
+class A3poConfig(WeightConfig):
+    """Decoupled PPO without the proximal forward (A-3PO): log π_prox is interpolated by the token's age."""
+
+    needs_prox: ClassVar[bool] = False
+
+    name: str = "a3po"
+
+    def __post_init__(self) -> None:
+        if self.normalise:
+            raise ValueError("correction.normalise=true with correction=a3po: its weights follow θ; take decoupled")
+
+
+@dataclass
+class TisConfig(WeightConfig):
     """Token-level truncated importance sampling on w = π_prox/π_beh (arXiv:2505.24298, eq. 5, w truncated)."""
 
     name: str = "tis"
@@ -65,20 +373,156 @@ class TisConfig(CorrectionConfig):
     """w is truncated here."""
 
     def __post_init__(self) -> None:
-        if self.cap <= 0:
-            raise ValueError(f"correction.cap={self.cap}: must be > 0")
+        _positive_cap(self.cap)
 
 
 @dataclass
-class DecoupledConfig(CorrectionConfig):
-    """Decoupled PPO: clip around the proximal policy, weight by the full w = π_prox/π_beh (AReaL, arXiv:2505.24298)."""
+class SeqTisConfig(WeightConfig):
+    """Sequence-level truncated importance sampling: every token weighs min(∏w, cap)."""
 
-    name: str = "decoupled"
+    name: str = "seq_tis"
+    cap: float = 5.0
+    """The product of w over a sample is truncated here."""
+
+    def __post_init__(self) -> None:
+        _positive_cap(self.cap)
 
 
-ALGOS: dict[str, type[AlgoConfig]] = {"grpo": GrpoConfig}
+@dataclass
+class VcpoConfig(SeqTisConfig):
+    """VCPO (arXiv:2602.17616): sequence weights, a step scaled by √(ESS/B), and the least-variance baseline."""
+
+    name: str = "vcpo"
+    cap: float = 8.0
+    baseline: Literal["none", "group", "batch"] = "none"
+    """Advantages become R − Σw²‖g‖²R/Σw²‖g‖², over each group or over the update; none = the algorithm's own."""
+
+
+@dataclass
+class IcepopConfig(WeightConfig):
+    """IcePop (Ring-1T, arXiv:2510.18855): w where low ≤ w ≤ high, nothing elsewhere."""
+
+    name: str = "icepop"
+    low: float = 0.5
+    """Tokens of a smaller w are left out, …"""
+    high: float = 5.0
+    """… and of a larger one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= 1 <= self.high:
+            raise ValueError(f"correction.low={self.low}: needs 0 ≤ low ≤ 1 ≤ correction.high={self.high}")
+
+
+@dataclass
+class FilterConfig(CorrectionConfig):
+    """Corrections that leave whole samples out, clip around the proximal policy, and may weigh what stays."""
+
+    needs_prox: ClassVar[bool] = True
+
+    cap: float = 0.0
+    """What stays weighs min(w, cap) at each token; 0 = it weighs 1."""
+
+
+@dataclass
+class GeoConfig(FilterConfig):
+    """Geometric filter: a sample stays where low ≤ exp(mean log w) ≤ high."""
+
+    name: str = "geo"
+    low: float = 0.999
+    """Samples of a smaller mean are left out, …"""
+    high: float = 1.001
+    """… and of a larger one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= 1 <= self.high:
+            raise ValueError(f"correction.low={self.low}: needs 0 ≤ low ≤ 1 ≤ correction.high={self.high}")
+
+
+@dataclass
+class K3FilterConfig(FilterConfig):
+    """k3 filter: a sample stays where its mean w − 1 − log w is at most limit."""
+
+    name: str = "k3_filter"
+    limit: float = 0.01
+    """Largest mean k3 of a sample that stays, in nats."""
+
+
+@dataclass
+class VetoConfig(FilterConfig):
+    """Veto: one token with w below floor leaves its whole sample out; the others weigh min(w, cap)."""
+
+    name: str = "veto"
+    cap: float = 2.0
+    floor: float = 1e-4
+    """Smallest w of a token that does not leave its sample out."""
+
+
+@dataclass
+class SeqMaskConfig(CorrectionConfig):
+    """DeepSeek-V3.2's off-policy mask (arXiv:2512.02556, eq. 9): bad samples that the policy has moved away from."""
+
+    name: str = "seq_mask"
+    limit: float = 0.5
+    """A sample of negative advantage is left out where the mean of log π_beh − log π_θ exceeds this, in nats."""
+
+
+@dataclass
+class M2poConfig(CorrectionConfig):
+    """M2PO (arXiv:2510.01161): in place of the clip, the farthest tokens are masked until (log r)² is small."""
+
+    name: str = "m2po"
+    limit: float = 0.04
+    """Largest mean (log r)² over the tokens that stay, of those that a clip could act on."""
+
+
+ALGOS: dict[str, type[AlgoConfig]] = {
+    "grpo": GrpoConfig,
+    "ppo": PpoConfig,
+    "gspo": GspoConfig,
+    "cispo": CispoConfig,
+    "sapo": SapoConfig,
+    "topr": ToprConfig,
+    "aipo": AipoConfig,
+    "aspo": AspoConfig,
+    "bapo": BapoConfig,
+    "opmd": OpmdConfig,
+    "dppo": DppoConfig,
+    "reinforce": ReinforceConfig,
+}
 CORRECTIONS: dict[str, type[CorrectionConfig]] = {
     "none": CorrectionConfig,
-    "tis": TisConfig,
     "decoupled": DecoupledConfig,
+    "a3po": A3poConfig,
+    "tis": TisConfig,
+    "seq_tis": SeqTisConfig,
+    "icepop": IcepopConfig,
+    "geo": GeoConfig,
+    "k3_filter": K3FilterConfig,
+    "veto": VetoConfig,
+    "m2po": M2poConfig,
+    "seq_mask": SeqMaskConfig,
+    "vcpo": VcpoConfig,
 }
+
+
+def incompatible(algo: AlgoConfig, correction: CorrectionConfig) -> str | None:
+    """Why the two cannot stand together, as one line that names the keys and the way out; None where they can."""
+    if algo.off_policy and correction.name not in ("none", "seq_mask"):
+        return (
+            f"correction={correction.name} with algo={algo.name}: the objective holds the ratio to the behaviour "
+            "policy itself, and a weight or another anchor would count it twice; take correction=none or seq_mask"
+        )
+    if isinstance(correction, M2poConfig) and not isinstance(algo, GrpoConfig):
+        return f"correction=m2po with algo={algo.name}: its mask takes the place of PPO's clip; take algo=grpo"
+    if isinstance(correction, VcpoConfig) and correction.baseline != "none" and algo.advantage == "gae":
+        return f"correction.baseline={correction.baseline} with algo={algo.name}: the critic is the baseline; take none"
+    return None
+
+
+def needs_whole_update(algo: AlgoConfig, correction: CorrectionConfig) -> bool:
+    """Whether `algos.update.prepare_update` must see the log-probabilities of every token of an update before it."""
+    return (
+        isinstance(algo, BapoConfig)
+        or isinstance(correction, M2poConfig | VcpoConfig)
+        or (isinstance(correction, WeightConfig) and correction.normalise)
+    )

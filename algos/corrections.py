@@ -1,10 +1,21 @@
-"""Off-policy corrections: which policy the ratio is taken to, and what weight the token's loss gets.
+"""Off-policy corrections: which policy the ratio is taken to, what weight a token's loss gets, and which are left out.
 
-With w = π_prox/π_beh at each token:
+With w = π_prox/π_beh at each token, S = its sample:
 
     none       r = π_θ/π_beh, weight 1 (bypass: the ratio already holds the importance weight)
     decoupled  r = π_θ/π_prox, weight w
-    tis        r = π_θ/π_prox, weight min(w, cap)
+    a3po       the same with log π_prox interpolated between π_beh and π_θ
+    tis        … weight min(w, cap)
+    seq_tis    … weight min(∏_S w, cap); vcpo: the same, with a smaller step (algos/update.py)
+    icepop     … weight w where low ≤ w ≤ high, else left out
+    geo        … S left out unless low ≤ exp(mean_S log w) ≤ high
+    k3_filter  … S left out where mean_S (w − 1 − log w) > limit
+    veto       … S left out where any w < floor
+    seq_mask   r = π_θ/π_beh; S left out where A < 0 and mean_S (log π_beh − log π_θ) > limit
+    m2po       r = π_θ/π_beh, no clip; the update's farthest tokens left out (algos/update.py)
+
+Invariants: w ≡ 1 leaves every one of them PPO's own loss. Weights are detached, multiply before the KL term, are
+truncated first and normalised after; log-ratios are clamped at ±20. What is left out stays in every denominator.
 """
 
 from __future__ import annotations
@@ -14,33 +25,129 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offtrail.algos.config import CorrectionConfig, DecoupledConfig, TisConfig
+from offtrail.algos.config import (
+    CORRECTIONS,
+    A3poConfig,
+    CorrectionConfig,
+    FilterConfig,
+    GeoConfig,
+    IcepopConfig,
+    K3FilterConfig,
+    Level,
+    SeqMaskConfig,
+    SeqTisConfig,
+    TisConfig,
+    VetoConfig,
+    WeightConfig,
+)
 from offtrail.algos.objectives import clamp_log_ratio
+from offtrail.algos.samples import Samples
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
     """All [N], detached. ``anchor``: log-probabilities the ratio is taken to; ``weight`` multiplies the policy loss
-    (never the KL term); ``log_w``: the clamped raw log w, for diagnostics whatever the correction.
+    (never the KL term); ``keep`` is False where a rule leaves the token out (None: all kept); ``log_w``: the clamped
+    raw log w, for diagnostics whatever the correction.
     """
 
     anchor: Tensor
     weight: Tensor
     log_w: Tensor
+    keep: Tensor | None = None
 
 
-def correct(config: CorrectionConfig, prox_logprobs: Tensor, behaviour_logprobs: Tensor) -> Correction:
-    """Apply the configured correction (decoupled PPO and its truncation: AReaL, arXiv:2505.24298, eq. 5).
+@torch.no_grad()
+def correct(
+    config: CorrectionConfig,
+    logprobs: Tensor,
+    prox_logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    samples: Samples,
+    *,
+    staleness: Tensor | None = None,
+    level: Level = "token",
+) -> Correction:
+    """Apply the configured correction (decoupled PPO and its truncation: AReaL, arXiv:2505.24298, eq. 5). All [N].
+
+    Args:
+        config: which one.
+        logprobs: lp_θ, for seq_mask and a3po only.
+        prox_logprobs: lp_prox.
+        behaviour_logprobs: lp_beh.
+        advantages: their sign decides for seq_mask.
+        samples: whose tokens they are; every sample is whole.
+        staleness: learner step − token version, needed by a3po.
+        level: ``sequence`` puts exp(mean_S log w) in w's place, for an objective whose ratio is such a mean too (GSPO),
+            so that the product of both is again independent of π_prox.
 
     Trap: multiplying a ratio to the behaviour policy by w again would count the importance weight twice, so ``none``
     leaves prox out of the loss altogether. Raises ValueError on a correction this file does not know.
     """
-    prox, beh = prox_logprobs.detach(), behaviour_logprobs.detach()
+    prox, beh = prox_logprobs, behaviour_logprobs
     log_w = clamp_log_ratio(prox - beh)
+    one = torch.ones_like(log_w)
+    if isinstance(config, A3poConfig):
+        prox = interpolated_prox(logprobs, beh, staleness)
+        return Correction(prox, _level(clamp_log_ratio(prox - beh), samples, level).exp(), log_w)
+    if isinstance(config, WeightConfig):
+        weight, keep = _weigh(config, log_w, samples, level)
+        return Correction(prox, weight, log_w, keep)
+    if isinstance(config, FilterConfig):
+        keep = samples.each(_filter(config, log_w, samples))
+        return Correction(
+            prox, _level(log_w, samples, level).exp().clamp(max=config.cap) if config.cap else one, log_w, keep
+        )
+    if isinstance(config, SeqMaskConfig):
+        away = samples.each(samples.mean(beh - logprobs))
+        return Correction(beh, one, log_w, (advantages >= 0) | (away <= config.limit))
+    if config.name in ("none", "m2po"):
+        return Correction(beh, one, log_w)
+    raise ValueError(f"correction={config.name}: allowed are {', '.join(CORRECTIONS)}")
+
+
+def interpolated_prox(logprobs: Tensor, behaviour_logprobs: Tensor, staleness: Tensor | None) -> Tensor:
+    """A-3PO: lp_beh + α·(lp_θ − lp_beh), α = (d − 1)/d, without a forward pass.
+
+    d is the token's distance to the policy being *made*: one more than its staleness, which is the distance to π_prox.
+    So a token of the proximal policy itself (staleness 0) gets α = 0 and lp_prox = lp_beh exactly.
+    """
+    if staleness is None:
+        raise ValueError("correction=a3po: the loss needs each token's staleness")
+    s = staleness.to(logprobs.dtype)
+    return behaviour_logprobs + s / (s + 1) * (logprobs.detach() - behaviour_logprobs)
+
+
+def _level(log_w: Tensor, samples: Samples, level: Level) -> Tensor:
+    return samples.each(samples.mean(log_w)) if level == "sequence" else log_w
+
+
+def _weigh(config: WeightConfig, log_w: Tensor, samples: Samples, level: Level) -> tuple[Tensor, Tensor | None]:
+    """(weight, keep), each [N]."""
+    if isinstance(config, SeqTisConfig):
+        return samples.each(clamp_log_ratio(samples.sum(log_w)).exp().clamp(max=config.cap)), None
+    w = _level(log_w, samples, level).exp()
     if isinstance(config, TisConfig):
-        return Correction(prox, log_w.exp().clamp(max=config.cap), log_w)
-    if isinstance(config, DecoupledConfig):
-        return Correction(prox, log_w.exp(), log_w)
-    if config.name == "none":
-        return Correction(beh, torch.ones_like(log_w), log_w)
-    raise ValueError(f"correction={config.name}: allowed are none, tis, decoupled")
+        return w.clamp(max=config.cap), None
+    if isinstance(config, IcepopConfig):
+        return w, (w >= config.low) & (w <= config.high)
+    return w, None
+
+
+def _filter(config: FilterConfig, log_w: Tensor, samples: Samples) -> Tensor:
+    """[S] bool: which samples stay."""
+    if isinstance(config, GeoConfig):
+        mean = samples.mean(log_w).exp()
+        return (mean >= config.low) & (mean <= config.high)
+    if isinstance(config, K3FilterConfig):
+        # expm1: w − 1 − log w cancels to noise near 0
+        return samples.mean(log_w.expm1() - log_w) <= config.limit
+    if isinstance(config, VetoConfig):
+        return ~samples.any(log_w.exp() < config.floor)
+    raise ValueError(f"correction={config.name}: allowed are {', '.join(CORRECTIONS)}")
+
+
+def sequence_weights(prox_logprobs: Tensor, behaviour_logprobs: Tensor, samples: Samples) -> Tensor:
+    """[S] ∏w over each sample, raw but for the clamp of its logarithm at ±20."""
+    return clamp_log_ratio(samples.sum(clamp_log_ratio(prox_logprobs - behaviour_logprobs))).exp()

@@ -2,10 +2,13 @@
 
 The learner calls ``policy_loss`` once a micro-batch:
 
-    correction (corrections.py)   anchor and weight of each token
-    × surrogate (objectives.py)   −min(r·A, clip(r)·A)
+    correction (corrections.py)   anchor and weight of each token, and which are left out
+    × surrogate (objectives.py)   the algorithm's: for GRPO −min(r·A, clip(r)·A)
     + kl_coef · KL (kl.py)        added after the weight
+    − entropy_coef · entropy
     → Σ aggregation weight · …    (aggregation.py): micro-batches and ranks add up
+
+What needs the whole update first (update.py) comes in as LossInput.keep, LossInput.advantages and ``prepared``.
 
 Invariants: metrics carry no gradient and do not change the loss; rejected tokens give nothing but stay in every
 denominator; the sum over any cut of an update's samples is the update's loss.
@@ -13,35 +16,39 @@ denominator; the sum over any cut of an update's samples is the update's loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from offtrail.algos.config import CorrectionConfig, GrpoConfig
+from offtrail.algos.config import ALGOS, AlgoConfig, CorrectionConfig
 from offtrail.algos.corrections import Correction, correct
 from offtrail.algos.kl import kl_estimate
 from offtrail.algos.metrics import BINS, BUCKETS, MAXIMA, SUMS, LossMetrics, bin_of
-from offtrail.algos.objectives import Surrogate, clamp_log_ratio, ppo_clip
+from offtrail.algos.objectives import OBJECTIVES, Surrogate, Tokens, clamp_log_ratio
+from offtrail.algos.samples import Samples
+from offtrail.algos.update import Prepared
 
 LN2 = 0.6931471805599453
 
 
 @dataclass(frozen=True, slots=True)
 class LossInput:
-    """Answer tokens of the whole samples of one micro-batch, flat. Everything [N]; only ``logprobs`` has a gradient.
+    """Answer tokens of the whole samples of one micro-batch, flat. Everything [N]; ``logprobs`` has a gradient,
+    and where they stand in the loss ``entropy`` and ``full_kl``.
 
     Attributes:
         logprobs: lp_θ, at the sampling temperature.
         behaviour_logprobs: lp_beh, the engine's, at the sampling temperature.
-        advantages: of each token's sample.
+        advantages: of each token.
         token_weights: aggregation weight of each token (``sample_weights`` of the whole update, indexed by sample).
         sample_index: int64, any numbering of the micro-batch's samples from 0.
         prox_logprobs: lp_prox; None = the parameters have not moved since the batch arrived, so lp_θ detached.
-        ref_logprobs: lp_ref, needed when algo.kl is not none.
+        ref_logprobs: lp_ref, needed for every algo.kl in the loss but full.
         staleness: integers, learner step − token version; None = no buckets.
         keep: bool; False rejects the token from the policy loss. None = all kept.
-        entropy: full-vocabulary entropy of each token's distribution, for the metric only.
+        entropy: over the vocabulary, of each token's distribution; with gradient where algo.entropy_coef is not 0.
+        full_kl: exact KL(π_θ‖π_ref) at each token with gradient, needed when algo.kl=full.
     """
 
     logprobs: Tensor
@@ -54,6 +61,7 @@ class LossInput:
     staleness: Tensor | None = None
     keep: Tensor | None = None
     entropy: Tensor | None = None
+    full_kl: Tensor | None = None
 
     def __post_init__(self) -> None:
         N = self.logprobs.shape
@@ -63,33 +71,80 @@ class LossInput:
                 raise ValueError(f"LossInput.{name} has shape {tuple(value.shape)}, logprobs {tuple(N)}: all are [N]")
 
 
-def policy_loss(inputs: LossInput, algo: GrpoConfig, correction: CorrectionConfig) -> tuple[Tensor, LossMetrics]:
-    """GRPO's loss (arXiv:2402.03300, eq. 3) with an off-policy correction: a scalar with gradient, and its metrics.
+def policy_loss(
+    inputs: LossInput, algo: AlgoConfig, correction: CorrectionConfig, prepared: Prepared | None = None
+) -> tuple[Tensor, LossMetrics]:
+    """The configured objective with an off-policy correction: a scalar with gradient, and its metrics.
+
+    ``prepared``: what the whole update decided (``prepare_update``); its ``keep`` and ``advantages`` are already in
+    ``inputs``, cut to this micro-batch.
 
     Raises:
-        ValueError: algo.kl asks for reference log-probabilities that are not there, or an unknown name.
+        ValueError: what algo.kl or algo.entropy_coef needs is not there, or an unknown name.
     """
-    prox = inputs.logprobs.detach() if inputs.prox_logprobs is None else inputs.prox_logprobs
-    corrected = correct(correction, prox, inputs.behaviour_logprobs)
-    surrogate = ppo_clip(
-        inputs.logprobs, corrected.anchor, inputs.advantages, clip_low=algo.clip_low, clip_high=algo.clip_high
+    prepared = prepared or Prepared()
+    if type(algo) not in OBJECTIVES:
+        raise ValueError(f"algo={algo.name}: allowed are {', '.join(ALGOS)}")
+    samples = Samples.of(inputs.sample_index)
+    theta, advantages = inputs.logprobs.detach(), inputs.advantages.detach()
+    prox = theta if inputs.prox_logprobs is None else inputs.prox_logprobs.detach()
+    behaviour = inputs.behaviour_logprobs.detach()
+    corrected = correct(
+        correction, theta, prox, behaviour, advantages, samples, staleness=inputs.staleness, level=algo.level
     )
+    tokens = Tokens(inputs.logprobs, corrected.anchor, behaviour, advantages, samples, prepared.bounds)
+    surrogate = OBJECTIVES[type(algo)](tokens, algo)
+    corrected = _with_update(corrected, inputs.keep, prepared.weight_scale)
     per_token = corrected.weight * surrogate.loss
-    if inputs.keep is not None:
-        per_token = torch.where(inputs.keep, per_token, 0.0)
+    if corrected.keep is not None:
+        per_token = torch.where(corrected.keep, per_token, 0.0)
     policy = (inputs.token_weights * per_token).sum()
-    if algo.kl == "none":
-        return policy, _metrics(inputs, corrected, surrogate, policy, None, 0.0)
+    kl, entropy = _kl(inputs, algo), _entropy(inputs, algo)
+    loss_kl = None if kl is None else algo.kl_coef * (inputs.token_weights * kl).sum()
+    loss_entropy = None if entropy is None else -algo.entropy_coef * (inputs.token_weights * entropy).sum()
+    parts = [part for part in (policy, loss_kl, loss_entropy) if part is not None]
+    metrics = _metrics(inputs, corrected, surrogate, samples, kl, (policy, loss_kl, loss_entropy))
+    return torch.stack(parts).sum(), metrics
+
+
+def _with_update(corrected: Correction, keep: Tensor | None, scale: float) -> Correction:
+    """The correction with the update's mask and scale joined to its own."""
+    if keep is not None:
+        keep = keep if corrected.keep is None else keep & corrected.keep
+        corrected = replace(corrected, keep=keep)
+    return corrected if scale == 1 else replace(corrected, weight=corrected.weight * scale)
+
+
+def _kl(inputs: LossInput, algo: AlgoConfig) -> Tensor | None:
+    """[N] the KL term of each token, with gradient, where one stands in the loss."""
+    if algo.kl == "none" or algo.kl_in == "reward":
+        return None
+    if algo.kl == "full":
+        if inputs.full_kl is None:
+            raise ValueError("algo.kl=full: the loss needs full_kl; give it, or set algo.kl=k3")
+        return inputs.full_kl
     if inputs.ref_logprobs is None:
         raise ValueError(f"algo.kl={algo.kl}: the loss needs ref_logprobs; give them, or set algo.kl=none")
-    kl = kl_estimate(algo.kl, inputs.logprobs, inputs.ref_logprobs)
-    weighted_kl = algo.kl_coef * (inputs.token_weights * kl).sum()
-    return policy + weighted_kl, _metrics(inputs, corrected, surrogate, policy, kl, float(weighted_kl.detach()))
+    return kl_estimate(algo.kl, inputs.logprobs, inputs.ref_logprobs, behaviour_logprobs=inputs.behaviour_logprobs)
+
+
+def _entropy(inputs: LossInput, algo: AlgoConfig) -> Tensor | None:
+    """[N] the entropy of each token, with gradient, where the loss has a bonus."""
+    if algo.entropy_coef == 0:
+        return None
+    if inputs.entropy is None or not (inputs.entropy.requires_grad or not torch.is_grad_enabled()):
+        raise ValueError(f"algo.entropy_coef={algo.entropy_coef}: the loss needs entropy with a gradient")
+    return inputs.entropy
 
 
 @torch.no_grad()
 def _metrics(
-    inputs: LossInput, corrected: Correction, surrogate: Surrogate, policy: Tensor, kl: Tensor | None, loss_kl: float
+    inputs: LossInput,
+    corrected: Correction,
+    surrogate: Surrogate,
+    samples: Samples,
+    kl: Tensor | None,
+    losses: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> LossMetrics:
     N = inputs.logprobs.numel()
     metrics = LossMetrics.empty(inputs.logprobs.device)
@@ -98,31 +153,35 @@ def _metrics(
     # float64: squares of e^20 summed over millions of tokens
     log_w = corrected.log_w.double()
     w, applied, ratio = log_w.exp(), corrected.weight.double(), surrogate.ratio.double()
-    if inputs.keep is not None:
-        applied = torch.where(inputs.keep, applied, 0.0)
+    if corrected.keep is not None:
+        applied = torch.where(corrected.keep, applied, 0.0)
     far = log_w.abs()
-    samples, position = torch.unique(inputs.sample_index, return_inverse=True)
-    seq_w = clamp_log_ratio(
-        torch.zeros(len(samples), dtype=log_w.dtype, device=log_w.device).scatter_add(0, position, log_w)
-    ).exp()
+    seq_w = clamp_log_ratio(samples.sum(log_w)).exp()
+    seq_applied = samples.mean(applied)
+    policy, loss_kl, loss_entropy = (0 if loss is None else loss.detach() for loss in losses)
     totals = {
         "tokens": N,
-        "samples": len(samples),
+        "samples": samples.count,
         "ratio": ratio.sum(),
         "clip_low": surrogate.clipped_low.sum(),
         "clip_high": surrogate.clipped_high.sum(),
-        "rejected": 0 if inputs.keep is None else (~inputs.keep).sum(),
+        "rejected": 0 if corrected.keep is None else (~corrected.keep).sum(),
+        "masked": 0 if surrogate.masked is None else surrogate.masked.sum(),
         "w": w.sum(),
         "w2": w.square().sum(),
         "applied": applied.sum(),
         "applied2": applied.square().sum(),
         "log_w": log_w.sum(),
+        "log_w2": log_w.square().sum(),
         "abs_log_w": far.sum(),
         "far": (far > LN2).sum(),
         "seq_w": seq_w.sum(),
         "seq_w2": seq_w.square().sum(),
-        "loss_policy": policy.detach(),
+        "seq_applied": seq_applied.sum(),
+        "seq_applied2": seq_applied.square().sum(),
+        "loss_policy": policy,
         "loss_kl": loss_kl,
+        "loss_entropy": loss_entropy,
         "kl_ref": 0 if kl is None else kl.detach().double().sum(),
         "ref_tokens": 0 if kl is None else N,
         "entropy": 0 if inputs.entropy is None else inputs.entropy.double().sum(),

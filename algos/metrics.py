@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 SUMS = (
-    "tokens", "samples", "ratio", "clip_low", "clip_high", "rejected",
-    "w", "w2", "applied", "applied2", "log_w", "abs_log_w", "far",
-    "seq_w", "seq_w2", "loss_policy", "loss_kl", "kl_ref", "ref_tokens", "entropy", "entropy_tokens",
+    "tokens", "samples", "ratio", "clip_low", "clip_high", "rejected", "masked",
+    "w", "w2", "applied", "applied2", "log_w", "log_w2", "abs_log_w", "far",
+    "seq_w", "seq_w2", "seq_applied", "seq_applied2",
+    "loss_policy", "loss_kl", "loss_entropy", "kl_ref", "ref_tokens", "entropy", "entropy_tokens",
 )  # fmt: skip
 MAXIMA = ("w", "abs_log_w", "ratio")
 BUCKET_SUMS = ("tokens", "abs_log_w", "w", "w2", "clipped")
@@ -102,24 +103,29 @@ class LossMetrics:
             "policy/ratio_max": top["ratio"],
             "policy/clip_low_fraction": s["clip_low"] / N,
             "policy/clip_high_fraction": s["clip_high"] / N,
+            "policy/masked_fraction": s["masked"] / N,
             "offpolicy/rejected_fraction": s["rejected"] / N,
             "offpolicy/weight_mean": s["w"] / N,
             "offpolicy/weight_max": top["w"],
             "offpolicy/ess_token": _ess(s["w"], s["w2"], N),
             "offpolicy/ess_token_truncated": _ess(s["applied"], s["applied2"], N),
             "offpolicy/ess_sequence": _ess(s["seq_w"], s["seq_w2"], s["samples"]),
+            "offpolicy/ess_sequence_truncated": _ess(s["seq_applied"], s["seq_applied2"], s["samples"]),
             "offpolicy/abs_dlogp_mean": s["abs_log_w"] / N,
             "offpolicy/abs_dlogp_max": top["abs_log_w"],
             "offpolicy/abs_dlogp_over_ln2": s["far"] / N,
             "offpolicy/k1": -s["log_w"] / N,
             "offpolicy/k3": (s["w"] - s["log_w"]) / N - 1,
             "offpolicy/chi2": s["w2"] / N - 1,
+            "offpolicy/second_moment": s["log_w2"] / N,
         }
         far, rho = quantiles(self.histograms[0], (0.5, 0.95, 0.99)), quantiles(self.histograms[1], (0.05, 0.5, 0.95))
         named |= {f"offpolicy/abs_dlogp_p{p}": value for p, value in zip((50, 95, 99), far, strict=True)}
         named |= {f"offpolicy/ratio_p{p}": value for p, value in zip((5, 50, 95), rho, strict=True)}
         if s["ref_tokens"]:
             named |= {"loss/kl": s["loss_kl"] / updates, "policy/kl_ref": s["kl_ref"] / s["ref_tokens"]}
+        if s["loss_entropy"]:
+            named["loss/entropy"] = s["loss_entropy"] / updates
         if s["entropy_tokens"]:
             named["policy/entropy"] = s["entropy"] / s["entropy_tokens"]
         return named | self._bucket_means()

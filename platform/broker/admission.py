@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from offtrail.algos.filtering import FilterRule, filtered
+from offtrail.core.types import Group
 from offtrail.platform.config.schema import Config
 
 REASONS = ("stale", "filtered", "failed", "superseded", "run_ended")
@@ -68,6 +70,7 @@ class Law:
     exact: bool = False
     drop: bool = False
     max_refusals: int = 10_000
+    filter: FilterRule = "none"
 
     def __post_init__(self) -> None:
         for key, value, low in (
@@ -96,6 +99,7 @@ class Law:
             exact=staleness.mode == "exact",
             drop=staleness.on_violation == "drop",
             max_refusals=staleness.max_refusals,
+            filter=config.algo.filter_groups,
         )
 
     @property
@@ -145,6 +149,17 @@ class Law:
             return "stale", f"a token of version {max_version}, but staleness.mode=exact needs version {needed} alone"
         return "", ""
 
+    def without_signal(self, group: Group) -> str:
+        """Why a group teaches nothing by ``algo.filter_groups``, or "" when it may be trained.
+
+        It is refused as `filtered` and gives its place back (dynamic sampling; its rule: algos/filtering.py).
+        """
+        accuracy = group.components.get("accuracy", group.rewards)
+        if not filtered(self.filter, group.rewards, accuracy):
+            return ""
+        name, values = ("accuracies", accuracy) if self.filter == "accuracy" else ("rewards", group.rewards)
+        return f"all {group.size} {name} are {values[0]:g} (algo.filter_groups={self.filter})"
+
     def starved(self, refused_since_commit: Mapping[str, int]) -> str:
         """One line that says which filter starves the run, or "" while it does not."""
         counts = {reason: refused_since_commit.get(reason, 0) for reason in STARVING}
@@ -154,7 +169,8 @@ class Law:
         worst = max(counts, key=lambda reason: counts[reason])
         way_out = {
             "stale": "raise staleness.max, lower generator.max_in_flight, or set staleness.on_violation=wait",
-            "filtered": "loosen the filter",
+            "filtered": f"algo.filter_groups={self.filter} finds no signal in them: take a task that is neither too "
+            "easy nor too hard, raise batch.group_size, or set algo.filter_groups=none",
             "failed": "see the generators' logs for what fails",
         }[worst]
         return (

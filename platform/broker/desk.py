@@ -101,7 +101,8 @@ class Desk:
         """Exact mode: all of the lowest batch that is open and of which nothing is in flight, in slot order.
 
         Refused slots of a wave are refilled together, once the rest of it has arrived: which problems a wave gets does
-        not depend on when its refusals came.
+        not depend on when its refusals came. Where a filter refuses as a matter of course, no wave goes out before the
+        ones below it are full: problems are numbered in the order of grants, which timing must not decide.
         """
         law, B = self.law, self.law.batch
         capacity = law.capacity(self.ledger.tally(), self.version)
@@ -111,7 +112,10 @@ class Desk:
             slots = range(wave * B, (wave + 1) * B)
             mine = [row for row in leased if row.slot in slots]
             fresh = [Grant(slot, law.needs(slot)) for slot in slots if slot not in taken]
-            if any(row.holder for row in mine) or not (mine or fresh):
+            in_flight = any(row.holder for row in mine)
+            if in_flight and law.filter != "none":
+                break
+            if in_flight or not (mine or fresh):
                 continue
             if len(fresh) > capacity:
                 break
@@ -169,6 +173,9 @@ class Desk:
         # A generator may apply a version before its commit arrives here: it was queued under that version.
         group.queued_version, group.queued_at = max(self.version, high), now
         reason, detail = self._misfit(row, group) or self.law.violation(row.needs, low, high, self.newest)
+        if not reason:
+            detail = self.law.without_signal(group)
+            reason = "filtered" if detail else ""
         arrival = Arrival(pack_group(group), versions, group.queued_version, now)
         if reason:
             self.ledger.refuse(row.id, reason, detail, arrival, self.ledger.lineage)

@@ -6,6 +6,8 @@
 Invariants
 - Later layers win: dataclass defaults < a group's option < the file's keys, all of them < the command line's options <
   its keys. An option on the command line replaces the whole group, whatever the file holds there.
+- An option may say `with: {learner.minibatches: 16}`: defaults in other sections that belong to it. They lose to every
+  key that a file or the command line gives, and go when another option replaces theirs.
 - Within a layer order says nothing, so one key given two values is an error.
 - Values are literal: no interpolation, so that a saved configuration means the same everywhere.
 - compose([saved]) == compose(argv) for every saved configuration of a composed one.
@@ -33,7 +35,7 @@ from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
 
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
-PATH_KEYS = ("run.dir", "model.path", "task.path", "task.eval_path", "weights.dir")
+PATH_KEYS = ("run.dir", "model.path", "algo.critic.path", "task.path", "task.eval_path", "weights.dir")
 
 # What a resumed run may change: places, patience, views and speed, and how long it goes on. Nothing that an arm of a
 # comparison could differ in; what decides the numbers of a step stays as it was started.
@@ -140,30 +142,35 @@ def options_of(group: str) -> list[str]:
     return sorted(path.stem for path in (OPTIONS_DIR / group).glob("*.yaml"))
 
 
-def _option_values(group: str, option: str) -> dict[str, Raw]:
+def _option_values(group: str, option: str) -> tuple[dict[str, Raw], dict[str, Raw]]:
+    """(its own section's values, its defaults in other sections), by dotted key."""
     options = options_of(group)
     if option not in options:
         hint = f"; a folder or a name is model.path={option}" if group == "model" and "/" in option else ""
         raise refuse(
             group, option, f"unknown option; options: {', '.join(options)}{nearest_text(option, options)}{hint}"
         )
-    layer = Layer()
-    _take_tree(layer, {group: read_file(OPTIONS_DIR / group / f"{option}.yaml")}, "")
-    return {f"{group}.name": option} | layer.values
+    tree = read_file(OPTIONS_DIR / group / f"{option}.yaml")
+    own, others = Layer(), Layer()
+    _take_tree(others, tree.pop("with", {}), "")
+    _take_tree(own, {group: tree}, "")
+    return {f"{group}.name": option} | own.values, others.values
 
 
 def merge(layers: Sequence[Layer]) -> dict[str, Raw]:
     """One raw value for each key that is given, later layers winning."""
     merged: dict[str, Raw] = {}
+    beside: dict[str, dict[str, Raw]] = {}
     for layer in layers:
         for group, option in layer.options.items():
             merged = {key: value for key, value in merged.items() if not key.startswith(f"{group}.")}
-            merged |= _option_values(group, option)
+            own, beside[group] = _option_values(group, option)
+            merged |= own
         for key, value in sorted(layer.values.items(), key=lambda item: item[0].count(".")):
             if isinstance(value, dict):  # a mapping is one value: entries of earlier layers do not shine through
                 merged = {old: kept for old, kept in merged.items() if not old.startswith(f"{key}.")}
             merged[key] = value
-    return merged
+    return {key: value for others in beside.values() for key, value in others.items()} | merged
 
 
 def _composed(layers: Sequence[Layer]) -> Config:

@@ -93,10 +93,19 @@ class SamplingConfig:
     """Logits are divided by it; the learner divides its own by the same."""
     max_new_tokens: int = 64
     """An answer is cut here, unfinished."""
+    growth_step: int = 0
+    """From this learner step on answers may be growth_factor times as long; 0 = never."""
+    growth_factor: float = 2.0
+    """What max_new_tokens is multiplied by from growth_step on."""
     top_p: float = 1.0
     """1 = off."""
     top_k: int = 0
     """0 = off."""
+
+    def longest_at(self, step: int) -> int:
+        """Most tokens of an answer of the batch of this learner step."""
+        grown = 0 < self.growth_step <= step
+        return int(self.max_new_tokens * self.growth_factor) if grown else self.max_new_tokens
 
 
 @dataclass
@@ -146,6 +155,12 @@ class LearnerConfig:
     """Budget of prompt + answer tokens packed into one forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters in the forward pass."""
+    head_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of the head's products; sums, logits and log-probabilities are float32 always."""
+    activation_checkpointing: bool = False
+    """Keep only each decoder layer's input and run the layer again in backward: less memory, a third more time."""
+    liger: Literal["auto", "always", "never"] = "auto"
+    """Liger's Triton kernels in the decoder; auto: where there is CUDA and liger-kernel is installed."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     threads: int = 1
@@ -238,6 +253,8 @@ class TrackingConfig:
     """Write runs/NAME/tb/."""
     sample_texts: int = 2
     """Sample groups whose texts are logged at each learner step."""
+    gradient_cosine: bool = True
+    """Log the cosine of consecutive gradients; a copy of one gradient is held for it."""
     progress: Literal["auto", "live", "plain", "off"] = "auto"
     """Terminal view; auto = live on a terminal, plain lines elsewhere."""
 

@@ -7,6 +7,7 @@ own `__post_init__`.
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import math
 import os
@@ -14,6 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from offtrail.algos.config import incompatible
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.keys import flatten
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config
@@ -30,10 +32,44 @@ LIMITS = {
     "model.mlp_size": "[1, inf)",
     "model.init_std": "(0, inf)",
     "model.max_length": "[2, inf)",
+    "algo.critic.lr": "[0, inf)",
+    "algo.critic.eps": "(0, inf)",
+    "algo.critic.weight_decay": "[0, inf)",
+    "algo.critic.grad_clip": "(0, inf)",
+    "algo.critic.warmup_updates": "[0, inf)",
+    "algo.critic.pretrain_steps": "[0, inf)",
     "algo.kl_coef": "[0, inf)",
     "algo.clip_high": "[0, inf)",
     "algo.std_eps": "[0, inf)",
-    "correction.cap": "(0, inf)",
+    "algo.ref_refresh": "[0, inf)",
+    "algo.entropy_coef": "[0, inf)",
+    "algo.overlong_share": "[0, 1]",
+    "algo.overlong_penalty": "[0, inf)",
+    "algo.dual_clip": "[0, inf)",
+    "algo.gamma": "[0, 1]",
+    "algo.gae_lambda": "[0, 1]",
+    "algo.gae_alpha": "[0, inf)",
+    "algo.value_lambda": "[0, 1]",
+    "algo.value_clip": "[0, inf)",
+    "algo.tau_positive": "(0, inf)",
+    "algo.tau_negative": "(0, inf)",
+    "algo.cap": "[1, inf)",
+    "algo.low_start": "[0, 1]",
+    "algo.low_end": "[0, 1]",
+    "algo.low_step": "(0, inf)",
+    "algo.high_start": "[1, inf)",
+    "algo.high_end": "[1, inf)",
+    "algo.high_step": "(0, inf)",
+    "algo.positive_share": "[0, 1]",
+    "algo.tau": "[0, inf)",
+    "algo.mask_low": "[0, 1]",
+    "algo.mask_high": "[0, 1]",
+    "algo.penalty": "[0, inf)",
+    "correction.cap": "[0, inf)",
+    "correction.low": "[0, 1]",
+    "correction.high": "[1, inf)",
+    "correction.limit": "[0, inf)",
+    "correction.floor": "[0, inf)",
     "reward.accuracy_weight": "[0, inf)",
     "reward.format_weight": "[0, inf)",
     "reward.workers": "[1, inf)",
@@ -49,6 +85,8 @@ LIMITS = {
     "batch.groups": "[1, inf)",
     "batch.group_size": "[1, inf)",
     "sampling.max_new_tokens": "[1, inf)",
+    "sampling.growth_step": "[0, inf)",
+    "sampling.growth_factor": "[1, inf)",
     "staleness.max": "[0, inf)",
     "staleness.max_refusals": "[1, inf)",
     "learner.steps": "[1, inf)",
@@ -98,8 +136,8 @@ def numbers_are_in_range(config: Config) -> None:
             raise refuse(key, value, "must be a finite number")
         if key in LIMITS and not inside(value, LIMITS[key]):
             raise refuse(key, value, f"must be {limit_text(LIMITS[key])}")
-    for key, betas in (("sft.betas", config.sft.betas), ("learner.optim.betas", config.learner.optim.betas)):
-        if not all(0 <= beta < 1 for beta in betas):
+    for key, betas in flatten(config).items():
+        if key.endswith(".betas") and not all(0 <= beta < 1 for beta in betas):
             raise refuse(key, list(betas), "each must lie in [0, 1)")
 
 
@@ -142,20 +180,22 @@ def made_model_has_whole_heads(config: Config) -> None:
         raise refuse("model.kv_heads", model.kv_heads, f"must divide model.heads={model.heads}")
 
 
-def model_path_is_here(config: Config) -> None:
+def model_paths_are_here(config: Config) -> None:
     """A folder with config.json, or a name in the Hugging Face cache: no role downloads, four of them would at once."""
-    given = config.model.path
+    for key in ("model.path", "algo.critic.path"):
+        _model_is_here(key, flatten(config).get(key, ""))
+
+
+def _model_is_here(key: str, given: str) -> None:
     if not given or (Path(given) / "config.json").is_file():
         return
     if Path(given).exists():
-        raise refuse("model.path", given, "holds no config.json; a Hugging Face model folder has one")
+        raise refuse(key, given, "holds no config.json; a Hugging Face model folder has one")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith("."):
-        raise refuse("model.path", given, "no such folder; give a Hugging Face model folder, or leave it empty")
+        raise refuse(key, given, "no such folder; give a Hugging Face model folder, or leave it empty")
     cached = hub_cache() / f"models--{given.replace('/', '--')}" / "snapshots"
     if not any(cached.glob("*/config.json")):
-        raise refuse(
-            "model.path", given, f"neither a folder nor in the Hugging Face cache; fetch it first: hf download {given}"
-        )
+        raise refuse(key, given, f"neither a folder nor in the Hugging Face cache; fetch it first: hf download {given}")
 
 
 def hub_cache() -> Path:
@@ -176,11 +216,39 @@ def task_files_are_here(config: Config) -> None:
             raise refuse(key, path, "no such file; give a JSON-lines file, one problem a line")
 
 
+def objective_and_correction_fit(config: Config) -> None:
+    """No importance weight counts twice; the reason stands in algos/config.py."""
+    reason = incompatible(config.algo, config.correction)
+    if reason is not None:
+        raise ConfigError(reason)
+
+
 def minibatches_divide_groups(config: Config) -> None:
     """A learner step is K updates of whole groups."""
     groups, minibatches = config.batch.groups, config.learner.minibatches
     if groups % minibatches:
         raise refuse("batch.groups", groups, f"must be divisible by learner.minibatches={minibatches}")
+
+
+def references_are_refreshed_between_steps(config: Config) -> None:
+    """All K updates of a learner step have one reference, so it can only change after whole steps."""
+    refresh, minibatches = config.algo.ref_refresh, config.learner.minibatches
+    if refresh % minibatches:
+        raise refuse(
+            "algo.ref_refresh",
+            refresh,
+            f"counts optimizer updates: must be a multiple of learner.minibatches={minibatches}, the updates of a step",
+        )
+
+
+def groups_can_have_a_signal(config: Config) -> None:
+    """One sample alone has no variance: every group would be refused."""
+    if config.algo.filter_groups != "none" and config.batch.group_size < 2:
+        raise refuse(
+            "algo.filter_groups",
+            config.algo.filter_groups,
+            f"needs batch.group_size ≥ 2, not {config.batch.group_size}: one answer is always all right or all wrong",
+        )
 
 
 def every_rank_has_samples(config: Config) -> None:
@@ -199,6 +267,14 @@ def answers_fit_the_model(config: Config) -> None:
     longest, new = config.model.max_length, config.sampling.max_new_tokens
     if new >= longest:
         raise refuse("sampling.max_new_tokens", new, f"must be < model.max_length={longest}: the prompt needs room too")
+    grown = config.sampling.longest_at(config.learner.steps - 1)
+    if grown >= longest:
+        raise refuse(
+            "sampling.growth_factor",
+            config.sampling.growth_factor,
+            f"answers grow to {grown} tokens at step {config.sampling.growth_step}: must stay < "
+            f"model.max_length={longest}",
+        )
     if config.learner.tokens_per_microbatch < longest:
         raise refuse(
             "learner.tokens_per_microbatch",
@@ -266,6 +342,26 @@ def devices_are_known(config: Config) -> None:
             raise refuse(key, device, "must be cpu, cuda or cuda:N")
 
 
+def head_is_no_wider_than_the_decoder(config: Config) -> None:
+    """Rounded operands in the head alone would save a little and cost agreement with the engine (I5)."""
+    learner = config.learner
+    if learner.head_dtype == "bfloat16" and learner.dtype != "bfloat16":
+        raise refuse("learner.head_dtype", "bfloat16", f"needs learner.dtype=bfloat16, not {learner.dtype}")
+
+
+def liger_has_a_gpu(config: Config) -> None:
+    """Triton kernels; auto falls back where they cannot run, always must not."""
+    learner = config.learner
+    if learner.liger != "always":
+        return
+    if learner.device == "cpu":
+        raise refuse("learner.liger", "always", "needs learner.device=cuda; or take learner.liger=auto")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise refuse(
+            "learner.liger", "always", "liger-kernel is not installed; pip install --no-deps liger-kernel, or take auto"
+        )
+
+
 def weights_have_a_channel(config: Config) -> None:
     """Shared memory is Linux's /dev/shm, unless weights.dir names a folder."""
     if config.weights.channel == "shm" and not config.weights.dir and not Path("/dev/shm").is_dir():
@@ -299,9 +395,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
     numbers_are_in_range,
     run_name_is_a_folder_name,
     made_model_has_whole_heads,
-    model_path_is_here,
+    model_paths_are_here,
     task_files_are_here,
+    objective_and_correction_fit,
     minibatches_divide_groups,
+    references_are_refreshed_between_steps,
+    groups_can_have_a_signal,
     every_rank_has_samples,
     answers_fit_the_model,
     training_samples_the_policy_itself,
@@ -309,6 +408,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     reward_has_a_component,
     warmup_ends_before_training,
     devices_are_known,
+    head_is_no_wider_than_the_decoder,
+    liger_has_a_gpu,
     weights_have_a_channel,
     broker_address_is_numeric,
     a_lease_expires_before_the_run,

@@ -94,7 +94,7 @@ class Evaluation:
 
     def _answers(self) -> list[list[Completion]]:
         sampling = Sampling(
-            max_new_tokens=self.config.sampling.max_new_tokens,
+            max_new_tokens=self.config.sampling.longest_at(self.engine.version),
             temperature=self.config.eval.temperature,
             stop_token_ids=self.text.stop_token_ids,
             seed=EVAL_SEED,

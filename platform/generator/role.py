@@ -41,11 +41,14 @@ def open_rollout(context: RoleContext, connection: Connection) -> Rollout:
     """Engine, tokenizer, verifiers and weight channel of one generator."""
     config = context.config
     text = Text(context.start_model, chat=getattr(config.task, "chat", False))
-    sampling = training_sampling(config, text.stop_token_ids)
     name = f"{context.role}-{context.index}"
 
     def encode(lease: Lease) -> Int32:
         return text.encode(lease.problem)
+
+    def driver(lease: Lease) -> SampleDriver:
+        # A slot belongs to one batch; in completion order (on_violation=drop) to the one it is likely to enter.
+        return SampleDriver(training_sampling(config, text.stop_token_ids, lease.slot // config.batch.groups), name)
 
     return Rollout(
         config=config,
@@ -55,16 +58,16 @@ def open_rollout(context: RoleContext, connection: Connection) -> Rollout:
         ),
         weights=Subscriber(context.weights_folder),
         verifiers=VerifierPool(config),
-        make_driver=lambda lease: SampleDriver(sampling, name),
+        make_driver=driver,
         encode=encode,
         decode_text=text.decode,
     )
 
 
-def training_sampling(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """How training samples are drawn: the run's seed keys every token's random number (I3)."""
+def training_sampling(config: Config, stop_token_ids: tuple[int, ...], step: int) -> Sampling:
+    """How the samples of a learner step's batch are drawn: the run's seed keys every token's random number (I3)."""
     return Sampling(
-        max_new_tokens=config.sampling.max_new_tokens,
+        max_new_tokens=config.sampling.longest_at(step),
         temperature=config.sampling.temperature,
         top_p=config.sampling.top_p,
         top_k=config.sampling.top_k,

@@ -2,7 +2,9 @@
 
     model.safetensors, config.json, tokenizer…   opens with AutoModelForCausalLM and AutoTokenizer
     optimizer.safetensors                        AdamW's moments by parameter name, and torch's random state
-    trainer.json                                 step, updates
+    trainer.json                                 step, updates, …
+    critic.safetensors, critic_optimizer.…       algo=ppo: the critic's parameters and moments
+    reference.safetensors                        the reference policy, once it is no longer the start model
     window/v00000012.safetensors                 staleness.mode=exact: the versions that a resumed run publishes again
 
 Invariants: a directory named step_N is whole (written under another name, sealed by rename); a checkpoint that cannot
@@ -24,9 +26,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from offtrail.platform.learner.world import World, full, shard_like
+from offtrail.platform.learner.train import Trainer
+from offtrail.platform.learner.world import World, full, local, resharded, shard_like
 
 _NAME = re.compile(r"step_(\d+)")
 _HEADROOM = 1 << 24
@@ -39,10 +41,20 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where training stands: learner steps and optimizer updates done."""
+    """Where training stands: learner steps and optimizer updates done, the update that the reference was refreshed at
+    (0: it is the start model), and the critic's updates.
+    """
 
     step: int
     updates: int
+    refreshed: int = 0
+    critic_updates: int = 0
+
+    @classmethod
+    def of(cls, step: int, trainer: Trainer) -> TrainerState:
+        """Of a trainer after ``step`` learner steps."""
+        critic = trainer.critic
+        return cls(step, trainer.updates, trainer.refreshed, critic.updates if critic is not None else 0)
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -59,12 +71,10 @@ def gather(policy: nn.Module) -> dict[str, Tensor]:
     """Full parameters under transformers' names; all ranks take part. With one rank the live ones: read, then let
     go.
     """
-    # Trap: a forward without a backward leaves FSDP2's root gathered; its plain parameters would be taken for the
-    # result, and a NumPy view of them forbids FSDP2 to free them.
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return {n: full(p.detach()) for n, p in zip(parameter_names(policy), policy.parameters(), strict=True)}
+    # Trap: gathered parameters that FSDP2 left at the root would be taken for the result, and a NumPy view of them
+    # forbids it to free them.
+    held = resharded(policy).parameters()
+    return {n: full(p.detach()) for n, p in zip(parameter_names(policy), held, strict=True)}
 
 
 def gather_optimizer(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -86,8 +96,10 @@ def write(
     parameters: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     window: Mapping[int, Path],
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write and seal one checkpoint; rank 0 only. ``window``: published version → its file, copied as it is.
+    """Write and seal one checkpoint; rank 0 only. ``window``: published version → its file, copied as it is;
+    ``beside``: further safetensors files by their stem.
 
     Raises CheckpointError: not enough room, or the file system's own word; older checkpoints stay as they are.
     """
@@ -96,13 +108,15 @@ def write(
     try:
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        _check_room(target, [*parameters.values(), *moments.values()], window)
+        others = {} if beside is None else beside
+        sizes = [tensor for tensors in (parameters, moments, *others.values()) for tensor in tensors.values()]
+        _check_room(target, sizes, window)
         temporary.mkdir()
         write_model(temporary, model, tokenizer, parameters)
         random = {"torch_random_state": torch.get_rng_state()}
-        save_file(
-            {k: v.contiguous().cpu() for k, v in {**moments, **random}.items()}, temporary / "optimizer.safetensors"
-        )
+        _save({**moments, **random}, temporary / "optimizer.safetensors")
+        for stem, tensors in others.items():
+            _save(tensors, temporary / f"{stem}.safetensors")
         for file in window.values():
             (temporary / "window").mkdir(exist_ok=True)
             shutil.copyfile(file, temporary / "window" / file.name)
@@ -135,19 +149,28 @@ def read_state(path: Path) -> TrainerState:
         raise CheckpointError(f"{path} is no checkpoint to go on from: {error}") from error
 
 
-def restore_optimizer(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its moments (cut to this rank's shard) and torch its random state."""
-    try:
-        saved = load_file(path / "optimizer.safetensors")
-    except Exception as error:
-        raise CheckpointError(f"{path} is no checkpoint to go on from: {error}") from error
-    torch.set_rng_state(saved.pop("torch_random_state"))
-    for name, parameter in zip(parameter_names(policy), policy.parameters(), strict=True):
+def restore_optimizer(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its moments (cut to this rank's shard), and torch its random state if the file has one."""
+    saved = _load(file)
+    if "torch_random_state" in saved:
+        torch.set_rng_state(saved.pop("torch_random_state"))
+    for name, parameter in zip(parameter_names(module), module.parameters(), strict=True):
         if f"{name}.step" in saved:
             optimizer.state[parameter] = {
                 "step": saved[f"{name}.step"].to(parameter.device),
                 **{key: shard_like(saved[f"{name}.{key}"], parameter.detach()) for key in MOMENTS},
             }
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise CheckpointError(f"{file.parent} is no checkpoint to go on from: {file.name}: {error}") from error
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, file)
 
 
 def read_window(path: Path) -> dict[int, dict[str, Tensor]]:
@@ -157,12 +180,44 @@ def read_window(path: Path) -> dict[int, dict[str, Tensor]]:
 
 
 def save(
-    run_dir: Path, world: World, state: TrainerState, model: Any, tokenizer: Any, policy: nn.Module,
-    optimizer: torch.optim.Optimizer, window: Mapping[int, Path],
+    run_dir: Path, world: World, state: TrainerState, model: Any, tokenizer: Any, trainer: Trainer,
+    window: Mapping[int, Path],
 ) -> Path | None:  # fmt: skip
     """Gather on all ranks, write on rank 0: its path there, None elsewhere. A failure to write raises on rank 0."""
-    parameters, moments = gather(policy), gather_optimizer(policy, optimizer)
-    return write(run_dir, state, model, tokenizer, parameters, moments, window) if world.main else None
+    parameters, moments = gather(trainer.policy), gather_optimizer(trainer.policy, trainer.optimizer)
+    beside = {}
+    if trainer.critic is not None:
+        beside["critic"] = gather(trainer.critic.critic)
+        beside["critic_optimizer"] = gather_optimizer(trainer.critic.critic, trainer.critic.optimizer)
+    if trainer.reference is not None and trainer.refreshed:
+        beside["reference"] = gather(trainer.reference)
+    return write(run_dir, state, model, tokenizer, parameters, moments, window, beside) if world.main else None
+
+
+def restore(path: Path, trainer: Trainer) -> None:
+    """Everything of a checkpoint but the policy's parameters, which the trainer was made with.
+
+    Raises CheckpointError where something is missing or unreadable.
+    """
+    state = read_state(path)
+    trainer.updates, trainer.refreshed = state.updates, state.refreshed
+    restore_optimizer(path / "optimizer.safetensors", trainer.policy, trainer.optimizer)
+    if trainer.critic is not None:
+        trainer.critic.updates = state.critic_updates
+        restore_parameters(path / "critic.safetensors", trainer.critic.critic)
+        restore_optimizer(path / "critic_optimizer.safetensors", trainer.critic.critic, trainer.critic.optimizer)
+    if trainer.reference is not None and trainer.refreshed:
+        restore_parameters(path / "reference.safetensors", trainer.reference)
+
+
+@torch.no_grad()
+def restore_parameters(file: Path, module: nn.Module) -> None:
+    """Cut a module's parameters out of a file of ``gather``."""
+    saved = _load(file)
+    for name, parameter in zip(parameter_names(module), resharded(module).parameters(), strict=True):
+        if name not in saved or saved[name].shape != parameter.shape:
+            raise CheckpointError(f"{file} is no checkpoint to go on from: it lacks {name} of {tuple(parameter.shape)}")
+        local(parameter).copy_(local(shard_like(saved[name], parameter.detach())))
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, parameters: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The policy as the learner sees it: packed samples in, log-probability and entropy of each output token out.
 
-train.py calls ``Policy``; its forward runs transformers' decoder on flat tokens (attention.py) and then the head below.
+train.py calls ``Policy``; its forward runs transformers' decoder on flat tokens (attention.py) and then the head
+(head.py).
 
 Invariant (I5): log-probabilities are of the logits divided by the group's sampling temperature, in float32, over the
 full vocabulary, so that they are comparable with the engine's.
@@ -8,19 +9,30 @@ full vocabulary, so that they are comparable with the engine's.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from offtrail.platform.learner import attention
 from offtrail.platform.learner.fused import fuse
+from offtrail.platform.learner.head import (
+    Head,
+    LossOf,
+    Reference,
+    Scores,
+    default_elements,
+    loss_in_head,
+    pieces,
+    token_logprobs,
+)
+from offtrail.platform.learner.liger import apply as apply_liger
 from offtrail.platform.learner.packing import Packed
-
-HEAD_ELEMENTS = 1 << 25
-"""Logits held at a time (128 MiB in float32); beyond it the head runs in chunks and recomputes them in backward."""
 
 
 def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
@@ -37,110 +49,121 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
 class Policy(nn.Module):
     """A causal language model with the log-probability head. ``model`` is transformers' module, names unchanged.
 
-    The root of the FSDP2 world: its forward gathers embedding, final norm and head, that of a decoder layer its own.
-    With ``dtype`` bfloat16 the decoder runs under autocast; the head is float32 always. In float32 on a CPU the layers
-    that fused.py knows are fused.
+    The root of the FSDP2 world: its forward gathers embedding, final norm and head, that of a decoder layer its own; so
+    ``scores``, ``loss`` and ``reference`` all go through ``forward``. With ``dtype`` bfloat16 the decoder runs under
+    autocast; ``head_dtype`` is that of the head's products, which are summed in float32 always. In float32 on a CPU the
+    layers that fused.py knows are fused; on CUDA ``liger`` (auto, always, never) decides on Liger's kernels. With
+    ``activation_checkpointing`` a decoder layer keeps only its input and runs again in backward. ``elements``: logits
+    held at a time (head.py).
     """
 
-    def __init__(self, model: Any, *, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: str = "float32",
+        head_dtype: str = "float32",
+        activation_checkpointing: bool = False,
+        liger: str = "auto",
+        elements: int | None = None,
+    ) -> None:
         super().__init__()
         plain = dtype == "float32" and model.device.type == "cpu"
+        apply_liger(model, liger)
         self.model: Any = fuse(model) if plain else model
+        if activation_checkpointing:
+            for layer in model.base_model.layers:
+                kind: Any = type(layer)
+                layer.__class__ = _checkpointed(kind)
         self.autocast = dtype == "bfloat16"
+        self.products: torch.dtype = getattr(torch, head_dtype)
+        self.elements = elements
         self.share_up_to = attention.SHARE_UP_TO if plain else 0
         """Longest sequence for packing's shared layout."""
+        self.quadratic = _quadratic(model)
+        """Attention's operations for a sample of L tokens are ``quadratic``·L² where the linear layers' are L."""
 
-    def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """(log-probabilities [M] with gradient, entropies [M] without), float32, of the micro-batch's output tokens."""
+    def scores(self, packed: Packed, reference: Reference | None = None) -> Scores:
+        """Log-probability, full-vocabulary entropy and, with a reference, exact KL(π‖ref) of the micro-batch's output
+        tokens: [M] float32 each, all with gradient.
+        """
+        scores: Scores = self(packed, reference=reference, task="scores")
+        return scores
+
+    def loss(self, packed: Packed, loss: LossOf, reference: Reference | None = None) -> tuple[Tensor, Scores]:
+        """The sum of ``loss`` over pieces of whole samples, taken inside the head (head.loss_in_head), and the scores
+        without gradient.
+
+        The slice that ``loss`` gets is of the micro-batch's predicted tokens [M].
+        """
+        out: tuple[Tensor, Scores] = self(packed, reference=reference, loss=loss, task="loss")
+        return out
+
+    @torch.no_grad()
+    def reference(self, packed: Packed) -> Reference:
+        """What another model's exact KL on the same micro-batch compares with."""
+        out: Reference = self(packed, task="reference")
+        return out
+
+    def forward(
+        self,
+        packed: Packed,
+        *,
+        task: str = "logprobs",
+        reference: Reference | None = None,
+        loss: LossOf | None = None,
+    ) -> Any:
+        """(log-probabilities [M], entropies [M] without gradient); or what ``scores``, ``loss``, ``reference`` say."""
+        rows, head = self._hidden(packed), self._head()
+        if task == "reference":
+            return Reference(rows, head)
+        at = (packed.targets, packed.inverse_temperature)
+        if task == "loss" and loss is not None:
+            cut = pieces(packed.lengths, len(head.weight), self.elements or default_elements(head.weight))
+            return loss_in_head(rows, head, at[0], loss, at[1], pieces=cut, reference=reference, elements=self.elements)
+        scores = token_logprobs(rows, head, *at, reference=reference, elements=self.elements)
+        return scores if task == "scores" else (scores.logprobs, scores.entropy.detach())
+
+    def _hidden(self, packed: Packed) -> Tensor:
+        """The hidden states [M, H] that predict."""
         with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
             hidden = self.model.base_model(
                 input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
             ).last_hidden_state[0]
+        rows: Tensor = hidden.index_select(0, packed.predict)
+        return rows
+
+    def _head(self) -> Head:
         head = self.model.get_output_embeddings()
-        rows = hidden.index_select(0, packed.predict)
-        return token_logprobs(rows, head.weight, head.bias, packed.targets, packed.inverse_temperature)
+        weight, bias = head.weight, head.bias
+        if isinstance(self, FSDPModule) and not weight.requires_grad:
+            # What FSDP2 gathered it takes back when this forward ends; a reference is read after that.
+            weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
+        return Head(weight, bias, self.products)
 
 
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    inverse_temperature: Tensor | None = None,
-    *,
-    elements: int = HEAD_ELEMENTS,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of ``targets`` [M] and full-vocabulary entropy, from ``hidden`` [M, H] and the head's
-    ``weight`` [V, H].
+class _Checkpointed:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward  # type: ignore[misc]
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    At most ``elements`` logits exist at a time: then 8MHV instead of 6MHV operations. ``inverse_temperature`` [M, 1].
-    Both outputs [M] float32; the entropy has no gradient.
+
+@cache
+def _checkpointed(kind: Any) -> Any:
+    """A layer's class, by the same name, that runs its forward again in backward; one per kind, for FSDP2 wraps by
+    class. Transformers' own switch works in train mode only.
     """
-    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, inverse_temperature, elements
+    return type(kind.__name__, (_Checkpointed, kind), {})
+
+
+def _quadratic(model: Any) -> float:
+    """Forward operations of L tokens: 2PL in P weights, and 2·layers·heads·D·L² in causal attention."""
+    config, table = model.config, model.get_input_embeddings().weight
+    tied = table is model.get_output_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - (0 if tied else table.numel())
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    return out
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(hWᵀ/τ) at the targets. With p = softmax: d logits = (1[target] − p)·g/τ."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        inverse_temperature: Tensor | None,
-        elements: int,
-    ) -> tuple[Tensor, Tensor]:
-        rows = max(1, elements // weight.shape[0])
-        parts = list(range(0, len(hidden), rows)) or [0]
-        head = weight.float()
-        logprobs, entropies, kept = [], [], None
-        for start in parts:
-            part = slice(start, start + rows)
-            z = _logits(hidden[part], head, bias, _part(inverse_temperature, part))
-            logp = torch.log_softmax(z, -1)
-            logprobs.append(logp.gather(1, targets[part].unsqueeze(1)).squeeze(1))
-            p = logp.exp()
-            entropies.append(torch.linalg.vecdot(p, logp).neg_())
-            kept = p if len(parts) == 1 else None
-        ctx.rows = rows
-        ctx.save_for_backward(hidden, weight, bias, targets, inverse_temperature, kept)
-        entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
-        hidden, weight, bias, targets, inverse_temperature, kept = ctx.saved_tensors
-        head, g = weight.float(), grads[0]
-        # Accumulated in float32: bfloat16 sums over chunks lose the small ones.
-        d_head, d_bias = torch.zeros_like(head), None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        d_hidden = torch.empty_like(hidden)
-        for start in range(0, len(hidden), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            scale, column = _part(inverse_temperature, part), g[part].unsqueeze(1)
-            p = kept if kept is not None else torch.softmax(_logits(hidden[part], head, bias, scale), -1)
-            d_z = (p * -column).scatter_add_(1, targets[part].unsqueeze(1), column)
-            if scale is not None:
-                d_z *= scale
-            d_hidden[part] = d_z @ head
-            d_head.addmm_(d_z.T, hidden[part].float())
-            if d_bias is not None:
-                d_bias += d_z.sum(0)
-        return (
-            d_hidden, d_head.to(weight.dtype), None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-            None, None, None,
-        )  # fmt: skip
-
-
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, inverse_temperature: Tensor | None) -> Tensor:
-    z = torch.nn.functional.linear(hidden.float(), head, None if bias is None else bias.float())
-    return z if inverse_temperature is None else z.mul_(inverse_temperature)
-
-
-def _part(values: Tensor | None, part: slice) -> Tensor | None:
-    return None if values is None else values[part]
+    return float(config.num_hidden_layers * width / weights)

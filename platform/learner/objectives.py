@@ -1,29 +1,34 @@
 """What a learner step minimises: the policy-gradient objective of job=rl, and likelihood for job=sft.
 
-train.py asks an objective, once a step, to ``prepare`` the batch (Work), and once a micro-batch for its ``loss``.
-What differs between jobs stands here and in sources.py; the loop is the same.
+train.py asks an objective, once a step, to ``prepare`` the batch (Work) and, when its scores are in, to ``advance`` it
+(advantages); once an update for the ``plan`` of it; and once a piece of a micro-batch for its ``loss``. What differs
+between jobs stands here and in sources.py, what differs between algorithms and corrections in algos/: this file reads
+their fields and knows none of their names.
 
-Invariants: weights and advantages are of the whole update before it is cut, so that micro-batches and ranks add up; a
-token older than staleness.max versions never reaches a loss (I2).
+Invariants: weights, advantages and an update's plan are of the whole update before it is cut, the same on every rank,
+so that pieces, micro-batches and ranks add up; a token older than staleness.max versions never reaches a loss (I2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offtrail.algos.advantages import grpo_advantages
+from offtrail.algos.advantages import estimate, overlong_penalty
 from offtrail.algos.aggregation import sample_weights
-from offtrail.algos.config import GrpoConfig
+from offtrail.algos.config import needs_whole_update
+from offtrail.algos.kl import kl_estimate
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.algos.metrics import LossMetrics
+from offtrail.algos.update import Prepared, prepare_update
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
+from offtrail.platform.learner.head import Scores
 from offtrail.platform.learner.packing import Packed, Rows, minibatches
 from offtrail.platform.learner.world import World
 
@@ -33,23 +38,44 @@ class StalenessError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What must be scored before the first update.
+
+    ``prox``: the policy's log-probabilities, of the tokens of the later updates or of all. ``ref``: the reference's.
+    ``full_ref``: the reference's whole distribution, micro-batch by micro-batch (exact KL). ``merged``: every rank
+    needs the scores of all ranks, because advantages or the plan of an update are made of them.
+    """
+
+    prox: Literal["none", "later", "all"] = "none"
+    ref: bool = False
+    full_ref: bool = False
+    merged: bool = False
+
+
+@dataclass(frozen=True)
 class Work:
     """One learner step laid out: N samples, T output tokens, K updates.
 
     ``updates``: the groups of each. ``weights`` [N]: loss weight of every token of a sample within its update. For rl
-    also ``advantages`` [N], ``behaviour`` [T] log-probabilities and ``staleness`` [T]; train.py fills in ``prox`` [T]
-    (from before the first update) and ``ref`` [T], of this rank's tokens and where the objective needs them, NaN
-    elsewhere.
+    also ``rewards`` [N] (shaping included), ``behaviour`` [T] log-probabilities and ``staleness`` [T]; train.py fills
+    in the scores [T] that the objective needs (``prox`` from before the first update, ``ref``, ``values``), NaN where
+    they are not computed, and ``mine`` [T], which are of this rank's tokens; ``advance`` then ``advantages`` [T] and
+    ``returns`` [T]. ``metrics``: what is known before the first update.
     """
 
     rows: Rows
     updates: list[range]
     weights: Tensor
-    advantages: Tensor | None = None
+    rewards: Tensor | None = None
     behaviour: Tensor | None = None
     staleness: Tensor | None = None
     prox: Tensor | None = None
     ref: Tensor | None = None
+    values: Tensor | None = None
+    mine: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Work:
         """The same work with its tensors on a device."""
@@ -57,6 +83,19 @@ class Work:
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the whole update decides; its tensors are of the update's tokens, the first at place ``first`` of [T]."""
+
+    prepared: Prepared = field(default_factory=Prepared)
+    first: int = 0
+
+    @property
+    def lr_scale(self) -> float:
+        """Multiplies the learning rate."""
+        return self.prepared.lr_scale
 
 
 class Metrics(Protocol):
@@ -72,18 +111,24 @@ class Metrics(Protocol):
 class Objective(Protocol):
     """One job's loss."""
 
-    needs_prox: bool
-    """Whether log-probabilities from before the first update are needed in the later ones."""
-    needs_ref: bool
-    """Whether log-probabilities of the start model are needed."""
+    needs: Needs
 
     def prepare(self, step: int, batch: object) -> Work:
-        """Rows, weights and advantages of one batch. Every rank gets the same."""
+        """Rows, weights and rewards of one batch. Every rank gets the same."""
+
+    def advance(self, work: Work) -> Work:
+        """The work with its advantages, now that it has its scores."""
+
+    def plan(self, work: Work, update: int) -> Plan:
+        """What an update decides as a whole."""
 
     def loss(
-        self, work: Work, update: int, packed: Packed, logprobs: Tensor, entropy: Tensor
+        self, work: Work, update: int, plan: Plan, packed: Packed, rows: slice, scores: Scores
     ) -> tuple[Tensor, Metrics]:
-        """A micro-batch's part of the update's loss, and its metrics."""
+        """The part of the update's loss of these rows of a micro-batch (whole samples), and its metrics."""
+
+    def no_metrics(self, device: torch.device) -> Metrics:
+        """Metrics of nothing, to add to."""
 
     def histograms(self, metrics: Any) -> dict[str, list[float]]:
         """Distributions by name, each as evenly spaced quantiles."""
@@ -93,60 +138,124 @@ class Objective(Protocol):
 
 
 class PolicyGradient:
-    """GRPO with an off-policy correction (algos/loss.py) on batches of groups."""
+    """Any algorithm with any correction (algos/loss.py) on batches of groups."""
 
     def __init__(self, config: Config) -> None:
-        assert isinstance(config.algo, GrpoConfig)
-        self.algo, self.correction = config.algo, config.correction
+        self.algo, self.correction, self.sampling = config.algo, config.correction, config.sampling
         self.minibatches, self.bound = config.learner.minibatches, config.staleness.max
-        self.max_length = config.sampling.max_new_tokens
-        self.needs_prox = self.correction.name != "none"
-        self.needs_ref = self.algo.kl != "none"
+        self.whole_update = needs_whole_update(self.algo, self.correction)
+        self.kl_in_reward = self.algo.needs_ref and self.algo.kl_in == "reward"
+        everywhere = self.whole_update or (self.kl_in_reward and self.correction.needs_prox)
+        self.needs = Needs(
+            prox="all" if everywhere else "later" if self.correction.needs_prox else "none",
+            ref=self.algo.needs_ref and self.algo.kl != "full",
+            full_ref=self.algo.kl == "full",
+            merged=everywhere or self.kl_in_reward or self.algo.needs_values,
+        )
 
     def prepare(self, step: int, batch: object) -> Work:
-        """Advantages over whole groups, weights over each update. Raises StalenessError on a forbidden token."""
+        """Rewards with their shaping, weights over each update. Raises StalenessError on a forbidden token."""
         assert isinstance(batch, Batch)
         rows = rows_of_groups(batch)
         staleness = step - np.concatenate([g.versions for g in batch.groups])
         self._check_staleness(step, batch, rows, staleness)
         updates = minibatches(len(batch.groups), self.minibatches)
         group_of, lengths = torch.from_numpy(rows.group_of), torch.from_numpy(rows.lengths)
-        rewards = torch.from_numpy(np.concatenate([g.rewards for g in batch.groups]))
+        longest = self.sampling.longest_at(step)
         weights = torch.zeros(rows.size)
         for update in updates:
             part = (group_of >= update.start) & (group_of < update.stop)
-            weights[part] = sample_weights(
-                self.algo.aggregation, lengths[part], group_of[part], max_length=self.max_length
-            )
+            weights[part] = sample_weights(self.algo.aggregation, lengths[part], group_of[part], max_length=longest)
+        rewards, metrics = torch.from_numpy(np.concatenate([g.rewards for g in batch.groups])), {}
+        if self.algo.overlong_share:
+            buffer = round(self.algo.overlong_share * longest)
+            shaping = self.algo.overlong_penalty * overlong_penalty(lengths, max_length=longest, buffer=buffer)
+            rewards, metrics = rewards + shaping, {"reward/overlong": float(shaping.mean())}
         return Work(
             rows=rows,
             updates=updates,
             weights=weights,
-            advantages=grpo_advantages(rewards, group_of, std=self.algo.std, eps=self.algo.std_eps),
+            rewards=rewards,
             behaviour=torch.from_numpy(np.concatenate([g.logprobs for g in batch.groups])),
             staleness=torch.from_numpy(staleness.astype(np.int64)),
+            metrics=metrics,
         )
 
+    @torch.no_grad()
+    def advance(self, work: Work) -> Work:
+        """Advantages of the whole batch (algos/advantages.py).
+
+        The KL in the reward is that of π_prox, the policy just before the update, or of π_beh where the correction
+        takes it for proximal.
+        """
+        assert work.rewards is not None
+        assert work.behaviour is not None
+        lengths = torch.from_numpy(work.rows.lengths).to(work.rewards.device)
+        group_of = torch.from_numpy(work.rows.group_of).to(work.rewards.device)
+        kl, metrics = None, work.metrics
+        if self.kl_in_reward:
+            assert work.prox is not None
+            assert work.ref is not None
+            made_by = work.prox if self.correction.needs_prox else work.behaviour
+            kl = kl_estimate(self.algo.kl, made_by, work.ref)
+            penalty = self.algo.kl_coef * float(kl.double().sum()) / work.rows.size
+            metrics = metrics | {"reward/kl_penalty": -penalty, "policy/kl_ref": float(kl.double().mean())}
+        made = estimate(self.algo, work.rewards, group_of, lengths, kl=kl, values=work.values)
+        return replace(work, advantages=made.tokens, returns=made.returns, metrics=metrics)
+
+    def plan(self, work: Work, update: int) -> Plan:
+        """Masks, bounds and scales that look at all tokens of the update (algos/update.py)."""
+        if not self.whole_update:
+            return Plan()
+        assert work.prox is not None
+        assert work.behaviour is not None
+        assert work.advantages is not None
+        assert work.rewards is not None
+        groups, rows, device = work.updates[update], work.rows, work.prox.device
+        chosen = np.flatnonzero((rows.group_of >= groups.start) & (rows.group_of < groups.stop))
+        first, end = int(rows.starts[chosen[0]]), int(rows.starts[chosen[-1] + 1])
+        told = torch.from_numpy(chosen[rows.lengths[chosen] > 0]).to(device)
+        prepared = prepare_update(
+            self.algo,
+            self.correction,
+            logprobs=work.prox[first:end],
+            behaviour_logprobs=work.behaviour[first:end],
+            advantages=work.advantages[first:end],
+            sample_index=torch.from_numpy(np.repeat(chosen, rows.lengths[chosen])).to(device),
+            rewards=work.rewards[told],
+            group_of=torch.from_numpy(rows.group_of).to(device)[told],
+        )
+        return Plan(prepared, first)
+
     def loss(
-        self, work: Work, update: int, packed: Packed, logprobs: Tensor, entropy: Tensor
+        self, work: Work, update: int, plan: Plan, packed: Packed, rows: slice, scores: Scores
     ) -> tuple[Tensor, LossMetrics]:
         """See algos/loss.py. In the first update θ itself is the proximal policy."""
         assert work.behaviour is not None
         assert work.advantages is not None
         assert work.staleness is not None
-        prox = None if work.prox is None or update == 0 else work.prox.index_select(0, packed.tokens)
+        at, samples, prepared = packed.tokens[rows], packed.samples[rows], plan.prepared
+        prox = work.prox if update > 0 and self.needs.prox != "none" else None
+        advantages = work.advantages if prepared.advantages is None else prepared.advantages
+        here = at if prepared.advantages is None else at - plan.first
         inputs = LossInput(
-            logprobs=logprobs,
-            behaviour_logprobs=work.behaviour.index_select(0, packed.tokens),
-            advantages=work.advantages.index_select(0, packed.samples),
-            token_weights=work.weights.index_select(0, packed.samples),
-            sample_index=packed.samples,
-            prox_logprobs=prox,
-            ref_logprobs=None if work.ref is None else work.ref.index_select(0, packed.tokens),
-            staleness=work.staleness.index_select(0, packed.tokens),
-            entropy=entropy,
+            logprobs=scores.logprobs,
+            behaviour_logprobs=work.behaviour.index_select(0, at),
+            advantages=advantages.index_select(0, here),
+            token_weights=work.weights.index_select(0, samples),
+            sample_index=samples,
+            prox_logprobs=None if prox is None else prox.index_select(0, at),
+            ref_logprobs=None if work.ref is None else work.ref.index_select(0, at),
+            staleness=work.staleness.index_select(0, at),
+            keep=None if prepared.keep is None else prepared.keep.index_select(0, at - plan.first),
+            entropy=scores.entropy,
+            full_kl=scores.kl,
         )
-        return policy_loss(inputs, self.algo, self.correction)
+        return policy_loss(inputs, self.algo, self.correction, prepared)
+
+    def no_metrics(self, device: torch.device) -> LossMetrics:
+        """Zeros."""
+        return LossMetrics.empty(device)
 
     def histograms(self, metrics: LossMetrics) -> dict[str, list[float]]:
         """offpolicy/ratio: π_θ/π_beh of the tokens."""
@@ -159,6 +268,7 @@ class PolicyGradient:
         Empty where the batch has no such group, or none whose log-probabilities before the first update are known.
         """
         assert work.prox is not None
+        assert work.mine is not None
         assert work.behaviour is not None
         assert work.staleness is not None
         rows = work.rows
@@ -166,7 +276,7 @@ class PolicyGradient:
         fresh_groups = np.ones(len(rows.prompts), bool)
         fresh_groups[rows.group_of[rows.lengths > 0][stale > 0]] = False
         fresh = torch.from_numpy(np.repeat(fresh_groups[rows.group_of], rows.lengths)).to(work.prox.device)
-        delta = (work.prox - work.behaviour)[fresh & ~work.prox.isnan()].double()
+        delta = (work.prox - work.behaviour)[fresh & work.mine & ~work.prox.isnan()].double()
         sums = world.sum(
             torch.stack([delta.new_tensor(float(len(delta))), delta.abs().sum(), (delta.exp() - 1 - delta).sum()])
         )
@@ -226,8 +336,7 @@ class LikelihoodMetrics:
 class Likelihood:
     """Mean negative log-likelihood of the answer's tokens; the prompt is not trained."""
 
-    needs_prox = False
-    needs_ref = False
+    needs = Needs()
 
     def prepare(self, step: int, batch: object) -> Work:
         """``batch`` is the Rows of one update; each token weighs the same."""
@@ -235,12 +344,25 @@ class Likelihood:
         weights = torch.full((batch.size,), 1 / max(1, len(batch.tokens)))
         return Work(rows=batch, updates=minibatches(len(batch.prompts), 1), weights=weights)
 
+    def advance(self, work: Work) -> Work:
+        """Nothing to add."""
+        return work
+
+    def plan(self, work: Work, update: int) -> Plan:
+        """Nothing to decide."""
+        return Plan()
+
+    def no_metrics(self, device: torch.device) -> LikelihoodMetrics:
+        """Zeros."""
+        return LikelihoodMetrics(torch.zeros(4, dtype=torch.float64, device=device))
+
     def loss(
-        self, work: Work, update: int, packed: Packed, logprobs: Tensor, entropy: Tensor
+        self, work: Work, update: int, plan: Plan, packed: Packed, rows: slice, scores: Scores
     ) -> tuple[Tensor, LikelihoodMetrics]:
         """−Σ log p / tokens of the update."""
-        loss = -(work.weights.index_select(0, packed.samples) * logprobs).sum()
-        seen = (loss.detach(), torch.tensor(len(logprobs)), logprobs.detach().sum(), entropy.sum())
+        logprobs = scores.logprobs
+        loss = -(work.weights.index_select(0, packed.samples[rows]) * logprobs).sum()
+        seen = (loss.detach(), torch.tensor(len(logprobs)), logprobs.detach().sum(), scores.entropy.detach().sum())
         return loss, LikelihoodMetrics(torch.stack([v.double().to(logprobs.device) for v in seen]))
 
     def histograms(self, metrics: LikelihoodMetrics) -> dict[str, list[float]]:

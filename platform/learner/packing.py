@@ -87,7 +87,7 @@ class Packed:
     prompt's queries are computed once; otherwise each bucket holds whole samples (queries = keys) for a causal kernel.
     ``predict`` [M] are the flat places whose hidden state predicts ``targets`` [M]; ``inverse_temperature`` [M, 1]
     divides the logits (None: all at temperature 1). ``tokens`` [M] are the places in Rows.tokens, ``samples`` [M] the
-    places in Rows of each predicted token.
+    places in Rows of each predicted token, ``lengths`` how many each sample in turn has (Σ = M).
     """
 
     input_ids: torch.Tensor
@@ -100,6 +100,7 @@ class Packed:
     inverse_temperature: torch.Tensor | None
     tokens: torch.Tensor
     samples: torch.Tensor
+    lengths: tuple[int, ...]
 
     @property
     def longest(self) -> int:
@@ -129,13 +130,13 @@ def minibatches(groups: int, K: int) -> list[range]:
     return [range(k * size, (k + 1) * size) for k in range(K)]
 
 
-def balance(costs: Sequence[int], ranks: int) -> list[list[int]]:
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Give items to ranks: longest first, each to the rank with the least so far (Graham's LPT, within 4/3 of the
     best).
 
     Items of cost 0 are left out. Ties go to the lower rank; each rank's items come back in ascending order.
     """
-    loads, parts = [0] * ranks, [[] for _ in range(ranks)]  # type: tuple[list[int], list[list[int]]]
+    loads, parts = [0.0] * ranks, [[] for _ in range(ranks)]  # type: tuple[list[float], list[list[int]]]
     for item in sorted((i for i, c in enumerate(costs) if c > 0), key=lambda i: (-costs[i], i)):
         rank = loads.index(min(loads))
         loads[rank] += costs[item]
@@ -162,15 +163,21 @@ def pack(items: Sequence[int], costs: Sequence[int], budget: int) -> list[list[i
     return sorted(sorted(b) for b in bins)
 
 
-def plan(rows: Rows, groups: range, ranks: int, budget: int) -> list[list[list[int]]]:
-    """Micro-batches [rank][micro-batch] → samples of one minibatch.
+def plan(rows: Rows, groups: range, ranks: int, budget: int, *, quadratic: float = 0.0) -> list[list[list[int]]]:
+    """Micro-batches [rank][micro-batch] → samples of one minibatch, balanced by Σ L + quadratic·L² over samples.
 
-    Every rank gets the same number of micro-batches, the last perhaps empty: FSDP2's collectives must pair up.
+    L are a sample's tokens, ``quadratic`` what attention costs beside the linear layers (Policy.quadratic): with ΣL
+    alone the rank that got the long samples would be late. Every rank gets the same number of micro-batches, the last
+    perhaps empty, because FSDP2's collectives must pair up; and its heaviest first, because ranks wait for each other
+    in each of them.
     """
     inputs = rows.inputs()
     chosen = (rows.group_of >= groups.start) & (rows.group_of < groups.stop)
-    costs: list[int] = np.where(chosen, inputs, 0).tolist()
-    packs = [pack(part, costs, budget) for part in balance(costs, ranks)]
+    tokens: list[int] = np.where(chosen, inputs, 0).tolist()
+    work: list[float] = [n + quadratic * n * n for n in tokens]
+    packs = [pack(part, tokens, budget) for part in balance(work, ranks)]
+    if ranks > 1:
+        packs = [sorted(p, key=lambda items: -sum(work[i] for i in items)) for p in packs]
     count = max(1, *(len(p) for p in packs))
     return [p + [[] for _ in range(count - len(p))] for p in packs]
 
@@ -205,6 +212,7 @@ def lay_out(rows: Rows, samples: Sequence[int], *, share_up_to: int = 0) -> Pack
         inverse_temperature=None if (temperatures == 1).all() else torch.from_numpy(1 / temperatures).unsqueeze(1),
         tokens=torch.from_numpy(tokens),
         samples=torch.from_numpy(sample_of),
+        lengths=tuple(rows.lengths[chosen].tolist()),
     )
 
 

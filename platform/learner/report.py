@@ -23,7 +23,7 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     groups = batch.groups
     rewards = [g.rewards for g in groups]
     lengths, finish = _all(groups, "lengths"), _all(groups, "finish")
-    stale, in_flight = staleness(batch), np.concatenate([g.queued_version - g.versions for g in groups])
+    stale, in_flight = staleness(batch), staleness_in_flight(batch)
     metrics = {
         f"reward/{name}": float(np.mean(np.concatenate([g.components[name] for g in groups]))) for name in _names(batch)
     }
@@ -53,6 +53,21 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
 def staleness(batch: Batch) -> np.ndarray:
     """Step − version of every output token of the batch, [T]."""
     return batch.step - np.concatenate([g.versions for g in batch.groups])
+
+
+def staleness_in_flight(batch: Batch) -> np.ndarray:
+    """Queued_version − version of every output token, [T]: the part that passed while the group was being made."""
+    return np.concatenate([g.queued_version - g.versions for g in batch.groups])
+
+
+def batch_histograms(batch: Batch) -> dict[str, list[float]]:
+    """Staleness of the batch's tokens, whole and in its two parts."""
+    stale, in_flight = staleness(batch), staleness_in_flight(batch)
+    return {
+        "staleness/tokens": histogram(stale),
+        "staleness/in_flight": histogram(in_flight),
+        "staleness/in_queue": histogram(stale - in_flight),
+    }
 
 
 def histogram(values: np.ndarray) -> list[float]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from offtrail.algos.config import PpoConfig
 from offtrail.core.types import Batch
-from offtrail.platform.config.schema import Config
+from offtrail.platform.config.schema import Config, LearnerConfig
 from offtrail.platform.launcher.context import Connection, RoleContext
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
+from offtrail.platform.learner.critic import Critic, CriticTrainer
 from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.objectives import PolicyGradient, rows_of_pairs
 from offtrail.platform.learner.packing import lay_out
-from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts, staleness
+from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import Report, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World, join
@@ -90,8 +93,7 @@ class Learner:
             world = join(config.learner, layer_classes(model), deadline_s=config.broker.deadline_seconds)
             trainer = make_trainer(config, world, model, start, connection.activity)
             if step:
-                trainer.updates = checkpoint.read_state(origin).updates
-                checkpoint.restore_optimizer(origin, trainer.policy, trainer.optimizer)
+                checkpoint.restore(origin, trainer)
         return cls(
             context=context,
             connection=connection,
@@ -127,8 +129,13 @@ class Learner:
                 step=batch.step,
                 version=self.step,
                 checksum=checksum,
-                metrics=report.metrics | batch_metrics(batch) | {"weights/publish_seconds": self.publish_seconds},
-                histograms=report.histograms | {"staleness/tokens": histogram(staleness(batch))},
+                metrics=report.metrics
+                | batch_metrics(batch)
+                | {
+                    "weights/publish_seconds": self.publish_seconds,
+                    "memory/learner_peak_bytes": float(peak_memory(self.world.device)),
+                },
+                histograms=report.histograms | batch_histograms(batch),
                 texts=sample_texts(batch, self.tokenizer.decode, shown) if not batch.replay else {},
             )
         )
@@ -139,11 +146,10 @@ class Learner:
         if self.step % config.checkpoint_every and self.step != config.steps:
             return
         with self.connection.activity.busy("checkpoint"):
-            state = TrainerState(step=self.step, updates=self.trainer.updates)
+            state = TrainerState.of(self.step, self.trainer)
             path = checkpoint.save(
-                self.context.run_dir, self.world, state, self.model, self.tokenizer,
-                self.trainer.policy, self.trainer.optimizer, self._window(),
-            )  # fmt: skip
+                self.context.run_dir, self.world, state, self.model, self.tokenizer, self.trainer, self._window()
+            )
         if path is not None:
             self._settle()
             ticket = self.connection.client.send(Checkpointed(step=self.step, path=str(path)))
@@ -225,16 +231,18 @@ class Learner:
 
 
 def make_trainer(config: Config, world: World, model: Any, start: Path, activity: Activity) -> Trainer:
-    """Policy, AdamW, schedule and objective of job=rl; the reference policy where the loss has a KL term."""
+    """Policy, AdamW, schedule and objective of job=rl; the reference policy and the critic where the objective needs
+    them.
+    """
     objective = PolicyGradient(config)
     settings = config.learner
-    policy = Policy(model, dtype=settings.dtype)
+    policy = make_policy(model, settings)
     optim = settings.optim
     optimizer = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
     policy, optimizer = world.prepare(policy, optimizer)
     reference = None
-    if objective.needs_ref:
-        frozen = Policy(load_model(start, device=settings.device), dtype=settings.dtype).requires_grad_(False)
+    if config.algo.needs_ref:
+        frozen = make_policy(load_model(start, device=settings.device), settings).requires_grad_(False)
         reference = world.shard(frozen)
     return Trainer(
         world,
@@ -246,6 +254,45 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
         budget=settings.tokens_per_microbatch,
         grad_clip=optim.grad_clip,
         reference=reference,
+        critic=make_critic(config, world, start, activity, vocabulary=int(model.config.vocab_size)),
+        ref_refresh=config.algo.ref_refresh,
+        watch_gradients=config.tracking.gradient_cosine,
+    )
+
+
+def make_critic(
+    config: Config, world: World, start: Path, activity: Activity, *, vocabulary: int
+) -> CriticTrainer | None:
+    """The critic of algo=ppo, from algo.critic.path or the start model, in the policy's world.
+
+    Raises ValueError where its vocabulary is smaller than the policy's: it could not read every answer.
+    """
+    algo = config.algo
+    if not isinstance(algo, PpoConfig):
+        return None
+    settings = algo.critic
+    decoder = load_model(settings.path or start, device=config.learner.device)
+    if decoder.config.vocab_size < vocabulary:
+        raise ValueError(
+            f"algo.critic.path={settings.path}: has {decoder.config.vocab_size} tokens, the policy {vocabulary}; take "
+            "a model with the policy's tokenizer, or leave it empty"
+        )
+    critic = Critic(make_policy(decoder, config.learner))
+    optimizer = adamw(
+        critic.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, decay=settings.weight_decay
+    )
+    critic, optimizer = world.prepare(critic, optimizer)
+    return CriticTrainer(world, critic, optimizer, warmup(settings), algo, activity)
+
+
+def make_policy(model: Any, settings: LearnerConfig) -> Policy:
+    """A policy as the learner's config has it."""
+    return Policy(
+        model,
+        dtype=settings.dtype,
+        head_dtype=settings.head_dtype,
+        activation_checkpointing=settings.activation_checkpointing,
+        liger=settings.liger,
     )
 
 
@@ -258,6 +305,13 @@ def start_model(config: Config, run_dir: Path) -> Path:
 def layer_classes(model: Any) -> set[str]:
     """Class names of the decoder's layers, FSDP2's units."""
     return {type(layer).__name__ for layer in model.base_model.layers}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def versions_kept(config: Config) -> int:

@@ -58,7 +58,6 @@ class Synchronous:
         world = World(0, 1, torch.device(config.learner.device))
         model = load_model(start, device=config.learner.device)
         self.trainer: Trainer = make_trainer(config, world, model, start, Activity())
-        self.sampling = training_sampling(config, self.text.stop_token_ids)
 
     def run(self, steps: int) -> Iterator[Step]:
         """``steps`` learner steps from version 0."""
@@ -78,10 +77,11 @@ class Synchronous:
     def generate(self, step: int) -> Batch:
         """Batch ``step``: all its groups enter the engine in slot order before the first decode."""
         B = self.config.batch.groups
+        sampling = training_sampling(self.config, self.text.stop_token_ids, step)
         drivers: dict[int, SampleDriver] = {}
         for slot in range(step * B, (step + 1) * B):
             problem = self.task.train(slot)
-            drivers[slot] = SampleDriver(self.sampling, "synchronous")
+            drivers[slot] = SampleDriver(sampling, "synchronous")
             lease = Lease(slot, slot, 1, problem, self.config.batch.group_size, min_version=step)
             self.engine.generate(drivers[slot].start(lease, self.text.encode(problem)))
         groups: dict[int, Group] = {}

@@ -104,6 +104,19 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def resharded(module: nn.Module) -> nn.Module:
+    """The module with only its shards at hand: a forward without backward leaves the root's parameters gathered."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return module
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Shard of a DTensor on this rank, any other tensor as it is; no collective. Writing to it writes to the whole."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """``value``, whole on every rank, cut and placed as ``like`` is."""
     if not isinstance(like, DTensor):

@@ -16,58 +16,54 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
-from offtrail.algos.config import GrpoConfig, TisConfig
+from offtrail.algos.config import AlgoConfig, CriticConfig, GrpoConfig, PpoConfig, TisConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.model import Policy, load_model
-from offtrail.platform.learner.objectives import PolicyGradient
-from offtrail.platform.learner.role import layer_classes
-from offtrail.platform.learner.train import Trainer, adamw, warmup
+from offtrail.platform.learner.model import load_model
+from offtrail.platform.learner.role import layer_classes, make_trainer
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.wire.groups import unpack_group
 
 
-def config_of(ranks: int) -> Config:
-    """GRPO with TIS and a KL term, two updates a step, micro-batches of a few samples."""
-    config = Config(algo=GrpoConfig(kl="k3", kl_coef=0.01), correction=TisConfig())
+def algorithm(name: str) -> AlgoConfig:
+    """GRPO with a KL term, with an exact one, or PPO with every quantity that is made of all ranks' scores."""
+    if name == "ppo":
+        critic = CriticConfig(lr=1e-3, warmup_updates=3)
+        return PpoConfig(kl="k1", kl_in="reward", kl_coef=0.01, ref_refresh=4, gae_lambda=0.9, critic=critic)
+    if name == "full":
+        return GrpoConfig(kl="full", kl_coef=0.01, entropy_coef=0.01)
+    return GrpoConfig(kl="k3", kl_coef=0.01)
+
+
+def config_of(ranks: int, name: str = "grpo") -> Config:
+    """With TIS, two updates a step, micro-batches of a few samples."""
+    config = Config(algo=algorithm(name), correction=TisConfig(normalise=name == "ppo"))
     config.learner.ranks, config.learner.tokens_per_microbatch = ranks, 60
     config.learner.optim = OptimConfig(lr=1e-3, warmup_updates=3)
     return config
 
 
-def trainer_of(world: World, model: Any, start: Path) -> Trainer:
-    """What role.make_trainer builds, without a broker."""
-    config = config_of(world.size)
-    policy, optim = Policy(model), config.learner.optim
-    optimizer = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
-    policy, optimizer = world.prepare(policy, optimizer)
-    reference = world.shard(Policy(load_model(start)).requires_grad_(False))
-    objective = PolicyGradient(config)
-    return Trainer(
-        world, policy, optimizer, warmup(optim), objective, Activity(), budget=60, grad_clip=1.0, reference=reference
-    )
-
-
 def run(world: World, model: Any, job: dict[str, Any]) -> None:
     """Train ``job["steps"]`` from ``job["origin"]``, with a checkpoint in ``job["out"]`` at step ``job["save"]``."""
     origin, out = Path(job["origin"]), Path(job["out"])
-    trainer = trainer_of(world, model, Path(job["start"]))
+    trainer = make_trainer(config_of(world.size, job["algo"]), world, model, Path(job["start"]), Activity())
     if (origin / "trainer.json").is_file():
-        trainer.updates = checkpoint.read_state(origin).updates
-        checkpoint.restore_optimizer(origin, trainer.policy, trainer.optimizer)
+        checkpoint.restore(origin, trainer)
     sharded = [isinstance(p, DTensor) for p in trainer.policy.parameters()]
     metrics: dict[str, float] = {}
     for step in job["steps"]:
         metrics = trainer.step(step, read_batch(Path(job["batches"]), step)).metrics
         if step + 1 == job.get("save"):
             tokenizer = AutoTokenizer.from_pretrained(job["start"])
-            state = TrainerState(step + 1, trainer.updates)
-            checkpoint.save(out, world, state, model, tokenizer, trainer.policy, trainer.optimizer, {})
+            checkpoint.save(out, world, TrainerState.of(step + 1, trainer), model, tokenizer, trainer, {})
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.policy.parameters())
     parameters = checkpoint.gather(trainer.policy)
+    if trainer.critic is not None:
+        parameters |= {f"critic.{name}": value for name, value in checkpoint.gather(trainer.critic.critic).items()}
+        sharded += [isinstance(p, DTensor) for p in trainer.critic.critic.parameters()]
     told = {
         "dtensor": all(sharded),
         "plain": not any(sharded),

@@ -76,16 +76,22 @@ def results(
     def job(name: str, origin: Path, steps: range, **more: Any) -> dict[str, Any]:
         (folder / name).mkdir()
         common = {"start": str(start_dir), "batches": str(folder / "batches"), "out": str(folder / name)}
-        return {**common, "origin": str(origin), "steps": list(steps), **more}
+        return {**common, "origin": str(origin), "steps": list(steps), "algo": "grpo", **more}
 
     halfway = Path("checkpoints") / "step_2"
     one = job("one", start_dir, range(STEPS), save=2)
     two = job("two", start_dir, range(STEPS), save=2)
     two_from_one = job("two_from_one", folder / "one" / halfway, range(2, STEPS))
     one_from_two = job("one_from_two", folder / "two" / halfway, range(2, STEPS))
+    ppo_one = job("ppo_one", start_dir, range(STEPS), algo="ppo", save=3)
+    ppo_two = job("ppo_two", start_dir, range(STEPS), algo="ppo")
+    ppo_two_from_one = job(
+        "ppo_two_from_one", folder / "ppo_one" / "checkpoints" / "step_3", range(3, STEPS), algo="ppo"
+    )
+    full_one, full_two = (job(f"full_{ranks}", start_dir, range(1), algo="full") for ranks in ("one", "two"))
     worker = load_worker()
-    worker.main([{**one, "ranks": 1}])
-    launch(2, [two, two_from_one], folder)
+    worker.main([{**first, "ranks": 1} for first in (one, ppo_one, full_one)])
+    launch(2, [two, two_from_one, ppo_two, ppo_two_from_one, full_two], folder)
     worker.main([{**one_from_two, "ranks": 1}])
     return lambda name: folder / name
 
@@ -129,7 +135,21 @@ def test_metrics_of_two_ranks_equal_one(results: Callable[[str], Path]) -> None:
     assert one["policy/kl_ref"] > 0
 
 
-@pytest.mark.parametrize(("whole", "resumed"), [("one", "two_from_one"), ("two", "one_from_two")])
+@pytest.mark.parametrize("algo", ["ppo", "full"])
+def test_two_ranks_equal_one_with_a_critic_and_with_an_exact_kl(results: Callable[[str], Path], algo: str) -> None:
+    one, two = results(f"{algo}_one"), results(f"{algo}_two")
+    assert distance(one, two) < 1e-5
+    assert told(one)["metrics"] == pytest.approx(told(two)["metrics"], rel=1e-3, abs=1e-5)
+    assert all(told(two, rank)["dtensor"] for rank in range(2))
+    if algo == "ppo":
+        assert "critic.head.weight" in parameters(two)
+        assert parameters(two)["critic.head.weight"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("whole", "resumed"),
+    [("one", "two_from_one"), ("two", "one_from_two"), ("ppo_one", "ppo_two_from_one")],
+)
 def test_a_checkpoint_fits_another_number_of_ranks(results: Callable[[str], Path], whole: str, resumed: str) -> None:
     assert distance(results(whole), results(resumed)) < 1e-5
     assert told(results(whole))["metrics"] == pytest.approx(told(results(resumed))["metrics"], rel=1e-3, abs=1e-5)

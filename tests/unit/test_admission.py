@@ -19,6 +19,7 @@ from offtrail.core.types import Group, Lease, Problem
 from offtrail.platform.broker.admission import Law, Tally
 from offtrail.platform.broker.desk import Desk, RequestError
 from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.wire.groups import unpack_group
 
 G = 2
 
@@ -103,6 +104,74 @@ def test_in_completion_order_a_group_needs_the_version_of_the_batch_it_is_likely
     ledger.close()
 
 
+# ---------------------------------------------------------------------- dynamic sampling
+
+
+@pytest.mark.parametrize(
+    ("filter_", "rewards", "accuracy", "refused"),
+    [
+        ("none", [1.0, 1.0], [1, 1], False),
+        ("variance", [0.1, 0.1], [0, 1], True),
+        ("variance", [0.1, 0.0], [0, 0], False),  # the format alone is a signal here …
+        ("accuracy", [0.1, 0.0], [0, 0], True),  # … and not here
+        ("accuracy", [1.1, 1.0], [1, 1], True),
+        ("accuracy", [1.1, 0.1], [1, 0], False),
+    ],
+)
+def test_a_group_without_signal_gives_its_place_back_and_is_kept(
+    filter_: str, rewards: list[float], accuracy: list[float], refused: bool, tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path / FILE)
+    desk = Desk(ledger, law(batch=1, filter=filter_), lambda i: Problem("t", i, "p", "a"), G)
+    desk.start(0, "c0")
+    [lease] = desk.grant("a", 9, 1, 0.0)
+    group = finished(lease, [0, 0])
+    group.rewards, group.components = np.array(rewards, np.float32), {"accuracy": np.array(accuracy, np.float32)}
+    verdict = desk.arrive(group, "a", 1.0)
+    assert verdict.accepted == (not refused)
+    if refused:
+        assert "filtered: all 2" in verdict.reason
+        assert f"algo.filter_groups={filter_}" in verdict.reason
+        assert ledger.tally().refused == {"filtered": 1}
+        assert unpack_group(ledger.payloads([lease.group])[0]).rewards.tolist() == group.rewards.tolist()
+        assert desk.batch(0) is None
+        [again] = desk.grant("a", 9, 1, 2.0)
+        assert (again.group, again.slot) == (1, lease.slot)  # another problem in the same place
+        assert desk.arrive(group, "a", 3.0).accepted is False  # a repetition is answered alike
+        assert ledger.tally().refused == {"filtered": 1}
+    ledger.close()
+
+
+def test_with_a_filter_exact_waves_go_out_one_by_one(tmp_path: Path) -> None:
+    """Problems are numbered in the order of grants. Were wave 1 leased while wave 0 decodes, timing would decide
+    whether wave 0's refill gets problem 2 or 4.
+    """
+    for filter_, early in (("none", [2, 3]), ("variance", [])):
+        ledger = Ledger(tmp_path / f"{filter_}.sqlite")
+        desk = Desk(
+            ledger, law(batch=2, staleness=1, exact=True, filter=filter_), lambda i: Problem("t", i, "p", "a"), G
+        )
+        desk.start(0, "c0")
+        first = desk.grant("a", 9, 1, 0.0)
+        assert [lease.group for lease in first] == [0, 1]
+        assert [lease.group for lease in desk.grant("a", 9, 1, 0.0)] == early
+        if filter_ == "variance":
+            for lease, rewards in zip(first, ([1, 0], [1, 1]), strict=True):
+                group = finished(lease, [0, 0])
+                group.rewards = np.array(rewards, np.float32)
+                desk.arrive(group, "a", 1.0)
+            [refill] = desk.grant("a", 9, 1, 2.0)
+            assert (refill.group, refill.slot, refill.wave, refill.wave_size) == (2, 1, 0, 1)
+        ledger.close()
+
+
+def test_a_filter_that_refuses_everything_is_named() -> None:
+    line = law(max_refusals=10, filter="accuracy").starved({"filtered": 10})
+    assert "10 of them as filtered" in line
+    assert "algo.filter_groups=accuracy finds no signal" in line
+    assert "algo.filter_groups=none" in line
+
+
 # ---------------------------------------------------------------------- random histories
 
 
@@ -123,10 +192,15 @@ def finished(lease: Lease, versions: list[int]) -> Group:
         logprobs=np.full(T, -1.0, np.float32),
         versions=np.array(versions, np.int32),
         finish=np.zeros(G, np.uint8),
-        rewards=np.zeros(G, np.float32),
+        rewards=np.array([0, has_signal(lease)], np.float32),
         components={},
         times=np.zeros((G, 3)),
     )
+
+
+def has_signal(lease: Lease) -> bool:
+    """Every third problem is too hard: no answer of it is right."""
+    return lease.group % 3 != 2
 
 
 @dataclass
@@ -145,12 +219,14 @@ class History(RuleBasedStateMachine):
         eta=st.integers(0, 2),
         spare=st.integers(0, 6),
         mode=st.sampled_from(["wait", "drop", "exact"]),
+        filters=st.booleans(),
     )
-    def begin(self, batch: int, eta: int, spare: int, mode: str) -> None:
+    def begin(self, batch: int, eta: int, spare: int, mode: str, filters: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="offtrail-history-"))
         self.law = Law(
-            batch=batch, steps=7, staleness=eta, max_in_flight=batch + spare, exact=mode == "exact", drop=mode == "drop"
-        )
+            batch=batch, steps=7, staleness=eta, max_in_flight=batch + spare,
+            exact=mode == "exact", drop=mode == "drop", filter="variance" if filters else "none",
+        )  # fmt: skip
         self.out: list[Out] = []
         self.current: dict[int, Out] = {}  # group → who may submit it now
         self.accepted: list[tuple[Group, str]] = []
@@ -222,10 +298,12 @@ class History(RuleBasedStateMachine):
             return
         del self.current[out.lease.group]
         needed = out.lease.min_version
-        fine = min(versions) >= needed and max(versions) <= max(
-            self.ledger.newest, self.desk.version + self.desk.training
-        )
-        assert verdict.accepted == (fine and (not self.law.exact or set(versions) == {needed}))
+        newest = max(self.ledger.newest, self.desk.version + self.desk.training)
+        fine = min(versions) >= needed and max(versions) <= newest
+        fine = fine and (not self.law.exact or set(versions) == {needed})
+        without = self.law.filter == "variance" and not has_signal(out.lease)
+        assert verdict.accepted == (fine and not without)
+        assert self.ledger.tally().refused.get("filtered", 0) - before.refused.get("filtered", 0) == (fine and without)
         if verdict.accepted:
             self.accepted.append((finished(out.lease, versions), out.holder))
             self.tokens[out.lease.group] = versions

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from offtrail.algos.kl import kl_estimate
+from offtrail.algos.kl import full_kl, full_kl_grad, kl_estimate
 
 REF = torch.tensor([0.8, 0.2], dtype=torch.float64).log()
 REVERSE = -math.log(4) / 4
@@ -48,6 +48,61 @@ def test_in_the_reward(kind, expected):
     assert gradient(expectation, theta) == pytest.approx(expected, abs=1e-12)
 
 
+TABLE = [
+    # (what stands where, ‖its expected gradient − ∇KL(π‖ref)‖): each gradient is (g, −g), so √2 times the difference
+    ("k1 in the loss", math.sqrt(2) * -REVERSE),
+    ("k2 in the loss", 0.0),
+    ("k3 in the loss", math.sqrt(2) * (FORWARD - REVERSE)),
+    ("k1 in the reward", 0.0),
+    ("k3 in the reward", math.sqrt(2) * -FORWARD),
+    ("k3_weighted", 0.0),
+    ("k3_weighted, detached", math.sqrt(2) * (FORWARD - REVERSE)),
+]
+
+
+@pytest.mark.parametrize(("what", "error"), TABLE, ids=[row[0] for row in TABLE])
+def test_table_of_gradient_errors(what, error):
+    """The numbers: .490, 0, .066, 0, .424, 0, .066."""
+    theta, lp = log_policy(0.0, 0.0)
+    kind = what.split()[0].rstrip(",")
+    old = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    if kind == "k3_weighted" and "detached" not in what:
+        expectation = (old * kl_estimate("k3_weighted", lp, REF, behaviour_logprobs=old.log())).sum()
+    elif kind == "k3_weighted":
+        expectation = (old * (lp.exp().detach() / old) * kl_estimate("k3", lp, REF)).sum()
+    elif "reward" in what:
+        expectation = (lp.exp() * kl_estimate(kind, lp, REF).detach()).sum()
+    else:
+        expectation = (lp.exp().detach() * kl_estimate(kind, lp, REF)).sum()
+    got = torch.autograd.grad(expectation, theta)[0]
+    true = torch.tensor([REVERSE, -REVERSE], dtype=torch.float64)
+    assert torch.linalg.vector_norm(got - true).item() == pytest.approx(error, abs=1e-12)
+
+
+def test_the_weighted_estimate_is_exact_off_policy():
+    _, lp = log_policy(0.4, -0.4)
+    p, old = lp.exp(), torch.tensor([0.1, 0.9], dtype=torch.float64)
+    kl = (p * (lp - REF)).sum().item()
+    value = (old * kl_estimate("k3_weighted", lp, REF, behaviour_logprobs=old.log())).sum().item()
+    assert value == pytest.approx(kl, abs=1e-12)
+
+
+def test_full_vocabulary_kl_and_its_gradient():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 11, generator=g).double().requires_grad_()
+    ref = torch.randn(5, 11, generator=g).double()
+    p, q = logits.log_softmax(-1), ref.log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(full_kl(logits, ref).double(), exact, atol=1e-6, rtol=1e-5)
+    (slope,) = torch.autograd.grad(exact.sum(), logits)
+    torch.testing.assert_close(full_kl_grad(p, q, exact).detach(), slope, atol=1e-12, rtol=1e-9)
+    assert full_kl(ref, ref).abs().max() == 0
+    # chunks of it are it
+    torch.testing.assert_close(
+        torch.cat([full_kl(logits[:2], ref[:2]), full_kl(logits[2:], ref[2:])]), full_kl(logits, ref)
+    )
+
+
 @pytest.mark.parametrize(("attached", "expected"), [(True, REVERSE), (False, FORWARD)])
 def test_weighted_by_the_ratio_off_policy(attached, expected):
     theta, lp = log_policy(0.0, 0.0)
@@ -80,3 +135,5 @@ def test_far_ratios_stay_finite():
 def test_refuses_no_estimator():
     with pytest.raises(ValueError, match=r"algo\.kl=none"):
         kl_estimate("none", torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match="needs the behaviour"):
+        kl_estimate("k3_weighted", torch.zeros(1), torch.zeros(1))

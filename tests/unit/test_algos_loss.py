@@ -276,5 +276,5 @@ def test_refuses():
         make(advantages=torch.zeros(5))
     with pytest.raises(ValueError, match="needs ref_logprobs"):
         policy_loss(make(), GrpoConfig(kl="k3", kl_coef=0.1), DECOUPLED)
-    with pytest.raises(ValueError, match="allowed are none, tis, decoupled"):
-        policy_loss(make(), GrpoConfig(), CorrectionConfig(name="icepop"))
+    with pytest.raises(ValueError, match="allowed are none, decoupled, a3po, tis"):
+        policy_loss(make(), GrpoConfig(), CorrectionConfig(name="icepops"))

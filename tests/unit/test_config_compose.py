@@ -75,8 +75,28 @@ def test_options_hold_only_differences():
         for option in options_of(group):
             given = read_file(OPTIONS_DIR / group / f"{option}.yaml")
             name = given.pop("name", option)
+            given.pop("with", None)
             keys = variant_keys()[group][name]
             assert [k for k, v in given.items() if str(keys[f"{group}.{k}"].default).lower() == v.lower()] == []
+
+
+def test_what_an_option_sets_beside_its_group_loses_to_every_given_key_and_goes_with_it(tmp_path):
+    r1 = compose(["algo=r1_zero"])
+    assert (r1.learner.minibatches, r1.learner.optim.lr, r1.batch.group_size) == (16, 3e-6, 16)
+    assert (r1.algo.ref_refresh, r1.algo.clip_high, r1.batch.groups) == (400, 10.0, 16)
+    assert compose(["algo=r1_zero", "learner.minibatches=8"]).learner.minibatches == 8
+    path = write(tmp_path / "a.yaml", "algo: r1_zero\nlearner: {minibatches: 4}\n")
+    assert compose([path]).learner.minibatches == 4
+    assert compose([path]).batch.group_size == 16
+    assert compose([path, "algo=grpo"]).batch.group_size == 8
+    saved = write(tmp_path / "saved.yaml", to_yaml(r1))
+    assert compose([saved]) == r1
+
+
+def test_answers_grow_at_their_step():
+    sampling = compose(["sampling.growth_step=3", "sampling.growth_factor=1.5", "learner.steps=4"]).sampling
+    assert [sampling.longest_at(step) for step in (0, 2, 3, 9)] == [64, 64, 96, 96]
+    assert compose([]).sampling.longest_at(10**6) == 64
 
 
 def test_every_variant_has_an_option():

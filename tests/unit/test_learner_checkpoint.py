@@ -42,12 +42,9 @@ class Saved(NamedTuple):
     trainer: Trainer
 
     def save(self, step: int, window: dict[int, Path] | None = None) -> Path | None:
-        state = TrainerState(step, self.trainer.updates)
+        state = TrainerState.of(step, self.trainer)
         tokenizer = AutoTokenizer.from_pretrained(self.path)
-        trainer = self.trainer
-        return checkpoint.save(
-            self.run_dir, ALONE, state, self.model, tokenizer, trainer.policy, trainer.optimizer, window or {}
-        )
+        return checkpoint.save(self.run_dir, ALONE, state, self.model, tokenizer, self.trainer, window or {})
 
 
 @pytest.fixture
@@ -80,11 +77,10 @@ def test_going_on_from_it_gives_the_same_bits(saved: Saved, make_batch: MakeBatc
     state_of = checkpoint.read_state(saved.path)
     assert state_of == TrainerState(step=1, updates=2)
     _, resumed = build(saved.path)
-    resumed.updates = state_of.updates
-    checkpoint.restore_optimizer(saved.path, resumed.policy, resumed.optimizer)
+    checkpoint.restore(saved.path, resumed)
     drawn = torch.rand(3)
     torch.manual_seed(99)
-    checkpoint.restore_optimizer(saved.path, resumed.policy, resumed.optimizer)
+    checkpoint.restore(saved.path, resumed)
     assert torch.equal(drawn, torch.rand(3))
     for step in (1, 2):
         mine, theirs = saved.trainer.step(step, make_batch(step)), resumed.step(step, make_batch(step))
@@ -156,4 +152,4 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, saved: Saved) -> None:
         checkpoint.read_state(checkpoint.path_of(tmp_path, 7))
     (saved.path / "optimizer.safetensors").write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match="step_1 is no checkpoint to go on from"):
-        checkpoint.restore_optimizer(saved.path, saved.trainer.policy, saved.trainer.optimizer)
+        checkpoint.restore(saved.path, saved.trainer)

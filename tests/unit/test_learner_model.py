@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from offtrail.platform.learner.model import Policy, load_model, token_logprobs
+from offtrail.platform.learner import liger
+from offtrail.platform.learner.head import Scores
+from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.packing import Rows, lay_out
 
 SIZES: dict[str, Any] = {
@@ -123,47 +126,110 @@ def test_a_window_that_samples_cross_is_refused(tmp_path: Path) -> None:
         policy(lay_out(ragged(), range(9)))
 
 
-def head_case(dtype: torch.dtype, bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    draw = torch.Generator().manual_seed(5)
-    hidden, weight = torch.randn(11, 8, generator=draw), torch.randn(19, 8, generator=draw)
-    b = torch.randn(19, generator=draw) if bias else None
-    tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
-    return *tensors, None if b is None else b.to(dtype).requires_grad_(), torch.randint(19, (11,), generator=draw)
-
-
-@pytest.mark.parametrize("elements", [1 << 20, 40, 1], ids=["one chunk", "six chunks", "a chunk a row"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_head_equals_float64_whatever_the_chunk(elements: int, bias: bool) -> None:
-    inverse = torch.linspace(0.5, 2.0, 11).unsqueeze(1)
-    exact = head_case(torch.float64, bias)
-    z = torch.nn.functional.linear(exact[0], exact[1], exact[2]) * inverse
-    expected = torch.log_softmax(z, -1)
-    weights = torch.linspace(-1, 1, 11, dtype=torch.float64)
-    (expected.gather(1, exact[3][:, None])[:, 0] * weights).sum().backward()
-
-    mine = head_case(torch.float32, bias)
-    logprobs, entropy = token_logprobs(*mine, inverse, elements=elements)
-    (logprobs * weights.float()).sum().backward()
-    assert not entropy.requires_grad
-    assert torch.allclose(logprobs.double(), expected.gather(1, exact[3][:, None])[:, 0], atol=1e-5)
-    assert torch.allclose(entropy.double(), -(expected.exp() * expected).sum(-1), atol=1e-5)
-    for a, b in zip(mine[:3], exact[:3], strict=True):
-        if a is not None and b is not None:
-            assert a.grad is not None
-            assert b.grad is not None
-            assert torch.allclose(a.grad.double(), b.grad, atol=1e-5)
-
-
-def test_temperature_by_hand() -> None:
-    # logits 0 and ln 3 at T = 1: p = 1/4, 3/4; at T = 1/2: 1 : 9
-    hidden, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [math.log(3)]])
-    logprobs, entropy = token_logprobs(hidden, weight, None, torch.tensor([0, 1]), torch.tensor([[1.0], [2.0]]))
-    assert logprobs.exp().tolist() == pytest.approx([0.25, 0.9])
-    assert entropy[0].item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
-
-
 def test_fused_layers_are_in_use(start_dir: Path) -> None:
     kinds = {type(m).__name__ for m in Policy(load_model(start_dir)).modules()}
     assert {"FusedQwen3RMSNorm", "FusedQwen3MLP", "FusedQwen3Attention"} <= kinds
     rough = {type(m).__name__ for m in Policy(load_model(start_dir), dtype="bfloat16").modules()}
     assert not any(kind.startswith("Fused") for kind in rough)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activation_checkpointing_gives_equal_gradients_and_keeps_less(folder: Path, dtype: str) -> None:
+    packed = lay_out(ragged(), range(9), share_up_to=100 if dtype == "float32" else 0)
+    grads, kept = [], []
+    for recompute in (False, True):
+        policy, saved = Policy(load_model(folder), dtype=dtype, activation_checkpointing=recompute), []
+
+        def keep(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logprobs, _ = policy(packed)
+        kept.append(sum(saved))
+        logprobs.sum().backward()
+        grads.append([p.grad for p in policy.parameters()])
+    assert kept[1] < kept[0] / 2
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_checkpointed_layers_keep_one_class_with_their_name(start_dir: Path) -> None:
+    plain, layers = (
+        load_model(start_dir).base_model.layers,
+        Policy(load_model(start_dir), activation_checkpointing=True).model.base_model.layers,
+    )
+    assert len({type(layer) for layer in layers}) == 1
+    assert type(layers[0]).__name__ == type(plain[0]).__name__
+    assert isinstance(layers[0], type(plain[0]))
+
+
+def test_loss_inside_the_head_is_the_loss_behind_it(folder: Path) -> None:
+    rows, reference = ragged(temperature=0.7), Policy(load_model(folder)).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.1)
+    packed = lay_out(rows, range(9), share_up_to=100)
+    weights = torch.randn(len(packed.tokens), generator=torch.Generator().manual_seed(1))
+
+    def loss(part: slice, scores: Scores) -> torch.Tensor:
+        assert scores.kl is not None
+        return (weights[part] * (scores.logprobs + 0.1 * scores.entropy - 0.5 * scores.kl)).sum()
+
+    inside, behind = Policy(load_model(folder), elements=2000), Policy(load_model(folder))
+    total, seen = inside.loss(packed, loss, reference.reference(packed))
+    total.backward()
+    scores = behind.scores(packed, reference.reference(packed))
+    expected = loss(slice(None), scores)
+    expected.backward()
+    assert total.item() == pytest.approx(expected.item(), abs=1e-4)
+    for a, b in zip(seen, scores, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.allclose(a, b, atol=1e-5)
+    for mine, theirs in zip(inside.parameters(), behind.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert (mine.grad - theirs.grad).abs().max() < 1e-5 * theirs.grad.abs().max().clamp_min(1)
+    assert all(p.grad is None for p in reference.parameters())
+
+
+def test_quadratic_share_by_hand() -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"]())
+    # 2 layers · 4 heads · 8; weights: embedding 53·32 tied to the head; a layer: q 32·32, k and v 32·16, o 32·32,
+    # q and k norms 8, gate, up and down 32·40, two norms 32; last norm 32
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 2 * 8 + 3 * 32 * 40 + 2 * 32
+    assert Policy(model).quadratic == pytest.approx(64 / (53 * 32 + 2 * layer + 32))
+
+
+class FakeLiger:
+    """Stands where liger-kernel's table of architectures does: its own import needs Triton."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: dict[str, Any] = {}
+        table = types.ModuleType("liger_kernel.transformers.monkey_patch")
+        table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen3": self.patch}  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", table)
+        monkeypatch.setattr(liger, "missing", lambda device: None)
+
+    def patch(self, rope: bool = False, cross_entropy: bool = True, rms_norm: bool = False, model: Any = None) -> None:
+        self.asked = {"rope": rope, "cross_entropy": cross_entropy, "rms_norm": rms_norm, "model": model}
+
+
+def test_liger_is_asked_for_the_decoder_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, model = FakeLiger(monkeypatch), AutoModelForCausalLM.from_config(CONFIGS["qwen3"]())
+    assert liger.apply(model, "auto")
+    assert fake.asked == {"rope": True, "cross_entropy": False, "rms_norm": True, "model": model}
+    assert not liger.apply(model, "never")
+    other = AutoModelForCausalLM.from_config(CONFIGS["mistral"]())
+    assert not liger.apply(other, "auto")
+    with pytest.raises(ValueError, match=r"learner\.liger=always: it has no kernels for model_type=mistral"):
+        liger.apply(other, "always")
+
+
+def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"]())
+    assert not liger.apply(model, "auto")
+    with pytest.raises(ValueError, match=r"learner\.liger=always: its kernels need a CUDA device.*learner\.device=cpu"):
+        liger.apply(model, "always")
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in str(liger.missing("cuda:0"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offtrail.algos.config import CorrectionConfig, GrpoConfig, TisConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
+from offtrail.platform.learner.head import LossOf, Reference, Scores
 from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.objectives import PolicyGradient, StalenessError
 from offtrail.platform.learner.packing import Packed, lay_out
@@ -72,6 +73,7 @@ class Table(nn.Module):
     """A policy that ignores its context: one logit a token of a vocabulary of two."""
 
     share_up_to = 0
+    quadratic = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,8 +81,12 @@ class Table(nn.Module):
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         logp = torch.log_softmax(self.logits, -1)
-        entropy = -(logp.exp() * logp).sum().detach()
+        entropy = -(logp.exp() * logp).sum()
         return logp[packed.targets], entropy.expand(len(packed.targets))
+
+    def loss(self, packed: Packed, loss: LossOf, reference: Reference | None = None) -> tuple[Tensor, Scores]:
+        scores = Scores(*self(packed))
+        return loss(slice(0, len(packed.targets)), scores), Scores(*(s.detach() for s in scores[:2]))
 
 
 def test_one_update_by_hand(make_batch: MakeBatch) -> None:

@@ -40,13 +40,26 @@ def test_every_item_is_in_one_bin_within_budget(costs: list[int], budget: int) -
 
 
 def test_bins_of_long_tailed_lengths_are_full() -> None:
-    lengths = np.minimum(np.random.default_rng(0).lognormal(8, 1, 512), 32_768).astype(int).tolist()
-    assert sum(lengths) / (len(pack(range(512), lengths, 32_768)) * 32_768) > 0.97
+    lengths = np.minimum(np.random.default_rng(0).lognormal(8, 1, 4096), 32_768).astype(int).tolist()
+    assert sum(lengths) / (len(pack(range(4096), lengths, 32_768)) * 32_768) > 0.99
 
 
 def test_balance_by_hand() -> None:
     # 5 → rank 0, 4 → rank 1, 3 → rank 1 (4 < 5), 3 → rank 0; the 0 is nobody's
     assert balance([3, 5, 0, 4, 3], 2) == [[1, 4], [0, 3]]
+
+
+def test_ranks_are_balanced_by_attention_too() -> None:
+    # 6, 3, 3, 2 tokens through the model: L alone gives 6 + 2 against 3 + 3; L + L² is 42 against 12 + 12 + 6
+    r = rows([[1]], [[[4] * 6, [4] * 3, [4] * 3, [4] * 2]])
+    assert plan(r, range(1), 2, 100) == [[[0, 3]], [[1, 2]]]
+    assert plan(r, range(1), 2, 100, quadratic=1.0) == [[[0]], [[1, 2, 3]]]
+
+
+def test_ranks_meet_their_heaviest_microbatches_together() -> None:
+    # LPT: 6, 3, 2 to rank 0 and 5, 4 to rank 1; in order of first item rank 0 would begin with 2 + 3
+    r = rows([[1]], [[[4] * n for n in (2, 3, 6, 5, 4)]])
+    assert plan(r, range(1), 2, 6) == [[[2], [0, 1]], [[3], [4]]]
 
 
 @settings(max_examples=40)
