@@ -142,6 +142,7 @@ class Broker:
         self.waits: dict[str, Wait] = {}
         self.failures: list[Failure] = []
         self.later: list[Callable[[], None]] = []
+        self.stirred = False
         self.status = self.reason = ""
         self.first_version = self.ledger.checkpoint
         self.audit = self.ledger.audit()
@@ -183,6 +184,7 @@ class Broker:
         """Answer one request, or hold it."""
         if (member := self.accounts.members.get(envelope.peer_name)) is not None:
             member.heard = self.clock()
+        self.stirred = self.stirred or not isinstance(envelope.message, Heartbeat | StatusRequest)
         try:
             answer = self._handlers[type(envelope.message)](envelope.message, envelope)
         except (RequestError, WireError) as error:
@@ -203,18 +205,20 @@ class Broker:
                 self.broken(error)
 
     def serve_held(self) -> None:
-        """Answer the long polls that can be answered now, and those that were held long enough."""
+        """Answer the long polls that can be answered since something happened, and those that were held long enough."""
+        stirred, self.stirred = self.stirred, False
         for peer, held in list(self.held.items()):
+            late = self.clock() >= held.until
             try:
-                answer = held.serve()
-                sentence = "" if answer else held.sentence()
+                answer = held.serve() if stirred or late else None
+                sentence = held.sentence() if late and answer is None else ""
             except RequestError as error:
                 answer, sentence = (Error(error=str(error)), NO_ARRAYS), ""
             except (LedgerError, OSError) as error:
                 answer, sentence = (Error(error=self.broken(error)), NO_ARRAYS), ""
             if answer is not None:
                 self.waits.pop(peer, None)
-            elif self.clock() >= held.until:
+            elif late:
                 since = time.strftime("%H:%M:%S", time.localtime(self.waits[peer].since_epoch))
                 answer = held.waiting(f"{sentence}, since {since}"), NO_ARRAYS
             if answer is not None:
@@ -246,7 +250,7 @@ class Broker:
             if member.lost or now - member.heard <= limit:
                 member.lost = member.lost and now - member.heard > limit
                 continue
-            member.lost = True
+            member.lost = self.stirred = True
             returned = self.ledger.return_leases(member.name)
             log.warning(
                 "%s: no heartbeat for %.1f s, %d leases returned", member.name, now - member.heard, len(returned)
@@ -495,7 +499,7 @@ class Broker:
 
     def _due(self) -> list[int]:
         """Versions to score: 0, every eval.every-th, the last. The weights of those from before a restart are gone."""
-        scored = self.ledger.evals()
+        scored = self.ledger.scored()
         out = range(self.first_version, self.desk.version + 1)
         return [version for version in out if self._evaluates(version) and version not in scored]
 
@@ -564,7 +568,7 @@ class Broker:
 
     def _finish(self) -> None:
         last = self.law.steps
-        if self.desk.version == last == self.ledger.checkpoint and last in self.ledger.evals():
+        if self.desk.version == last == self.ledger.checkpoint and last in self.ledger.scored():
             self.end("completed", "")
 
     def fail(self, line: str) -> None:
@@ -595,7 +599,7 @@ class Broker:
         """
         if self.status:
             return
-        self.status, self.reason, self.ended_at = status, reason, self.clock()
+        self.status, self.reason, self.ended_at, self.stirred = status, reason, self.clock(), True
         log.info("the run is %s %s", status, reason)
         try:
             if status == "completed":

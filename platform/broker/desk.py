@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from offtrail.core.types import Group, Lease, Problem
+from offtrail.core.types import Group, Int32, Lease, Problem
 from offtrail.platform.broker.admission import Law
 from offtrail.platform.broker.ledger import Arrival, Grant, Ledger, Row
 from offtrail.platform.wire.groups import pack_group
@@ -42,6 +42,14 @@ class Verdict:
     accepted: bool
     reason: str = ""
     changed: bool = False
+
+
+def counted(versions: Int32) -> dict[int, int]:
+    """Version → how many of the tokens are of it."""
+    if len(versions) and (versions == versions[0]).all():  # most groups; a tenth of the time that sorting takes
+        return {int(versions[0]): len(versions)}
+    used, counts = np.unique(versions, return_counts=True)
+    return dict(zip(used.tolist(), counts.tolist(), strict=True))
 
 
 class Desk:
@@ -80,7 +88,7 @@ class Desk:
     def _next(self, room: int) -> list[Grant]:
         law, ledger = self.law, self.ledger
         # A returned lease may need a version that the replay after a restart has yet to publish again.
-        returned = [Grant(r.slot, r.needs, r.id) for r in ledger.leased() if not r.holder and r.needs <= self.version]
+        returned = [Grant(r.slot, r.needs, r.id) for r in ledger.returned() if r.needs <= self.version]
         fresh = min(law.capacity(ledger.tally(), self.version), room - len(returned))
         return (returned + self._open(fresh))[:room]
 
@@ -167,8 +175,7 @@ class Desk:
         row = self._row(group.group)
         if (known := self._known(row, group.attempt, holder)) is not None:
             return known
-        used, counts = np.unique(group.versions, return_counts=True)
-        versions = dict(zip(used.tolist(), counts.tolist(), strict=True))
+        versions = counted(group.versions)
         low, high = min(versions, default=row.needs), max(versions, default=row.needs)
         # A generator may apply a version before its commit arrives here: it was queued under that version.
         group.queued_version, group.queued_at = max(self.version, high), now

@@ -126,6 +126,8 @@ class Ledger:
                 f"{path}: another broker holds this run; stop it first, or choose another run.name"
             ) from error
         self._db = sqlite3.connect(path, isolation_level=None)
+        self._read: dict[tuple[Any, ...], list[Any]] = {}
+        """What was read since the last change, by query: this process alone writes the file."""
         try:
             self._open()
         except sqlite3.Error as error:
@@ -136,7 +138,6 @@ class Ledger:
             raise
 
     def _open(self) -> None:
-        self._db.execute("PRAGMA page_size = 16384")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA journal_size_limit = 67108864")
@@ -166,6 +167,7 @@ class Ledger:
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it or nothing, also through kill -9."""
+        self._read.clear()
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -181,6 +183,15 @@ class Ledger:
             raise self._broken(error) from error
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
+        """The rows of a query. Between two changes each query reaches the file once: do not change the list."""
+        rows = self._read.get((query, *values))
+        if rows is None:
+            rows = self._fetch(query, *values)
+            if not self._db.in_transaction:
+                self._read[query, *values] = rows
+        return rows
+
+    def _fetch(self, query: str, *values: Any) -> list[Any]:
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
@@ -211,6 +222,7 @@ class Ledger:
 
     def audit(self) -> Audit:
         """Recount everything from the rows, the payloads and the batch log, trusting no counter."""
+        self._read.clear()
         admitted, rows = self._rows("SELECT COALESCE(MAX(id) + 1, 0), COUNT(*) FROM groups")[0]
         log = "SELECT j.value AS id FROM batches b, json_each(b.ids) j"
         lost = {i for (i,) in self._rows(f"SELECT id FROM groups WHERE state IN ('training', 'trained') EXCEPT {log}")}
@@ -236,6 +248,11 @@ class Ledger:
     def leased(self) -> list[Row]:
         """All leased groups in slot order; those with an empty holder were returned and wait to be issued again."""
         return [Row(*r) for r in self._rows(f"SELECT {ROW} FROM groups WHERE state = 'leased' ORDER BY slot")]
+
+    def returned(self) -> list[Row]:
+        """Those of the leased groups that were returned, in slot order."""
+        rows = self._rows(f"SELECT {ROW} FROM groups WHERE state = 'leased' AND holder = '' ORDER BY slot")
+        return [Row(*r) for r in rows]
 
     def held(self, holder: str) -> int:
         """How many leases ``holder`` has."""
@@ -344,7 +361,7 @@ class Ledger:
 
     def payloads(self, groups: Sequence[int]) -> list[bytes]:
         """The packed groups, in the order asked for; LedgerError when one is gone."""
-        found = dict(self._rows(f"SELECT id, body FROM payloads WHERE id IN ({','.join(map(str, groups))})"))
+        found = dict(self._fetch(f"SELECT id, body FROM payloads WHERE id IN ({','.join(map(str, groups))})"))
         missing = [g for g in groups if g not in found]
         if missing:
             raise LedgerError(f"{self.path}: no payload of groups {missing}; the file was changed by something else")
@@ -523,6 +540,10 @@ class Ledger:
     def evals(self) -> dict[int, dict[str, float]]:
         """Scores by version, in order."""
         return {v: json.loads(m) for v, m in self._rows("SELECT version, metrics FROM evals ORDER BY version")}
+
+    def scored(self) -> set[int]:
+        """The versions that have scores."""
+        return {version for (version,) in self._rows("SELECT version FROM evals")}
 
     def life(self, role: str, place: int) -> int:
         """A number for a role's new process: its charges add to those of its earlier lives."""

@@ -77,6 +77,8 @@ class Learner:
     publisher: Publisher | None
     step: int
     publish_seconds: float = 0.0
+    unacknowledged: tuple[int, int] | None = None
+    """Version and ticket of a commit whose acknowledgement is still to come: nothing more is published before it."""
 
     @classmethod
     def open(cls, context: RoleContext) -> Learner:
