@@ -161,7 +161,7 @@ def test_with_a_filter_exact_waves_go_out_one_by_one(tmp_path: Path) -> None:
                 group.rewards = np.array(rewards, np.float32)
                 desk.arrive(group, "a", 1.0)
             [refill] = desk.grant("a", 9, 1, 2.0)
-            assert (refill.group, refill.slot, refill.wave, refill.wave_size) == (2, 1, 0, 1)
+            assert (refill.group, refill.slot, refill.wave) == (2, 1, 0)
         ledger.close()
 
 
