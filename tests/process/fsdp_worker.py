@@ -39,8 +39,9 @@ def algorithm(name: str) -> AlgoConfig:
 
 
 def config_of(ranks: int, name: str = "grpo") -> Config:
-    """With TIS, two updates a step, micro-batches of a few samples."""
+    """With TIS, two updates a step, micro-batches of a few samples; with an exact KL, sharded layers run twice."""
     config = Config(algo=algorithm(name), correction=TisConfig(normalise=name == "ppo"))
+    config.learner.activation_checkpointing = name == "full" and ranks > 1
     config.learner.ranks, config.learner.tokens_per_microbatch = ranks, 60
     config.learner.optim = OptimConfig(lr=1e-3, warmup_updates=3)
     return config
