@@ -550,6 +550,8 @@ class Broker:
     def on_status_request(self, request: StatusRequest, envelope: Envelope) -> Answer:
         """How the run stands now."""
         live = {**self.recorder.last, **queue_row(self.ledger.tally())}
+        # A number that is not finite stands as null in the row; Status.metrics holds numbers only.
+        live = {name: value for name, value in live.items() if value is not None}
         status = Status(
             summary={**self.summary, "wall_seconds": self.accounts.wall_seconds},
             roles=[m.beat for m in self.accounts.members.values() if m.beat is not None],

@@ -20,6 +20,7 @@ from offtrail.platform.broker.ledger import FILE, LedgerError
 from offtrail.platform.broker.role import main
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.context import RoleContext
+from offtrail.platform.wire.codec import decode, encode
 from offtrail.platform.wire.groups import group_frames, group_from
 from offtrail.platform.wire.messages import (
     BatchReply,
@@ -727,7 +728,14 @@ def test_a_metric_that_is_not_finite_is_null_and_breaks_nothing(start: Callable[
     run.train(**{"loss": 1.0, "weights/publish_seconds": 2.0})
     assert [row["loss"] for row in run.rows()] == [None, 1.0]
     assert run.summary()["weights/publish_seconds_mean"] == 2.0
-    assert [row["loss"] for row in run.restarted().rows()] == [None, 1.0]
+    run.train(**{"loss": float("nan"), "policy/lr": 0.5})
+    status = run.ask("launcher-0", StatusRequest(), Status)
+    # Over the wire, where Status.metrics is checked: a null there would end the launcher.
+    received = decode(encode(status))[0]
+    assert isinstance(received, Status)
+    assert (received.metrics["step"], received.metrics["policy/lr"]) == (3, 0.5)
+    assert "loss" not in received.metrics
+    assert [row["loss"] for row in run.restarted().rows()] == [None, 1.0, None]
 
 
 def test_a_run_is_not_complete_before_its_last_checkpoint(start: Callable[..., Run]) -> None:
