@@ -222,7 +222,7 @@ class WeightsConfig:
     channel: Literal["shm", "disk"] = "shm"
     """shm: safetensors in shared memory, on one host. disk: the same in the run directory, on any file system."""
     dir: str = ""
-    """Folder of the channel; empty = /dev/shm/offtrail-… or runs/NAME/weights."""
+    """Folder in which the channel makes its own, offtrail-…; empty = /dev/shm, or runs/NAME/weights for disk."""
     probe_every: int = 5
     """Versions between two fixed-text probes of engine against learner; 0 = none."""
     probe_alarm: float = 0.05

@@ -6,8 +6,10 @@ from a slow role.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.wire.heart import Heart
 from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+
+OWN_NAMES = re.compile(r"v\d{8,}\.safetensors|lock")
 
 
 @dataclass
@@ -72,16 +76,30 @@ class RoleContext:
 
 
 def weights_folder(config: Config, run_dir: Path) -> Path:
-    """weights.dir if set; else a folder of shared memory named after the user and the run, or runs/NAME/weights."""
-    if config.weights.dir:
-        return Path(config.weights.dir)
-    if config.weights.channel == "disk":
+    """The run's own folder offtrail-USER-TAG in weights.dir if set, else in shared memory; or runs/NAME/weights.
+
+    TAG comes from the run directory: two runs never share a folder, and a resumed run finds its own.
+    """
+    if config.weights.channel == "disk" and not config.weights.dir:
         return run_dir / "weights"
     tag = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
-    return Path("/dev/shm") / f"offtrail-{os.getuid()}-{tag}"
+    return Path(config.weights.dir or "/dev/shm") / f"offtrail-{os.getuid()}-{tag}"
 
 
 def remove_shared_memory(config: Config, run_dir: Path) -> None:
-    """Give a run's shared memory back; what a reader has mapped stays valid. A folder on disk stays for a resume."""
-    if config.weights.channel == "shm":
-        shutil.rmtree(weights_folder(config, run_dir), ignore_errors=True)
+    """Give a run's shared memory back; what a reader has mapped stays valid. A folder on disk stays for a resume.
+
+    Invariant: only what the weight channel made goes (the names of weights/store.py, which would import torch). A file
+    of anybody else stays, and so does the folder that it lies in.
+    """
+    if config.weights.channel != "shm":
+        return
+    folder = weights_folder(config, run_dir)
+    shutil.rmtree(folder / "writing", ignore_errors=True)  # unfinished files, under names that safetensors chose
+    with contextlib.suppress(OSError):
+        for path in [*folder.glob("pinned/*"), *folder.glob("*")]:
+            if OWN_NAMES.fullmatch(path.name) and not path.is_dir():
+                path.unlink(missing_ok=True)
+    for own in (folder / "pinned", folder):
+        with contextlib.suppress(OSError):  # not there, or it holds something of someone else's
+            own.rmdir()
