@@ -96,12 +96,16 @@ class Wire(Protocol):
 
 @dataclass
 class Held:
-    """A long poll that waits: ``serve`` gives its answer or None, ``waiting`` the empty answer that says for what."""
+    """A long poll that waits: ``serve`` gives its answer or None, ``waiting`` the empty answer that says for what.
+
+    ``idle``: whether its role has nothing else to do. Who asks ahead does not wait yet.
+    """
 
     envelope: Envelope
     serve: Callable[[], Answer | None]
     waiting: Callable[[str], Message]
     sentence: Callable[[], str]
+    idle: Callable[[], bool]
     until: float
 
 
@@ -209,6 +213,7 @@ class Broker:
         stirred, self.stirred = self.stirred, False
         for peer, held in list(self.held.items()):
             late = self.clock() >= held.until
+            self._note_wait(peer, held)
             try:
                 answer = held.serve() if stirred or late else None
                 sentence = held.sentence() if late and answer is None else ""
@@ -219,8 +224,7 @@ class Broker:
             if answer is not None:
                 self.waits.pop(peer, None)
             elif late:
-                since = time.strftime("%H:%M:%S", time.localtime(self.waits[peer].since_epoch))
-                answer = held.waiting(f"{sentence}, since {since}"), NO_ARRAYS
+                answer = held.waiting(f"{sentence}{self._since(peer)}"), NO_ARRAYS
             if answer is not None:
                 del self.held[peer]
                 self.wire.reply(held.envelope, *answer)
@@ -273,9 +277,8 @@ class Broker:
         waiting = sorted((wait.since, peer) for peer, wait in self.waits.items() if peer in self.held)
         if waiting and now - waiting[0][0] > deadline:
             peer = waiting[0][1]
-            since = time.strftime("%H:%M:%S", time.localtime(self.waits[peer].since_epoch))
             self.fail(
-                f"{peer} waits for {self.held[peer].sentence()}, since {since}; nothing has moved for "
+                f"{peer} waits for {self.held[peer].sentence()}{self._since(peer)}; nothing has moved for "
                 f"broker.deadline_seconds={deadline:g} ({self._doings(now, peer)})"
             )
 
@@ -428,7 +431,10 @@ class Broker:
         def empty(sentence: str) -> Message:
             return BatchReply(step=step, headers=[], waiting=sentence)
 
-        return self._hold(envelope, serve, empty, lambda: self.desk.why_no_batch(step))
+        # It asks for the next batch while it trains this one: it waits once that one's version is out.
+        return self._hold(
+            envelope, serve, empty, lambda: self.desk.why_no_batch(step), lambda: step == self.desk.version
+        )
 
     def _batch_reply(self, step: int, groups: Sequence[int]) -> Answer:
         frames = [group_frames(unpack_group(body)) for body in self.ledger.payloads(groups)]
@@ -673,14 +679,24 @@ class Broker:
         serve: Callable[[], Answer | None],
         waiting: Callable[[str], Message],
         sentence: Callable[[], str],
+        idle: Callable[[], bool] = lambda: True,
     ) -> Answer | None:
-        peer, now = envelope.peer_name, self.clock()
+        peer = envelope.peer_name
         if (answer := serve()) is not None:
             self.waits.pop(peer, None)
             return answer
-        self.waits.setdefault(peer, Wait(now, time.time()))
-        self.held[peer] = Held(envelope, serve, waiting, sentence, now + HOLD_SECONDS)
+        self.held[peer] = Held(envelope, serve, waiting, sentence, idle, self.clock() + HOLD_SECONDS)
+        self._note_wait(peer, self.held[peer])
         return None
+
+    def _note_wait(self, peer: str, held: Held) -> None:
+        if peer not in self.waits and held.idle():
+            self.waits[peer] = Wait(self.clock(), time.time())
+
+    def _since(self, peer: str) -> str:
+        """The end of a waiting role's sentence."""
+        wait = self.waits.get(peer)
+        return f", since {time.strftime('%H:%M:%S', time.localtime(wait.since_epoch))}" if wait else ""
 
     def _progress(self) -> None:
         self.moved = self.clock()

@@ -34,13 +34,15 @@ def main(context: RoleContext) -> None:
     connection, deadline = context.connect(), context.config.broker.deadline_seconds
     weights = Subscriber(context.weights_folder)
     evaluation = Evaluation(context, connection.activity)
+    waiting_for = "broker"
     try:
         while True:
-            with connection.activity.waiting("a version to evaluate", on="broker"):
+            with connection.activity.waiting("a version to evaluate", on=waiting_for):
                 job, _ = connection.client.request(NextEval(), what="a version to evaluate", deadline_s=deadline)
             assert isinstance(job, EvalJob)
             if job.stop:
                 return
+            waiting_for = job.waiting or "broker"
             if job.version >= 0:
                 evaluation.engine.load_weights(job.version, weights.load(job.version))
                 weights.unpin(job.version)

@@ -2,7 +2,7 @@
 
 The role's loop calls `busy` and `waiting`; the heart reads `snapshot` from its own thread. Invariant: within one thread
 every moment counts for at most one name, the innermost open one, so that the seconds of a role never exceed its wall
-time.
+time; a wait that is taken up again at once, as by the next long poll, is one wait and keeps its `since`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+
+RESUMED_SECONDS = 0.1
+"""A span like the one closed so shortly before goes on with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class Activity:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._compute: defaultdict[str, float] = defaultdict(float)
         self._gauges: dict[str, float] = {}
+        self._closed: dict[int, tuple[_Open, float]] = {}
+        """By thread, the span closed last, and when on the monotonic clock."""
         self._idle_since = time.time()
 
     @contextmanager
@@ -73,19 +79,26 @@ class Activity:
             stack = self._stacks[thread]
             now = time.monotonic()
             self._book(stack, now)
-            stack.append(_Open(name, on, time.time(), now))
+            stack.append(_Open(name, on, self._began(thread, name, on, now), now))
         try:
             yield
         finally:
             with self._lock:
                 now = time.monotonic()
                 self._book(stack, now)
-                stack.pop()
+                self._closed[thread] = stack.pop(), now
                 if stack:
                     stack[-1].counted = now
                 else:
                     del self._stacks[thread]
                     self._idle_since = time.time()
+
+    def _began(self, thread: int, name: str, on: str, now: float) -> float:
+        """Since when, epoch seconds: now, or where the span takes up the one just closed, since that one's begin."""
+        last, closed = self._closed.get(thread, (None, 0.0))
+        if last is not None and (last.name, last.on) == (name, on) and now - closed <= RESUMED_SECONDS:
+            return last.since
+        return time.time()
 
     def _book(self, stack: list[_Open], now: float) -> None:
         """Book the innermost open span up to ``now``; the lock is held."""

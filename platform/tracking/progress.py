@@ -169,7 +169,7 @@ def _evaluation(show: _Shown) -> str:
 def _roles(status: Status) -> RenderableType:
     table = Table(box=None, padding=(0, 2), pad_edge=False, header_style="dim")
     table.add_column("role", no_wrap=True)
-    table.add_column("what it does, or waits for", no_wrap=True, min_width=34)
+    table.add_column("what it does, or waits for", min_width=34)
     table.add_column("for", justify="right", no_wrap=True)
     table.add_column("busy", justify="right", no_wrap=True)
     now = time.time()
@@ -186,7 +186,9 @@ def _doing(beat: Heartbeat, seconds: float) -> Text:
     if kind != "waiting":
         return Text.assemble(("○ ", "dim"), (beat.activity, "dim"))
     style = "red" if seconds > VERY_LONG_WAIT_S else "yellow" if seconds > LONG_WAIT_S else "dim"
-    on = f" on {beat.waiting_on}" if beat.waiting_on else ""
+    # A single word is whom it waits for; anything longer is the broker's own sentence.
+    joint = ": " if " " in beat.waiting_on else " on "
+    on = f"{joint}{beat.waiting_on}" if beat.waiting_on else ""
     return Text.assemble(("○ ", style), (f"waits for {what}{on}", style))
 
 

@@ -298,6 +298,24 @@ def test_the_next_batch_may_be_asked_for_while_one_trains(start: Callable[..., R
     assert len(run.reply(ticket, BatchReply).headers) == B
 
 
+def test_who_asks_ahead_waits_only_once_it_has_nothing_to_train(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.make(B)
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+    ahead = run.ask("learner-0", NextBatch(step=1), BatchReply)  # held for a second while batch 0 trains
+    assert "batch 1: 0 of its 2 groups are here" in ahead.waiting
+    assert "since" not in ahead.waiting
+    run.send("learner-0", NextBatch(step=1))
+    assert "learner-0" not in run.broker.waits
+    run.clock.now += 0.5
+    run.commit(0, 1)
+    run.broker.serve_held()
+    assert run.broker.waits["learner-0"].since == run.clock.now
+    run.clock.now += HOLD_SECONDS
+    assert "since" in run.ask("learner-0", NextBatch(step=1), BatchReply).waiting
+
+
 def test_a_replay_is_not_handed_out_ahead(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()

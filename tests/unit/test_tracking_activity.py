@@ -85,6 +85,27 @@ def test_between_spans_a_role_is_idle_since_the_last_one(clock):
     assert (activity.snapshot().activity, activity.snapshot().since) == ("idle", 1e9 + 105)
 
 
+def test_a_wait_taken_up_at_once_keeps_its_since(clock):
+    activity = Activity()
+
+    def since(what: str = "leases", on: str = "broker") -> float:
+        with activity.waiting(what, on=on):
+            clock.now += 1
+            return activity.snapshot().since - 1e9
+
+    assert [since(), since()] == [100, 100]
+    clock.now += module.RESUMED_SECONDS / 2
+    assert since() == 100
+    clock.now += module.RESUMED_SECONDS * 2
+    began = clock.now
+    assert since() == since() == began
+    assert since(on="learner") == began + 2  # another wait
+    with activity.busy("decode"):
+        clock.now += 0.01
+    assert since(on="learner") == pytest.approx(began + 3.01)  # it did something in between
+    assert activity.snapshot().seconds["waiting/leases"] == 7
+
+
 def test_an_error_closes_the_span(clock):
     activity = Activity()
     with contextlib.suppress(RuntimeError), activity.busy("decode"):

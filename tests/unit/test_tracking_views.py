@@ -106,6 +106,7 @@ def test_the_live_view_says_what_each_role_does_or_waits_for():
         beat("generator", "waiting/lease", "broker", ago=14),
         beat("evaluator", "waiting/version 30", "learner", ago=75),
         beat("broker", "idle"),
+        beat("trainer", "waiting/batch", "batch 3: 1 of its 2 groups are here, 2 in flight (generator-0: 2)"),
     ]
     text = shown("live", status(7, roles), terminal=True)
     assert "step 7/40" in text
@@ -119,6 +120,8 @@ def test_the_live_view_says_what_each_role_does_or_waits_for():
     assert "0:14" in rows["generator-0"]
     assert "waits for version 30 on learner" in rows["evaluator-0"]
     assert "1:15" in rows["evaluator-0"]
+    assert "waits for batch: batch 3: 1 of its" in rows["trainer-0"]
+    assert "(generator-0: 2)" in text  # a sentence is wrapped, never cut, and squeezes no other column
 
 
 def test_the_live_view_fits_80_columns():
