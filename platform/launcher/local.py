@@ -32,11 +32,17 @@ from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.progress import Progress
 from offtrail.platform.tracking.summary import read_summary, write_summary
 from offtrail.platform.wire.auth import make_keys
+from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.messages import Status, StatusRequest, StopRun
-from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, WaitError
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, RefusedError, WaitError
 
 STATUS_PERIOD_S = 0.5
 LEAVE_SECONDS = 30.0
+"""How long roles that know of the end may take to leave, and how long the broker may be silent meanwhile."""
+SEAL_SECONDS = 600.0
+"""The longest that the broker of a completed run may take to archive the last trajectories."""
+TERMINATE_SECONDS = 5.0
+"""Between SIGTERM and SIGKILL."""
 EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
 
 
@@ -98,37 +104,84 @@ class Run:
         """A role that left before its time."""
         return next((role for role in self.roles if role.process.poll() is not None), None)
 
+    @property
+    def broker_lives(self) -> bool:
+        """Whether there is anybody to ask: the broker is the first role."""
+        return bool(self.roles) and self.roles[0].process.poll() is None
+
+    def dial(self) -> Client:
+        """The line to the broker. Raises WaitError while endpoint.json is not there, WireError when it is damaged."""
+        if self.client is None:
+            endpoint = Endpoint.read(self.run_dir / "endpoint.json", 0.0)
+            self.client = Client(endpoint, "launcher-0", ClientKeys.read(self.run_dir))
+        return self.client
+
     def status(self) -> Status | None:
-        """The broker's word on the run; None while it is not up yet or too busy to answer at once."""
+        """The broker's word on the run; None while it is not up yet, is dead, or is too busy to answer at once.
+
+        Raises WireError and RefusedError when it answers something else.
+        """
+        if not self.broker_lives:
+            return None
         try:
-            if self.client is None:
-                endpoint = Endpoint.read(self.run_dir / "endpoint.json", 0.0)
-                self.client = Client(endpoint, "launcher-0", ClientKeys.read(self.run_dir))
-            reply, _ = self.client.request(StatusRequest(), what="the run's status", deadline_s=5.0)
+            reply, _ = self.dial().request(StatusRequest(), what="the run's status", deadline_s=2.0)
         except WaitError:
             return None
-        assert isinstance(reply, Status)
+        if not isinstance(reply, Status):
+            raise WireError(f"asked for the run's status, the broker answered {type(reply).__name__}")
         return reply
 
-    def stop(self, status: str, reason: str) -> None:
-        """Tell the broker how the run ends; it seals what is durable and tells the roles to leave."""
-        if self.client is not None:
-            with contextlib.suppress(WaitError):
-                self.client.request(StopRun(status=status, reason=reason), what="the end of the run", deadline_s=20.0)
+    def stop(self, status: str, reason: str) -> bool:
+        """Tell the broker how the run ends; it seals what is durable and tells the roles to leave. Whether it heard."""
+        if status == "completed":  # its own word
+            return True
+        limit = time.monotonic() + 20.0
+        while self.broker_lives and time.monotonic() < limit:
+            try:  # asked in short turns, so that a broker that dies meanwhile is noticed; only the first end counts
+                self.dial().request(StopRun(status=status, reason=reason), what="the end of the run", deadline_s=2.0)
+                return True
+            except (WireError, RefusedError):
+                return False
+            except WaitError:
+                if self.client is None:
+                    return False
+        return False
 
-    def leave(self) -> None:
-        """Wait for every role to leave by itself, the broker last; then terminate, then kill."""
-        deadline = time.monotonic() + LEAVE_SECONDS
-        for role in [*self.roles[1:], *self.roles[:1]]:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                role.process.wait(max(0.1, deadline - time.monotonic()))
+    def leave(self, told: bool, completed: bool) -> None:
+        """Wait for every role to leave by itself, the broker last; roles that were not told are terminated at once."""
+        deadline = time.monotonic() + (LEAVE_SECONDS if told else 0.0)
+        for role in self.roles[1:]:
+            self._wait(role, deadline - time.monotonic())
+        self._end(self.roles[1:])
+        if completed:
+            self._wait_for_the_archive()
+        elif told:
+            self._wait(self.roles[0], max(TERMINATE_SECONDS, deadline - time.monotonic()))
+        self._end(self.roles[:1])
+
+    def _wait_for_the_archive(self) -> None:
+        """The broker of a completed run leaves when the last shard is sealed: it has as long as it answers."""
+        limit = time.monotonic() + SEAL_SECONDS
+        answered = time.monotonic()
+        while self.broker_lives and time.monotonic() < min(limit, answered + LEAVE_SECONDS):
+            with contextlib.suppress(WireError, RefusedError):
+                if self.status() is not None:
+                    answered = time.monotonic()
+            self._wait(self.roles[0], STATUS_PERIOD_S)
+
+    def _wait(self, role: Role, seconds: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            role.process.wait(max(0.0, seconds))
+
+    def _end(self, roles: list[Role]) -> None:
+        """Terminate, then kill, those that are still there."""
         for kill in (subprocess.Popen.terminate, subprocess.Popen.kill):
-            for role in self.roles:
+            deadline = time.monotonic() + TERMINATE_SECONDS
+            for role in roles:
                 if role.process.poll() is None:
                     kill(role.process)
-            for role in self.roles:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    role.process.wait(5.0)
+            for role in roles:
+                self._wait(role, deadline - time.monotonic())
 
     def close(self) -> None:
         """No process and no shared memory outlives the run, whatever happened."""
@@ -147,9 +200,9 @@ def launch(config: Config, run_dir: Path) -> int:
     try:
         with interrupts() as interrupted:
             status, reason = JOBS[config.job](config, run_dir, interrupted)
-    except KeyboardInterrupt:
-        status, reason = "interrupted", "interrupted before the roles were up"
-    except StartError as error:
+    except KeyboardInterrupt as stopped:
+        status, reason = "interrupted", str(stopped)
+    except (StartError, OSError) as error:
         status, reason = "failed", str(error)
     return finish(run_dir, status, reason, time.monotonic() - started)
 
@@ -161,8 +214,7 @@ def run_rl(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, 
     try:
         run.start_all()
         status, reason = watch(run, interrupted)
-        run.stop(status, reason)
-        run.leave()
+        run.leave(run.stop(status, reason), status == "completed")
     finally:
         run.close()
     return status, reason
@@ -185,7 +237,11 @@ def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
         while True:
             if interrupted:
                 return "interrupted", f"stopped by {signal.Signals(interrupted[0]).name}"
-            status = run.status()
+            dead = run.dead()  # looked at before the broker is asked: what it says is then newer than the death
+            try:
+                status = run.status()
+            except (WireError, RefusedError) as error:
+                return "failed", f"the launcher cannot follow the run: {error}"
             if status is not None:
                 progress.update(status)
                 if status.failures:
@@ -193,23 +249,25 @@ def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
                     return "failed", f"{failure.role}-{failure.index}: {failure.error}"
                 if status.finished:
                     return "completed", ""
-            if (role := run.dead()) is not None:
+            if dead is not None:
                 # Between two looks the run may have ended: the broker writes its status before it lets anybody go.
-                if role.process.returncode == 0 and read_summary(run.run_dir).get("status") == "completed":
+                if dead.process.returncode == 0 and read_summary(run.run_dir).get("status") == "completed":
                     return "completed", ""
-                return "failed", role.epitaph()
+                return "failed", dead.epitaph()
             time.sleep(STATUS_PERIOD_S)
 
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted and end the run in order; a second one raises KeyboardInterrupt."""
+    """SIGINT and SIGTERM are noted and end the run in order; the second one raises KeyboardInterrupt."""
     seen: list[int] = []
 
     def note(signum: int, frame: object) -> None:
         seen.append(signum)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
+        if len(seen) == 1:
+            say("stopping… (once more: at once)")
+        if len(seen) == 2:  # a third one must not break into the end of the processes
+            raise KeyboardInterrupt(f"stopped at once by a second signal, {signal.Signals(signum).name}")
 
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -217,6 +275,12 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def say(text: str) -> None:
+    """A line on stderr from a signal handler, which must not enter a stream that it has interrupted."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
 
 
 def free_port() -> int:
@@ -227,16 +291,25 @@ def free_port() -> int:
 
 
 def finish(run_dir: Path, status: str, reason: str, seconds: float) -> int:
-    """Set the final status (the broker may have died before it could), draw the curves, say what happened."""
-    summary = read_summary(run_dir) | {"status": status, "launch_seconds": round(seconds, 3)}
+    """Say what happened, set the final status (the broker may have died before it could), draw the curves.
+
+    The reason comes first: a disk that is full may have been it, and takes no summary either.
+    """
+    if status == "failed":
+        print(f"offtrail: error: {reason}", file=sys.stderr, flush=True)
+    summary: dict[str, Any] = {"status": status, "launch_seconds": round(seconds, 3)}
     if reason:
         summary["reason"] = reason
-    write_summary(run_dir, summary)
-    if (run_dir / "metrics.jsonl").is_file():
-        learning_curve(run_dir)
-    report(run_dir, summary)
-    if status == "failed":
-        print(f"offtrail: error: {reason}", file=sys.stderr)
+    try:
+        summary = read_summary(run_dir) | summary
+        write_summary(run_dir, summary)
+        if (run_dir / "metrics.jsonl").is_file():
+            learning_curve(run_dir)
+    except (OSError, ValueError) as error:  # ValueError: a file that was cut where the disk was full
+        words = " ".join(str(error).split())
+        print(f"offtrail: error: summary.json or learning.png could not be written: {words}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        report(run_dir, summary)
     return EXIT_CODES[status]
 
 
