@@ -69,10 +69,14 @@ class Evaluation:
             threads=self.config.eval.threads,
         )
         self.verifiers = VerifierPool(self.config)
+        self._too_long = 0
         self._charged: dict[str, float] = {}
 
     def run(self) -> tuple[dict[str, float], dict[str, str]]:
-        """Accuracy, format and lengths over eval.prompts × eval.samples answers, and a few answers as text."""
+        """Accuracy and format over eval.prompts × eval.samples answers, lengths of these, and a few of them as text.
+
+        A prompt that leaves no room for its answer counts as wrong; ValueError when none does.
+        """
         with self.activity.busy("evaluate"):
             answers = self._answers()
             components = self._verify(answers)
@@ -95,6 +99,7 @@ class Evaluation:
         self.engine.close()
 
     def _answers(self) -> list[list[Completion]]:
+        """Answers by problem; none to a prompt that does not fit."""
         sampling = Sampling(
             max_new_tokens=self.config.sampling.longest_at(self.engine.version),
             temperature=self.config.eval.temperature,
@@ -102,20 +107,39 @@ class Evaluation:
             seed=EVAL_SEED,
         )
         samples = self.config.eval.samples
-        self.engine.generate([Request(i, self.text.encode(p), samples, sampling) for i, p in enumerate(self.problems)])
+        requests = [Request(i, self.text.encode(p), samples, sampling) for i, p in enumerate(self.problems)]
+        self.engine.generate(self._fitting(requests))
         answers: list[list[Completion]] = [[] for _ in self.problems]
         while self.engine.unfinished:
             for completion in self.engine.step():
                 answers[completion.request].append(completion)
         return [sorted(group, key=lambda c: c.index) for group in answers]
 
+    def _fitting(self, requests: list[Request]) -> list[Request]:
+        """Those that the engine has room for; says so when it has not for as many as before."""
+        limit = self.config.model.max_length
+        fitting = [r for r in requests if len(r.prompt_tokens) + r.sampling.max_new_tokens <= limit]
+        too_long, before = len(requests) - len(fitting), self._too_long
+        self._too_long = too_long
+        if too_long != before:
+            line = (
+                f"{too_long} of {len(requests)} held-out prompts leave no room for "
+                f"{requests[0].sampling.max_new_tokens} new tokens in model.max_length={limit}"
+            )
+            if not fitting:
+                raise ValueError(f"{line}; raise it or lower sampling.max_new_tokens")
+            log.warning("%s: they count as wrong; raise it or lower sampling.max_new_tokens", line)
+        return fitting
+
     def _verify(self, answers: list[list[Completion]]) -> dict[str, Float32]:
         """Components by name over all answers. A group without a verdict (its verifier was killed) counts as 0."""
-        for i, group in enumerate(answers):
+        asked = [i for i, group in enumerate(answers) if group]
+        for i in asked:
+            group = answers[i]
             texts = [self.text.decode(c.tokens) for c in group]
             self.verifiers.submit(i, self.problems[i], texts, [c.finish == "stop" for c in group])
         columns = {name: np.zeros((len(answers), self.config.eval.samples), np.float32) for name in COMPONENTS}
-        pending = len(answers)
+        pending = len(asked)
         while pending:
             for i, components in self.verifiers.poll(timeout_s=0.05):
                 pending -= 1
@@ -127,12 +151,13 @@ class Evaluation:
 
     def _texts(self, answers: list[list[Completion]]) -> dict[str, str]:
         shown: list[tuple[Problem, Completion]] = [
-            (problem, group[0]) for problem, group in zip(self.problems, answers, strict=True)
+            (problem, group[0]) for problem, group in zip(self.problems, answers, strict=True) if group
         ][: self.config.tracking.sample_texts]
         body = "\n\n".join(f"    {p.prompt.strip()}\n    {self.text.decode(c.tokens)}" for p, c in shown)
         return {"eval/samples": body}
 
     def _charge(self) -> None:
-        for name, value in self.engine.counters.items():
+        """The cumulative counters of engine and verifiers into the compute ledger (I6)."""
+        for name, value in {**self.engine.counters, **self.verifiers.counters}.items():
             self.activity.charge(name, value - self._charged.get(name, 0.0))
             self._charged[name] = value

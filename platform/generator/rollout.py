@@ -135,9 +135,9 @@ class Rollout:
             self._unacknowledged[ticket] = group.group
 
     def charge(self) -> None:
-        """The engine's cumulative counters into the compute ledger (I6)."""
+        """The cumulative counters of engine and verifiers into the compute ledger (I6)."""
         activity = self.connection.activity
-        for name, value in self.engine.counters.items():
+        for name, value in {**self.engine.counters, **self.verifiers.counters}.items():
             activity.charge(name, value - self._charged.get(name, 0.0))
             self._charged[name] = value
         activity.gauge("running_samples", float(self.engine.unfinished))

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-
 RESUMED_SECONDS = 0.1
 """A span like the one closed so shortly before goes on with it."""
 

@@ -105,6 +105,7 @@ class FakeVerifiers:
         default_factory=lambda: {"accuracy": np.array([1, 0], np.float32), "format": np.array([1, 1], np.float32)}
     )
     pending: list[int] = field(default_factory=list)
+    counters: dict[str, float] = field(default_factory=lambda: {"verifier_seconds": 0.0})
 
     def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
         assert texts == ["789", "789"]
@@ -316,3 +317,13 @@ def test_the_fixed_text_probe_is_a_gauge_and_an_alarm() -> None:
     rollout.take_replies()
     with pytest.raises(MismatchError, match=r"disagree by 0\.1 nats .* version 1; weights\.probe_alarm=0\.05"):
         rollout.apply_weights()
+
+
+def test_engine_and_verifiers_charge_what_was_added_since_the_last_time() -> None:
+    rollout = make()
+    charged = rollout.connection.activity
+    for decoded, seconds in ((10.0, 0.5), (10.0, 0.5), (25.0, 0.75)):
+        rollout.engine.counters["decoded_tokens"] = decoded
+        rollout.verifiers.counters["verifier_seconds"] = seconds
+        rollout.charge()
+        assert charged.snapshot().compute == {"decoded_tokens": decoded, "verifier_seconds": seconds}
