@@ -1,19 +1,25 @@
 """The model that version 0 comes from: runs/NAME/start, a link to a Hugging Face directory.
 
-``model.path`` names it; without one the small model of ``model=tiny`` is made and cold-started (job=sft) once, kept in
-the cache, and found there by every later run of the same model, task and sft settings. No torch here: the cold start
-runs in a process of its own, and its progress comes back as one JSON line a step.
+``model.path`` names it, a directory or a name in the local Hugging Face cache; without one the small model of
+``model=tiny`` is made and cold-started (job=sft) once, kept in the cache, and found there by every later run of the
+same model, task and sft settings. No torch here: the cold start runs in a process of its own, and its progress comes
+back as one JSON line a step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import selectors
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +27,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offtrail.platform.config.schema import Config
+from offtrail.platform.config.validate import hub_cache
 
+LOOK_SECONDS = 0.25
+"""Between two looks for a signal of the user."""
 RECIPE = 1
 """Raise it when the code of the cold start changes what it makes: it is part of the cache key."""
 
@@ -33,7 +42,7 @@ class StartError(RuntimeError):
 def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int]) -> None:
     """Make runs/NAME/start, with a cold start where the cache has none. A resumed run keeps its link.
 
-    Raises StartError when the model cannot be found, fetched or made.
+    Raises StartError when the model cannot be found or made, and KeyboardInterrupt when a signal is noted meanwhile.
     """
     link = run_dir / "start"
     if link.exists():
@@ -43,34 +52,80 @@ def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int]) -
 
 
 def resolve(path: str) -> Path:
-    """A local Hugging Face directory as it is; any other name through the hub's cache or the hub itself."""
+    """A local Hugging Face directory as it is; any other name in the local Hugging Face cache. Nothing is downloaded.
+
+    Raises StartError when it is in neither place.
+    """
     if Path(path).is_dir():
         return Path(path).resolve()
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(path, cache_dir=hub_cache(), local_files_only=True))
     except Exception as error:  # the hub's errors are many; each means that there is no model
         raise StartError(
-            f"model.path={path}: not a directory here, and the hub did not give it ({type(error).__name__}); "
-            "name a directory that holds config.json and *.safetensors"
+            f"model.path={path}: neither a directory here nor in the Hugging Face cache ({type(error).__name__}); "
+            f"fetch it first: hf download {path}"
         ) from error
 
 
 def cold_start(config: Config, run_dir: Path, interrupted: list[int]) -> Path:
-    """The cold-started checkpoint of this configuration, made now if the cache lacks it."""
+    """The cold-started checkpoint of this configuration, made now if the cache lacks it; of several launches at once
+    one makes it, and the others wait for it.
+    """
     target = cache_dir() / cache_key(config)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    run_sft(run_dir, target, "cold start", config, interrupted)
+    with only_one(target, interrupted):
+        if not target.is_dir():
+            try:
+                run_sft(run_dir, target, "cold start", config, interrupted)
+            except StartError:
+                if not target.is_dir():  # it is there whole: a launch made it that the lock did not reach
+                    raise
     return target
 
 
-def run_sft(run_dir: Path, target: Path, title: str, config: Config, interrupted: list[int]) -> None:
+@contextlib.contextmanager
+def only_one(target: Path, interrupted: list[int]) -> Iterator[None]:
+    """Hold the lock on making ``target``; whoever dies lets go of it. A file system without locks has none."""
+    with (target.parent / f".{target.name}.lock").open("a") as lock:
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waiting:
+                    print(f"waiting for another run, which makes the same start model: {target}", flush=True)
+                waiting = True
+                if interrupted:
+                    raise interruption("while another run made its start model", interrupted) from None
+                time.sleep(LOOK_SECONDS)
+            except OSError:
+                break
+            else:
+                break
+        yield
+
+
+def interruption(when: str, interrupted: list[int]) -> KeyboardInterrupt:
+    """What a noted signal becomes where no role is up yet."""
+    return KeyboardInterrupt(f"stopped by {signal.Signals(interrupted[0]).name} {when}")
+
+
+def run_sft(
+    run_dir: Path,
+    target: Path,
+    title: str,
+    config: Config,
+    interrupted: list[int],
+    record: Callable[[dict[str, float]], None] | None = None,
+) -> None:
     """Run job=sft in a process of its own, with a progress bar; it writes ``target`` whole or not at all.
 
-    Raises StartError when it fails, and KeyboardInterrupt when a signal was noted in ``interrupted`` meanwhile.
+    ``record`` is given each of its rows of progress: step, steps, loss.
+    Raises StartError when it fails, and KeyboardInterrupt when a signal is noted in ``interrupted`` meanwhile.
     """
     log = run_dir / "logs" / "sft-0.log"
     log.parent.mkdir(exist_ok=True)
@@ -82,9 +137,9 @@ def run_sft(run_dir: Path, target: Path, title: str, config: Config, interrupted
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, env=env, process_group=0) as process,
     ):
         try:
-            for row in show(config, title, progress_lines(process)):
-                if interrupted:
-                    raise KeyboardInterrupt(f"at step {row['step']:.0f}")
+            for row in show(config, title, progress_lines(process, title, interrupted)):
+                if record is not None:
+                    record(row)
         except BaseException:
             process.terminate()
             raise
@@ -93,11 +148,24 @@ def run_sft(run_dir: Path, target: Path, title: str, config: Config, interrupted
         raise StartError(f"{title} failed: {words[-1] if words else process.returncode} (log: {log})")
 
 
-def progress_lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, float]]:
-    """The JSON lines that the process prints."""
+def progress_lines(process: subprocess.Popen[bytes], title: str, interrupted: list[int]) -> Iterator[dict[str, float]]:
+    """The JSON lines that the process prints; a signal is noticed while it prints none."""
     assert process.stdout is not None
-    for line in process.stdout:
-        yield json.loads(line)
+    pipe, rest, step = process.stdout.fileno(), b"", 0
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while True:
+            if interrupted:
+                raise interruption(f"in the {title}, after step {step}", interrupted)
+            if not selector.select(LOOK_SECONDS):
+                continue
+            if not (chunk := os.read(pipe, 1 << 16)):
+                return
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                row = json.loads(line)
+                step = int(row["step"])
+                yield row
 
 
 def show(config: Config, title: str, rows: Iterator[dict[str, float]]) -> Iterator[dict[str, float]]:
@@ -124,8 +192,8 @@ def show(config: Config, title: str, rows: Iterator[dict[str, float]]) -> Iterat
 
 
 def cache_dir() -> Path:
-    """$OFFTRAIL_CACHE, or ~/.cache/offtrail."""
-    return Path(os.environ.get("OFFTRAIL_CACHE") or Path.home() / ".cache" / "offtrail")
+    """$OFFTRAIL_CACHE, or ~/.cache/offtrail; absolute, because links lead there."""
+    return Path(os.environ.get("OFFTRAIL_CACHE") or "~/.cache/offtrail").expanduser().resolve()
 
 
 def cache_key(config: Config) -> str:
