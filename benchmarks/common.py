@@ -1,4 +1,4 @@
-"""What the benchmarks of whole runs share: a run through the real command, its batches, and arms in pinned processes."""
+"""What the benchmarks of whole runs share: a run by the real command, its batches, and arms in pinned processes."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python benchmarks/overlap.py [--steps 60] [--repeats 5] [KEY=VALUE …]
 
-Learning rate 0, so that every arm works on the same tokens: randomness is keyed by (seed, group, sample, token), and the
-weights of all versions are equal. The first run's archive is the reference; `same_tokens_share` is the share of groups
-of every later arm that are the reference's token for token.
+Learning rate 0, so that every arm works on the same tokens: randomness is keyed by (seed, group, sample, token), and
+the weights of all versions are equal. The first run's archive is the reference; `same_tokens_share` is the share of
+groups of every later arm that are the reference's token for token.
 
 - T_gen: engine, driver and verification of the groups of N batches in one process, pinned to one core.
 - T_train: Trainer.step, gather and publish of the same N batches at hand, pinned to the other core.
@@ -83,6 +83,7 @@ class Generation:
         self.make([group for batch in self.batches[:3] for group in batch.groups])  # warm
 
     def __call__(self) -> Measured:
+        """Seconds, and how many groups came out as in the reference."""
         watch = Stopwatch()
         made = self.make([group for batch in self.batches for group in batch.groups])
         return watch.read() | {"same": same(made, self.batches), "groups": len(made)}
@@ -126,6 +127,7 @@ class Training:
         self.train(self.batches[:5])  # warm
 
     def __call__(self) -> Measured:
+        """Seconds, and the samples trained."""
         watch = Stopwatch()
         self.train(self.batches)
         return watch.read() | {"samples": sum(group.size for batch in self.batches for group in batch.groups)}
@@ -152,6 +154,7 @@ class Loop:
         self(3)
 
     def __call__(self, count: int | None = None) -> Measured:
+        """Seconds of all steps, or the first ``count``, and how many groups came out as in the reference."""
         found, seconds = list[Group](), 0.0
         self.loop.engine.load_weights(self.batches[0].step, gather(self.loop.trainer.policy))
         for batch in self.batches[:count]:
