@@ -351,15 +351,7 @@ class Broker:
             self.first_version = self.ledger.checkpoint
         self._progress()
         log.info("%s is here (pid %d)", name, hello.pid)
-        step = self.ledger.checkpoint
-        welcome = Welcome(
-            run=self.run_dir.name,
-            step=step,
-            version=self.desk.version,
-            lineage=self.ledger.lineage,
-            logged=max(0, self.ledger.logged() - step),
-        )
-        return welcome, NO_ARRAYS
+        return Welcome(run=self.run_dir.name, step=self.ledger.checkpoint), NO_ARRAYS
 
     # ------------------------------------------------------------------ generators
 
@@ -463,7 +455,7 @@ class Broker:
             self._progress()
             self.wire.hint(VersionHint(version=self.desk.version))
             self.later.append(self._write_summary)
-        return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged", stop=bool(self.status)), NO_ARRAYS
+        return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged"), NO_ARRAYS
 
     def _train(self, message: Commit) -> Outcome:
         step = message.step
@@ -479,7 +471,8 @@ class Broker:
         self._member(envelope)
         if not self.ledger.checkpoint <= message.step <= self.desk.version:
             raise RequestError(f"checkpoint {message.step}: the newest version is {self.desk.version}")
-        self.ledger.checkpointed(message.step, message.path)
+        self.ledger.checkpointed(message.step)
+        log.info("checkpoint %d is written: %s", message.step, message.path)
         self._seal()
         self.audit = self.ledger.audit()
         self._progress()

@@ -263,9 +263,7 @@ class Desk:
         return groups
 
     def _swept(self, step: int) -> list[Row]:
-        """The queue that the batch may be made of, after its stale groups are refused (in slot order there are none,
-        unless staleness.max was lowered at a restart).
-        """
+        """The queue that the batch may be made of, its stale groups refused (in slot order there are none)."""
         B, oldest = self.law.batch, self.law.oldest(step)
         rows = self.ledger.queued_slots(step * B, B) if self.law.slots else self.ledger.queued()
         kept: list[Row] = []

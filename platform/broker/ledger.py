@@ -482,11 +482,10 @@ class Ledger:
         """The version to restart from; 0 = the start model."""
         return int(self.get("checkpoint") or 0)
 
-    def checkpointed(self, step: int, path: str) -> None:
+    def checkpointed(self, step: int) -> None:
         """A checkpoint covers all batches before ``step``."""
         with self._change() as db:
             self._put(db, "checkpoint", str(step))
-            self._put(db, "checkpoint_path", path)
 
     def rewind(self) -> None:
         """The learner starts from its checkpoint: later batches are trained again, in the order of the log.

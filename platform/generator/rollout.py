@@ -76,7 +76,7 @@ class Rollout:
         """Keep one lease request outstanding while there is room, so that the engine never runs dry."""
         room = self._room()
         if self._lease_ticket is None and room > 0:
-            self._lease_ticket = self.connection.client.send(LeaseRequest(room=room, version=self.engine.version))
+            self._lease_ticket = self.connection.client.send(LeaseRequest(room=room))
 
     def apply_weights(self) -> None:
         """Between two decode steps: the newest version, or in exact mode the one that the next wave names."""

@@ -11,8 +11,8 @@
         update    forward, loss in the head, backward, clip, AdamW; K times; behind each, the critic's (critic.py)
 
 Invariants: the loss and its metrics do not depend on the cut into micro-batches and ranks; a loss or gradient that is
-not finite stops the run before the parameters change, and nothing is published (DivergedError); all ranks raise
-together.
+not finite stops the run (DivergedError), and nothing is published: the updates before it are lost with the process;
+all ranks raise together.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class Trainer:
         self._last_gradient: list[Tensor] = []
 
     def step(self, step: int, batch: object) -> Report:
-        """Train on one batch: K updates. Raises StalenessError or DivergedError, before the parameters change."""
+        """Train on one batch: K updates. Raises StalenessError before the first, DivergedError at any: then the
+        parameters hold the updates before it, and nothing may be published.
+        """
         with self.activity.busy("train"):
             self._refresh_reference()
             work = self.objective.prepare(step, batch).to(self.world.device)

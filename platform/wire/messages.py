@@ -36,20 +36,16 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Where the run stands. ``step`` is the version to start from; ``logged`` batches from there on are replayed."""
+    """The role is one of the run's. ``step`` is the version to start from, the newest checkpoint's."""
 
     run: str
     step: int
-    version: int
-    lineage: int
-    logged: int = 0
 
 
 class LeaseRequest(Message, frozen=True):
-    """Ask for up to ``room`` groups. ``version`` is what the engine has applied."""
+    """Ask for up to ``room`` groups."""
 
     room: int
-    version: int
 
 
 class Leases(Message, frozen=True):
@@ -135,11 +131,10 @@ class Committed(Message, frozen=True):
 
     lineage: int
     diverged: bool = False
-    stop: bool = False
 
 
 class Checkpointed(Message, frozen=True):
-    """A checkpoint covers all batches before ``step``: their payloads may leave the spool for the archive."""
+    """The checkpoint in ``path`` covers all batches before ``step``: their payloads may go to the archive."""
 
     step: int
     path: str
@@ -213,7 +208,10 @@ class Status(Message, frozen=True):
 
 
 class StopRun(Message, frozen=True):
-    """The launcher ends the run: nothing is leased any more, the spool is sealed, the summary written."""
+    """The launcher ends the run: nothing is leased any more, the summary is written, every reply says stop.
+
+    Its groups stay in the ledger, where they are durable already; only a completed run archives what is left.
+    """
 
     status: str
     reason: str = ""

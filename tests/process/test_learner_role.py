@@ -67,7 +67,7 @@ class ScriptedBroker:
     def reply(self, message: Message) -> Message:
         match message:
             case Hello():
-                return Welcome(run="run", step=self.start, version=self.start, lineage=0)
+                return Welcome(run="run", step=self.start)
             case Heartbeat():
                 return Beat(version=-1, stop=self.finished)
             case NextBatch():

@@ -88,7 +88,7 @@ def echo(envelope: Envelope) -> tuple[Message, list[np.ndarray]]:
 
 
 def ask(room: int) -> LeaseRequest:
-    return LeaseRequest(room=room, version=0)
+    return LeaseRequest(room=room)
 
 
 def eventually(true: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -250,7 +250,7 @@ import sys
 from offtrail.platform.wire.messages import LeaseRequest
 from offtrail.platform.wire.sockets import Client, Endpoint
 client = Client(Endpoint(*sys.argv[1:]), "learner-0")
-client.send(LeaseRequest(room=1, version=0))
+client.send(LeaseRequest(room=1))
 client.poll(600)
 """
 

@@ -401,7 +401,7 @@ class History(RuleBasedStateMachine):
     @precondition(lambda self: self.desk.version > self.ledger.checkpoint)
     @rule(back=st.integers(0, 2), archived=st.booleans())
     def checkpoint(self, back: int, archived: bool) -> None:
-        self.ledger.checkpointed(max(self.ledger.checkpoint, self.desk.version - back), "path")
+        self.ledger.checkpointed(max(self.ledger.checkpoint, self.desk.version - back))
         self.ledger.plan_shards(1 << 20)
         for name in self.ledger.unsealed() if archived else []:
             self.ledger.sealed(name)

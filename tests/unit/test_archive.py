@@ -58,7 +58,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     for step, groups in enumerate([[1, 0], [2, 3]]):
         ledger.log_batch(step, groups)
         ledger.commit(step, f"c{step + 1}", {})
-    ledger.checkpointed(1, "")
+    ledger.checkpointed(1)
     yield ledger
     ledger.close()
 
@@ -144,7 +144,7 @@ def test_a_crash_between_the_rename_and_the_clearing_writes_the_same_shard_again
     before = {path.name: pq.read_table(path) for path in (tmp_path / "trajectories").iterdir()}
     ledger.close()  # the ledger never learned that they stand
     again = Ledger(ledger.path)
-    again.checkpointed(2, "")
+    again.checkpointed(2)
     done = seal(again, tmp_path)
     after = {path.name: pq.read_table(path) for path in (tmp_path / "trajectories").iterdir()}
     assert sorted(done) == sorted(after) == [*sorted(before), "000002_batches_000001-000001.parquet"]

@@ -154,7 +154,7 @@ def test_a_rewind_trains_the_same_batches_again_and_forgets_later_rows(ledger: L
     logged = [train(ledger, step) for step in range(3)]
     ledger.evaluated(1, {"eval/accuracy": 0.5})
     ledger.evaluated(3, {"eval/accuracy": 0.7})
-    ledger.checkpointed(1, "checkpoints/step_1")
+    ledger.checkpointed(1)
     ledger.rewind()
     assert (ledger.tally().trained, ledger.tally().training) == (2, 4)
     assert [ledger.batch(step) for step in range(3)] == logged
@@ -170,7 +170,7 @@ def test_a_replay_that_differs_supersedes_what_dead_versions_made(ledger: Ledger
         train(ledger, step, versions={step: 3})
     alive, dead = queue(ledger, 1, versions={0: 3})[0], queue(ledger, 1, versions={0: 2, 2: 1})[0]
     young, old = ledger.grant("generator-0", [Grant(8, 1), Grant(9, 3)], 0.0)
-    ledger.checkpointed(1, "")
+    ledger.checkpointed(1)
     ledger.rewind()
     assert ledger.commit(1, "another", {})  # version 2 is made anew: 2 and 3 of the first lineage are dead
     assert ledger.lineage == 1
@@ -270,7 +270,7 @@ def test_shards_are_planned_by_size_and_a_batch_is_never_cut(ledger: Ledger) -> 
         train(ledger, step, body=b"x" * 100)
     refused = queue(ledger, 1, body=b"x" * 100)
     ledger.refuse(refused[0], "stale")
-    ledger.checkpointed(2, "")
+    ledger.checkpointed(2)
     ledger.plan_shards(150)
     assert ledger.unsealed() == [
         "000000_batches_000000-000000.parquet",
