@@ -30,6 +30,7 @@ from offtrail.platform.launcher.context import remove_shared_memory
 from offtrail.platform.launcher.start import StartError, prepare_start_model, run_sft
 from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.progress import Progress
+from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.tracking.summary import read_summary, write_summary
 from offtrail.platform.wire.auth import make_keys
 from offtrail.platform.wire.codec import WireError
@@ -221,11 +222,31 @@ def run_rl(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, 
 
 
 def run_supervised(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
-    """job=sft: one process, one checkpoint."""
+    """job=sft: one process, one checkpoint, which is there whole when the training has ended.
+
+    A resumed run whose checkpoint is there is completed at once; any other begins again, with its records.
+    """
     target = run_dir / "checkpoints" / f"step_{config.sft.steps}"
-    run_sft(run_dir, target, "sft", config, interrupted)
-    write_summary(run_dir, {"status": "completed", "steps": config.sft.steps, "seed": config.sft.seed})
+    if target.is_dir():
+        return "completed", ""
+    started = time.monotonic()
+    recorder = Recorder(run_dir, config)
+    recorder.restore([])
+    try:
+        run_sft(run_dir, target, "sft", config, interrupted, lambda row: recorder.step(supervised_row(row)))
+    finally:
+        recorder.close()
+        summary: dict[str, Any] = {"steps": 0, "seed": config.sft.seed, "wall_seconds": time.monotonic() - started}
+        if rows := recorder.rows:
+            ends = {"loss/sft_first": rows[0]["loss/sft"], "loss/sft_last": rows[-1]["loss/sft"]}
+            summary |= {"steps": rows[-1]["step"]} | ends
+        write_summary(run_dir, summary)
     return "completed", ""
+
+
+def supervised_row(row: dict[str, float]) -> dict[str, float]:
+    """The metrics row of a row of progress."""
+    return {"step": row["step"], "loss/sft": row["loss"]}
 
 
 JOBS = {"rl": run_rl, "sft": run_supervised}
@@ -301,7 +322,9 @@ def finish(run_dir: Path, status: str, reason: str, seconds: float) -> int:
     if reason:
         summary["reason"] = reason
     try:
-        summary = read_summary(run_dir) | summary
+        before = read_summary(run_dir)
+        before.pop("reason", None)  # of an earlier launch
+        summary = before | summary
         write_summary(run_dir, summary)
         if (run_dir / "metrics.jsonl").is_file():
             learning_curve(run_dir)
@@ -318,6 +341,7 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
     shown = {
         "status": summary["status"],
         "learner steps": summary.get("steps"),
+        "loss": _between(summary, "loss/sft"),
         "held-out accuracy": _between(summary, "eval/accuracy"),
         "training reward accuracy": _between(summary, "reward/accuracy"),
         "staleness mean / max": _pair(summary, "staleness/mean", "staleness/max"),

@@ -1,4 +1,5 @@
-"""runs/NAME/learning.png out of metrics.jsonl: accuracy, answer length, staleness, importance ratio.
+"""runs/NAME/learning.png out of metrics.jsonl: accuracy, answer length, staleness, importance ratio; of job=sft its
+loss.
 
 The launcher calls it at the end of a run, and after a failed one too: it draws whatever rows there are.
 """
@@ -12,6 +13,7 @@ from offtrail.platform.tracking.recorder import Row, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
@@ -24,9 +26,33 @@ def learning_curve(run_dir: Path) -> Path:
     from matplotlib.figure import Figure
 
     rows = read_rows(run_dir)
-    figure = Figure(figsize=(11, 7.2), dpi=130, layout="constrained")
+    supervised = bool(curve(rows, "loss/sft")[0])
+    figure = Figure(figsize=(11, 3.8 if supervised else 7.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(run_dir.resolve().name, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    if supervised:
+        _supervised(figure, rows)
+    else:
+        _reinforced(figure, rows)
+    path = run_dir / "learning.png"
+    partial = path.with_name(".learning.png")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
+    return path
+
+
+def _supervised(figure: Figure, rows: list[Row]) -> None:
+    """The one curve of job=sft."""
+    axes = figure.subplots()
+    _frame(axes, rows[-1]["step"])
+    _title(axes, "Loss", "nats per token of the worked answers")
+    _draw(axes, curve(rows, "loss/sft"), "training batches", BLUE)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("optimizer update")
+    _legend(axes)
+
+
+def _reinforced(figure: Figure, rows: list[Row]) -> None:
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
     last = max((row["step"] for row in rows), default=1)
     for axes in (top_left, top_right, bottom_left, bottom_right):
@@ -37,11 +63,6 @@ def learning_curve(run_dir: Path) -> Path:
     _ratio(bottom_right, rows)
     for axes in (bottom_left, bottom_right):
         axes.set_xlabel("learner step (version)")
-    path = run_dir / "learning.png"
-    partial = path.with_name(".learning.png")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
-    return path
 
 
 def curve(rows: list[Row], name: str) -> Curve:
