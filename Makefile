@@ -24,7 +24,7 @@ prove: .venv/installed
 # Each script's last output line is one JSON object.
 bench: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e .[bench]
-	for script in transport packing local_engine overlap vs_trl; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in transport packing learner local_engine overlap vs_trl; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # The losses against verl's and areal's, in an environment of their own. `-c`: not this project's pytest settings.
 oracles: .venv-oracles/installed
