@@ -24,7 +24,7 @@ from torch import Tensor
 from offtrail.algos.config import ALGOS, AlgoConfig, CorrectionConfig
 from offtrail.algos.corrections import Correction, correct
 from offtrail.algos.kl import kl_estimate
-from offtrail.algos.metrics import BINS, BUCKETS, MAXIMA, SUMS, LossMetrics, bin_of
+from offtrail.algos.metrics import BINS, BUCKET_SUMS, BUCKETS, MAXIMA, SUMS, LossMetrics, bin_of
 from offtrail.algos.objectives import OBJECTIVES, Surrogate, Tokens, clamp_log_ratio
 from offtrail.algos.samples import Samples
 from offtrail.algos.update import Prepared
@@ -192,7 +192,12 @@ def _metrics(
     metrics.maxima = torch.stack([peaks[name] for name in MAXIMA])
     if inputs.staleness is not None:
         clipped = (surrogate.clipped_low | surrogate.clipped_high).double()
-        rows = torch.stack([torch.ones_like(w), far, w, w.square(), clipped], dim=1)
+        rejected = torch.zeros_like(w) if corrected.keep is None else (~corrected.keep).double()
+        sums = {
+            "tokens": torch.ones_like(w), "abs_log_w": far, "w": w, "w2": w.square(), "clipped": clipped,
+            "log_w": log_w, "log_w2": log_w.square(), "rejected": rejected,
+        }  # fmt: skip
+        rows = torch.stack([sums[name] for name in BUCKET_SUMS], dim=1)
         metrics.buckets.index_add_(0, inputs.staleness.long().clamp(0, BUCKETS - 1), rows)
     rho = clamp_log_ratio(inputs.logprobs.detach() - inputs.behaviour_logprobs).exp()
     metrics.histograms = torch.stack([torch.bincount(bin_of(v), minlength=BINS) for v in (far, rho)])

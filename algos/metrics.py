@@ -20,7 +20,7 @@ SUMS = (
     "loss_policy", "loss_kl", "loss_entropy", "kl_ref", "ref_tokens", "entropy", "entropy_tokens",
 )  # fmt: skip
 MAXIMA = ("w", "abs_log_w", "ratio")
-BUCKET_SUMS = ("tokens", "abs_log_w", "w", "w2", "clipped")
+BUCKET_SUMS = ("tokens", "abs_log_w", "w", "w2", "clipped", "log_w", "log_w2", "rejected")
 BUCKETS = 9
 """Staleness 0, 1, …, 7, and 8 or more. Bucket 0 is the numerics floor: same weights, other kernels."""
 HISTOGRAMS = ("abs_log_w", "rho")
@@ -133,12 +133,18 @@ class LossMetrics:
     def _bucket_means(self) -> dict[str, float]:
         named: dict[str, float] = {}
         for i, row in enumerate(self.buckets.tolist()):
-            tokens, abs_log_w, w, w2, clipped = row
-            if tokens:
+            s = dict(zip(BUCKET_SUMS, row, strict=True))
+            if N := s["tokens"]:
                 tag = f"stale_{i}" + ("_or_more" if i == BUCKETS - 1 else "")
-                named[f"offpolicy/abs_dlogp_mean/{tag}"] = abs_log_w / tokens
-                named[f"offpolicy/ess_token/{tag}"] = _ess(w, w2, tokens)
-                named[f"policy/clip_fraction/{tag}"] = clipped / tokens
+                named |= {
+                    f"offpolicy/abs_dlogp_mean/{tag}": s["abs_log_w"] / N,
+                    f"offpolicy/ess_token/{tag}": _ess(s["w"], s["w2"], N),
+                    f"offpolicy/k3/{tag}": (s["w"] - s["log_w"]) / N - 1,
+                    f"offpolicy/chi2/{tag}": s["w2"] / N - 1,
+                    f"offpolicy/second_moment/{tag}": s["log_w2"] / N,
+                    f"offpolicy/rejected_fraction/{tag}": s["rejected"] / N,
+                    f"policy/clip_fraction/{tag}": s["clipped"] / N,
+                }
         return named
 
     def ratios(self, points: int = 200) -> list[float]:

@@ -37,6 +37,18 @@ def test_every_option_runs_a_few_learner_steps(launch: Any, option: str) -> None
         assert all(row["reward/std_in_group"] > 0 for row in rows)
 
 
+@pytest.mark.prove
+def test_dynamic_sampling_repeats_in_exact_mode(launch: Any) -> None:
+    """Which problems fill the refused places does not depend on timing."""
+    exact = ("algo=dapo", "staleness.mode=exact", "staleness.max=1")
+    first, second = launch("first", *exact), launch("second", *exact)
+    assert (first.code, second.code) == (0, 0), first.output + second.output
+    assert first.summary["groups/refused"] == second.summary["groups/refused"]
+    assert first.summary["groups/refused"]["filtered"] > 0
+    for name in ("loss/policy", "policy/grad_norm", "reward/mean", "policy/entropy"):
+        assert [row.get(name) for row in first.rows] == [row.get(name) for row in second.rows], name
+
+
 @pytest.fixture(scope="module")
 def peaks() -> dict[str, float]:
     """Algorithm → the learner's peak memory in bytes, of the runs below."""

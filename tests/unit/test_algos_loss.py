@@ -208,6 +208,10 @@ def test_weights_by_hand():
         "offpolicy/ess_token/stale_0": 9 / 10,
         "offpolicy/ess_token/stale_2": 1.0,
         "offpolicy/abs_dlogp_mean/stale_8_or_more": 2 * LN2,
+        "offpolicy/k3/stale_0": 0.5 - LN2 / 2,
+        "offpolicy/chi2/stale_0": 1.5,
+        "offpolicy/second_moment/stale_0": LN2**2 / 2,
+        "offpolicy/rejected_fraction/stale_2": 0.0,
         "policy/entropy": 2.5,
     }
     assert {k: got[k] for k in expected} == pytest.approx(expected, abs=1e-12)
