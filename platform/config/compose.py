@@ -35,7 +35,8 @@ from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
 
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
-PATH_KEYS = ("run.dir", "model.path", "algo.critic.path", "task.path", "task.eval_path", "weights.dir")
+MODEL_KEYS = ("model.path", "algo.critic.path")
+PATH_KEYS = ("run.dir", *MODEL_KEYS, "task.path", "task.eval_path", "weights.dir")
 
 # What a resumed run may change: places, patience, views and speed, and how long it goes on. Nothing that an arm of a
 # comparison could differ in; what decides the numbers of a step stays as it was started.
@@ -230,14 +231,40 @@ def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
     """Set one key; OmegaConf turns texts into numbers by the declared type."""
     if isinstance(value, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
         raise refuse(key.path, value, "must be UTF-8 text")
-    if key.path in PATH_KEYS and isinstance(value, str) and value.startswith("~"):
-        value = str(Path(value).expanduser())
+    if key.path in PATH_KEYS and isinstance(value, str):
+        value = _path(key.path, value)
     if key.type_text == "{name: {name: value}}":  # no declared type to go by
-        value = guess(value)
+        value = _paths_within(key, guess(value))
     try:
         OmegaConf.update(tree, key.path, _literal(value), merge=False)
     except OmegaConfBaseException:
         raise _wrong_type(key, value) from None
+
+
+def _path(key: str, value: str) -> str:
+    """`~` expanded, and absolute: a saved configuration means the same from every directory. run.dir stays as it is
+    typed, for it says where the next run goes, and a model's name in the Hugging Face cache is no path.
+    """
+    path = Path(value).expanduser() if value.startswith("~") else Path(value)
+    if value and key != "run.dir" and (key not in MODEL_KEYS or path.is_dir()):
+        return str(path.absolute())
+    return str(path) if value.startswith("~") else value
+
+
+def _paths_within(key: Key, value: Raw) -> Raw:
+    """The same for task.settings={jsonl: {path: …}}, which holds keys of other variants of its section."""
+    if not isinstance(value, dict):
+        return value
+    section = key.path.rpartition(".")[0]
+    return {
+        family: {
+            name: _path(path, item) if (path := f"{section}.{name}") in PATH_KEYS and isinstance(item, str) else item
+            for name, item in entries.items()
+        }
+        if isinstance(entries, dict)
+        else entries
+        for family, entries in value.items()
+    }
 
 
 def _literal(value: Raw) -> Raw:
@@ -298,9 +325,10 @@ def _run_settings(file: Layer, line: Layer) -> RunConfig:
 
 def saved_config(folder: str, name: str) -> Path:
     """runs/NAME/config.yaml of the run to go on with; raises ConfigError when there is none."""
-    runs = sorted(path.parent.name for path in Path(folder).glob("*/config.yaml"))
+    saved = sorted(Path(folder).glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
+    runs = [path.parent.name for path in saved]
     if not name:
-        known = f"; runs in {folder}: {', '.join(runs[-5:])}" if runs else ""
+        known = f"; the newest runs in {folder}: {', '.join(runs[:5])}" if runs else ""
         raise refuse("run.resume", True, f"needs run.name=NAME, the run to go on with{known}")
     path = Path(folder) / name / "config.yaml"
     if not path.is_file():

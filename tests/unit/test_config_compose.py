@@ -310,3 +310,33 @@ def test_jsonl_is_chosen_with_its_own_keys(tmp_path):
     task = compose(["task=gsm8k", f"task.path={problems}"]).task
     assert type(task) is JsonlConfig
     assert (task.prompt_field, task.answer_field, task.answer_after) == ("question", "answer", "####")
+
+
+def test_a_saved_configuration_means_the_same_from_every_directory(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "model").mkdir(parents=True)
+    there.mkdir()
+    write(here / "model" / "config.json", "{}")
+    for name in ("train.jsonl", "test.jsonl"):
+        write(here / name, '{"question": "1+1?", "answer": "#### 2"}\n')
+    monkeypatch.chdir(here)
+    data = ["task=gsm8k", "task.path=train.jsonl", "task.eval_path=test.jsonl"]
+    config = compose([*data, "model.path=model", "weights.dir=channel"])
+    assert (config.task.path, config.task.eval_path) == (str(here / "train.jsonl"), str(here / "test.jsonl"))
+    assert (config.model.path, config.weights.dir) == (str(here / "model"), str(here / "channel"))
+    mixed = compose(
+        ["task=mixture", "task.weights={jsonl: 1}", "task.settings={jsonl: {path: train.jsonl, chat: true}}"]
+    )
+    assert mixed.task.settings == {"jsonl": {"path": str(here / "train.jsonl"), "chat": True}}
+    saved = write(tmp_path / "config.yaml", to_yaml(config))
+    monkeypatch.chdir(there)
+    assert compose([saved]) == config
+
+
+def test_where_the_next_run_goes_and_a_models_name_stay_as_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models--some--model" / "snapshots" / "1").mkdir(parents=True)
+    write(tmp_path / "models--some--model" / "snapshots" / "1" / "config.json", "{}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = compose(["run.dir=elsewhere", "model.path=some/model"])
+    assert (config.run.dir, config.model.path, config.weights.dir) == ("elsewhere", "some/model", "")

@@ -1,5 +1,7 @@
 """Every mistake in the configuration: one line that names the key, the value, what is allowed, the nearest name."""
 
+import os
+
 import pytest
 
 from offtrail.platform.config.compose import compose, to_yaml
@@ -233,6 +235,15 @@ def test_resume_names_the_runs_that_are_there(saved):
     where = saved[0][0]
     assert "one" in message(where, "run.resume=true")
     assert "nearest: one" in message(where, "run.resume=true", "run.name=ones")
+
+
+def test_resume_names_the_newest_runs_first(tmp_path):
+    for age, name in enumerate(["zeta", "alpha", "kappa", "beta", "omega", "delta"]):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "config.yaml", "")
+        os.utime(tmp_path / name / "config.yaml", (1e9 - age, 1e9 - age))
+    text = message(f"run.dir={tmp_path}", "run.resume=true")
+    assert text.endswith(": zeta, alpha, kappa, beta, omega")
 
 
 def test_resume_of_a_run_of_another_version(saved, tmp_path):
