@@ -2,7 +2,8 @@
 
 Called by broker.py. Members are the live role processes, fed by heartbeats; `row` gives the broker's part of a step's
 metrics, `summary` the contents of summary.json. Invariant: shares of time are differences between two heartbeats of one
-process over the time between them, so that they lie in [0, 1] however short a step is.
+process over the time between them, so that they lie in [0, 1] however short a step is. They begin at the first
+heartbeat after the first version is out: start-up is in none of them.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Accounts:
         self._committed_at = self.clock()
         self._tokens_at_commit = self.ledger.tally().tokens
         for member in self.members.values():
-            member.window()
+            member.mark = None  # the next heartbeat begins its window: this one's time is partly start-up
 
     def row(self, ages: Ages, samples: int) -> Row:
         """The broker's metrics of one commit; ``ages`` of its batch, ``samples`` in it. Moves the marks."""
@@ -127,7 +128,9 @@ class Accounts:
         return {name: max(gauge[name] for gauge in gauges if name in gauge) for name in found}
 
     def busy_fraction(self, role: str) -> float | None:
-        """Busy share of the time from the first version to the last commit, over all processes of a role."""
+        """Busy share of the time from the first version to the last commit, over all processes of a role; None where
+        that was too short for two heartbeats of one of them.
+        """
         total = self._time.get(f"{role}/window", 0.0)
         return self._time.get(f"{role}/busy", 0.0) / total if total else None
 
@@ -167,6 +170,7 @@ class Accounts:
             "groups/lost": max(audit.lost, tally.admitted - tally.accounted),
             "groups/duplicated": audit.duplicated,
             **staleness_row(ages),
+            "archive/unsealed": len(ledger.unsealed()),
             "tokens/generated": tally.tokens,
             "tokens/trained": ages.tokens,
             "learner/busy_fraction": self.busy_fraction("learner"),

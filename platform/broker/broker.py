@@ -178,6 +178,7 @@ class Broker:
                 self.handle(envelope)
             self.serve_held()
             self.tick()
+        self._write_last_summary()
 
     def patience(self) -> float:
         """How long the next poll may wait."""
@@ -624,6 +625,13 @@ class Broker:
     def _write_summary(self) -> None:
         self.summary = self._summarise()
         write_summary(self.run_dir, self.summary)
+
+    def _write_last_summary(self) -> None:
+        """Once more when nothing can change any more: shards were sealed since the end."""
+        try:
+            self._write_summary()
+        except (LedgerError, OSError, sqlite3.Error) as error:
+            log.error("the last summary could not be written: %s", error)
 
     def may_leave(self) -> bool:
         """The run has ended, its shards are sealed, and nobody is left to be told."""

@@ -622,6 +622,43 @@ def test_the_brokers_part_of_a_steps_metrics_by_hand(start: Callable[..., Run]) 
     assert row["throughput/trained_tokens_per_second"] == row["throughput/generated_tokens_per_second"] == 3.0
 
 
+def test_a_busy_share_is_of_time_after_the_first_version_only(start: Callable[..., Run]) -> None:
+    run = start()
+    for role in ("learner", "generator"):
+        run.hello(role)
+    run.beat("generator", seconds={"busy/decode": 0.0})
+    run.clock.now += 10.0  # the generator loads its model
+    run.commit(-1, 0)
+    run.clock.now += 0.5
+    run.beat("generator", seconds={"busy/decode": 0.4})
+    run.train()
+    assert run.summary()["generator/busy_fraction"] is None  # one heartbeat ends no window
+    assert "time/generator_busy" not in run.rows()[-1]
+    run.clock.now += 1.0
+    run.beat("generator", seconds={"busy/decode": 1.15})
+    run.train()
+    assert run.summary()["generator/busy_fraction"] == pytest.approx(0.75)
+
+
+def test_a_run_that_leaves_shards_behind_counts_them(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(learner__steps=2)
+    monkeypatch.setattr(run.broker.archive, "seal", lambda names: None)  # its thread never comes to them
+    run.everybody()
+    run.train(checkpoint=True)
+    run.ask("launcher-0", StopRun(status="interrupted"), Done)
+    run.clock.now += 1000.0
+    run.broker.run()
+    assert run.summary()["archive/unsealed"] == 1
+    again = run.restarted()  # which asks for them first of all
+    again.finish_archive()
+    again.ask("launcher-0", StopRun(status="interrupted"), Done)
+    again.clock.now += 1000.0
+    again.broker.run()
+    assert again.summary()["archive/unsealed"] == 0
+
+
 def test_a_stopped_run_keeps_its_groups_and_goes_on(start: Callable[..., Run], tmp_path: Path) -> None:
     run = start()
     run.everybody()

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-AREAS = ("reward", "length", "loss", "policy", "offpolicy", "mismatch", "staleness", "queue", "throughput", "time",
-         "compute", "weights", "eval", "groups", "tokens", "learner", "generator", "value", "memory")  # fmt: skip
+AREAS = ("archive", "reward", "length", "loss", "policy", "offpolicy", "mismatch", "staleness", "queue", "throughput",
+         "time", "compute", "weights", "eval", "groups", "tokens", "learner", "generator", "value",
+         "memory")  # fmt: skip
 NAME = re.compile(rf"(?:{'|'.join(AREAS)})(?:/[a-z0-9_*]+)+")
 
 
