@@ -112,11 +112,27 @@ def _accuracy(axes: Axes, rows: list[Row]) -> None:
         if len(steps) > 1:
             _label(axes, steps[-1], values[-1], (0, -19), "right")
     axes.set_ylim(0, 1.02)
-    _legend(axes, "lower right")
+    _legend(axes, _free_corner(_later(rows)))
+
+
+def _later(rows: list[Row]) -> list[float]:
+    """Accuracies of both curves in the right half of the axes."""
+    points = [p for name in ("reward/accuracy", "eval/accuracy") for p in zip(*curve(rows, name), strict=True)]
+    half = max((step for step, _ in points), default=0) / 2
+    return [value for step, value in points if step >= half]
+
+
+def _free_corner(values: list[float]) -> str:
+    """A corner on the right where no curve with these values, nor the label below its end, lies under the legend."""
+    if min(values, default=1.0) > 0.3:
+        return "lower right"
+    return "upper right" if max(values) < 0.75 else "best"
 
 
 def _label(axes: Axes, step: int, value: float, offset: tuple[int, int], side: str) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
+    if value < 0.1:  # below it lies the axis
+        offset = (offset[0], 9)
     style: dict[str, Any] = {"color": ORANGE, "fontsize": 11, "fontweight": "bold", "bbox": box, "ha": side}
     axes.annotate(f"{value:.3f}", (step, value), xytext=offset, textcoords="offset points", **style)
 

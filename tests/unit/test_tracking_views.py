@@ -15,7 +15,7 @@ from rich.console import Console
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking import summary as summary_module
-from offtrail.platform.tracking.plot import curve, learning_curve
+from offtrail.platform.tracking.plot import _free_corner, curve, learning_curve
 from offtrail.platform.tracking.progress import Progress
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.tracking.summary import PACKAGES, read_summary, write_summary
@@ -170,6 +170,14 @@ def test_the_learning_curve_is_drawn_from_the_rows(tmp_path):
     rows = recorder.rows
     assert curve(rows, "eval/accuracy") == ([0, 5], [0.5, 0.9])
     assert curve(rows, "policy/clip_high_fraction") == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("values", "corner"),
+    [([], "lower right"), ([0.5, 0.95], "lower right"), ([0.05, 0.24], "upper right"), ([0.1, 0.9], "best")],
+)
+def test_the_legend_leaves_the_last_label_free(values, corner):
+    assert _free_corner(values) == corner
 
 
 @pytest.mark.parametrize("text", ["", '{"step": 0, "eval/accuracy": 0.5}\n', '{"step": 1, "reward/accuracy": null}\n'])
