@@ -107,16 +107,9 @@ class Group:
         """The samples in order, as views."""
         end = 0
         for i, length in enumerate(self.lengths.tolist()):
-            start, end = end, end + length
-            part = slice(start, end)
-            yield Sample(
-                i,
-                self.tokens[part],
-                self.logprobs[part],
-                self.versions[part],
-                FINISH_REASONS[self.finish[i]],
-                float(self.rewards[i]),
-            )
+            part = slice(end, end := end + length)
+            finish, reward = FINISH_REASONS[self.finish[i]], float(self.rewards[i])
+            yield Sample(i, self.tokens[part], self.logprobs[part], self.versions[part], finish, reward)
 
     def check(self, *, vocab_size: int | None = None) -> None:
         """Raise ValueError, naming the field, unless shapes, counts and values agree with each other."""
