@@ -42,9 +42,16 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem, chat: bool = False) ->
         raise TaskError(
             f"task={problem.task}, problem {problem.index}: the prompt is empty; mend the data or task.template"
         )
+    check_known(tokenizer, problem, text, tokens)
+    return np.array(tokens, np.int32)
+
+
+def check_known(tokenizer: Tokenizer, problem: Problem, text: str, tokens: Sequence[int]) -> None:
+    """Raise TaskError when ``tokens`` of the problem's ``text`` hold the unknown token: what is trained on must be the
+    text itself.
+    """
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens:
         raise TaskError(
             f"task={problem.task}, problem {problem.index}: the tokenizer does not know all of {text[:60]!r}; choose a"
             " model.path whose tokenizer covers the task's text"
         )
-    return np.array(tokens, np.int32)

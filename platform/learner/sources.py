@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from offtrail.core.types import Batch, Int32
+from offtrail.core.types import Batch, Int32, Problem
 from offtrail.platform.launcher.context import Connection
 from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.packing import Rows
@@ -19,6 +19,7 @@ from offtrail.platform.wire.groups import arrays_per_group, group_from, pack_gro
 from offtrail.platform.wire.messages import BatchReply, NextBatch
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.tasks.base import Task
+from offtrail.tasks.text import check_known
 
 WAITING, STOP = b"w", b"s"
 
@@ -99,11 +100,16 @@ class TraceSource:
         )  # fmt: skip
 
     def next(self, step: int) -> Rows:
-        """Rows of one update. Raises ValueError when a problem and its answer exceed model.max_length."""
+        """Rows of one update.
+
+        Raises TaskError when the tokenizer does not know a text, and ValueError when a problem and its answer exceed
+        model.max_length.
+        """
         problems = [self.task.train(step * self.batch_size + i) for i in range(self.batch_size)]
         rng = random.Random(f"sft-{self.seed}-{step}")
-        prompts = self._encode([p.prompt for p in problems])
-        answers = self._encode([self.task.trace(p, rng) for p in problems], end=[self.tokenizer.eos_token_id])
+        prompts = self._encode(problems, [p.prompt for p in problems])
+        traces = [self.task.trace(p, rng) for p in problems]
+        answers = self._encode(problems, traces, end=[self.tokenizer.eos_token_id])
         longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         if longest > self.max_length:
             raise ValueError(
@@ -112,6 +118,8 @@ class TraceSource:
             )
         return rows_of_pairs(prompts, answers)
 
-    def _encode(self, texts: Sequence[str], end: Sequence[int] = ()) -> list[Int32]:
+    def _encode(self, problems: Sequence[Problem], texts: Sequence[str], end: Sequence[int] = ()) -> list[Int32]:
         tokens = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        for problem, text, known in zip(problems, texts, tokens, strict=True):
+            check_known(self.tokenizer, problem, text, known)
         return [np.array([*t, *end], np.int32) for t in tokens]
