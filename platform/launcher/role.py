@@ -16,6 +16,7 @@ from pathlib import Path
 
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.launcher.context import RoleContext, remove_shared_memory
+from offtrail.platform.launcher.device import require_device
 
 log = logging.getLogger("offtrail")
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = RoleContext(load_config(run_dir / "config.yaml"), run_dir, role, index)
     try:
+        check_device(context)
         importlib.import_module(f"offtrail.platform.{role}.role").main(context)
     except Exception as error:
         log.exception("%s-%d failed", role, index)
@@ -52,6 +54,14 @@ def main(argv: list[str]) -> int:
         if os.getppid() != parent:  # the launcher was killed and cannot do it
             remove_shared_memory(context.config, run_dir)
     return 0
+
+
+def check_device(context: RoleContext) -> None:
+    """Raise ValueError when the role's device is not on this machine."""
+    config = context.config
+    key = {"learner": "learner.device", "generator": "engine.device", "evaluator": "engine.device"}.get(context.role)
+    if key is not None:
+        require_device(key, config.learner.device if key == "learner.device" else config.engine.device)
 
 
 def report_failure(context: RoleContext, error: str) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.device import require_device
 from offtrail.platform.launcher.start import resolve
 from offtrail.platform.learner.checkpoint import gather, write_model
 from offtrail.platform.learner.model import Policy, load_model
@@ -44,9 +45,10 @@ def cold_start(config: Config, out_dir: Path, on_progress: Progress | None = Non
     all.
 
     Its seed is sft.seed, not run.seed: runs of job=rl with several seeds share one cold start.
-    Returns the last step's metrics. Raises StartError, DivergedError, TaskError, and FileExistsError where
-    ``out_dir`` is not empty.
+    Returns the last step's metrics. Raises StartError, DivergedError, TaskError, ValueError where the
+    device is not there, and FileExistsError where ``out_dir`` is not empty.
     """
+    require_device("learner.device", config.learner.device)
     torch.set_num_threads(config.learner.threads)
     seed = config.sft.seed
     with tempfile.TemporaryDirectory() as scratch:

@@ -15,8 +15,9 @@ import torch
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher import local
-from offtrail.platform.launcher.context import remove_shared_memory, weights_folder
+from offtrail.platform.launcher.context import RoleContext, remove_shared_memory, weights_folder
 from offtrail.platform.launcher.local import Role, Run, watch
+from offtrail.platform.launcher.role import check_device
 from offtrail.platform.tracking.recorder import read_rows
 from offtrail.platform.tracking.summary import read_summary
 from offtrail.platform.weights.store import Publisher
@@ -324,3 +325,29 @@ def test_an_interrupted_supervised_run_begins_again_and_says_nothing_twice(
     supervised(config, tmp_path, monkeypatch)
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
     assert "reason" not in read_summary(tmp_path)
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("role", "key"),
+    [("learner", "learner.device"), ("generator", "engine.device"), ("evaluator", "engine.device"), ("broker", "")],
+)
+def test_a_role_names_the_device_that_is_not_there(
+    role: str, key: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.learner.device = config.engine.device = "cuda:1"
+    context = RoleContext(config, tmp_path, role, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if not key:
+        check_device(context)
+        return
+    with pytest.raises(ValueError, match=rf"^{key}=cuda:1: torch .* finds no CUDA device .*; take {key}=cpu"):
+        check_device(context)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=rf"^{key}=cuda:1: this machine has 1, counted from cuda:0"):
+        check_device(context)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device(context)

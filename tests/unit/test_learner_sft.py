@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner import sft
 from offtrail.platform.learner.sources import TraceSource
+from offtrail.tasks.base import TaskError
 from offtrail.tasks.registry import make_task
 
 
@@ -76,6 +78,28 @@ def test_an_answer_that_does_not_fit_is_named(start_dir: Path) -> None:
         ValueError, match=r"model\.max_length=20: a problem of task=chain with its worked answer takes \d+"
     ):
         source.next(0)
+
+
+@pytest.mark.parametrize("where", ["prompt", "trace"])
+def test_text_that_the_tokenizer_lacks_is_named_before_its_length(
+    where: str, start_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, task = AutoTokenizer.from_pretrained(start_dir), make_task(Config().task, 0)
+    problem = dataclasses.replace(task.train(0), **({"prompt": "Größe? "} if where == "prompt" else {}))
+    monkeypatch.setattr(task, "train", lambda index: problem)
+    if where == "trace":
+        monkeypatch.setattr(task, "trace", lambda problem, rng: "Größe")
+    source = TraceSource(task, tokenizer, batch_size=2, seed=0, max_length=2)
+    with pytest.raises(TaskError, match=r"^task=chain, problem \d+: the tokenizer does not know all of 'Größe"):
+        source.next(0)
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = small(1)
+    config.learner.device = "cuda"
+    with pytest.raises(ValueError, match=r"^learner\.device=cuda: .* take learner\.device=cpu"):
+        sft.cold_start(config, tmp_path / "cold")
 
 
 def test_the_command_tells_its_progress(
