@@ -133,7 +133,10 @@ class Run:
         return reply
 
     def stop(self, status: str, reason: str) -> bool:
-        """Tell the broker how the run ends; it seals what is durable and tells the roles to leave. Whether it heard."""
+        """Tell the broker how the run ends; it tells the roles to leave, and the ledger is durable as it is.
+
+        Returns whether the broker heard.
+        """
         if status == "completed":  # its own word
             return True
         limit = time.monotonic() + 20.0
@@ -366,4 +369,5 @@ def _between(summary: dict[str, Any], name: str) -> str | None:
 
 def _pair(summary: dict[str, Any], *names: str) -> str | None:
     values = [summary.get(name) for name in names]
-    return None if None in values else " / ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
+    shown = ("–" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
+    return None if all(v is None for v in values) else " / ".join(shown)

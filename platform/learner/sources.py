@@ -43,20 +43,20 @@ class BrokerSource:
         Raises WaitError (I4) when the broker's word on what it waits for has not changed for the deadline.
         """
         since, word = time.time(), ""
-        with self.connection.activity.waiting("batch", on="broker"):
-            while True:
+        while True:
+            with self.connection.activity.waiting("batch", on=word or "broker"):
                 reply, batch = self._ask(step) if self.world.main else (None, None)
                 blob = self.world.broadcast(_blob(reply, batch) if self.world.size > 1 and reply is not None else b"")
-                if not self.world.main:
-                    reply, batch = None, _open_blob(blob)
-                if batch is not None:
-                    return batch
-                if (reply is not None and reply.stop) or blob == STOP:
-                    return None
-                if reply is not None and reply.waiting != word:
-                    since, word = time.time(), reply.waiting
-                if self.world.main and time.time() - since > self.deadline_s:
-                    raise WaitError.passed(f"batch {step}", f"the broker ({word})", since, self.deadline_s)
+            if not self.world.main:
+                reply, batch = None, _open_blob(blob)
+            if batch is not None:
+                return batch
+            if (reply is not None and reply.stop) or blob == STOP:
+                return None
+            if reply is not None and reply.waiting != word:
+                since, word = time.time(), reply.waiting
+            if self.world.main and time.time() - since > self.deadline_s:
+                raise WaitError.passed(f"batch {step}", f"the broker ({word})", since, self.deadline_s)
 
     def _ask(self, step: int) -> tuple[BatchReply, Batch | None]:
         self._request(step)
