@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -69,7 +70,7 @@ def test_an_exact_run_repeats_bit_for_bit_and_survives_a_kill_of_its_learner(
     process = subprocess.Popen(command("killed", *exact), env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
     wait_until("step 4", lambda: reached(tmp_path / "killed", 4))
     os.kill(pid_of("learner", tmp_path / "killed"), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=45)
     assert process.returncode == 1
     assert b"learner-0 was killed by SIGKILL" in stderr
     resumed = launch("killed", "run.resume=true", *exact)
@@ -112,7 +113,7 @@ def test_a_dead_role_ends_the_run_with_its_name_and_how_it_died(
     )
     pids = [pid_of(name, run_dir) for name in ("broker", "learner", "generator", "evaluator")]
     os.kill(pid_of(role, run_dir), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=45)
     assert process.returncode == 1
     assert f"{role}-0 was killed by SIGKILL" in stderr.decode()
     assert "Traceback" not in stderr.decode()
@@ -139,7 +140,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     process = subprocess.Popen(command("stop", "learner.steps=6"), env=environment, cwd=tmp_path)
     wait_until("step 2", lambda: reached(tmp_path / "stop", 2))
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130
+    assert process.wait(45) == 130
     resumed = launch("stop", "run.resume=true", "learner.steps=6")
     assert resumed.code == 0, resumed.output
     assert resumed.summary["status"] == "completed"
@@ -151,9 +152,53 @@ def test_an_interrupted_run_says_so_and_goes_on(
     ) == (24, 0, 0)
 
 
+def test_an_interrupt_in_the_cold_start_and_one_before_the_endpoint_end_the_run_soon(
+    launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment = environment | {"OFFTRAIL_CACHE": str(tmp_path / "cache")}
+    line = command("early", "learner.steps=100000", "sft.steps=100000")
+    process = subprocess.Popen(line, env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
+    wait_until("a cold start", (tmp_path / "early" / "logs" / "sft-0.log").exists)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr.decode().startswith("stopping")) == (130, True)
+    assert "SIGINT in the cold start" in json.loads((tmp_path / "early" / "summary.json").read_text())["reason"]
+
+    line = command("late", "learner.steps=100000", "sft.steps=1", "sft.warmup_steps=0")
+    process = subprocess.Popen(line, env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
+    run_dir = tmp_path / "late"
+    wait_until("a broker", (run_dir / "logs" / "broker-0.log").exists)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=45)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr.decode()
+    assert json.loads((run_dir / "summary.json").read_text())["reason"] == "stopped by SIGINT"
+    assert not [entry for entry in ("broker", "learner", "generator", "evaluator") if running(entry, run_dir)]
+
+
+@pytest.mark.parametrize("options", [("correction=none",), ("algo.kl=k3", "algo.kl_coef=0.01")])
+def test_without_a_correction_and_with_a_kl_penalty_all_is_finite(launch: Any, options: tuple[str, ...]) -> None:
+    run = launch("few", *options, "learner.steps=2")
+    assert run.code == 0, run.output
+    assert run.summary["status"] == "completed"
+    rows = [row for row in run.rows if row["step"] > 0]
+    assert len(rows) == 2
+    for row in rows:
+        found = {name: value for name, value in row.items() if name.startswith(("loss/", "policy/"))}
+        assert {"loss/policy", "policy/grad_norm"} <= set(found)
+        assert not [name for name, value in found.items() if value is None]
+
+
 def reached(run_dir: Path, step: int) -> bool:
     metrics = run_dir / "metrics.jsonl"
     return metrics.is_file() and f'"step": {step},' in metrics.read_text()
+
+
+def running(role: str, run_dir: Path) -> bool:
+    try:
+        return alive(pid_of(role, run_dir))
+    except AssertionError:
+        return False
 
 
 def pid_of(role: str, run_dir: Path) -> int:
