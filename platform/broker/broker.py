@@ -73,6 +73,8 @@ log = logging.getLogger("offtrail.broker")
 HOLD_SECONDS = 1.0
 """A long poll is answered after so long, with what it waits for."""
 TICK_SECONDS = 0.25
+SEAL_SECONDS = 600.0
+"""A completed run's last shards get so long; what is unsealed then stays in the ledger (archive/unsealed)."""
 LINGER_HEARTBEATS = 30
 """After the end, roles that still beat are answered for so many heartbeats."""
 
@@ -638,11 +640,11 @@ class Broker:
         if not self.status:
             return False
         waited = self.clock() - self.ended_at
-        heartbeat = self.config.broker.heartbeat_seconds
-        if waited > LINGER_HEARTBEATS * heartbeat:
+        if self.status == "completed" and self.ledger.unsealed():
+            return waited > SEAL_SECONDS
+        if waited > LINGER_HEARTBEATS * self.config.broker.heartbeat_seconds:
             return True
-        sealed = self.status != "completed" or not self.ledger.unsealed()
-        return sealed and not any(self._present(m) for m in self.accounts.members.values())
+        return not any(self._present(m) for m in self.accounts.members.values())
 
     def _present(self, member: Member) -> bool:
         """Whether a role may still ask. On one host its process says so, elsewhere its heartbeats."""

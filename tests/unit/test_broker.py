@@ -659,6 +659,20 @@ def test_a_run_that_leaves_shards_behind_counts_them(
     assert again.summary()["archive/unsealed"] == 0
 
 
+def test_a_completed_run_waits_for_its_last_shards_longer_than_for_its_roles(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(learner__steps=2)
+    monkeypatch.setattr(run.broker.archive, "seal", lambda names: None)
+    run.everybody()
+    run.train(checkpoint=True)
+    run.broker.end("completed", "")
+    run.clock.now += 100.0  # every role is long gone
+    assert not run.broker.may_leave()
+    run.clock.now += 501.0  # but not for ever
+    assert run.broker.may_leave()
+
+
 def test_a_stopped_run_keeps_its_groups_and_goes_on(start: Callable[..., Run], tmp_path: Path) -> None:
     run = start()
     run.everybody()
