@@ -73,7 +73,6 @@ class Generation:
         self.config, self.batches = run.config, run.batches(first, last)
         self.task = make_task(self.config.task, self.config.run.seed)
         self.text = Text(run.start)
-        self.sampling = training_sampling(self.config, self.text.stop_token_ids)
         self.engine = LocalEngine(
             run.start,
             self.config.engine,
@@ -94,7 +93,9 @@ class Generation:
         while todo or self.engine.unfinished:
             while todo and self.engine.unfinished < 2 * self.config.engine.max_running:
                 group = todo.pop()
-                drivers[group.group] = driver = SampleDriver(self.sampling, "alone")
+                step = group.slot // self.config.batch.groups
+                sampling = training_sampling(self.config, self.text.stop_token_ids, step)
+                drivers[group.group] = driver = SampleDriver(sampling, "alone")
                 lease = Lease(group.group, group.slot, 1, group.problem, group.size, min_version=0)
                 self.engine.generate(driver.start(lease, self.text.encode(group.problem)))
             for completion in self.engine.step():
