@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sqlite3
 import time
@@ -73,6 +74,8 @@ log = logging.getLogger("offtrail.broker")
 HOLD_SECONDS = 1.0
 """A long poll is answered after so long, with what it waits for."""
 TICK_SECONDS = 0.25
+SUMMARY_SECONDS = 1.0
+"""A commit is in summary.json after so long: it is made of sums over all steps, too much for every step."""
 SEAL_SECONDS = 600.0
 """A completed run's last shards get so long; what is unsealed then stays in the ledger (archive/unsealed)."""
 LINGER_HEARTBEATS = 30
@@ -154,7 +157,7 @@ class Broker:
         self.audit = self.ledger.audit()
         self.moved = self.ticked = self.ended_at = clock()
         self._restore_rows()
-        self.summary = self._summarise()
+        self.summary, self.summary_due = self._summarise(), math.inf
         self._handlers: dict[type[Message], Callable[[Any, Envelope], Answer | None]] = {
             Hello: self.on_hello,
             LeaseRequest: self.on_lease_request,
@@ -245,6 +248,8 @@ class Broker:
             for name in self.archive.done():
                 self.ledger.sealed(name)
             if not self.status:
+                if now >= self.summary_due:
+                    self._write_summary()
                 self._expire(now)
                 self._complain(now)
         except (LedgerError, OSError) as error:
@@ -457,7 +462,7 @@ class Broker:
         if outcome != "repeated":
             self._progress()
             self.wire.hint(VersionHint(version=self.desk.version))
-            self.later.append(self._write_summary)
+            self.summary_due = min(self.summary_due, self.clock() + SUMMARY_SECONDS)
         return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged"), NO_ARRAYS
 
     def _train(self, message: Commit) -> Outcome:
@@ -625,7 +630,7 @@ class Broker:
         return self.accounts.summary(status, self.reason, self.config.run.seed, self.desk.version, self.audit)
 
     def _write_summary(self) -> None:
-        self.summary = self._summarise()
+        self.summary, self.summary_due = self._summarise(), math.inf
         write_summary(self.run_dir, self.summary)
 
     def _write_last_summary(self) -> None:
