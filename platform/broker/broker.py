@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sqlite3
 import time
@@ -74,8 +73,6 @@ log = logging.getLogger("offtrail.broker")
 HOLD_SECONDS = 1.0
 """A long poll is answered after so long, with what it waits for."""
 TICK_SECONDS = 0.25
-SUMMARY_SECONDS = 1.0
-"""A commit is in summary.json after so long: it is made of sums over all steps, too much for every step."""
 SEAL_SECONDS = 600.0
 """A completed run's last shards get so long; what is unsealed then stays in the ledger (archive/unsealed)."""
 LINGER_HEARTBEATS = 30
@@ -157,7 +154,7 @@ class Broker:
         self.audit = self.ledger.audit()
         self.moved = self.ticked = self.ended_at = clock()
         self._restore_rows()
-        self.summary, self.summary_due = self._summarise(), math.inf
+        self.summary = self._summarise()
         self._handlers: dict[type[Message], Callable[[Any, Envelope], Answer | None]] = {
             Hello: self.on_hello,
             LeaseRequest: self.on_lease_request,
@@ -248,8 +245,6 @@ class Broker:
             for name in self.archive.done():
                 self.ledger.sealed(name)
             if not self.status:
-                if now >= self.summary_due:
-                    self._write_summary()
                 self._expire(now)
                 self._complain(now)
         except (LedgerError, OSError) as error:
@@ -462,7 +457,7 @@ class Broker:
         if outcome != "repeated":
             self._progress()
             self.wire.hint(VersionHint(version=self.desk.version))
-            self.summary_due = min(self.summary_due, self.clock() + SUMMARY_SECONDS)
+            self.later.append(self._write_summary)
         return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged"), NO_ARRAYS
 
     def _train(self, message: Commit) -> Outcome:
@@ -630,7 +625,7 @@ class Broker:
         return self.accounts.summary(status, self.reason, self.config.run.seed, self.desk.version, self.audit)
 
     def _write_summary(self) -> None:
-        self.summary, self.summary_due = self._summarise(), math.inf
+        self.summary = self._summarise()
         write_summary(self.run_dir, self.summary)
 
     def _write_last_summary(self) -> None:
