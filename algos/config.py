@@ -329,6 +329,17 @@ class CorrectionConfig:
 
 
 @dataclass
+class UncorrectedConfig(CorrectionConfig):
+    """Nothing is put right: clip around the proximal policy, as if the data were its own. What corrections are
+    measured against.
+    """
+
+    needs_prox: ClassVar[bool] = True
+
+    name: str = "uncorrected"
+
+
+@dataclass
 class WeightConfig(CorrectionConfig):
     """Corrections that weigh by w = π_prox/π_beh."""
 
@@ -491,6 +502,7 @@ ALGOS: dict[str, type[AlgoConfig]] = {
 }
 CORRECTIONS: dict[str, type[CorrectionConfig]] = {
     "none": CorrectionConfig,
+    "uncorrected": UncorrectedConfig,
     "decoupled": DecoupledConfig,
     "a3po": A3poConfig,
     "tis": TisConfig,

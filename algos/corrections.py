@@ -3,6 +3,7 @@
 With w = π_prox/π_beh at each token, S = its sample:
 
     none       r = π_θ/π_beh, weight 1 (bypass: the ratio already holds the importance weight)
+    uncorrected  r = π_θ/π_prox, weight 1: staleness is ignored, the control of comparisons
     decoupled  r = π_θ/π_prox, weight w
     a3po       the same with log π_prox interpolated between π_beh and π_θ
     tis        … weight min(w, cap)
@@ -37,6 +38,7 @@ from offtrail.algos.config import (
     SeqMaskConfig,
     SeqTisConfig,
     TisConfig,
+    UncorrectedConfig,
     VetoConfig,
     WeightConfig,
 )
@@ -99,6 +101,8 @@ def correct(
         return Correction(
             prox, _level(log_w, samples, level).exp().clamp(max=config.cap) if config.cap else one, log_w, keep
         )
+    if isinstance(config, UncorrectedConfig):
+        return Correction(prox, one, log_w)
     if isinstance(config, SeqMaskConfig):
         away = samples.each(samples.mean(beh - logprobs))
         return Correction(beh, one, log_w, (advantages >= 0) | (away <= config.limit))

@@ -24,6 +24,7 @@ from offtrail.algos.config import (
     SeqMaskConfig,
     SeqTisConfig,
     TisConfig,
+    UncorrectedConfig,
     VcpoConfig,
     VetoConfig,
     incompatible,
@@ -92,6 +93,16 @@ def test_without_staleness_every_correction_is_ppo_with_full_ess(name):
 def test_without_bounds_the_weight_is_raw(config):
     x = record()
     assert torch.equal(grad(x, GrpoConfig(), config), grad(x, GrpoConfig(), DecoupledConfig()))
+
+
+def test_uncorrected_does_not_know_who_made_the_tokens():
+    x = record()
+    other = dataclasses.replace(x, behaviour_logprobs=x.behaviour_logprobs - 1.5)
+    uncorrected = grad(x, GrpoConfig(), UncorrectedConfig())
+    assert torch.equal(uncorrected, grad(other, GrpoConfig(), UncorrectedConfig()))
+    assert not torch.allclose(grad(x, GrpoConfig(), DecoupledConfig()), grad(other, GrpoConfig(), DecoupledConfig()))
+    on_policy = dataclasses.replace(x, behaviour_logprobs=x.prox_logprobs)
+    torch.testing.assert_close(uncorrected, grad(on_policy, GrpoConfig(), CorrectionConfig()))
 
 
 def test_with_one_token_a_sample_token_sequence_and_geometric_agree():
