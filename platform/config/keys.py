@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offtrail.algos.config import ALGOS, CORRECTIONS
-from offtrail.platform.config.schema import Config, EngineConfig
+from offtrail.platform.config.schema import Config, EngineConfig, SglangConfig
 from offtrail.rewards.config import REWARDS
 from offtrail.tasks.config import TASKS
 
@@ -26,7 +26,7 @@ VARIANTS: dict[str, Mapping[str, type[Any]]] = {
     "algo": ALGOS,
     "correction": CORRECTIONS,
     "reward": REWARDS,
-    "engine": {"local": EngineConfig},
+    "engine": {"local": EngineConfig, "sglang": SglangConfig},
 }
 # Groups with options in configs/; `model` has one dataclass and a free name.
 GROUPS = ("model", *VARIANTS)
@@ -62,6 +62,8 @@ def type_text(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return "|".join(map(str, arguments))
+    if origin is list:
+        return f"[{type_text(arguments[0])}, …]"
     if origin is tuple:
         return "[" + ", ".join(map(type_text, arguments)) + "]"
     if origin is dict:

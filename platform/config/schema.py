@@ -185,7 +185,7 @@ class GeneratorConfig:
 
 @dataclass
 class EngineConfig:
-    """The local engine: continuous batching over Hugging Face weights with a KV cache."""
+    """The local engine: continuous batching over Hugging Face weights with a KV cache, in the role's own process."""
 
     name: str = "local"
     """The engine."""
@@ -197,6 +197,38 @@ class EngineConfig:
     """Samples that decode together."""
     kv_on_update: Literal["recompute", "keep"] = "recompute"
     """When weights change under unfinished samples: recompute their KV cache under the new weights, or keep the old."""
+
+
+@dataclass
+class SglangConfig(EngineConfig):
+    """SGLang servers: started and watched by the generator that uses them, or running already (engine.urls)."""
+
+    name: str = "sglang"
+    servers: int = 1
+    """Servers that each generator starts; the evaluator has one of its own."""
+    urls: list[str] = field(default_factory=list)
+    """Servers that run already, in place of started ones; their keys in $OFFTRAIL_SGLANG_KEY and …_ADMIN_KEY."""
+    address: str = "127.0.0.1"
+    """Where started servers listen."""
+    tensor_parallel: int = 1
+    """GPUs of a server."""
+    flags: str = ""
+    """Further flags of `sglang.launch_server`, as on its command line."""
+    router: bool = False
+    """Put sglang-router with its cache-aware policy before a generator's servers, in place of offtrail's own choice."""
+    pause_mode: Literal["auto", "retract", "abort"] = "auto"
+    """How kv_on_update=recompute stops the server: hold its samples, or take them back and send them anew; auto: the
+    first where the server's version can."""
+    prefix_tokens: int = 64
+    """Of a prompt at least so long one sample goes ahead, and the others find it in the server's radix cache."""
+    stream_interval: int = 32
+    """Tokens between two reports of a running sample; what a dead server had reported is counted as lost."""
+    start_seconds: float = 600.0
+    """The longest that a server may take to start."""
+    hang_seconds: float = 120.0
+    """A server that has work, or is asked for its health, and says nothing for so long is killed and started anew."""
+    max_restarts: int = 10
+    """The role fails when one of its servers has died more often."""
 
 
 @dataclass
@@ -213,16 +245,25 @@ class EvalConfig:
     """0 = greedy."""
     threads: int = 1
     """torch threads of the evaluator."""
+    engine: Literal["same", "local"] = "same"
+    """same: the kind of engine that generates. local: the embedded one, also beside SGLang generators."""
 
 
 @dataclass
 class WeightsConfig:
     """How a published version reaches the engines."""
 
-    channel: Literal["shm", "disk"] = "shm"
-    """shm: safetensors in shared memory, on one host. disk: the same in the run directory, on any file system."""
+    channel: Literal["shm", "disk", "distributed", "ipc"] = "shm"
+    """shm: shared memory, on one host. disk: the run directory, on any file system. distributed: broadcast from the
+    learner to SGLang servers (gloo, NCCL). ipc: SGLang servers read the learner's own memory (CUDA IPC), on one host."""
     dir: str = ""
     """Folder in which the channel makes its own, offtrail-…; empty = /dev/shm, or runs/NAME/weights for disk."""
+    delta: bool = False
+    """shm, disk: write only what changed since the version before; pays where most bytes stay (bfloat16, small lr)."""
+    full_every: int = 10
+    """With delta every so many versions are written whole, so that a reader can begin there."""
+    bucket_mb: int = 512
+    """distributed, ipc: tensors are sent together in buckets of about so many MiB."""
     probe_every: int = 5
     """Versions between two fixed-text probes of engine against learner; 0 = none."""
     probe_alarm: float = 0.05
@@ -246,6 +287,18 @@ class BrokerConfig:
 
 
 @dataclass
+class ServeConfig:
+    """job=serve and job=chat: a trained model behind SGLang's OpenAI-compatible API, or in the terminal."""
+
+    address: str = "127.0.0.1"
+    """Address to listen at; the API key is printed, or taken from $OFFTRAIL_SGLANG_KEY."""
+    port: int = 30000
+    """0 = any free port."""
+    temperature: float = 0.6
+    """job=chat: of the answers; 0 = greedy."""
+
+
+@dataclass
 class TrackingConfig:
     """What is written beside metrics.jsonl."""
 
@@ -265,8 +318,11 @@ class Config:
 
     schema_version: int = SCHEMA_VERSION
     """Version of these keys; a configuration of another one is refused."""
-    job: Literal["rl", "sft"] = "rl"
-    """rl: the asynchronous loop. sft: supervised fine-tuning on the task's worked answers."""
+    job: Literal["rl", "sft", "serve", "chat"] = "rl"
+    """rl: the asynchronous loop. sft: supervised fine-tuning on the task's worked answers. serve: a checkpoint behind an
+    OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
+    checkpoint: str = ""
+    """job=serve, chat: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=ChainConfig)
@@ -283,4 +339,5 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     broker: BrokerConfig = field(default_factory=BrokerConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
