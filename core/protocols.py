@@ -44,15 +44,35 @@ class Engine(Protocol):
     steps; a token's version is the one whose weights made it.
     """
 
-    version: int
     vocab_size: int
-    counters: dict[str, float]
-    """Cumulative: ``decoded_tokens``, ``prefilled_tokens``, ``prefix_hit_tokens``, ``reprefilled_tokens``,
-    ``flops``."""
+
+    @property
+    def version(self) -> int:
+        """The version that every new sample is sure to get; it falls when a server was started anew, and
+        ``load_weights`` brings it back.
+        """
+
+    @property
+    def capacity(self) -> int:
+        """Samples that decode together."""
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the weights there are, each brought to a version by itself."""
+
+    @property
+    def waiting_for(self) -> str:
+        """Whom the engine waits for before it can make a token; empty while it can (I4)."""
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Cumulative: ``decoded_tokens``, ``prefilled_tokens``, ``prefix_hit_tokens``, ``reprefilled_tokens``,
+        ``scored_tokens``, ``flops``.
+        """
 
     @property
     def unfinished(self) -> int:
-        """Samples submitted and not yet returned."""
+        """Samples submitted, not yet returned and not lost."""
 
     def generate(self, requests: Sequence[Request]) -> None:
         """Queue requests; their samples enter in order as room allows. ValueError on a token id ≥ vocabulary, on a
@@ -62,8 +82,17 @@ class Engine(Protocol):
     def step(self) -> list[Completion]:
         """Advance every running sample by at least one token (or wait for the server); return those that finished."""
 
-    def score(self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float) -> list[Float32]:
-        """Log-probabilities [T_i] of the given output tokens under the current weights, at ``temperature``."""
+    def lost(self) -> list[int]:
+        """Requests that died with a server since the last call: all of their samples are forgotten, also those that
+        ``step`` has returned already.
+        """
+
+    def score(
+        self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float, replica: int = 0
+    ) -> list[Float32]:
+        """Log-probabilities [T_i] of the given output tokens under the current weights, at ``temperature``. ValueError
+        at a temperature that the engine cannot score at.
+        """
 
     def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:
         """Apply a version between decode steps; ``weights`` has the checkpoint's tensor names. ValueError when names or

@@ -59,6 +59,7 @@ from offtrail.platform.wire.messages import (
     Message,
     NextBatch,
     NextEval,
+    ReturnLeases,
     Status,
     StatusRequest,
     StopRun,
@@ -160,6 +161,7 @@ class Broker:
             LeaseRequest: self.on_lease_request,
             SubmitGroup: self.on_submit,
             FailGroup: self.on_fail_group,
+            ReturnLeases: self.on_return_leases,
             NextBatch: self.on_next_batch,
             Commit: self.on_commit,
             Checkpointed: self.on_checkpointed,
@@ -401,6 +403,13 @@ class Broker:
         return self._give_up(
             message.group, message.attempt, self._member(envelope).name, message.reason, message.detail
         )
+
+    def on_return_leases(self, message: ReturnLeases, envelope: Envelope) -> Answer:
+        """Leases that their holder cannot finish go back, to be issued again; those of a late attempt are gone already."""
+        holder = self._member(envelope).name
+        returned = self.ledger.return_leases(holder, dict(message.leases))
+        log.warning("%s returned %d leases: %s", holder, len(returned), message.detail)
+        return Done(), NO_ARRAYS
 
     def _give_up(self, group: int, attempt: int, holder: str, reason: str, detail: str) -> Answer:
         verdict = self.desk.fail(group, attempt, holder, reason, detail)

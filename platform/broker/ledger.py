@@ -285,15 +285,16 @@ class Ledger:
         rows = {r[0]: Row(*r) for r in self._rows(f"SELECT {ROW} FROM groups WHERE id IN ({','.join(map(str, ids))})")}
         return [rows[i] for i in ids]
 
-    def return_leases(self, holder: str) -> list[int]:
-        """Take back what ``holder`` has; a late submission of it will carry an old attempt number."""
+    def return_leases(self, holder: str, attempts: Mapping[int, int] | None = None) -> list[int]:
+        """Take back what ``holder`` has, or of that only the groups of ``attempts`` (group → attempt); a late submission
+        will carry an old attempt number.
+        """
+        mine = "state = 'leased' AND holder = ?"
         with self._change() as db:
-            found = db.execute(
-                "UPDATE groups SET holder = '', attempt = attempt + 1 WHERE state = 'leased' AND holder = ? "
-                "RETURNING id",
-                (holder,),
-            ).fetchall()
-        return sorted(i for (i,) in found)
+            rows = db.execute(f"SELECT id, attempt FROM groups WHERE {mine}", (holder,)).fetchall()
+            found = sorted(group for group, attempt in rows if attempts is None or attempts.get(group) == attempt)
+            db.executemany("UPDATE groups SET holder = '', attempt = attempt + 1 WHERE id = ?", [(g,) for g in found])
+        return found
 
     # ------------------------------------------------------------------ arrivals
 

@@ -8,17 +8,19 @@ Every version is asked the same prompts with the same random numbers: versions a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
 from offtrail.core.protocols import Completion, Engine, Request
 from offtrail.core.types import Float32, Problem, Sampling
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.generator.engines.make import make_engine
 from offtrail.platform.generator.text import Text
 from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import RoleContext
 from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.weights.channels import Reader
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
 from offtrail.rewards.rule import COMPONENTS
@@ -44,9 +46,8 @@ def main(context: RoleContext) -> None:
                 return
             waiting_for = job.waiting or "broker"
             if job.version >= 0:
-                evaluation.engine.load_weights(job.version, weights.load(job.version))
+                metrics, texts = evaluation.run(job.version, weights)
                 weights.unpin(job.version)
-                metrics, texts = evaluation.run()
                 result = EvalResult(version=job.version, metrics=metrics, texts=texts)
                 connection.client.request(result, what="an acknowledged evaluation", deadline_s=deadline)
     finally:
@@ -55,30 +56,31 @@ def main(context: RoleContext) -> None:
 
 
 class Evaluation:
-    """Held-out problems, an engine and verifiers; ``run`` scores the weights that the engine holds."""
+    """Held-out problems, an engine and verifiers; ``run`` scores one published version."""
 
     def __init__(self, context: RoleContext, activity: Activity) -> None:
         self.config: Config = context.config
         self.activity = activity
         self.text = Text(context.start_model, chat=getattr(self.config.task, "chat", False))
         self.problems = make_task(self.config.task, self.config.run.seed).held_out(self.config.eval.prompts)
-        self.engine: Engine = LocalEngine(
-            context.start_model,
-            self.config.engine,
-            max_length=self.config.model.max_length,
-            threads=self.config.eval.threads,
-        )
+        self.engine: Engine = make_engine(context)
         self.verifiers = VerifierPool(self.config)
         self._too_long = 0
         self._charged: dict[str, float] = {}
 
-    def run(self) -> tuple[dict[str, float], dict[str, str]]:
+    def run(self, version: int, weights: Reader) -> tuple[dict[str, float], dict[str, str]]:
         """Accuracy and format over eval.prompts × eval.samples answers, lengths of these, and a few of them as text.
 
         A prompt that leaves no room for its answer counts as wrong; ValueError when none does.
         """
+
+        def load() -> None:
+            with weights.open(version) as opened:
+                self.engine.load_weights(version, opened)
+
         with self.activity.busy("evaluate"):
-            answers = self._answers()
+            load()
+            answers = self._answers(load)
             components = self._verify(answers)
         self._charge()
         lengths = np.array([len(c.tokens) for group in answers for c in group])
@@ -98,8 +100,10 @@ class Evaluation:
         self.verifiers.close()
         self.engine.close()
 
-    def _answers(self) -> list[list[Completion]]:
-        """Answers by problem; none to a prompt that does not fit."""
+    def _answers(self, load: Callable[[], None]) -> list[list[Completion]]:
+        """Answers by problem; none to a prompt that does not fit. What dies with a server is asked again, after ``load``
+        has brought the version to the server that takes its place.
+        """
         sampling = Sampling(
             max_new_tokens=self.config.sampling.longest_at(self.engine.version),
             temperature=self.config.eval.temperature,
@@ -108,11 +112,18 @@ class Evaluation:
         )
         samples = self.config.eval.samples
         requests = [Request(i, self.text.encode(p), samples, sampling) for i, p in enumerate(self.problems)]
+        version = self.engine.version
         self.engine.generate(self._fitting(requests))
         answers: list[list[Completion]] = [[] for _ in self.problems]
         while self.engine.unfinished:
             for completion in self.engine.step():
                 answers[completion.request].append(completion)
+            if self.engine.version != version:
+                load()
+            if lost := self.engine.lost():
+                for request in lost:
+                    answers[request].clear()
+                self.engine.generate([requests[request] for request in lost])
         return [sorted(group, key=lambda c: c.index) for group in answers]
 
     def _fitting(self, requests: list[Request]) -> list[Request]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from offtrail.core.types import Int32, Lease, Sampling
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.generator.engines.make import make_engine
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.generator.text import Text
 from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import Connection, RoleContext
-from offtrail.platform.weights.store import Subscriber
+from offtrail.platform.weights.channels import open_reader
 from offtrail.search.sample import SampleDriver
 
 
@@ -53,10 +53,8 @@ def open_rollout(context: RoleContext, connection: Connection) -> Rollout:
     return Rollout(
         config=config,
         connection=connection,
-        engine=LocalEngine(
-            context.start_model, config.engine, max_length=config.model.max_length, threads=config.generator.threads
-        ),
-        weights=Subscriber(context.weights_folder),
+        engine=make_engine(context),
+        weights=open_reader(config, context.weights_folder),
         verifiers=VerifierPool(config),
         make_driver=driver,
         encode=encode,

@@ -1,6 +1,7 @@
 """The rollout loop's parts. One Rollout owns one engine and everything between a lease and its acknowledged group.
 
     leases ──► waiting ──(version applied)──► engine ──► driver ──► verifiers ──► submitted ──(ack)──► forgotten
+                                                └─ its server died: the lease goes back, to be issued again
 
 Invariants kept here
 - I2: a group enters the engine only when the engine's version is ≥ its lease's ``min_version``.
@@ -24,10 +25,20 @@ from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease
 from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import Connection
+from offtrail.platform.weights.channels import Reader
 from offtrail.platform.weights.probe import compare, probe_text
-from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.groups import group_frames
-from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
+from offtrail.platform.wire.messages import (
+    Done,
+    Error,
+    FailGroup,
+    GroupAck,
+    LeaseRequest,
+    Leases,
+    Message,
+    ReturnLeases,
+    SubmitGroup,
+)
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.rule import total
@@ -42,7 +53,7 @@ class Rollout:
     config: Config
     connection: Connection
     engine: Engine
-    weights: Subscriber
+    weights: Reader
     verifiers: VerifierPool
     make_driver: Callable[[Lease], Driver]
     encode: Callable[[Lease], Int32]
@@ -55,6 +66,7 @@ class Rollout:
     _running: dict[int, tuple[Lease, Driver]] = field(default_factory=dict)
     _scoring: dict[int, Group] = field(default_factory=dict)
     _unacknowledged: dict[int, int] = field(default_factory=dict)
+    _returned: set[int] = field(default_factory=set)
     _attempts: dict[int, int] = field(default_factory=dict)
     _charged: dict[str, float] = field(default_factory=dict)
 
@@ -73,9 +85,11 @@ class Rollout:
         self.newest = max(self.newest, self.connection.heart.version, -1 if hint is None else hint)
 
     def ask_for_leases(self) -> None:
-        """Keep one lease request outstanding while there is room, so that the engine never runs dry."""
+        """Keep one lease request outstanding while there is room, so that the engine never runs dry. An engine whose
+        servers are all down asks for none: another generator may have them.
+        """
         room = self._room()
-        if self._lease_ticket is None and room > 0:
+        if self._lease_ticket is None and room > 0 and not self.engine.waiting_for:
             self._lease_ticket = self.connection.client.send(LeaseRequest(room=room))
 
     def apply_weights(self) -> None:
@@ -85,12 +99,12 @@ class Rollout:
             return
         with self.connection.activity.busy("load_weights"):
             try:
-                tensors = self.weights.load(version)
+                with self.weights.open(version) as weights:
+                    self.engine.load_weights(version, weights)
             except FileNotFoundError:
                 if self.config.staleness.mode == "exact":
                     raise
                 return  # retired while we looked: a newer one is out, the next turn takes it
-            self.engine.load_weights(version, tensors)
             self._probe(version)
 
     def start_ready(self) -> None:
@@ -109,9 +123,13 @@ class Rollout:
 
     def decode(self) -> None:
         """One decode step; finished samples go to their driver, finished groups to the verifiers."""
-        with self.connection.activity.busy("decode"):
+        activity, server = self.connection.activity, self.engine.waiting_for
+        with activity.waiting("server", on=server) if server else activity.busy("decode"):
             completions = self.engine.step()
+        self._return_lost()
         for completion in completions:
+            if completion.request not in self._running:  # lost since
+                continue
             _, driver = self._running[completion.request]
             requests, group = driver.finished(completion)
             if requests:
@@ -148,8 +166,10 @@ class Rollout:
 
         Raises WaitError (I4) when the broker has answered no heartbeat for broker.deadline_seconds.
         """
-        heart = self.connection.heart
+        heart, server = self.connection.heart, self.engine.waiting_for
         what, on = ("verdicts", "verifiers") if self._scoring else ("leases", self.waiting_for)
+        if server and not self._scoring:
+            what, on = "server", server
         with self.connection.activity.waiting(what, on=on):
             self.take_replies(timeout_s=0.001 if self._scoring else 0.02)
         self.stopping = self.stopping or heart.stop
@@ -163,6 +183,18 @@ class Rollout:
         self.connection.close()
 
     # --- the rules behind them ---
+
+    def _return_lost(self) -> None:
+        """Give the leases back whose samples died with a server: nothing is lost, another attempt makes them."""
+        returned = []
+        for request in self.engine.lost():
+            lease, _ = self._running.pop(request)
+            returned.append((lease.group, self._attempts.pop(lease.group)))
+        if returned:
+            detail = f"a server died or broke off: {self.engine.waiting_for or 'others go on'}"
+            log.warning("%d leases go back: %s", len(returned), detail)
+            ticket = self.connection.client.send(ReturnLeases(leases=returned, detail=detail))
+            self._returned.add(ticket)
 
     def _take(self, ticket: int, message: Message) -> None:
         if isinstance(message, Leases):
@@ -178,6 +210,8 @@ class Rollout:
             self._unacknowledged.pop(ticket, None)
             if not message.accepted:
                 log.info("group %d was not accepted: %s", message.group, message.reason)
+        elif isinstance(message, Done):
+            self._returned.discard(ticket)
         elif isinstance(message, Error):
             raise RuntimeError(f"the broker refused a request: {message.error}")
 
@@ -192,10 +226,13 @@ class Rollout:
             return
         if learner:
             prompt, output = probe_text(self.engine.vocab_size)
-            [engine] = self.engine.score([prompt], [output], 1.0)
             alarm = self.config.weights.probe_alarm
-            for name, value in compare(engine, learner, version=version, alarm=alarm).items():
-                self.connection.activity.gauge(name, value)
+            found = []
+            for replica in range(self.engine.replicas):
+                [engine] = self.engine.score([prompt], [output], 1.0, replica)
+                found.append(compare(engine, learner, version=version, alarm=alarm))
+            for name in found[0]:
+                self.connection.activity.gauge(name, max(one[name] for one in found))
 
     def _already_held(self, lease: Lease) -> bool:
         """A group leased to us again (our heartbeats were lost for a while) goes on under the new attempt's number."""
@@ -208,7 +245,7 @@ class Rollout:
         if self.config.staleness.mode == "exact":
             return self.config.batch.groups * (self.config.staleness.max + 1) - self.held
         waiting = sum(lease.samples for lease in self._waiting) + self.engine.unfinished
-        return math.ceil((2 * self.config.engine.max_running - waiting) / self.config.batch.group_size)
+        return math.ceil((2 * self.engine.capacity - waiting) / self.config.batch.group_size)
 
     def _wanted_version(self) -> int | None:
         if self.config.staleness.mode == "exact":
@@ -225,7 +262,7 @@ class Rollout:
             wave = self._next_wave()
             ready = bool(wave) and not self.engine.unfinished and self.engine.version == wave[0].exact_version
             return wave if ready else []
-        limit = 2 * self.config.engine.max_running
+        limit = 2 * self.engine.capacity
         fitting: list[Lease] = []
         samples = self.engine.unfinished
         for lease in self._waiting:

@@ -38,8 +38,8 @@ from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import Report, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.weights.channels import Channel, open_channel
 from offtrail.platform.weights.probe import probe_text
-from offtrail.platform.weights.store import Publisher
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
 from offtrail.platform.wire.sockets import RefusedError, WaitError
 
@@ -74,7 +74,7 @@ class Learner:
     source: BrokerSource
     model: Any
     tokenizer: Any
-    publisher: Publisher | None
+    publisher: Channel | None
     step: int
     publish_seconds: float = 0.0
     unacknowledged: tuple[int, int] | None = None
@@ -96,15 +96,24 @@ class Learner:
             trainer = make_trainer(config, world, model, start, connection.activity)
             if step:
                 checkpoint.restore(origin, trainer)
+        publisher = None
+        if world.main:
+            publisher = open_channel(config, context.weights_folder, context.run_dir, versions_kept(config))
         return cls(
             context=context,
             connection=connection,
             world=world,
             trainer=trainer,
-            source=BrokerSource(connection, world, config.learner.steps, config.broker.deadline_seconds),
+            source=BrokerSource(
+                connection,
+                world,
+                config.learner.steps,
+                config.broker.deadline_seconds,
+                tend=publisher.tend if publisher is not None else None,
+            ),
             model=model,
             tokenizer=AutoTokenizer.from_pretrained(start),
-            publisher=Publisher(context.weights_folder, versions_kept(config)) if world.main else None,
+            publisher=publisher,
             step=step,
         )
 
@@ -166,6 +175,8 @@ class Learner:
             while not heart.stop:
                 if heart.lost > deadline:
                     raise WaitError.passed("the end of the run", "the broker", time.time() - heart.lost, deadline)
+                if self.publisher is not None:
+                    self.publisher.tend()
                 time.sleep(0.05)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -29,11 +29,19 @@ class BrokerSource:
     next batch arrives while this one trains; every rank returns the same batch.
 
     Invariant: after each answer of the broker, an empty one too, all ranks meet in a broadcast, so that a rank never
-    waits longer in a collective than one long poll takes.
+    waits longer in a collective than one long poll takes. ``tend`` is called on rank 0 after each empty answer.
     """
 
-    def __init__(self, connection: Connection, world: World, steps: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        world: World,
+        steps: int,
+        deadline_s: float,
+        tend: Callable[[], None] | None = None,
+    ) -> None:
         self.connection, self.world, self.steps, self.deadline_s = connection, world, steps, deadline_s
+        self._tend = tend
         self._asked: dict[int, int] = {}
         """Tickets of open requests by step."""
 
@@ -55,6 +63,8 @@ class BrokerSource:
                 return None
             if reply is not None and reply.waiting != word:
                 since, word = time.time(), reply.waiting
+            if self._tend is not None:
+                self._tend()
             if self.world.main and time.time() - since > self.deadline_s:
                 raise WaitError.passed(f"batch {step}", f"the broker ({word})", since, self.deadline_s)
 

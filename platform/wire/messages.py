@@ -1,9 +1,9 @@
 """Every message of the wire. A request is answered by exactly one reply; hints (PUB) may be lost.
 
-    generator ── Hello, LeaseRequest, SubmitGroup, FailGroup ──► broker
-    learner 0 ── Hello, NextBatch, Commit, Checkpointed ───────► broker
-    evaluator ── Hello, NextEval, EvalResult ──────────────────► broker
-    all roles ── Heartbeat, Failure ───────────────────────────► broker      launcher ── StatusRequest ──► broker
+    generator ── Hello, LeaseRequest, SubmitGroup, FailGroup, ReturnLeases ──► broker
+    learner 0 ── Hello, NextBatch, Commit, Checkpointed ─────────────────────► broker
+    evaluator ── Hello, NextEval, EvalResult ────────────────────────────────► broker
+    all roles ── Heartbeat, Failure ─────────────────────────────────────────► broker ◄── StatusRequest ── launcher
     broker ── VersionHint (PUB) ──► all
 
 Arrays travel as raw frames behind the header (codec.py); here stand only the headers. A reply to a long poll
@@ -93,6 +93,13 @@ class FailGroup(Message, frozen=True):
     attempt: int
     reason: str
     detail: str = ""
+
+
+class ReturnLeases(Message, frozen=True):
+    """The holder cannot finish these (its server died), as (group, attempt): they are issued again, nothing is refused."""
+
+    leases: list[tuple[int, int]]
+    detail: str
 
 
 class NextBatch(Message, frozen=True):
@@ -234,7 +241,7 @@ class VersionHint(Message, frozen=True):
 
 
 Request = (
-    Hello | LeaseRequest | SubmitGroup | FailGroup | NextBatch | Commit | Checkpointed | NextEval | EvalResult
-    | Heartbeat | Failure | StatusRequest | StopRun
+    Hello | LeaseRequest | SubmitGroup | FailGroup | ReturnLeases | NextBatch | Commit | Checkpointed | NextEval
+    | EvalResult | Heartbeat | Failure | StatusRequest | StopRun
 )  # fmt: skip
 Reply = Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | Beat | Status | Done | Error

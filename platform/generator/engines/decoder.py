@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from offtrail.platform.generator.engines.cost import Cost
+
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -230,14 +232,15 @@ class Decoder:
             for _ in range(spec.layers)
         ]
         self._rotary = rotary_table(spec, max_length).to(device)
-        head = spec.vocab_size * C
-        self.head_flops = 2 * head
-        """Floating-point operations a token of the output layer."""
-        total = sum(math.prod(shape) for shape in spec.tensors().values())
-        self.body_flops = 2 * (total - head * (1 if spec.tied else 2))
-        """… of all layers below it, without attention."""
-        self.attention_flops = 4 * spec.layers * spec.heads * D
-        """… of attention, for each position a token attends to."""
+        self.cost = Cost.of(
+            parameters=sum(math.prod(shape) for shape in spec.tensors().values()),
+            vocab_size=spec.vocab_size,
+            hidden_size=C,
+            tied=spec.tied,
+            layers=spec.layers,
+            heads=spec.heads,
+            head_size=D,
+        )
 
     def check(self, weights: Mapping[str, Any]) -> None:
         """ValueError, naming the first tensors that are missing, unknown or of another shape."""

@@ -27,6 +27,7 @@ from offtrail.core.types import Float32, Int32
 from offtrail.platform.config.schema import EngineConfig
 from offtrail.platform.generator.engines.cache import Continuation, KVCache, Prefill, Sequences, joined
 from offtrail.platform.generator.engines.decoder import Attend, Decoder, read_spec, read_weights
+from offtrail.platform.generator.engines.limits import check_request, check_tokens
 from offtrail.platform.generator.engines.sampler import draw, keep, log_probabilities
 from offtrail.platform.generator.engines.slots import Pending, Slots, queue
 
@@ -79,6 +80,14 @@ class LocalEngine:
         """Prompt KV of the first waiting request, where some of its samples have entered already."""
         self._kv_stale = self._paused = False
 
+    replicas = 1
+    waiting_for = ""
+
+    @property
+    def capacity(self) -> int:
+        """Samples that decode together."""
+        return self._config.max_running
+
     @property
     def unfinished(self) -> int:
         """Samples submitted and not yet returned."""
@@ -87,7 +96,7 @@ class LocalEngine:
     def generate(self, requests: Sequence[Request]) -> None:
         """Queue requests; all are checked before any is queued."""
         for request in requests:
-            self._check(request)
+            check_request(request, vocab_size=self.vocab_size, max_length=self._max_length)
         self._waiting.extend(queue(requests, time.time()))
 
     @torch.inference_mode()
@@ -104,14 +113,22 @@ class LocalEngine:
             self._kept_prompt = self._cache.copy_out(self._slots.running - 1, split)
         return self._advance(tokens, logprobs)
 
+    def lost(self) -> list[int]:
+        """None: the engine dies only with its process."""
+        return []
+
     @torch.inference_mode()
-    def score(self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float) -> list[Float32]:
+    def score(
+        self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float, replica: int = 0
+    ) -> list[Float32]:
         """Log-probabilities [T_i] of the outputs under the current weights, at ``temperature`` (0: unscaled)."""
         if len(prompts) != len(outputs):
             raise ValueError(f"score: {len(prompts)} prompts but {len(outputs)} outputs")
         whole = [np.concatenate((p, o)).astype(np.int32) for p, o in zip(prompts, outputs, strict=True)]
         for prompt, sequence in zip(prompts, whole, strict=True):
-            self._check_tokens("score", prompt, sequence, len(sequence))
+            check_tokens(
+                "score", prompt, sequence, len(sequence), vocab_size=self.vocab_size, max_length=self._max_length
+            )
         scores: list[Float32] = [np.zeros(0, np.float32)] * len(whole)
         asked = [i for i, output in enumerate(outputs) if len(output)]
         divisor = torch.tensor(temperature or 1.0, device=self._device)
@@ -165,39 +182,6 @@ class LocalEngine:
         """Drop the unfinished samples, the cache and the weights; the engine is of no use afterwards."""
         self.abort()
         del self._cache, self._decoder
-
-    # Checks
-
-    def _check(self, request: Request) -> None:
-        sampling, what = request.sampling, f"request {request.id}"
-        if request.samples < 1 or sampling.max_new_tokens < 1:
-            raise ValueError(
-                f"{what}: samples={request.samples}, max_new_tokens={sampling.max_new_tokens}; both are ≥ 1"
-            )
-        self._check_tokens(
-            what, request.prompt_tokens, request.prompt_tokens, len(request.prompt_tokens) + sampling.max_new_tokens
-        )
-        if not (0 <= sampling.temperature < float("inf")):
-            raise ValueError(f"{what}: temperature={sampling.temperature}; it is ≥ 0 (0 = greedy)")
-        if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-            raise ValueError(f"{what}: top_p={sampling.top_p}, top_k={sampling.top_k}; 0 < top_p ≤ 1 and top_k ≥ 0")
-        if any(not 0 <= token < self.vocab_size for token in sampling.stop_token_ids):
-            raise ValueError(
-                f"{what}: stop_token_ids={sampling.stop_token_ids}, but the vocabulary is {self.vocab_size}"
-            )
-
-    def _check_tokens(self, what: str, prompt: Int32, tokens: Int32, length: int) -> None:
-        if len(prompt) == 0:
-            raise ValueError(f"{what}: the prompt is empty; give it at least one token")
-        if length > self._max_length:
-            raise ValueError(
-                f"{what}: {len(prompt)} prompt tokens and {length - len(prompt)} new ones are {length}, "
-                f"above model.max_length={self._max_length}; raise it or lower sampling.max_new_tokens"
-            )
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
-            raise ValueError(
-                f"{what}: token ids {int(tokens.min())}…{int(tokens.max())}, but the vocabulary is {self.vocab_size}"
-            )
 
     # One step
 
@@ -318,12 +302,9 @@ class LocalEngine:
         """Count tokens, and the operations of a forward over them (attention: ``context`` positions in all; by default
         those of one causal sequence after ``start`` tokens), with the output layer for ``heads`` of them.
         """
-        decoder = self._decoder
         attended = tokens * start + tokens * (tokens + 1) // 2 if context is None else context
         self.counters[counter] += tokens
-        self.counters["flops"] += (
-            tokens * decoder.body_flops + heads * decoder.head_flops + attended * decoder.attention_flops
-        )
+        self.counters["flops"] += self._decoder.cost.total(tokens=tokens, heads=heads, attended=attended)
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
