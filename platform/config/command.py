@@ -21,7 +21,8 @@ from offtrail.platform.config.schema import Config
 FLAGS = ("--help", "--version", "--dry-run")
 # What the roles import, checked here so that a missing one is one line and not five tracebacks.
 PACKAGES = (
-    "accelerate matplotlib msgspec numpy psutil pyarrow rich safetensors tensorboard torch transformers xxhash zmq"
+    "accelerate aiohttp matplotlib msgspec numpy psutil pyarrow rich safetensors tensorboard torch transformers "
+    "xxhash zmq"
 )
 
 
