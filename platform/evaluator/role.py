@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from offtrail.platform.generator.text import Text
 from offtrail.platform.generator.verifiers import VerifierPool
 from offtrail.platform.launcher.context import RoleContext
 from offtrail.platform.tracking.activity import Activity
-from offtrail.platform.weights.channels import Reader
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
 from offtrail.rewards.rule import COMPONENTS
@@ -46,13 +46,21 @@ def main(context: RoleContext) -> None:
                 return
             waiting_for = job.waiting or "broker"
             if job.version >= 0:
-                metrics, texts = evaluation.run(job.version, weights)
+                load = partial(load_version, evaluation.engine, weights, job.version)
+                load()
+                metrics, texts = evaluation.run(load)
                 weights.unpin(job.version)
                 result = EvalResult(version=job.version, metrics=metrics, texts=texts)
                 connection.client.request(result, what="an acknowledged evaluation", deadline_s=deadline)
     finally:
         evaluation.close()
         connection.close()
+
+
+def load_version(engine: Engine, weights: Subscriber, version: int) -> None:
+    """Bring the engine to a pinned version."""
+    with weights.open(version) as opened:
+        engine.load_weights(version, opened)
 
 
 class Evaluation:
@@ -68,19 +76,14 @@ class Evaluation:
         self._too_long = 0
         self._charged: dict[str, float] = {}
 
-    def run(self, version: int, weights: Reader) -> tuple[dict[str, float], dict[str, str]]:
+    def run(self, reload: Callable[[], None] = lambda: None) -> tuple[dict[str, float], dict[str, str]]:
         """Accuracy and format over eval.prompts × eval.samples answers, lengths of these, and a few of them as text.
 
-        A prompt that leaves no room for its answer counts as wrong; ValueError when none does.
+        A prompt that leaves no room for its answer counts as wrong; ValueError when none does. ``reload`` is called when
+        a server was started anew, to bring the version to it.
         """
-
-        def load() -> None:
-            with weights.open(version) as opened:
-                self.engine.load_weights(version, opened)
-
         with self.activity.busy("evaluate"):
-            load()
-            answers = self._answers(load)
+            answers = self._answers(reload)
             components = self._verify(answers)
         self._charge()
         lengths = np.array([len(c.tokens) for group in answers for c in group])
@@ -100,10 +103,8 @@ class Evaluation:
         self.verifiers.close()
         self.engine.close()
 
-    def _answers(self, load: Callable[[], None]) -> list[list[Completion]]:
-        """Answers by problem; none to a prompt that does not fit. What dies with a server is asked again, after ``load``
-        has brought the version to the server that takes its place.
-        """
+    def _answers(self, reload: Callable[[], None]) -> list[list[Completion]]:
+        """Answers by problem; none to a prompt that does not fit. What dies with a server is asked again."""
         sampling = Sampling(
             max_new_tokens=self.config.sampling.longest_at(self.engine.version),
             temperature=self.config.eval.temperature,
@@ -119,7 +120,7 @@ class Evaluation:
             for completion in self.engine.step():
                 answers[completion.request].append(completion)
             if self.engine.version != version:
-                load()
+                reload()
             if lost := self.engine.lost():
                 for request in lost:
                     answers[request].clear()

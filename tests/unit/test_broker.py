@@ -42,6 +42,7 @@ from offtrail.platform.wire.messages import (
     Message,
     NextBatch,
     NextEval,
+    ReturnLeases,
     Status,
     StatusRequest,
     StopRun,
@@ -466,6 +467,20 @@ def test_a_lease_outlives_a_long_answer_and_ends_with_lost_heartbeats(start: Cal
     assert [(lease.group, lease.attempt) for lease in other[:2]] == [(0, 2), (1, 2)]
     assert not run.submit(mine[0], 0).accepted
     assert run.submit(other[0], 0, peer="generator-1").accepted
+
+
+def test_leases_that_their_holder_returns_are_issued_again_and_nothing_is_refused(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    first, *others = run.lease().leases
+    late = (others[0].group, others[0].attempt - 1)
+    run.ask("generator-0", ReturnLeases(leases=[(first.group, 1), late], detail="its server died"), Done)
+    assert [row.id for row in run.broker.ledger.returned()] == [first.group]
+    again = run.lease().leases[0]
+    assert (again.group, again.slot, again.attempt) == (first.group, first.slot, 2)
+    assert not run.submit(first, 0).accepted
+    assert run.submit(again, 0).accepted
+    assert run.broker.ledger.tally().refused == {}
 
 
 def test_a_broker_that_was_stopped_itself_blames_nobody(start: Callable[..., Run]) -> None:

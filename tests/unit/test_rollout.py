@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,16 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.weights.probe import MismatchError
-from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
+from offtrail.platform.wire.messages import (
+    Error,
+    FailGroup,
+    GroupAck,
+    LeaseRequest,
+    Leases,
+    Message,
+    ReturnLeases,
+    SubmitGroup,
+)
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.search.sample import SampleDriver
 
@@ -58,6 +68,11 @@ class FakeEngine:
     counters: dict[str, float] = field(default_factory=lambda: {"decoded_tokens": 0.0})
     queue: list[Request] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
+    capacity: int = 256
+    replicas: int = 1
+    waiting_for: str = ""
+    dead: list[int] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
 
     @property
     def unfinished(self) -> int:
@@ -80,9 +95,17 @@ class FakeEngine:
             for request, i in reversed(done)
         ]
 
-    def score(self, prompts: Any, outputs: Any, temperature: float) -> list[Any]:
+    def lost(self) -> list[int]:
+        dead, self.dead = self.dead, []
+        return dead
+
+    def die(self) -> None:
+        """Its server dies with all that runs on it."""
+        self.dead, self.queue = [request.id for request in self.queue], []
+
+    def score(self, prompts: Any, outputs: Any, temperature: float, replica: int = 0) -> list[Any]:
         assert temperature == 1.0
-        return [np.full(len(output), -1.0, np.float32) for output in outputs]
+        return [np.full(len(output), self.scores.get(replica, -1.0), np.float32) for output in outputs]
 
     def load_weights(self, version: int, weights: object) -> None:
         self.version = version
@@ -92,8 +115,8 @@ class FakeEngine:
 class FakeWeights:
     learner: list[float] = field(default_factory=list)
 
-    def load(self, version: int) -> dict[str, Any]:
-        return {}
+    def open(self, version: int) -> Any:
+        return contextlib.nullcontext({})
 
     def probe(self, version: int) -> list[float]:
         return self.learner
@@ -201,8 +224,9 @@ def test_rewards_are_the_weighted_total_of_the_verdict() -> None:
 
 def test_one_lease_request_is_open_at_a_time_and_none_once_the_engine_is_twice_full() -> None:
     config = Config()
-    config.engine.max_running, config.batch.group_size = 4, 2
+    config.batch.group_size = 2
     rollout = make(config)
+    rollout.engine.capacity = 4  # type: ignore[misc]
     rollout.ask_for_leases()
     rollout.ask_for_leases()
     assert [r.room for r in sent(rollout, LeaseRequest)] == [4]  # 2·4 samples / 2 a group
@@ -327,3 +351,55 @@ def test_engine_and_verifiers_charge_what_was_added_since_the_last_time() -> Non
         rollout.verifiers.counters["verifier_seconds"] = seconds
         rollout.charge()
         assert charged.snapshot().compute == {"decoded_tokens": decoded, "verifier_seconds": seconds}
+
+
+def test_leases_whose_server_died_go_back_and_may_come_again() -> None:
+    rollout = make()
+    grant(rollout, lease(1), lease(2))
+    rollout.apply_weights()
+    rollout.start_ready()
+    rollout.engine.die()  # type: ignore[attr-defined]
+    rollout.decode()
+    assert [m.leases for m in sent(rollout, ReturnLeases)] == [[(1, 1), (2, 1)]]
+    assert rollout.held == 0
+    grant(rollout, lease(1, attempt=2))
+    turn(rollout)
+    assert [(m.header.group, m.header.attempt) for m in sent(rollout, SubmitGroup)] == [(1, 2)]
+    assert sent(rollout, FailGroup) == []
+
+
+def test_an_answer_of_a_lost_group_counts_for_nothing() -> None:
+    rollout = make()
+    grant(rollout, lease(1), lease(2))
+    rollout.apply_weights()
+    rollout.start_ready()
+    rollout.engine.dead = [1]  # type: ignore[attr-defined]  # and yet its samples are among the finished ones
+    rollout.decode()
+    rollout.submit_scored()
+    assert [m.header.group for m in sent(rollout, SubmitGroup)] == [2]
+
+
+def test_while_no_server_is_up_nothing_is_asked_for_and_the_wait_names_it() -> None:
+    rollout = make()
+    rollout.engine.waiting_for = "server 0 of generator-0 to start"  # type: ignore[misc]
+    rollout.ask_for_leases()
+    assert sent(rollout, LeaseRequest) == []
+    waits = []
+    rollout.take_replies = lambda timeout_s=0.0: waits.append(rollout.connection.activity.snapshot().waiting_on)  # type: ignore[method-assign]
+    rollout.wait()
+    assert waits == ["server 0 of generator-0 to start"]
+
+
+def test_every_server_is_probed_and_the_worst_counts() -> None:
+    rollout = make()
+    rollout.engine.replicas, rollout.engine.scores = 2, {1: -1.01}  # type: ignore[misc, attr-defined]
+    rollout.weights.learner = [-1.0] * 24  # type: ignore[attr-defined]
+    grant(rollout, lease(1))
+    rollout.apply_weights()
+    gauges = rollout.connection.activity.snapshot().gauges
+    assert gauges["mismatch/probe_abs_dlogp_mean"] == pytest.approx(0.01, rel=1e-3)
+    rollout.engine.scores = {1: -2.0}  # type: ignore[attr-defined]
+    rollout.connection.heart.version = 1
+    rollout.take_replies()
+    with pytest.raises(MismatchError):
+        rollout.apply_weights()
