@@ -44,7 +44,8 @@ def main(context: RoleContext) -> None:
                 return
             waiting_for = job.waiting or "broker"
             if job.version >= 0:
-                evaluation.engine.load_weights(job.version, weights.load(job.version))
+                with weights.open(job.version) as tensors:
+                    evaluation.engine.load_weights(job.version, tensors)
                 weights.unpin(job.version)
                 metrics, texts = evaluation.run()
                 result = EvalResult(version=job.version, metrics=metrics, texts=texts)

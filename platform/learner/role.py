@@ -104,7 +104,7 @@ class Learner:
             source=BrokerSource(connection, world, config.learner.steps, config.broker.deadline_seconds),
             model=model,
             tokenizer=AutoTokenizer.from_pretrained(start),
-            publisher=Publisher(context.weights_folder, versions_kept(config)) if world.main else None,
+            publisher=make_publisher(context) if world.main else None,
             step=step,
         )
 
@@ -123,7 +123,7 @@ class Learner:
         self._settle()
         self.step += 1
         checksum = self._publish()
-        if not self.world.main:
+        if self.publisher is None:
             return
         shown = self.context.config.tracking.sample_texts
         self._commit(
@@ -135,6 +135,8 @@ class Learner:
                 | batch_metrics(batch)
                 | {
                     "weights/publish_seconds": self.publish_seconds,
+                    "weights/bytes": float(self.publisher.bytes_last),
+                    "weights/delta_share": self.publisher.delta_share,
                     "memory/learner_peak_bytes": float(peak_memory(self.world.device)),
                 },
                 histograms=report.histograms | batch_histograms(batch),
@@ -285,6 +287,18 @@ def make_critic(
     )
     critic, optimizer = world.prepare(critic, optimizer)
     return CriticTrainer(world, critic, optimizer, warmup(settings), algo, activity)
+
+
+def make_publisher(context: RoleContext) -> Publisher:
+    """Of a file channel, in the engines' dtype where that is narrower than the parameters: half the bytes to move."""
+    config = context.config
+    engine, parameters = (getattr(torch, dtype) for dtype in (config.engine.dtype, config.learner.dtype))
+    return Publisher(
+        context.weights_folder,
+        versions_kept(config),
+        dtype=engine if engine.itemsize < parameters.itemsize else None,
+        full_every=config.weights.full_every if config.weights.delta else 0,
+    )
 
 
 def make_policy(model: Any, settings: LearnerConfig) -> Policy:

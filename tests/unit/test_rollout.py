@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.weights.probe import MismatchError
+from offtrail.platform.weights.store import Published
 from offtrail.platform.wire.messages import Error, FailGroup, GroupAck, LeaseRequest, Leases, Message, SubmitGroup
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.search.sample import SampleDriver
@@ -92,8 +94,8 @@ class FakeEngine:
 class FakeWeights:
     learner: list[float] = field(default_factory=list)
 
-    def load(self, version: int) -> dict[str, Any]:
-        return {}
+    def open(self, version: int) -> Published:
+        return Published(version, Path(), "", {}, lambda: None)
 
     def probe(self, version: int) -> list[float]:
         return self.learner
