@@ -405,7 +405,7 @@ class Broker:
         )
 
     def on_return_leases(self, message: ReturnLeases, envelope: Envelope) -> Answer:
-        """Leases that their holder cannot finish go back, to be issued again; those of a late attempt are gone already."""
+        """Leases that their holder cannot finish go back, to be issued again; a late attempt's are gone already."""
         holder = self._member(envelope).name
         returned = self.ledger.return_leases(holder, dict(message.leases))
         log.warning("%s returned %d leases: %s", holder, len(returned), message.detail)

@@ -286,8 +286,8 @@ class Ledger:
         return [rows[i] for i in ids]
 
     def return_leases(self, holder: str, attempts: Mapping[int, int] | None = None) -> list[int]:
-        """Take back what ``holder`` has, or of that only the groups of ``attempts`` (group → attempt); a late submission
-        will carry an old attempt number.
+        """Take back what ``holder`` has, or only the groups of ``attempts`` (group → attempt); a late submission will
+        carry an old attempt number.
         """
         mine = "state = 'leased' AND holder = ?"
         with self._change() as db:

@@ -215,7 +215,7 @@ class SglangConfig(EngineConfig):
     flags: str = ""
     """Further flags of `sglang.launch_server`, as on its command line."""
     router: bool = False
-    """Put sglang-router with its cache-aware policy before a generator's servers, in place of offtrail's own choice."""
+    """Put sglang-router with its cache-aware policy before a generator's servers; else offtrail chooses."""
     pause_mode: Literal["auto", "retract", "abort"] = "auto"
     """How kv_on_update=recompute stops the server: hold its samples, or take them back and send them anew; auto: the
     first where the server's version can."""
@@ -255,7 +255,7 @@ class WeightsConfig:
 
     channel: Literal["shm", "disk", "distributed", "ipc"] = "shm"
     """shm: shared memory, on one host. disk: the run directory, on any file system. distributed: broadcast from the
-    learner to SGLang servers (gloo, NCCL). ipc: SGLang servers read the learner's own memory (CUDA IPC), on one host."""
+    learner to SGLang servers (gloo, NCCL). ipc: SGLang servers read the learner's memory (CUDA IPC), on one host."""
     dir: str = ""
     """Folder in which the channel makes its own, offtrail-…; empty = /dev/shm, or runs/NAME/weights for disk."""
     delta: bool = False

@@ -79,8 +79,8 @@ class Evaluation:
     def run(self, reload: Callable[[], None] = lambda: None) -> tuple[dict[str, float], dict[str, str]]:
         """Accuracy and format over eval.prompts × eval.samples answers, lengths of these, and a few of them as text.
 
-        A prompt that leaves no room for its answer counts as wrong; ValueError when none does. ``reload`` is called when
-        a server was started anew, to bring the version to it.
+        A prompt that leaves no room for its answer counts as wrong; ValueError when none does. ``reload`` brings the
+        version to a server that was started anew.
         """
         with self.activity.busy("evaluate"):
             answers = self._answers(reload)

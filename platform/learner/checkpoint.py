@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World, full, local, resharded, shard_like
+from offtrail.platform.weights import store
 
 _NAME = re.compile(r"step_(\d+)")
 _HEADROOM = 1 << 24
@@ -98,7 +99,7 @@ def write(
     window: Mapping[int, Path],
     beside: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Write and seal one checkpoint; rank 0 only. ``window``: published version → its file, copied as it is;
+    """Write and seal one checkpoint; rank 0 only. ``window``: published version → its file, copied as a whole;
     ``beside``: further safetensors files by their stem.
 
     Raises CheckpointError: not enough room, or the file system's own word; older checkpoints stay as they are.
@@ -117,9 +118,9 @@ def write(
         _save({**moments, **random}, temporary / "optimizer.safetensors")
         for stem, tensors in others.items():
             _save(tensors, temporary / f"{stem}.safetensors")
-        for file in window.values():
+        for version, file in window.items():
             (temporary / "window").mkdir(exist_ok=True)
-            shutil.copyfile(file, temporary / "window" / file.name)
+            store.copy_whole(file.parent, version, temporary / "window" / file.name)
         (temporary / "trainer.json").write_text(json.dumps(vars(state)))
         _seal(temporary, target)
     except Exception as error:
@@ -231,7 +232,9 @@ def write_model(folder: Path, model: Any, tokenizer: Any, parameters: Mapping[st
 
 
 def _check_room(target: Path, tensors: list[Tensor], window: Mapping[int, Path]) -> None:
-    needed = sum(t.numel() * t.element_size() for t in tensors) + sum(f.stat().st_size for f in window.values())
+    needed = sum(t.numel() * t.element_size() for t in tensors) + sum(
+        store.whole_size(file.parent, version) for version, file in window.items()
+    )
     free = shutil.disk_usage(target.parent).free
     if needed + _HEADROOM > free:
         raise CheckpointError(

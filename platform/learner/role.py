@@ -132,7 +132,7 @@ class Learner:
         self._settle()
         self.step += 1
         checksum = self._publish()
-        if not self.world.main:
+        if self.publisher is None:
             return
         shown = self.context.config.tracking.sample_texts
         self._commit(
@@ -144,6 +144,8 @@ class Learner:
                 | batch_metrics(batch)
                 | {
                     "weights/publish_seconds": self.publish_seconds,
+                    "weights/bytes": float(self.publisher.bytes_last),
+                    "weights/delta_share": self.publisher.delta_share,
                     "memory/learner_peak_bytes": float(peak_memory(self.world.device)),
                 },
                 histograms=report.histograms | batch_histograms(batch),

@@ -34,7 +34,10 @@ class Channel(Protocol):
     """What the learner publishes with."""
 
     bytes_published: int
-    """Cumulative bytes that were written or sent for versions, to one reader."""
+    """Cumulative bytes of versions, as written or sent to one reader; ``bytes_last``: of the newest."""
+    bytes_last: int
+    delta_share: float
+    """``bytes_last`` over the bytes of the whole version."""
 
     def publish(self, version: int, tensors: Mapping[str, Tensor], probe: Sequence[float] = ()) -> str:
         """Make the version visible, whole or not at all; its checksum."""
@@ -70,7 +73,7 @@ def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Chan
 
     weights, dtype = config.weights, engine_dtype(config)
     whole = weights.channel in ("shm", "disk")
-    store = Publisher(folder, keep, dtype=dtype, delta=weights.delta and whole, full_every=weights.full_every)
+    store = Publisher(folder, keep, dtype=dtype, full_every=weights.full_every if weights.delta and whole else 0)
     if whole:
         return store
     bucket_bytes = weights.bucket_mb << 20
@@ -80,11 +83,12 @@ def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Chan
         return MemoryChannel(store, keep, dtype=dtype, bucket_bytes=bucket_bytes)
     from offtrail.platform.weights.distributed import DistributedChannel
 
-    assert isinstance(config.engine, SglangConfig)  # a rule of the configuration
+    engine = config.engine
+    assert isinstance(engine, SglangConfig)  # a rule of the configuration
     return DistributedChannel(
         store,
         run_dir / "servers",
-        config.engine,
+        engine,
         dtype=dtype,
         bucket_bytes=bucket_bytes,
         generators=config.generator.count,

@@ -1,12 +1,13 @@
-"""weights.channel=distributed: the learner's rank 0 broadcasts a version into SGLang servers (NCCL, or gloo on CPUs).
+"""weights.channel=distributed: the learner's rank 0 broadcasts a version into SGLang servers (NCCL, gloo on CPUs).
 
-    all ranks gather ─► rank 0: pause all ─► begin ─► [bucket: POST to each ∥ broadcast] … ─► end ─► name ─► continue all
+    all ranks gather ─► rank 0: pause all ─► begin ─► [bucket: POST to each ∥ broadcast] … ─► end ─► name ─► continue
 
 Called by the learner between two steps, and while it waits for a batch (`tend`: a server that was started anew lacks the
 version). The servers are those that the generators list in runs/NAME/servers/. Invariants: every shard is gathered
 before the first server is spoken to, since two process groups that wait on each other are a deadlock; the version is
 visible (its note is there, publish returns) when every server that answered holds it; a server that does not answer in
-engine.hang_seconds is left out, and the others, which stay paused meanwhile, are given the whole version again: nobody decodes with a part.
+engine.hang_seconds is left out, and the others, which stay paused meanwhile, are given the whole version again: nobody
+decodes with a part of one.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class DistributedChannel:
     ) -> None:
         self.store, self.servers_folder, self.config = store, folder, config
         self.dtype, self.bucket_bytes, self.generators = dtype, bucket_bytes, generators
-        self.bytes_published = 0
+        self.bytes_published, self.bytes_last, self.delta_share = 0, 0, 1.0
         self._loop = Loop("weights")
         self._sender = ThreadPoolExecutor(1, "broadcast")
         self._group: dist.ProcessGroup | None = None
@@ -151,7 +152,8 @@ class DistributedChannel:
             failed = self._loop.run(self._bring(servers))
             if not failed:
                 self._holding = set(servers)
-                self.bytes_published += sum(bytes_of(tensor, None) for tensor in self._tensors.values())
+                self.bytes_last = sum(bytes_of(tensor, None) for tensor in self._tensors.values())
+                self.bytes_published += self.bytes_last
                 return
             self._leave()
             asked = [self._server(address) for address in servers]

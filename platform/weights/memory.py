@@ -74,10 +74,6 @@ class Handles(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.named_shapes)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every tensor."""
-        return dict(self.named_shapes)
-
 
 @dataclass(frozen=True)
 class HandleReader:
@@ -175,7 +171,7 @@ class MemoryChannel:
     def __init__(self, store: Publisher, keep: int, *, dtype: torch.dtype | None, bucket_bytes: int) -> None:
         self.store, self.folder, self.keep = store, store.folder, keep
         self.dtype, self.bucket_bytes = dtype, bucket_bytes
-        self.bytes_published = 0
+        self.bytes_published, self.bytes_last, self.delta_share = 0, 0, 1.0
         self._held: dict[int, Held] = {}
         self._changed = threading.Condition()
         remove_notes(self.folder)
@@ -197,7 +193,8 @@ class MemoryChannel:
         held.version, held.readers = version, 0
         with self._changed:
             self._held[version] = held
-        self.bytes_published += sum(flat.numel() for flat in held.flat)
+        self.bytes_last = sum(flat.numel() for flat in held.flat)
+        self.bytes_published += self.bytes_last
         return digest
 
     def pin(self, version: int) -> None:
@@ -311,8 +308,8 @@ def _serve(channel: MemoryChannel, path: Path) -> _Desk:
         desk = _Desk(str(path), _Reader)
     except OSError as error:
         raise WeightsError(
-            f"weights.channel=ipc: no socket at {path} ({error}): set weights.dir to a short path on this host, or take "
-            "weights.channel=shm"
+            f"weights.channel=ipc: no socket at {path} ({error}): set weights.dir to a short path on this host, or "
+            "take weights.channel=shm"
         ) from error
     os.chmod(path, 0o600)
     desk.channel = channel

@@ -96,7 +96,7 @@ class FailGroup(Message, frozen=True):
 
 
 class ReturnLeases(Message, frozen=True):
-    """The holder cannot finish these (its server died), as (group, attempt): they are issued again, nothing is refused."""
+    """The holder cannot finish these, as (group, attempt): they are issued again, nothing is refused."""
 
     leases: list[tuple[int, int]]
     detail: str

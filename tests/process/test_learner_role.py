@@ -78,7 +78,8 @@ class ScriptedBroker:
                 self.metrics = message.metrics
                 subscriber = Subscriber(self.channel)
                 self.readable[message.version] = [v for v in range(10) if exists(subscriber, v)]
-                assert checksum(subscriber.load(message.version)) == message.checksum
+                with subscriber.open(message.version) as weights:
+                    assert weights.checksum == checksum(weights) == message.checksum
                 return Committed(lineage=0)
             case Checkpointed():
                 self.said.append(f"checkpoint {message.step} {Path(message.path).name}")
@@ -89,7 +90,8 @@ class ScriptedBroker:
 
 def exists(subscriber: Subscriber, version: int) -> bool:
     try:
-        return bool(subscriber.load(version))
+        with subscriber.open(version) as weights:
+            return bool(weights)
     except FileNotFoundError:
         return False
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from offtrail.platform.wire.messages import (
     ReturnLeases,
     SubmitGroup,
 )
+from offtrail.platform.weights.store import Published
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.search.sample import SampleDriver
 
@@ -115,8 +117,8 @@ class FakeEngine:
 class FakeWeights:
     learner: list[float] = field(default_factory=list)
 
-    def open(self, version: int) -> Any:
-        return contextlib.nullcontext({})
+    def open(self, version: int) -> Published:
+        return Published(version, Path(), "", {}, lambda: None)
 
     def probe(self, version: int) -> list[float]:
         return self.learner

@@ -1,6 +1,6 @@
 """The client of SGLang servers: one asyncio loop in a thread, one connection pool, a task for each running sample.
 
-    engine.py ── Job ──► waiting ──(a server is up)──► sample task: POST /generate, streamed ──► Completion
+    engine.py ── Job ──► waiting ──(a server is up)──► task: POST /generate, streamed ──► Completion
                                          │  a server dies or hangs: its requests are `lost`, whole
                                          └─ a server hands a sample back (pause_mode=abort): sent again, prompt + partial
 

@@ -50,7 +50,7 @@ class LoaderRefusedError(ControlError):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One server as the control calls see it. ``session``: an open aiohttp session; ``has_sessions``: SGLang ≥ 0.5.21."""
+    """One server as the control calls see it. ``has_sessions``: it wants tensors between begin and end (≥ 0.5.21)."""
 
     address: Address
     session: aiohttp.ClientSession
@@ -163,7 +163,9 @@ async def flush(server: Server) -> None:
 
 @contextlib.asynccontextmanager
 async def weight_session(server: Server) -> AsyncIterator[None]:
-    """begin … end around tensors, where the server has sessions. Any failure inside but LoaderRefusedError leaves it torn."""
+    """Begin … end around tensors, where the server has sessions. A failure inside, other than a loader that refused,
+    leaves the weights torn.
+    """
     if server.has_sessions:
         await server.post("/begin_weight_update")
     try:
@@ -196,7 +198,7 @@ class FromFile:
     ranks: int = 1
 
     async def __call__(self, server: Server, flush_cache: bool) -> None:
-        """Name the file to the server; it maps, checks and loads it. Raises LoaderRefusedError when it did not begin to."""
+        """Name the file to the server; it maps, checks and loads it."""
         verdict = self.folder / f"verdict-{uuid.uuid4().hex}"
         payload = base64.b64encode(request(str(self.folder), self.version, str(verdict))).decode()
         body = {"serialized_named_tensors": [payload] * self.ranks, "load_format": LOADER, "flush_cache": flush_cache}

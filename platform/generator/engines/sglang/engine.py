@@ -16,7 +16,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import tempfile
 import time
 from collections import Counter
@@ -50,7 +49,7 @@ from offtrail.platform.generator.engines.sglang.control import (
 )
 from offtrail.platform.generator.engines.sglang.servers import Address, ServerError, Servers
 from offtrail.platform.weights.memory import Handles, Pushed
-from offtrail.platform.weights.store import Published
+from offtrail.platform.weights.store import Published, copy_whole
 
 log = logging.getLogger("offtrail.generator")
 
@@ -243,8 +242,11 @@ class SglangEngine:
 
     def _check_names(self, version: int, weights: Mapping[str, Any]) -> None:
         """SGLang itself answers success to a checkpoint of another architecture."""
-        shapes = weights.shapes() if isinstance(weights, Published | Handles) else {}
-        if not shapes:
+        if isinstance(weights, Published):
+            shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        elif isinstance(weights, Handles):
+            shapes = dict(weights)
+        else:  # the learner's own business
             return
         wrong = [name for name in shapes if self._shapes.get(name, shapes[name]) != shapes[name]]
         missing, foreign = sorted(self._shapes.keys() - shapes), sorted(shapes.keys() - self._shapes)
@@ -263,7 +265,7 @@ class SglangEngine:
             yield FromFile(weights.folder, version, self._config.tensor_parallel)
         elif isinstance(weights, Published):
             with tempfile.TemporaryDirectory(prefix=f"offtrail-v{version}-", dir=weights.folder) as folder:
-                os.link(weights.path, Path(folder) / "model.safetensors")
+                copy_whole(weights.folder, version, Path(folder) / "model.safetensors")
                 yield FromDirectory(Path(folder), version)
         else:
             raise ValueError(f"version {version}: an SGLang server cannot read a {type(weights).__name__}")

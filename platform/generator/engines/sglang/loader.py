@@ -3,8 +3,8 @@
     control.FromFile ── request ──► server ── load ──► the version's file: mapped, checked, copied into the model
                      ◄── verdict (a file beside it, one a TP rank) ──────────────────────────────────┘
 
-The server is started with ``--custom-weight-loader`` naming `load`. Trap: an exception here kills the server's scheduler,
-and SGLang answers success whatever happened, so that what became of a request is told by a verdict file.
+The server is started with ``--custom-weight-loader`` naming `load`. Trap: an exception here kills the server's
+scheduler, and SGLang answers success whatever happened, so that a verdict file tells what became of a request.
 
 Invariant: everything that can be checked (the file's checksum, the base of a delta, names) is checked before the model
 is touched; a verdict other than ``ok`` or ``refused`` means that the model may hold a part of the version.
@@ -30,7 +30,7 @@ _readers: dict[Path, Subscriber] = {}
 
 
 def request(folder: str, version: int, verdict: str) -> bytes:
-    """What `control.FromFile` sends as the only "tensor": its name says all, as JSON, and SGLang wants a tensor to it."""
+    """What `control.FromFile` sends as the only "tensor": its name says all, as JSON; the tensor is empty."""
     buffer = io.BytesIO()
     told = json.dumps({"folder": folder, "version": version, "verdict": verdict})
     ForkingPickler(buffer).dump([(told, torch.empty(0))])  # an empty tensor takes no shared memory

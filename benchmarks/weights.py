@@ -1,0 +1,303 @@
+"""How close the weight channels come to the machine, and what delta encoding saves on a real run's versions.
+
+    python benchmarks/weights.py [--repeats 9] [--megabytes 16 128 512 1024] [--only shm disk delta]
+
+A channel is a class with ``push`` and ``pull``: the publisher is this process, the reader another one, and both have
+their parameters in memory that was touched before. A measurement goes from the call of ``push`` to the reader's word
+that its parameters hold the version. Beside each channel stands its floor, the least that the machine can do for the
+same bytes, through the same two processes, right before or after (the order turns round in every second repeat):
+
+- shm: two memcpy, tensor by tensor, parameters → a shared mapping → parameters; one thread each.
+- disk: one write and one read of the same bytes, without fsync. ``disk_ratio`` is against overwriting a file that is in
+  the page cache, as the channel does; ``disk_ratio_new_file`` against writing a new one.
+
+A ratio is floor / channel, the median over repeats of the ratio within a repeat. Weights are random float32, shaped as a
+Llama's. ``shm_ratio`` and ``disk_ratio`` are the worst of the sizes of 500 MB and more.
+
+``delta_share`` is bytes written over bytes of whole versions, over the versions that the learner makes of the batches of
+one real run of the embedded default (weights.full_every=10): in float32 as it trains, as bfloat16, and as bfloat16 at a
+learning rate of 1e-6, which is what large models use. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from common import Arm, Run, launch, machine, say
+from torch import Tensor
+
+from offtrail.platform.learner.checkpoint import gather
+from offtrail.platform.learner.model import load_model
+from offtrail.platform.learner.role import make_trainer
+from offtrail.platform.learner.world import World
+from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.weights.files import as_bytes
+from offtrail.platform.weights.store import Publisher, Subscriber, remove
+
+SHAPES = {16: (192, 8_000), 128: (512, 32_000), 512: (1024, 32_000), 1024: (1536, 32_000)}
+"""Megabytes: (hidden size, vocabulary) of a model that has about so many in float32."""
+
+
+class Channel(Protocol):
+    """One way from a publisher's parameters to a reader's. Made in both processes, from the same ``place``."""
+
+    def push(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        """In the publisher."""
+
+    def pull(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        """In the reader, after ``push``: ``parameters`` hold the version."""
+
+    def close(self) -> None:
+        """In the publisher: take away what stands in ``place``."""
+
+
+class Store:
+    """platform/weights/store.py, in shared memory or on a disk."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.publisher: Publisher | None = None
+        self.subscriber = Subscriber(place)
+
+    def push(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        self.publisher = self.publisher or Publisher(self.place)
+        self.publisher.publish(version, parameters)
+
+    def pull(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        with self.subscriber.open(version) as weights:
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+
+    def close(self) -> None:
+        if self.publisher is not None:
+            self.publisher.close()
+        remove(self.place)
+
+
+class Memcpy:
+    """The floor of shared memory: into a shared mapping, and out of it."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place.with_suffix(".floor")
+        self.memory: dict[str, Tensor] = {}
+
+    def push(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        for name, shared in self._mapped(parameters).items():
+            shared.copy_(parameters[name])
+
+    def pull(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        for name, shared in self._mapped(parameters).items():
+            parameters[name].copy_(shared)
+
+    def close(self) -> None:
+        self.place.unlink()
+
+    def _mapped(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.memory:
+            with self.place.open("a+b") as file:
+                file.truncate(size_of(parameters))
+                whole = torch.frombuffer(mmap.mmap(file.fileno(), size_of(parameters)), dtype=torch.uint8)
+            parts = whole.split([p.nbytes for p in parameters.values()])
+            self.memory = {
+                name: part.view(p.dtype).view(p.shape)
+                for part, (name, p) in zip(parts, parameters.items(), strict=True)
+            }
+        return self.memory
+
+
+class Overwrite:
+    """A floor of disks: write over a file, read it."""
+
+    new = False
+
+    def __init__(self, place: Path) -> None:
+        self.place = place.with_suffix(".new" if self.new else ".floor")
+
+    def push(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        path = self.place.with_suffix(".writing") if self.new else self.place
+        with path.open("wb" if self.new or not path.exists() else "r+b", buffering=0) as file:
+            for parameter in parameters.values():
+                assert file.write(as_bytes(parameter).data) == parameter.nbytes
+        os.replace(path, self.place)
+
+    def pull(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        with self.place.open("rb", buffering=0) as file:
+            for parameter in parameters.values():
+                assert file.readinto(as_bytes(parameter).data) == parameter.nbytes
+
+    def close(self) -> None:
+        self.place.unlink()
+
+
+class NewFile(Overwrite):
+    """A floor of disks: write a new file and rename it over the old one, read it."""
+
+    new = True
+
+
+def shaped(megabytes: int) -> dict[str, Tensor]:
+    """Random float32 parameters of a Llama of about so many megabytes."""
+    hidden, vocabulary = SHAPES[megabytes]
+    inner = 8 * hidden // 3 // 64 * 64
+    layer = {
+        **{f"self_attn.{x}_proj.weight": (hidden, hidden) for x in "qo"},
+        **{f"self_attn.{x}_proj.weight": (hidden // 4, hidden) for x in "kv"},
+        **{f"mlp.{x}_proj.weight": (inner, hidden) for x in ("gate", "up")},
+        "mlp.down_proj.weight": (hidden, inner),
+        **{f"{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")},
+    }
+    found = {"model.embed_tokens.weight": torch.randn(vocabulary, hidden)}
+    number = 0
+    while size_of(found) < megabytes * 10**6:
+        found |= {f"model.layers.{number}.{name}": torch.randn(shape) for name, shape in layer.items()}
+        number += 1
+    return found
+
+
+def size_of(parameters: Mapping[str, Tensor]) -> int:
+    """Bytes."""
+    return sum(p.nbytes for p in parameters.values())
+
+
+def reader(
+    kinds: Mapping[str, type[Channel]], place: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> Callable[[str, int], float]:
+    """The reader's process: its parameters, and its end of each channel. Gives an element of what it read last."""
+    torch.set_num_threads(1)
+    channels = {name: kind(place) for name, kind in kinds.items()}
+    parameters = {name: torch.full(shape, -1.0) for name, shape in shapes.items()}
+    last = parameters[next(iter(parameters))].view(-1)
+
+    def pull(name: str, version: int) -> float:
+        channels[name].pull(version, parameters)
+        return float(last[0])
+
+    return pull
+
+
+def race(kinds: Mapping[str, type[Channel]], folder: Path, megabytes: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each channel by repeat, after five that warm up (files to write again, page tables)."""
+    torch.set_num_threads(1)
+    place = folder / f"offtrail-bench-{os.getpid()}"
+    parameters = shaped(megabytes)
+    channels = {name: kind(place) for name, kind in kinds.items()}
+    allowed = os.sched_getaffinity(0)
+    arm = Arm(reader, kinds, place, {name: tuple(p.shape) for name, p in parameters.items()}, cores=allowed)
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    marked = parameters[next(iter(parameters))].view(-1)
+    try:
+        for repeat in range(5 + repeats):
+            for name in kinds if repeat % 2 else reversed(kinds):
+                marked[0] = mark = float(2 * repeat + len(name) / 16)
+                began = time.perf_counter()
+                channels[name].push(repeat, parameters)
+                found = arm.measure(name, repeat)
+                seconds[name].append(time.perf_counter() - began)
+                assert found == mark, f"{name}: the reader has {found}, published was {mark}"
+    finally:
+        arm.close()
+        for channel in channels.values():
+            channel.close()
+    return {name: found[5:] for name, found in seconds.items()}
+
+
+def spread(values: list[float], digits: int = 3) -> list[float]:
+    """Median, least, greatest."""
+    return [round(float(f(values)), digits) for f in (statistics.median, min, max)]
+
+
+def ratios(seconds: Mapping[str, list[float]], floor: str, channel: str) -> list[float]:
+    """Floor / channel by repeat."""
+    return [f / c for f, c in zip(seconds[floor], seconds[channel], strict=True)]
+
+
+def file_channel(name: str, folder: Path, sizes: list[int], repeats: int) -> dict[str, Any]:
+    """Figures of ``shm`` or ``disk``."""
+    floors: dict[str, type[Channel]] = {"floor": Memcpy} if name == "shm" else {"floor": Overwrite, "new_file": NewFile}
+    row: dict[str, Any] = {}
+    worst: dict[str, list[float]] = {}
+    for megabytes in sizes:
+        seconds = race({"channel": Store, **floors}, folder, megabytes, repeats)
+        row[f"{name}_{megabytes}_seconds"] = {arm: spread(values, 4) for arm, values in seconds.items()}
+        for floor in floors:
+            key = f"{name}_ratio" + ("" if floor == "floor" else f"_{floor}")
+            found = spread(ratios(seconds, floor, "channel"))
+            row[f"{key}_{megabytes}"] = found
+            say(f"{key} at {megabytes} MB: {found[0]} ({found[1]}–{found[2]})")
+            if megabytes >= 500:
+                worst[key] = min(worst.get(key, found), found)
+    return (
+        {key: found[0] for key, found in worst.items()} | {f"{key}_spread": found for key, found in worst.items()} | row
+    )
+
+
+def versions(run: Run, steps: int, rate: float) -> list[dict[str, Tensor]]:
+    """The versions that the learner makes of the run's batches at a learning rate."""
+    config = run.config
+    config.learner.optim.lr = rate
+    torch.set_num_threads(config.learner.threads)
+    model = load_model(run.start)
+    trainer = make_trainer(config, World(0, 1, torch.device("cpu")), model, run.start, Activity())
+    found = [{n: t.clone() for n, t in gather(trainer.policy).items()}]
+    for batch in run.batches(0, steps):
+        trainer.step(batch.step, batch)
+        found.append({n: t.clone() for n, t in gather(trainer.policy).items()})
+    return found
+
+
+def delta_shares(folder: Path, steps: int) -> dict[str, Any]:
+    """Bytes written over bytes of whole versions, after a round trip that is compared bit for bit."""
+    run = launch(folder, "delta", [f"learner.steps={steps}", "eval.every=0"])
+    trained, row = run.config.learner.optim.lr, dict[str, Any]()
+    for name, rate, dtype in (
+        ("float32", trained, None), ("bfloat16", trained, torch.bfloat16), ("bfloat16_lr1e-6", 1e-6, torch.bfloat16),
+    ):  # fmt: skip
+        found, shares = versions(run, steps, rate), list[float]()
+        publisher = Publisher(folder / "channel", dtype=dtype, full_every=10)
+        subscriber, whole = Subscriber(folder / "channel"), 0.0
+        for version, tensors in enumerate(found):
+            publisher.publish(version, tensors)
+            shares.append(publisher.delta_share)
+            whole += publisher.bytes_last / publisher.delta_share
+            with subscriber.open(version) as weights:
+                for key, tensor in tensors.items():
+                    assert torch.equal(weights[key], tensor.to(dtype or tensor.dtype)), f"{name}: {key} differs"
+        row[f"delta_share_{name}"] = round(publisher.bytes_published / whole, 4)
+        row[f"delta_share_{name}_of_a_change"] = spread([share for share in shares if share < 1] or [1.0], 4)
+        say(f"delta_share {name}: {row[f'delta_share_{name}']}")
+        publisher.close()
+        remove(folder / "channel")
+    return {"delta_share": row["delta_share_bfloat16_lr1e-6"], **row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--megabytes", type=int, nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=20, help="learner steps of the run whose versions are encoded")
+    parser.add_argument("--only", nargs="*", default=["shm", "disk", "delta"])
+    parser.add_argument("--disk", type=Path, default=Path.cwd(), help="a folder on the disk that is measured")
+    args = parser.parse_args()
+    row: dict[str, Any] = {"benchmark": "weights", **machine()}
+    if "shm" in args.only:
+        row |= file_channel("shm", Path("/dev/shm"), args.megabytes, args.repeats)
+    if "disk" in args.only:
+        row |= file_channel("disk", args.disk, args.megabytes, args.repeats)
+    if "delta" in args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            row |= delta_shares(Path(folder), args.steps)
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
