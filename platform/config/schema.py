@@ -319,8 +319,8 @@ class Config:
     schema_version: int = SCHEMA_VERSION
     """Version of these keys; a configuration of another one is refused."""
     job: Literal["rl", "sft", "serve", "chat"] = "rl"
-    """rl: the asynchronous loop. sft: supervised fine-tuning on the task's worked answers. serve: a checkpoint behind an
-    OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
+    """rl: the asynchronous loop. sft: supervised fine-tuning on the task's worked answers. serve: a checkpoint behind
+    an OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
     checkpoint: str = ""
     """job=serve, chat: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
     run: RunConfig = field(default_factory=RunConfig)

@@ -99,13 +99,12 @@ class Rollout:
             return
         with self.connection.activity.busy("load_weights"):
             try:
-                weights = self.weights.open(version)
+                with self.weights.open(version) as weights:
+                    self.engine.load_weights(version, weights)
             except FileNotFoundError:
                 if self.config.staleness.mode == "exact":
                     raise
                 return  # retired while we looked: a newer one is out, the next turn takes it
-            with weights:
-                self.engine.load_weights(version, weights)
             self._probe(version)
 
     def start_ready(self) -> None:

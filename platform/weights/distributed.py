@@ -2,8 +2,8 @@
 
     all ranks gather ─► rank 0: pause all ─► begin ─► [bucket: POST to each ∥ broadcast] … ─► end ─► name ─► continue
 
-Called by the learner between two steps, and while it waits for a batch (`tend`: a server that was started anew lacks the
-version). The servers are those that the generators list in runs/NAME/servers/. Invariants: every shard is gathered
+Called by the learner between two steps, and while it waits for a batch (`tend`: a server that was started anew lacks
+the version). The servers are those that the generators list in runs/NAME/servers/. Invariants: every shard is gathered
 before the first server is spoken to, since two process groups that wait on each other are a deadlock; the version is
 visible (its note is there, publish returns) when every server that answered holds it; a server that does not answer in
 engine.hang_seconds is left out, and the others, which stay paused meanwhile, are given the whole version again: nobody
@@ -26,12 +26,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from offtrail.platform.config.schema import SglangConfig
 from offtrail.platform.generator.engines.sglang import versions
 from offtrail.platform.generator.engines.sglang.client import Loop
 from offtrail.platform.generator.engines.sglang.control import ControlError, PauseMode, Server, flush
-from offtrail.platform.generator.engines.sglang.servers import Address, listed
+from offtrail.platform.generator.engines.sglang.servers import Address, read_addresses
 from offtrail.platform.weights.memory import (
     Pushed,
     bytes_of,
@@ -136,7 +137,7 @@ class DistributedChannel:
     def _up(self) -> list[Address]:
         found: list[Address] = []
         for index in range(self.generators):
-            found += listed(self.servers_folder / f"generator-{index}.json")
+            found += read_addresses(self.servers_folder / f"generator-{index}.json").values()
         return found
 
     # --- a push ---
@@ -181,9 +182,12 @@ class DistributedChannel:
         return Server(address, self._loop.session, has_sessions, self.config.hang_seconds)
 
     async def _about(self, address: Address) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {address.key}"}
-        async with self._loop.session.get(f"{address.url}/server_info", headers=headers) as reply:
-            return dict(await reply.json())
+        for key in (address.key, address.admin_key):  # which of them it wants differs between versions
+            headers = {"Authorization": f"Bearer {key}"}
+            async with self._loop.session.get(f"{address.url}/server_info", headers=headers) as reply:
+                if reply.status == 200:
+                    return dict(await reply.json())
+        raise ControlError(f"{address.url}/server_info answered {reply.status} to both keys")
 
     def _mode(self, told: Sequence[str]) -> PauseMode:
         if self.config.kv_on_update == "keep":
@@ -258,7 +262,7 @@ class DistributedChannel:
         self._group_name = f"{GROUP}-{self._groups_made}"
         ranks, backend = self.config.tensor_parallel, "nccl" if self.config.device.startswith("cuda") else "gloo"
         world, host = 1 + ranks * len(servers), _own_address(servers[0].address)
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             host, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self.config.hang_seconds)
         )
         offsets = {server.address: 1 + i * ranks for i, server in enumerate(servers)}
@@ -313,16 +317,20 @@ async def _all(
     }
 
 
-def join_group(store: dist.Store, world: int, backend: str, name: str, timeout_s: float) -> dist.ProcessGroup:
+def join_group(store: c10d.Store, world: int, backend: str, name: str, timeout_s: float) -> dist.ProcessGroup:
     """Rank 0 of a group beside the learner's own world. torch has no public call for that: this is what
     ``init_process_group`` does, without making the group the default one, as SGLang does on its side.
     """
-    from torch.distributed import distributed_c10d as c10d
-
     group, _ = c10d._new_process_group_helper(
-        world, 0, [], c10d.Backend(backend), dist.PrefixStore(name, store), group_name=name,
+        world,
+        0,
+        [],
+        c10d.Backend(backend),
+        c10d.PrefixStore(name, store),
+        group_name=c10d.GroupName(name),
         timeout=timedelta(seconds=timeout_s),
-    )  # fmt: skip
+    )
+    assert isinstance(group, dist.ProcessGroup)
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
     return group
 

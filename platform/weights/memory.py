@@ -176,7 +176,7 @@ class MemoryChannel:
         self._changed = threading.Condition()
         remove_notes(self.folder)
         # A descriptor in place of a name can be fetched by one process only, and only while this one lives.
-        torch.multiprocessing.set_sharing_strategy("file_system")
+        torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
         self._desk = _serve(self, self.folder / SOCKET)
 
     def publish(self, version: int, tensors: Mapping[str, Tensor], probe: Sequence[float] = ()) -> str:
@@ -256,7 +256,7 @@ class MemoryChannel:
         for bucket in held.buckets:
             size = sum(padded(bytes_of(tensors[name], self.dtype)) for name in bucket)
             buffer = torch.empty(size, dtype=torch.uint8, device=tensors[bucket[0]].device)
-            held.flat.append(buffer if buffer.is_cuda else buffer.share_memory_())
+            held.flat.append(buffer if buffer.is_cuda else buffer.share_memory_())  # type: ignore[no-untyped-call]
             start = 0
             for name in bucket:
                 tensor = tensors[name]

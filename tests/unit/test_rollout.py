@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.tracking.activity import Activity
 from offtrail.platform.weights.probe import MismatchError
+from offtrail.platform.weights.store import Published
 from offtrail.platform.wire.messages import (
     Error,
     FailGroup,
@@ -28,7 +28,6 @@ from offtrail.platform.wire.messages import (
     ReturnLeases,
     SubmitGroup,
 )
-from offtrail.platform.weights.store import Published
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.search.sample import SampleDriver
 

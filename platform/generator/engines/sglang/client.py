@@ -1,8 +1,8 @@
 """The client of SGLang servers: one asyncio loop in a thread, one connection pool, a task for each running sample.
 
     engine.py ── Job ──► waiting ──(a server is up)──► task: POST /generate, streamed ──► Completion
-                                         │  a server dies or hangs: its requests are `lost`, whole
-                                         └─ a server hands a sample back (pause_mode=abort): sent again, prompt + partial
+                                  │  a server dies or hangs: its requests are `lost`, whole
+                                  └─ a server hands a sample back (pause_mode=abort): sent again, prompt + partial
 
 Invariants
 - A request's samples all run on one server, so that they share its prompt's prefix in the radix cache; of a long prompt

@@ -41,13 +41,14 @@ from offtrail.platform.generator.engines.sglang.control import (
     FromDirectory,
     FromFile,
     FromMemory,
+    LoaderRefusedError,
     PauseMode,
     Server,
     TornError,
     Transfer,
     swap,
 )
-from offtrail.platform.generator.engines.sglang.servers import Address, ServerError, Servers
+from offtrail.platform.generator.engines.sglang.servers import SERVER, Address, ServerError, Servers
 from offtrail.platform.weights.memory import Handles, Pushed
 from offtrail.platform.weights.store import Published, copy_whole
 
@@ -60,6 +61,7 @@ STEP_SECONDS = 0.02
 
 class SglangEngine:
     """``count`` servers of the model in ``model_dir`` for the role ``owner``; ``max_length`` bounds prompt + answer.
+    ``command`` is the module of one server, for tests.
 
     Raises:
         ValueError: a request or a version that does not fit the model, before anything is sent.
@@ -76,6 +78,7 @@ class SglangEngine:
         owner: str,
         count: int,
         run_dir: Path,
+        command: str = SERVER,
     ) -> None:
         described = json.loads((model_dir / "config.json").read_text())
         self._shapes = read_shapes(model_dir)
@@ -94,10 +97,17 @@ class SglangEngine:
         self._paused = False
         self._kept: list[Completion] = []
         self.servers = Servers(
-            config, model_dir, owner=owner, count=count, max_length=max_length, threads=threads, run_dir=run_dir
+            config,
+            model_dir,
+            owner=owner,
+            count=count,
+            max_length=max_length,
+            threads=threads,
+            run_dir=run_dir,
+            command=command,
         )
-        self.servers.start()
         self._loop = Loop(f"sglang-{owner}")
+        self._loop.run(self._start())  # the kernel kills servers when the thread ends that started them
         self._client = Client(
             self._loop,
             prefix_tokens=config.prefix_tokens,
@@ -121,6 +131,7 @@ class SglangEngine:
     @property
     def waiting_for(self) -> str:
         """The server that the engine waits for, where none can serve; else empty (I4)."""
+        self._raise_failure()
         return "" if self._client.places else self.servers.describe()
 
     @property
@@ -181,8 +192,8 @@ class SglangEngine:
         """Bring every server that is up to ``version``: a `Published` version of the store, `Handles` to the learner's
         memory, or `Pushed` (the learner gives it; this waits until the servers say so).
 
-        Raises ValueError when names or shapes differ from the model's, or a server's loader refuses the version; both
-        leave the servers as they were.
+        Raises ValueError when names or shapes differ from the model's, or a server's loader refuses the version, and
+        FileNotFoundError when the version is no longer kept; all leave the servers as they were.
         """
         self._check_names(version, weights)
         with self._transfer(version, weights) as transfer:
@@ -293,11 +304,14 @@ class SglangEngine:
         try:
             future.result()
         except TornError as error:
-            self._give_up(address, f"its weights cannot be trusted after an update: {error}")
+            self._give_up(address, f"may hold a part of version {version}: {error}")
+        except LoaderRefusedError as error:
+            retired = FileNotFoundError.__name__ in str(error)
+            raise (FileNotFoundError if retired else ValueError)(str(error)) from error
         except ControlError as error:
             if address in self._held and "answered" in str(error):
                 raise ValueError(f"version {version} was refused: {error}") from error
-            self._give_up(address, str(error))
+            self._give_up(address, f"does not take version {version}: {error}")
         else:
             if address in self._held:
                 self._held[address] = version
@@ -340,12 +354,14 @@ class SglangEngine:
 
     # --- watching ---
 
+    async def _start(self) -> None:
+        self.servers.start()
+
     async def _watch(self) -> None:
         """Who is up, who is not any more, who says nothing: for as long as the engine lives."""
-        loop = asyncio.get_running_loop()
         try:
             while True:
-                await loop.run_in_executor(None, self.servers.poll)
+                self.servers.poll()
                 await self._look()
                 self._kill_the_hung()
                 await asyncio.sleep(WATCH_SECONDS)
@@ -375,35 +391,46 @@ class SglangEngine:
         self._client.set_places(up, current)
 
     async def _ask(self, address: Address) -> dict[str, Any] | None:
-        headers, limit = {"Authorization": f"Bearer {address.key}"}, aiohttp.ClientTimeout(total=5.0)
+        """What a server says of itself and of its model; None while it does not."""
         found: dict[str, Any] = {}
         try:
             for path in ("/server_info", "/model_info"):
-                async with self._loop.session.get(f"{address.url}{path}", headers=headers, timeout=limit) as reply:
-                    if reply.status != 200:
-                        raise ServerError(
-                            f"{address.url}{path} answered {reply.status}: is $OFFTRAIL_SGLANG_KEY its key?"
-                        )
-                    found |= await reply.json()
+                found |= await self._get(address, path)
         except (TimeoutError, aiohttp.ClientError, OSError):
             return None
-        versions.check(found["version"], self._config)
+        if reason := versions.refusal(found["version"], self._config):
+            raise ServerError(f"{address.url}: {reason}")
         return found
+
+    async def _get(self, address: Address, path: str) -> dict[str, Any]:
+        limit = aiohttp.ClientTimeout(total=5.0)
+        for key in (address.key, address.admin_key):  # which of them a path wants differs between versions
+            headers = {"Authorization": f"Bearer {key}"}
+            async with self._loop.session.get(f"{address.url}{path}", headers=headers, timeout=limit) as reply:
+                if reply.status == 200:
+                    return dict(await reply.json())
+        raise ServerError(f"{address.url}{path} answered {reply.status} to both keys")
 
     def _kill_the_hung(self) -> None:
         limit, now = self._config.hang_seconds, time.monotonic()
         for index, place in self._client.places.items():
             if place.running and place.gate.is_set() and now - place.heard > limit:
-                self._kill(index, f"{len(place.running)} samples, no token for {limit:g} s (engine.hang_seconds)")
+                self._kill(
+                    index, f"has {len(place.running)} samples and made no token for {limit:g} s (engine.hang_seconds)"
+                )
 
     def _give_up(self, address: Address, why: str) -> None:
+        """In the engine's thread: a server that cannot be trusted, or does not answer, is started anew."""
         self._held.pop(address, None)
+        self._loop.run(self._end(address, why))
+
+    async def _end(self, address: Address, why: str) -> None:
         for place in self.servers.ready():
             if self.servers.address(place) == address:
                 self._kill(place, why)
 
     def _kill(self, place: int, why: str) -> None:
-        log.warning("server %d of %s: %s", place, self._owner, why)
+        log.warning("server %d of %s %s", place, self._owner, why)
         self.servers.kill(place, why)
 
     def _raise_failure(self) -> None:
