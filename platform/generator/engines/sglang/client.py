@@ -94,6 +94,8 @@ class Place:
     tasks: dict[tuple[int, int], asyncio.Task[None]] = field(default_factory=dict)
     open_requests: int = 0
     """HTTP requests that the server has not answered to the end."""
+    suspect: bool = False
+    """A connection broke: nothing more is sent before the engine has looked whether the server is still there."""
     heard: float = field(default_factory=time.monotonic)
     """When a sample last reported, or the first was sent to an idle server."""
 
@@ -188,6 +190,11 @@ class Client:
             self._done, self._lost = deque(), []
         return done, lost
 
+    @property
+    def serves(self) -> bool:
+        """Whether there is a server to send samples to."""
+        return any(not place.suspect for place in list(self.places.values()))
+
     def abort(self) -> list[Completion]:
         """Take every unfinished sample back as it is, and tell the servers to forget them."""
         return list(self.loop.run(self._abort()))
@@ -199,8 +206,8 @@ class Client:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._waiting and self.places:
-            place = min(self.places.values(), key=lambda p: len(p.running))
+        while self._waiting and (open_places := [place for place in self.places.values() if not place.suspect]):
+            place = min(open_places, key=lambda p: len(p.running))
             self._start(place, self._waiting.popleft())
 
     def _start(self, place: Place, jobs: list[Job]) -> None:
@@ -225,6 +232,7 @@ class Client:
         try:
             finish = await self._answer(place, job, first)
         except (LostError, aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
+            place.suspect = place.suspect or not isinstance(error, LostError)
             self._lose(place, job.serial, f"{type(error).__name__}: {error}")
             return
         finally:
@@ -379,6 +387,8 @@ class Client:
         for index, address in up.items():
             if index not in self.places and address in current:
                 self.places[index] = Place(address)
+        for place in self.places.values():
+            place.suspect = False
         self._dispatch()
 
     async def _abort(self) -> list[Completion]:

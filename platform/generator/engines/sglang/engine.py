@@ -132,7 +132,7 @@ class SglangEngine:
     def waiting_for(self) -> str:
         """The server that the engine waits for, where none can serve; else empty (I4)."""
         self._raise_failure()
-        return "" if self._client.places else self.servers.describe()
+        return "" if self._client.serves else self.servers.describe() or "its servers, which hold another version"
 
     @property
     def unfinished(self) -> int:
