@@ -1,6 +1,6 @@
 """Staleness as a treatment: what each correction keeps of learning on data exactly η versions old, over seeds.
 
-    python benchmarks/staleness.py [--seeds 8] [--staleness 16] [--arms ARM …] [--out FOLDER] [KEY=VALUE …]
+    python benchmarks/staleness.py [--seeds 8] [--staleness 16] [--steps 80] [--arms ARM …] [--out FOLDER] [KEY=VALUE …]
 
 Every arm is the real command on the harder chain at learning rate 3e-4 for 80 learner steps, `staleness.mode=exact`:
 batch k is trained wholly from version max(0, k − η). The arms of a seed share start model, data order and random
@@ -30,11 +30,10 @@ from common import launch, machine, say
 from offtrail.platform.config.compose import options_of
 
 SETTING = (
-    "task=chain_hard", "staleness.mode=exact", "learner.optim.lr=3e-4", "learner.steps=80",
-    "learner.checkpoint_every=80", "eval.every=20", "eval.prompts=512", "tracking.tensorboard=false",
+    "task=chain_hard", "staleness.mode=exact", "learner.optim.lr=3e-4", "eval.every=20", "eval.prompts=512",
+    "tracking.tensorboard=false",
 )  # fmt: skip
 DIAGNOSTICS = ("ess_token", "ess_sequence", "abs_dlogp")
-EVALUATED = (0, 20, 40, 60, 80)
 
 
 def keys_of(arm: str, staleness: int) -> list[str]:
@@ -115,8 +114,9 @@ def draw(found: Sequence[dict[str, Any]], arms: Sequence[str], file: Path) -> No
         axis.set_axis_off()
     for axis, arm in zip(axes.flat, arms, strict=False):
         curves = np.array([row["accuracy"] for row in found if row["arm"] == arm])
-        axis.plot(EVALUATED, curves.T, color="0.7", linewidth=0.8)
-        axis.plot(EVALUATED, curves.mean(0), color="C0", linewidth=2)
+        steps = 20 * np.arange(curves.shape[1])
+        axis.plot(steps, curves.T, color="0.7", linewidth=0.8)
+        axis.plot(steps, curves.mean(0), color="C0", linewidth=2)
         axis.axhline(curves[:, 0].mean(), color="0.4", linewidth=0.8, linestyle=":")
         axis.set_title(arm, fontsize=10)
         axis.set_ylim(0, 1)
@@ -129,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--staleness", type=int, default=16, help="η of every arm but `fresh`")
+    parser.add_argument("--steps", type=int, default=80, help="learner steps, a multiple of 20")
     parser.add_argument("--arms", nargs="*", default=["fresh", "uncorrected", *_corrections()])
     parser.add_argument("--out", type=Path, default=Path("staleness-results"))
     parser.add_argument("keys", nargs="*", help="further keys of every run, as launch.py takes them")
@@ -136,11 +137,12 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     keys = [*args.keys, *(arm for arm in args.arms if "=" in arm)]
     arms = [arm for arm in args.arms if "=" not in arm]
+    setting = [*SETTING, f"learner.steps={args.steps}", f"learner.checkpoint_every={args.steps}"]
     args.out.mkdir(parents=True, exist_ok=True)
     found = []
     for seed in range(args.seeds):  # seed by seed: an interrupted series is still paired
         for arm in arms:
-            row = result(args.out, arm, seed, [*SETTING, *keys_of(arm, args.staleness), *keys])
+            row = result(args.out, arm, seed, [*setting, *keys_of(arm, args.staleness), *keys])
             found.append(row)
             say(f"seed {seed} {arm}: {' '.join(f'{a:.3f}' for a in row['accuracy'])}")
     rows = summary(found, arms)
@@ -149,7 +151,11 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     draw(found, arms, args.out / "staleness.png")
-    print(json.dumps({"benchmark": "staleness", "staleness": args.staleness, "arms": rows, **machine()}))
+    print(
+        json.dumps(
+            {"benchmark": "staleness", "staleness": args.staleness, "steps": args.steps, "arms": rows, **machine()}
+        )
+    )
 
 
 def _corrections() -> list[str]:
