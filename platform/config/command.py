@@ -53,7 +53,8 @@ def _run(argv: Sequence[str]) -> int:
         show(to_yaml(config))
         return 0
     require_packages()
-    require_task(config)
+    if config.job in ("rl", "sft"):
+        require_task(config)
     run_dir, lock = prepare(config)
     with lock:
         from offtrail.platform.launcher.local import launch

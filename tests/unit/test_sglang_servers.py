@@ -1,4 +1,4 @@
-"""Servers against stand-ins for their processes (fake_sglang.py): ready, dead, hung, stopped, portless, closed."""
+"""Servers against stand-ins for their processes (fake_process.py): ready, dead, hung, stopped, portless, closed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(folder: Path) -> Iterator[FakeServers]:
         config = SglangConfig(**{"start_seconds": 60.0, "hang_seconds": 60.0, **settings})
         servers = Servers(
             config, folder / "model", owner="generator-0", count=count, max_length=64, threads=1,
-            run_dir=folder / "run", command="fake_sglang",
+            run_dir=folder / "run", command="fake_process",
         )  # fmt: skip
         made.append(servers)
         servers.start()
@@ -84,7 +84,9 @@ def test_two_servers_become_ready_with_keys_of_their_own_and_are_written_for_thi
     servers = make(count=2)
     assert servers.ready() == []
     assert read_addresses(file_of(folder)) == {}
+    assert servers.describe().count("of generator-0 (http://127.0.0.1:") == 2
     until(servers, lambda: len(servers.ready()) == 2)
+    assert servers.describe() == ""
     first, second = servers.address(0), servers.address(1)
     assert first.url != second.url
     assert (first.incarnation, first.key, first.admin_key) == (1, second.key, second.admin_key)
@@ -247,7 +249,7 @@ from offtrail.platform.config.schema import SglangConfig
 from offtrail.platform.generator.engines.sglang.servers import Servers
 folder = Path(sys.argv[1])
 servers = Servers(SglangConfig(), folder / "model", owner="generator-0", count=1, max_length=64, threads=1,
-                  run_dir=folder / "run", command="fake_sglang")
+                  run_dir=folder / "run", command="fake_process")
 servers.start()
 while not servers.ready():
     servers.poll()

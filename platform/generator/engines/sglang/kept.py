@@ -120,9 +120,19 @@ class Watched(ABC):
             return ""
         return f"has not answered for {limit:g} s (engine.hang_seconds): {self._reason}"
 
-    def _waited_for(self, seconds: float) -> str:
-        until = time.strftime("%H:%M:%S", time.localtime(time.time() + self._since + seconds - time.monotonic()))
-        return f"waited for {self.title} ({self.url}) since {self._since_clock} until {until}: {self._reason}"
+    @property
+    @abstractmethod
+    def patience(self) -> float:
+        """Seconds that it may take to become ready."""
+
+    def describe(self) -> str:
+        """It, since when and until when it is waited for, and what its last answer was."""
+        until = time.time() + self._since + self.patience - time.monotonic()
+        clock = time.strftime("%H:%M:%S", time.localtime(until))
+        return f"{self.title} ({self.url}) since {self._since_clock} until {clock}: {self._reason}"
+
+    def _late(self) -> bool:
+        return not self.ready and time.monotonic() - self._since > self.patience
 
 
 class Kept(Watched):
@@ -137,6 +147,11 @@ class Kept(Watched):
         self._deaths = 0
         self._why = ""
         self._was_ever_ready = False
+
+    @property
+    def patience(self) -> float:
+        """engine.start_seconds."""
+        return self._config.start_seconds
 
     @property
     def pid(self) -> int:
@@ -160,9 +175,10 @@ class Kept(Watched):
         self._was_ever_ready |= self.ready
         if silence := self._silence():
             self.kill(silence)
-        elif not self.ready and time.monotonic() - self._since > self._config.start_seconds:
-            waited = self._waited_for(self._config.start_seconds)
-            raise ServerError(f"{waited}; raise engine.start_seconds, or see its log: {self._child.log}")
+        elif self._late():
+            raise ServerError(
+                f"waited for {self.describe()}; raise engine.start_seconds, or see its log: {self._child.log}"
+            )
 
     def kill(self, why: str) -> None:
         """Kill its whole process tree; the next `poll` restarts it."""
@@ -204,6 +220,11 @@ class Kept(Watched):
 class Attached(Watched):
     """A server of engine.urls: never started, killed or restarted."""
 
+    @property
+    def patience(self) -> float:
+        """ATTACH_SECONDS, or engine.start_seconds if that is less."""
+        return min(ATTACH_SECONDS, self._config.start_seconds)
+
     def start(self) -> None:
         """Begin to ask."""
         self._wait_begins()
@@ -216,9 +237,8 @@ class Attached(Watched):
             raise ServerError(f"engine.urls: {self.url} {complaint}")
         if silence := self._silence():
             raise ServerError(f"engine.urls: {self.url} {silence}")
-        patience = min(ATTACH_SECONDS, self._config.start_seconds)
-        if not self.ready and time.monotonic() - self._since > patience:
-            raise ServerError(f"engine.urls: {self._waited_for(patience)}; is it running?")
+        if self._late():
+            raise ServerError(f"engine.urls: waited for {self.describe()}; is it running?")
 
     def kill(self, why: str) -> None:
         """Not offtrail's to kill: ServerError."""

@@ -124,6 +124,10 @@ class Servers:
         """Places of servers that are up and healthy."""
         return [place for place, server in enumerate(self._places) if server.ready]
 
+    def describe(self) -> str:
+        """Who is not ready, since when and until when it is waited for, and what its last answer was; else empty."""
+        return "; ".join(server.describe() for server in self._places if not server.ready)
+
     def address(self, place: int) -> Address:
         """Of the server at ``place`` as it runs now, ready or not."""
         return self._address_of(self._places[place])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import re
+from importlib import metadata
 
 from offtrail.platform.config.schema import SglangConfig
 
@@ -19,6 +20,11 @@ NEWEST: Version = (0, 5, 21)
 TELLS_VERSIONS: Version = (0, 5, 19)
 RETRACTS: Version = (0, 5, 21)
 NEEDS_SESSION: Version = (0, 5, 21)
+
+
+def installed() -> str:
+    """The version of the installed package. PackageNotFoundError when there is none."""
+    return metadata.version("sglang")
 
 
 def parse(version: str) -> Version:

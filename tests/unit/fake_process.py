@@ -1,4 +1,4 @@
-"""A stand-in for one SGLang server's process, started by Servers(command="fake_sglang"): `PARENT_PID [flags]`.
+"""A stand-in for one SGLang server's process, started by Servers(command="fake_process"): `PARENT_PID [flags]`.
 
 $FAKE_DIR/plan says what its starts do, comma-separated, the last for all that follow: serve, exit, taken (its port),
 loading (listens, never healthy). $FAKE_DIR/hang: it stops answering while the file is there. Each start adds a line to
