@@ -58,7 +58,7 @@ class Engine(Protocol):
 
     @property
     def replicas(self) -> int:
-        """How many copies of the weights there are, each brought to a version by itself."""
+        """How many copies of the weights are up, each brought to a version by itself; 0 while servers start."""
 
     @property
     def waiting_for(self) -> str:
@@ -96,7 +96,7 @@ class Engine(Protocol):
 
     def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:
         """Apply a version between decode steps; ``weights`` has the checkpoint's tensor names. ValueError when names or
-        shapes differ from the model's, before anything is changed.
+        shapes differ from the model's, before anything is changed. Where no copy is up, nothing happens.
         """
 
     def pause(self) -> None:

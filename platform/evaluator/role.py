@@ -8,6 +8,7 @@ Every version is asked the same prompts with the same random numbers: versions a
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -46,7 +47,7 @@ def main(context: RoleContext) -> None:
                 return
             waiting_for = job.waiting or "broker"
             if job.version >= 0:
-                load = partial(load_version, evaluation.engine, weights, job.version)
+                load = partial(load_version, evaluation.engine, connection.activity, weights, job.version)
                 load()
                 metrics, texts = evaluation.run(load)
                 weights.unpin(job.version)
@@ -57,8 +58,11 @@ def main(context: RoleContext) -> None:
         connection.close()
 
 
-def load_version(engine: Engine, weights: Subscriber, version: int) -> None:
-    """Bring the engine to a pinned version."""
+def load_version(engine: Engine, activity: Activity, weights: Subscriber, version: int) -> None:
+    """Bring the engine to a pinned version, as soon as it has a server."""
+    while not engine.replicas:
+        with activity.waiting("server", on=engine.waiting_for):
+            time.sleep(0.05)
     with weights.open(version) as opened:
         engine.load_weights(version, opened)
 

@@ -95,7 +95,7 @@ class Rollout:
     def apply_weights(self) -> None:
         """Between two decode steps: the newest version, or in exact mode the one that the next wave names."""
         version = self._wanted_version()
-        if version is None or version == self.engine.version:
+        if version is None or version == self.engine.version or not self.engine.replicas:
             return
         with self.connection.activity.busy("load_weights"):
             try:

@@ -190,7 +190,7 @@ class SglangEngine:
 
     def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:
         """Bring every server that is up to ``version``: a `Published` version of the store, `Handles` to the learner's
-        memory, or `Pushed` (the learner gives it; this waits until the servers say so).
+        memory, or `Pushed` (the learner gives it; this waits until the servers say so). Nothing, where none is up.
 
         Raises ValueError when names or shapes differ from the model's, or a server's loader refuses the version, and
         FileNotFoundError when the version is no longer kept; all leave the servers as they were.
@@ -198,7 +198,8 @@ class SglangEngine:
         self._check_names(version, weights)
         with self._transfer(version, weights) as transfer:
             self._bring(version, transfer)
-        self._target = version
+        if self._held:
+            self._target = version
         self._loop.loop.call_soon_threadsafe(self._serve)
 
     def pause(self) -> None:
@@ -287,15 +288,9 @@ class SglangEngine:
         )
 
     def _bring(self, version: int, transfer: Transfer | None) -> None:
-        """Swap on every server that is behind, until one at least is up and none is behind."""
-        while True:
+        """Swap on every server that is up and behind, side by side, also on those that come up meanwhile."""
+        while behind := [address for address, held in self._held.items() if held != version]:
             self._raise_failure()
-            behind = [address for address, held in self._held.items() if held != version]
-            if not behind and self._held:
-                return
-            if not behind:
-                time.sleep(STEP_SECONDS)
-                continue
             futures = {address: self._loop.submit(self._swap(address, version, transfer)) for address in behind}
             for address, future in futures.items():
                 self._settle(address, version, future)

@@ -62,11 +62,6 @@ class Watched(ABC):
         self._since_clock = ""
         self._reason = "nothing asked yet"
 
-    @property
-    def pending(self) -> str:
-        """Who is waited for, since when: of one that is not ready."""
-        return f"{self.title} since {self._since_clock}"
-
     @abstractmethod
     def start(self) -> None:
         """Launch, or begin to ask."""

@@ -132,10 +132,6 @@ class Servers:
         """Of the server at ``place`` as it runs now, ready or not."""
         return self._address_of(self._places[place])
 
-    def describe(self) -> str:
-        """Whom somebody waits for who waits for a server: those that are not ready, and since when."""
-        return ", ".join(server.pending for server in self._places if not server.ready)
-
     @property
     def router(self) -> Address | None:
         """With engine.router, where requests may go once it knows a server; control calls find nobody there."""
