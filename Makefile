@@ -4,12 +4,12 @@ BIN := .venv/bin
 # Two busy processes on two cores want one thread each; the launcher sets its roles' own.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint prove bench oracles clean
+.PHONY: demo test lint prove bench oracles sglang-cpu clean
 
 demo: .venv/installed
 	$(BIN)/python launch.py
 
-test: .venv/installed lint
+test: .venv/installed .venv/sglang-installed lint
 	$(BIN)/pytest -m "not prove"
 
 lint: .venv/installed
@@ -18,8 +18,11 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 # Long learning runs and long series of kills.
-prove: .venv/installed
+prove: .venv/installed .venv/sglang-installed
 	$(BIN)/pytest -m prove --timeout 3600
+
+# Real SGLang servers on a CPU; the tests start them, the demo does without.
+sglang-cpu: .venv/sglang-installed
 
 # Each script's last output line is one JSON object.
 bench: .venv/installed
@@ -36,6 +39,11 @@ oracles: .venv-oracles/installed
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e .[test]
 	$(BIN)/pip install -q -c constraints.txt --no-deps liger-kernel
+	touch $@
+
+# --no-deps: sglang asks for CUDA builds of torch, Triton and kernels; the list holds what it needs on a CPU, pinned.
+.venv/sglang-installed: requirements/sglang-cpu.txt .venv/installed
+	$(BIN)/pip install -q --no-deps -r requirements/sglang-cpu.txt
 	touch $@
 
 # verl and areal ask for other versions of torch and half a cluster: what their loss functions import, and no more.

@@ -21,7 +21,8 @@ from offtrail.platform.config.schema import Config
 FLAGS = ("--help", "--version", "--dry-run")
 # What the roles import, checked here so that a missing one is one line and not five tracebacks.
 PACKAGES = (
-    "accelerate matplotlib msgspec numpy psutil pyarrow rich safetensors tensorboard torch transformers xxhash zmq"
+    "accelerate aiohttp matplotlib msgspec numpy psutil pyarrow rich safetensors tensorboard torch transformers "
+    "xxhash zmq"
 )
 
 
@@ -52,7 +53,8 @@ def _run(argv: Sequence[str]) -> int:
         show(to_yaml(config))
         return 0
     require_packages()
-    require_task(config)
+    if config.job in ("rl", "sft"):
+        require_task(config)
     run_dir, lock = prepare(config)
     with lock:
         from offtrail.platform.launcher.local import launch

@@ -35,14 +35,19 @@ from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
 
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
-MODEL_KEYS = ("model.path", "algo.critic.path")
+MODEL_KEYS = ("model.path", "algo.critic.path", "checkpoint")
 PATH_KEYS = ("run.dir", *MODEL_KEYS, "task.path", "task.eval_path", "weights.dir")
+IMPLIED: dict[str, dict[str, Raw]] = {"serve": {"engine.name": "sglang"}}
+"""Job → what it cannot do without, unless a layer says otherwise."""
 
 # What a resumed run may change: places, patience, views and speed, and how long it goes on. Nothing that an arm of a
 # comparison could differ in; what decides the numbers of a step stays as it was started.
 RESUMABLE = {
     *("run.name", "run.resume", "run.dir", "staleness.max_refusals", "reward.workers", "eval.threads"),
     *("generator.count", "generator.threads", "generator.max_in_flight"),
+    *("engine.servers", "engine.urls", "engine.address", "engine.tensor_parallel", "engine.router"),
+    *("engine.prefix_tokens", "engine.stream_interval"),
+    *("engine.start_seconds", "engine.hang_seconds", "engine.max_restarts"),
     *("learner.steps", "learner.threads", "learner.checkpoint_every", "learner.keep_checkpoints"),
 }
 RESUMABLE_SECTIONS = ("broker.", "weights.", "tracking.")
@@ -183,6 +188,8 @@ def _composed(layers: Sequence[Layer]) -> Config:
 def build(values: Mapping[str, Raw]) -> Config:
     """The Config of raw values, types checked, `__post_init__` run; cross-field rules are not checked here."""
     base = Config()
+    job = values.get("job")
+    values = {**(IMPLIED.get(job, {}) if isinstance(job, str) else {}), **values}
     for group, variants in VARIANTS.items():
         name = values.get(f"{group}.name", getattr(base, group).name)
         if not isinstance(name, str) or name not in variants:

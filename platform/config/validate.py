@@ -12,13 +12,16 @@ import ipaddress
 import math
 import os
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from offtrail.algos.config import incompatible
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.keys import flatten
-from offtrail.platform.config.schema import SCHEMA_VERSION, Config
+from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
+from offtrail.platform.generator.engines.sglang import flags, versions
 from offtrail.tasks.config import JsonlConfig
 
 # Ranges as intervals: [ ] include the end, ( ) leave it out. A key that the chosen variant lacks is passed over.
@@ -75,6 +78,15 @@ LIMITS = {
     "reward.workers": "[1, inf)",
     "reward.deadline_seconds": "(0, inf)",
     "engine.max_running": "[1, inf)",
+    "engine.servers": "[1, inf)",
+    "engine.tensor_parallel": "[1, inf)",
+    "engine.prefix_tokens": "[0, inf)",
+    "engine.stream_interval": "[1, inf)",
+    "engine.start_seconds": "(0, inf)",
+    "engine.hang_seconds": "(0, inf)",
+    "engine.max_restarts": "[0, inf)",
+    "weights.full_every": "[1, inf)",
+    "weights.bucket_mb": "[1, inf)",
     "weights.probe_every": "[0, inf)",
     "weights.probe_alarm": "[0, inf)",
     "sft.steps": "[1, inf)",
@@ -113,6 +125,8 @@ LIMITS = {
     "broker.heartbeat_seconds": "(0, inf)",
     "broker.lease_heartbeats": "[1, inf)",
     "broker.deadline_seconds": "(0, inf)",
+    "serve.port": "[0, 65535]",
+    "serve.temperature": "[0, inf)",
     "tracking.sample_texts": "[0, inf)",
 }
 
@@ -362,20 +376,134 @@ def liger_has_a_gpu(config: Config) -> None:
         )
 
 
-def weights_have_a_channel(config: Config) -> None:
-    """Shared memory is Linux's /dev/shm, unless weights.dir names a folder."""
-    if config.weights.channel == "shm" and not config.weights.dir and not Path("/dev/shm").is_dir():
-        raise refuse("weights.channel", "shm", "this system has no /dev/shm; take weights.channel=disk")
-
-
-def broker_address_is_numeric(config: Config) -> None:
-    """ZeroMQ binds to addresses of this host, not to names."""
-    try:
-        ipaddress.ip_address(config.broker.address)
-    except ValueError:
+def a_checkpoint_is_served(config: Config) -> None:
+    """job=serve and job=chat load `checkpoint`, and no other job reads it."""
+    served = config.job in ("serve", "chat")
+    if served and not config.checkpoint:
         raise refuse(
-            "broker.address", config.broker.address, "must be an IP address, such as 127.0.0.1 or 0.0.0.0"
-        ) from None
+            "checkpoint",
+            "",
+            f"job={config.job} needs a run directory, a checkpoint or a Hugging Face directory: checkpoint=DIR",
+        )
+    if config.checkpoint and not served:
+        raise refuse(
+            "checkpoint", config.checkpoint, f"job={config.job} does not read it; a start model is model.path=DIR"
+        )
+    if config.job == "serve" and not isinstance(config.engine, SglangConfig):
+        raise refuse("engine.name", config.engine.name, "job=serve needs sglang; for the terminal alone take job=chat")
+
+
+def engine_urls_are_servers(config: Config) -> None:
+    """Servers that run already are taken as they are: offtrail decides neither their number nor what they run on."""
+    engine = config.engine
+    if not isinstance(engine, SglangConfig) or not engine.urls:
+        return
+    for url in engine.urls:
+        if not flags.names_a_server(url):
+            raise refuse("engine.urls", engine.urls, f"{url or '(empty)'} is no http(s)://HOST:PORT")
+    if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
+        raise refuse("engine.urls", engine.urls, "names a server twice")
+    defaults = SglangConfig()
+    for key in ("servers", "tensor_parallel", "flags", "router"):
+        if (value := getattr(engine, key)) != getattr(defaults, key):
+            raise refuse(
+                f"engine.{key}", value, "is for servers that offtrail starts, not for engine.urls; leave it out"
+            )
+    if config.job in ("serve", "chat"):
+        raise refuse("engine.urls", engine.urls, f"job={config.job} starts its own server; leave it out")
+    if config.generator.count > 1:
+        raise refuse(
+            "generator.count",
+            config.generator.count,
+            "must be 1 with engine.urls: a server takes its weights from one generator; it may have many requests",
+        )
+    if config.job == "rl" and config.eval.engine == "same":
+        raise refuse("eval.engine", "same", "must be local with engine.urls: the generator has all the servers")
+
+
+def engine_flags_are_the_users_own(config: Config) -> None:
+    """engine.flags come last on a server's command line and win, so that some must not be among them."""
+    engine = config.engine
+    if isinstance(engine, SglangConfig) and (reason := flags.refused(engine.flags)):
+        raise refuse("engine.flags", engine.flags, reason)
+
+
+def engine_can_be_started(config: Config) -> None:
+    """The installed SGLang is there and of a version that the settings can be had from; that of engine.urls says it
+    when it is asked.
+    """
+    engine = config.engine
+    if not isinstance(engine, SglangConfig) or engine.urls:
+        return
+    if missing := flags.missing_packages(engine):
+        raise refuse(
+            "engine.name",
+            "sglang",
+            f"{' and '.join(missing)} not installed; make sglang-cpu, or for a GPU pip install 'offtrail[sglang]'",
+        )
+    if reason := versions.refusal(versions.installed(), engine):
+        raise ConfigError(reason)
+    if engine.device == "cpu" and engine.tensor_parallel > 1:
+        raise refuse("engine.tensor_parallel", engine.tensor_parallel, "needs engine.device=cuda: it counts GPUs")
+
+
+def weights_have_a_channel(config: Config) -> None:
+    """Shared memory is Linux's /dev/shm, unless weights.dir names a folder; the others reach SGLang servers alone."""
+    weights, engine = config.weights, config.engine
+    if weights.channel == "shm" and not weights.dir and not Path("/dev/shm").is_dir():
+        raise refuse("weights.channel", "shm", "this system has no /dev/shm; take weights.channel=disk")
+    if weights.channel in ("shm", "disk"):
+        return
+    if config.job == "rl" and not isinstance(engine, SglangConfig):
+        raise refuse("weights.channel", weights.channel, f"needs engine=sglang, not {engine.name}; take shm or disk")
+    if weights.delta:
+        raise refuse("weights.delta", True, f"is for weights.channel=shm or disk, not {weights.channel}")
+
+
+def ipc_stays_on_one_device(config: Config) -> None:
+    """The servers map the learner's own memory: one host, and the same kind of device."""
+    if config.weights.channel != "ipc" or not isinstance(config.engine, SglangConfig):
+        return
+    kinds = [device.partition(":")[0] for device in (config.learner.device, config.engine.device)]
+    if kinds[0] != kinds[1]:
+        raise refuse(
+            "weights.channel",
+            "ipc",
+            f"needs learner and engine on the same kind of device, not learner.device={config.learner.device} and "
+            f"engine.device={config.engine.device}; take shm",
+        )
+    hosts = {urlsplit(url).hostname for url in config.engine.urls} | {config.engine.address}
+    if far := sorted(host for host in hosts if host and not _is_here(host)):
+        raise refuse("weights.channel", "ipc", f"needs every server on this host, not at {far[0]}; take distributed")
+
+
+def _is_here(host: str) -> bool:
+    if host in ("localhost", "0.0.0.0", "::", socket.gethostname()):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def exact_staleness_needs_a_wave(config: Config) -> None:
+    """A broadcast comes to the servers when the learner has it, in the middle of the wave that exact mode samples."""
+    if config.staleness.mode == "exact" and config.weights.channel == "distributed":
+        raise refuse(
+            "weights.channel",
+            "distributed",
+            "not with staleness.mode=exact: a push reaches servers when it is published, not between waves; take shm",
+        )
+
+
+def addresses_are_numeric(config: Config) -> None:
+    """ZeroMQ and the servers bind to addresses of this host, not to names."""
+    settings = flatten(config)
+    for key in ("broker.address", "serve.address", "engine.address"):
+        try:
+            ipaddress.ip_address(settings.get(key, "127.0.0.1"))
+        except ValueError:
+            raise refuse(key, settings[key], "must be an IP address, such as 127.0.0.1 or 0.0.0.0") from None
 
 
 def a_lease_expires_before_the_run(config: Config) -> None:
@@ -410,7 +538,13 @@ RULES: tuple[Callable[[Config], None], ...] = (
     devices_are_known,
     head_is_no_wider_than_the_decoder,
     liger_has_a_gpu,
+    a_checkpoint_is_served,
+    engine_urls_are_servers,
+    engine_flags_are_the_users_own,
+    engine_can_be_started,
     weights_have_a_channel,
-    broker_address_is_numeric,
+    ipc_stays_on_one_device,
+    exact_staleness_needs_a_wave,
+    addresses_are_numeric,
     a_lease_expires_before_the_run,
 )

@@ -6,6 +6,7 @@ import pytest
 
 from offtrail.platform.config.compose import compose, to_yaml
 from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.generator.engines.sglang import flags, versions
 
 
 def message(*argv):
@@ -29,7 +30,8 @@ MISTAKES = [
     (["recipe=r1_zero"], "recipe=r1_zero: unknown key", ["--help"]),
     (["task=adition"], "task=adition: unknown option", ["addition, chain", "nearest: addition"]),
     (["model=/data/qwen"], "model=/data/qwen: unknown option", ["options: tiny", "model.path=/data/qwen"]),
-    (["engine.name=sglang"], "engine.name=sglang: must be one of local", []),
+    (["engine.name=vllm"], "engine.name=vllm: must be one of local, sglang", []),
+    (["engine.servers=2"], "engine.servers=2: not a key of engine.name=local, but of engine.name=sglang", []),
     (["algo.name=gppo"], "algo.name=gppo: must be one of grpo", ["nearest: ppo, gspo, grpo"]),
     (["task.path=x.jsonl"], "task.path=x.jsonl: not a key of task.name=chain", ["of task.name=jsonl"]),
     (["correction=none", "correction.cap=3"], "correction.cap=3: not a key of correction.name=none", ["tis"]),
@@ -41,7 +43,7 @@ MISTAKES = [
     (["sft.lr=fast"], "sft.lr=fast: must be a number", []),
     (["run.resume=maybe"], "run.resume=maybe: must be true or false", []),
     (["staleness.mode=exakt"], "staleness.mode=exakt: must be one of bound, exact", []),
-    (["job=ppo"], "job=ppo: must be one of rl, sft", []),
+    (["job=ppo"], "job=ppo: must be one of rl, sft, serve, chat", []),
     (["sft.betas=0.9"], "sft.betas=0.9: must be [float, float]", ["sft.betas=[0.9, 0.98]"]),
     (["sft.betas=[0.9]"], "sft.betas=[0.9]: must be [float, float]", []),
     (["sft.betas=[0.9"], "sft.betas=[0.9: malformed", []),
@@ -100,6 +102,67 @@ MISTAKES = [
     (["broker.deadline_seconds=30"], "broker.deadline_seconds=30.0: must be > ", ["lease"]),
     (["algo.kl_coef=0.1"], "algo.kl_coef=0.1", ["algo.kl=none"]),
     (["task=mixture", "task.weights.sudoku=1"], "task.weights=sudoku", ["chain"]),
+    # SGLang servers
+    (["engine=sglang", "engine.servers=0"], "engine.servers=0: must be ≥ 1", []),
+    (["engine=sglang", "engine.tensor_parallel=0"], "engine.tensor_parallel=0: must be ≥ 1", []),
+    (["engine=sglang", "engine.prefix_tokens=-1"], "engine.prefix_tokens=-1: must be ≥ 0", []),
+    (["engine=sglang", "engine.stream_interval=0"], "engine.stream_interval=0: must be ≥ 1", []),
+    (["engine=sglang", "engine.start_seconds=0"], "engine.start_seconds=0.0: must be > 0", []),
+    (["engine=sglang", "engine.hang_seconds=0"], "engine.hang_seconds=0.0: must be > 0", []),
+    (["engine=sglang", "engine.max_restarts=-1"], "engine.max_restarts=-1: must be ≥ 0", []),
+    (["engine=sglang", "engine.address=myhost"], "engine.address=myhost: must be an IP address", ["127.0.0.1"]),
+    (["engine=sglang", "engine.tensor_parallel=2"], "engine.tensor_parallel=2: needs engine.device=cuda", []),
+    (["engine=sglang", "engine.flags=--a 'b"], "engine.flags=--a 'b: malformed (No closing quotation)", ["shell"]),
+    (["engine=sglang", "engine.flags=--log-level debug --port 1"], "engine.flags=--log-level", ["--port is", "free"]),
+    (["engine=sglang", "engine.flags=--host=0.0.0.0"], "engine.flags=--host=0.0.0.0: --host", ["engine.address"]),
+    (["engine=sglang", "engine.flags=--api-key x"], "engine.flags=--api-key x: --api-key is offtrail's own", []),
+    (["engine=sglang", "engine.flags=--admin-a x"], "engine.flags=--admin-a x: --admin-api-key is offtrail's", []),
+    (["engine=sglang", "engine.flags=--model x"], "engine.flags=--model x: --model", ["the run's"]),
+    (["engine=sglang", "engine.flags=--tp 2"], "engine.flags=--tp 2: --t", ["engine.tensor_parallel"]),
+    (["engine=sglang", "engine.urls=[localhost:3]"], "engine.urls=[localhost:3]: localhost:3 is no http(s)://", []),
+    (["engine=sglang", "engine.urls=[http://a]"], "engine.urls=[http://a]: http://a is no http(s)://HOST:PORT", []),
+    (["engine=sglang", "engine.urls=[http://a:1/v1]"], "engine.urls=[http://a:1/v1]: http://a:1/v1 is no", []),
+    (["engine=sglang", "engine.urls=[http://a:x]"], "engine.urls=[http://a:x]: http://a:x is no", []),
+    (["engine=sglang", "engine.urls=[http://a:1, http://a:1/]"], "engine.urls=[", ["names a server twice"]),
+    (["engine=sglang", "engine.urls=[http://a:1]", "engine.servers=2"], "engine.servers=2: is for servers that", []),
+    (["engine=sglang", "engine.urls=[http://a:1]", "engine.router=true"], "engine.router=true: is for servers", []),
+    (
+        ["engine=sglang", "engine.urls=[http://a:1]", "engine.device=cuda", "engine.tensor_parallel=2"],
+        "engine.tensor_parallel=2: is for servers that offtrail starts",
+        [],
+    ),
+    (["engine=sglang", "engine.urls=[http://a:1]", "generator.count=2"], "generator.count=2: must be 1 with", []),
+    (["engine=sglang", "engine.urls=[http://a:1]"], "eval.engine=same: must be local with engine.urls", []),
+    # weight channels
+    (["weights.full_every=0"], "weights.full_every=0: must be ≥ 1", []),
+    (["weights.bucket_mb=0"], "weights.bucket_mb=0: must be ≥ 1", []),
+    (["weights.channel=distributed"], "weights.channel=distributed: needs engine=sglang, not local", ["shm or disk"]),
+    (["weights.channel=ipc"], "weights.channel=ipc: needs engine=sglang, not local", ["shm or disk"]),
+    (["engine=sglang", "weights.channel=ipc", "weights.delta=true"], "weights.delta=true: is for weights.channel=", []),
+    (
+        ["engine=sglang", "weights.channel=ipc", "engine.device=cuda"],
+        "weights.channel=ipc: needs learner and engine on the same kind of device",
+        ["learner.device=cpu", "engine.device=cuda"],
+    ),
+    (
+        ["engine=sglang", "weights.channel=ipc", "engine.urls=[http://10.0.0.9:1]", "eval.engine=local"],
+        "weights.channel=ipc: needs every server on this host, not at 10.0.0.9",
+        ["distributed"],
+    ),
+    (
+        ["engine=sglang", "weights.channel=distributed", "staleness.mode=exact"],
+        "weights.channel=distributed: not with staleness.mode=exact: a push reaches servers when it is published",
+        ["shm"],
+    ),
+    # job=serve, job=chat
+    (["job=serve"], "checkpoint=: job=serve needs a run directory, a checkpoint", ["checkpoint=DIR"]),
+    (["job=chat"], "checkpoint=: job=chat needs", ["checkpoint=DIR"]),
+    (["checkpoint=runs/x"], "checkpoint=runs/x: job=rl does not read it", ["model.path=DIR"]),
+    (["job=serve", "checkpoint=x", "engine=local"], "engine.name=local: job=serve needs sglang", ["job=chat"]),
+    (["job=serve", "checkpoint=x", "engine.urls=[http://a:1]"], "engine.urls=[http://a:1]: job=serve starts its", []),
+    (["serve.port=65536"], "serve.port=65536: must be in [0, 65535]", []),
+    (["serve.temperature=-1"], "serve.temperature=-1.0: must be ≥ 0", []),
+    (["serve.address=here"], "serve.address=here: must be an IP address", []),
     # paths
     (["model.path=/no/such/model"], "model.path=/no/such/model: no such folder", []),
     (["task=gsm8k"], "task.path=: a file of problems is needed", ["task.path=FILE.jsonl"]),
@@ -131,6 +194,49 @@ def test_a_model_name_must_be_in_the_cache(tmp_path, monkeypatch):
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     assert compose(["model.path=org/model-1"]).model.path == "org/model-1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "missing"),
+    [
+        ([], {"sglang"}),
+        (["engine.router=true"], {"sglang_router"}),
+        (["engine.router=true"], {"sglang", "sglang_router"}),
+    ],
+)
+def test_sglang_must_be_installed(argv, missing, monkeypatch):
+    monkeypatch.setattr(flags, "find_spec", lambda name: None if name in missing else object())
+    text = message("engine=sglang", *argv)
+    assert text.startswith(f"engine.name=sglang: {' and '.join(sorted(missing))} not installed; make sglang-cpu")
+    assert "pip install 'offtrail[sglang]'" in text
+
+
+def test_sglang_that_runs_elsewhere_need_not_be_installed(monkeypatch):
+    monkeypatch.setattr(flags, "find_spec", lambda name: None)
+    config = compose(["engine=sglang", "engine.urls=[http://a:1, https://10.0.0.2:2/]", "eval.engine=local"])
+    assert config.engine.urls == ["http://a:1", "https://10.0.0.2:2/"]
+
+
+def test_an_sglang_that_cannot_do_it_is_refused(monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda: "0.5.18")
+    assert compose(["engine=sglang"]).engine.pause_mode == "auto"
+    assert message("engine=sglang", "engine.kv_on_update=keep").startswith("engine.kv_on_update=keep: SGLang 0.5.18")
+    assert message("engine=sglang", "engine.pause_mode=retract").startswith("engine.pause_mode=retract: SGLang 0.5.18")
+    monkeypatch.setattr(versions, "installed", lambda: "0.5.9")
+    assert "install 0.5.17 … 0.5.21" in message("engine=sglang")
+
+
+def test_serving_implies_its_engine(tmp_path):
+    config = compose(["job=serve", f"checkpoint={tmp_path}", "engine.device=cuda:1", "serve.port=0"])
+    assert (config.engine.name, config.engine.device) == ("sglang", "cuda:1")
+    path = write(tmp_path / "config.yaml", to_yaml(config))
+    assert compose([path]) == config
+    assert compose(["job=chat", f"checkpoint={tmp_path}"]).engine.name == "local"
+
+
+def test_flags_that_look_like_offtrails_own_are_the_users(tmp_path):
+    text = "--model-loader-extra-config {} --log-level debug --tool-call-parser x --mem-fraction-static=.5"
+    assert compose(["engine=sglang", f"engine.flags={text}"]).engine.flags == text
 
 
 def test_a_held_out_file_must_exist(tmp_path):
