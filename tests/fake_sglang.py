@@ -4,9 +4,9 @@ are real.
     HTTP ──► endpoints ──► manager (request states, pause, update lock) ──► scheduler (thread: waiting, running, steps)
 
 `python tests/fake_sglang.py [PARENT_PID] --model-path DIR --port P [--api-key K] [--admin-api-key A]
-[--sglang-version 0.5.21] [--step-seconds 0] …` runs it as a process, which takes SGLang's other flags and ignores them;
-FakeServer runs it in a thread. It takes serve.py's place where it is given a PARENT_PID and the two keys in the
-environment. The parts are in tests/fakes/, cut as SGLang is.
+[--sglang-version 0.5.21] [--step-seconds 0] [--linger-seconds 0] …` runs it as a process, which takes SGLang's other
+flags and ignores them; FakeServer runs it in a thread. It takes serve.py's place where it is given a PARENT_PID and the
+two keys in the environment. The parts are in tests/fakes/, cut as SGLang is.
 
 tests/process/test_sglang_contract.py holds it to what a real server does. In short:
 - what kills a real server (an unknown token id, a flush under running requests, tensors of another shape, an unknown
@@ -50,6 +50,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sglang-version", default="0.5.21")
     parser.add_argument("--guard-server-info", action="store_true")
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--linger-seconds", type=float, default=0.0)
     parser.add_argument("--max-running-requests", type=int, default=64)
     parser.add_argument("--max-total-tokens", type=int, default=65536)
     parser.add_argument("--context-length", type=int)
@@ -59,7 +60,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--enable-metrics", action="store_true")
     parser.add_argument("--enable-deterministic-inference", action="store_true")
     parser.add_argument("--disable-radix-cache", action="store_true")
-    parser.add_argument("--disable-overlap-schedule", action="store_true")
     parser.add_argument("--custom-weight-loader", nargs="*", default=[])
     parser.add_argument("--weight-version", default="default")
     parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=int, default=1)

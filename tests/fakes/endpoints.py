@@ -165,9 +165,7 @@ class Api:
             seconds = float(request.query.get("timeout", "0"))
         except ValueError as error:
             raise InvalidError("Input should be a valid number: timeout") from error
-        success, message = await self.manager.ask_later(
-            lambda reply: self.scheduler.flush_within(seconds, lambda success, message: reply((success, message)))
-        )
+        success, message = await self.manager.flush(seconds)
         if success:
             return web.Response(
                 text="Cache flushed.\nPlease check backend logs for more details. "
@@ -253,7 +251,7 @@ class Api:
     async def server_info(self, request: web.Request) -> web.Response:
         """The flags as they were given; the weight version of now is in internal_states (and from 0.5.21 not above)."""
         options = vars(self.options) | {"eos": sorted(self.options.eos)}
-        for own in ("sglang_version", "step_seconds", "guard_server_info", "eos"):
+        for own in ("sglang_version", "step_seconds", "linger_seconds", "guard_server_info", "eos"):
             options.pop(own)
         now = options | {"weight_version": self.manager.weight_version}
         ceiling = min(self.options.context_length, self.options.max_total_tokens)

@@ -7,6 +7,7 @@ weights that made them; a parameter is decoded with after ``Engine.apply``.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,8 @@ from offtrail.platform.generator.engines.decoder import Spec, read_spec, read_we
 from offtrail.platform.generator.engines.local import LocalEngine, _Due
 
 RADIX_ENTRIES = 256
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+FUSED = (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj")))
 
 
 class Model:
@@ -37,9 +40,8 @@ class Model:
         self.tensors: dict[str, Tensor] = {}
         self._parameters: dict[str, Tensor] = {}
         shapes = spec.tensors()
-        fused = (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj")))
         for name, shape in shapes.items():
-            owner, parts = next(((o, p) for o, p in fused if f".{p[0]}." in name), (None, ()))
+            owner, parts = next(((o, p) for o, p in FUSED if f".{p[0]}." in name), (None, ()))
             if owner is None:
                 if name not in self.tensors:
                     self.tensors[name] = self._parameters[name] = torch.zeros(shape, dtype=dtype)
@@ -54,10 +56,19 @@ class Model:
         yield from self._parameters.items()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy what fits by name. Unknown names are skipped with a warning, absent ones stay as they are."""
+        """Copy what fits by name; absent names stay as they are. Traps, as SGLang has them: unknown names and layers
+        are skipped, unless they are those of a projection that is fused with others: KeyError.
+        """
         for name, tensor in weights:
+            if name.startswith(("layers.", "embed_tokens.", "norm.")):
+                name = f"model.{name}"
+            layer = LAYER.search(name)
             known = self.tensors.get(name)
+            if (layer and int(layer[1]) >= self.config.num_hidden_layers) or (known is None and name.endswith(".bias")):
+                continue
             if known is None:
+                if part := next((part for _, parts in FUSED for part in parts if part in name), ""):
+                    raise KeyError(name.replace(part, next(owner for owner, parts in FUSED if part in parts)))
                 print(f"Parameter {name} not found in params_dict", file=sys.stderr)
                 continue
             assert known.shape == tensor.shape, (

@@ -98,7 +98,7 @@ class Manager:
         self.loop = asyncio.get_running_loop()
         self.states: dict[str, State] = {}
         self.paused, self.pause_changed = False, asyncio.Condition()
-        self.lock = UpdateLock()
+        self.lock, self._flushing = UpdateLock(), asyncio.Lock()
         self.weight_version, self.model_path = options.weight_version, options.model_path
         self.last_receive = time.time()
         self.leaving = self.unhealthy = False
@@ -330,6 +330,16 @@ class Manager:
             self.paused = False
             self.tell(self.scheduler.resume)
             self.pause_changed.notify_all()
+
+    async def flush(self, seconds: float) -> tuple[bool, str]:
+        """One at a time: a second waits for the first, however long that is given."""
+
+        def command(reply: Callable[[Any], None]) -> None:
+            self.scheduler.flush_within(seconds, lambda success, message: reply((success, message)))
+
+        async with self._flushing:
+            success, message = await self.ask_later(command)
+            return success, message
 
     async def exclusively(self, command: Callable[[], Any]) -> Any:
         """Run a command at the scheduler: at once under a pause, else when no request is left."""

@@ -89,8 +89,9 @@ class Scheduler(threading.Thread):
         self.tokens = self.retracted = 0
         self._deliver, self._die = deliver, die
         self._tail = False
-        """With overlapped scheduling, SGLang's default, a step more is under way when a last request has ended: for its
-        time the server is not idle."""
+        """The last request has ended in the last turn: to SGLang it is there until the next, and whatever comes between
+        finds the server busy. ``--linger-seconds`` makes that long enough to be seen.
+        """
         self._health_due = 0
         self._flush_due: tuple[Callable[[bool, str], None], float] | None = None
         self._groups: dict[str, Any] = {}
@@ -122,7 +123,6 @@ class Scheduler(threading.Thread):
         """Let requests enter, make a token for each, and tell the manager what it is to know."""
         self._admit()
         if not self.running:
-            time.sleep(max(self.options.step_seconds, 0.001) if self._tail else 0.0)
             self._tail = False
             return
         new = {key for key, req in self.running.items() if not req.output}
@@ -137,11 +137,13 @@ class Scheduler(threading.Thread):
         self.engine.drop(done)
         for key in done:
             del self.running[key]
-        self._tail = not self.running and not self.options.disable_overlap_schedule
+        self._tail = not self.running
         chunks += [Chunk(HEALTH_RID)] * bool(self._health_due)
         self._health_due = 0
         if chunks:
             self._deliver(chunks)
+        if self._tail:
+            time.sleep(self.options.linger_seconds)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.options.max_running_requests:
@@ -261,9 +263,7 @@ class Scheduler(threading.Thread):
         return True
 
     def flush_within(self, seconds: float, reply: Callable[[bool, str], None]) -> None:
-        if self._flush_due is not None:
-            reply(False, "Another flush_cache is already in progress.")
-        elif seconds <= 0 or self.idle():
+        if seconds <= 0 or self.idle():
             reply(self.flush(), "")
         else:
             self._flush_due = reply, time.monotonic() + seconds
