@@ -125,7 +125,7 @@ class DistributedChannel:
 
     def close(self) -> None:
         """Leave the group, which its servers outlive."""
-        self._leave()
+        self._loop.run(self._leave())
         self._loop.close()
         self._sender.shutdown(wait=False)
         remove_notes(self.store.folder)
@@ -156,7 +156,7 @@ class DistributedChannel:
                 self.bytes_last = sum(bytes_of(tensor, None) for tensor in self._tensors.values())
                 self.bytes_published += self.bytes_last
                 return
-            self._leave()
+            self._loop.run(self._leave())
             asked = [self._server(address) for address in servers]
             silent = self._loop.run(_all(asked, lambda server: server.model_info(), limit=ASK_SECONDS))
             for address, error in failed.items():
@@ -257,7 +257,7 @@ class DistributedChannel:
         members = tuple(server.address for server in servers)
         if members == self._members and self._group is not None:
             return {}
-        self._leave()
+        await self._leave()
         self._groups_made += 1
         self._group_name = f"{GROUP}-{self._groups_made}"
         ranks, backend = self.config.tensor_parallel, "nccl" if self.config.device.startswith("cuda") else "gloo"
@@ -288,14 +288,11 @@ class DistributedChannel:
         self._members, self._store = members, store
         return {}
 
-    def _leave(self) -> None:
+    async def _leave(self) -> None:
         """Give the group up. A thread that hangs in it, because a member died, is left to its time-out."""
         if self._group is not None:
             body, members = {"group_name": self._group_name}, [self._server(address) for address in self._members]
-            with contextlib.suppress(Exception):
-                self._loop.run(
-                    _all(members, lambda s: s.post("/destroy_weights_update_group", body), limit=ASK_SECONDS)
-                )
+            await _all(members, lambda s: s.post("/destroy_weights_update_group", body), limit=ASK_SECONDS)
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(self._group)
         self._sender.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""The SGLang engine against a fake and a real server: one contract, and what only servers can do (die, hang, be many)."""
+"""The SGLang engine against a fake and a real server: one contract, and what only servers do (die, hang, be many)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import psutil
 import pytest
 import torch
 
+from fakes.client import VOCAB, Weights
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Sampling
 from offtrail.platform.config.schema import Config, SglangConfig
 from offtrail.platform.generator.engines.sglang.engine import SglangEngine
 from offtrail.platform.weights.channels import open_channel, open_reader
 from offtrail.platform.weights.store import Publisher, Subscriber
-
-from .test_sglang_contract import VOCAB, Weights, weights  # noqa: F401
 
 CLOSE = 1e-4
 LONG = 200
@@ -287,7 +286,7 @@ def mortal(request: pytest.FixtureRequest, weights: tuple[Weights, Weights], tmp
 def test_a_killed_and_a_hung_server_lose_their_requests_once_and_come_back(
     mortal: SglangEngine, weights: tuple[Weights, Weights], tmp_path: Path
 ) -> None:
-    """kill -9 in the middle of a group; SIGSTOP for a moment, which loses nothing; SIGSTOP for good."""
+    """Kill -9 in the middle of a group; SIGSTOP for a moment, which loses nothing; SIGSTOP for good."""
     publisher, reader = Publisher(tmp_path / "weights"), Subscriber(tmp_path / "weights")
     publisher.publish(3, parameters(weights[1]))
     load(mortal, reader, 3)
