@@ -83,6 +83,8 @@ class Source(NamedTuple):
 def as_bytes(tensor: Tensor) -> Bytes:
     """The memory of a contiguous CPU tensor, [bytes]."""
     flat = tensor if tensor.dim() == 1 else tensor.view(-1)
+    if flat.stride(0) != 1:  # of one element or none: any stride is contiguous then
+        flat = flat.as_strided(flat.shape, (1,))
     found: Bytes = flat.view(torch.uint8).numpy()
     return found
 
