@@ -11,12 +11,15 @@ same bytes, through the same two processes, right before or after (the order tur
 - disk: one write and one read of the same bytes, without fsync. ``disk_ratio`` is against overwriting a file that is in
   the page cache, as the channel does; ``disk_ratio_new_file`` against writing a new one.
 
-A ratio is floor / channel, the median over repeats of the ratio within a repeat. Weights are random float32, shaped as a
-Llama's. ``shm_ratio`` and ``disk_ratio`` are the worst of the sizes of 500 MB and more.
+A ratio is floor / channel, the median over repeats of the ratio within a repeat, with its least and greatest. Weights
+are random float32, shaped as a Llama's. ``shm_ratio`` and ``disk_ratio`` are the worse of the sizes of 500 MB and more.
+Of large versions the channel copies and hashes with two threads where it has two cores, and its reader hashes all of a
+version before it hands out any, which reads the bytes once more: with both cores busy elsewhere two memcpy are out of
+reach.
 
-``delta_share`` is bytes written over bytes of whole versions, over the versions that the learner makes of the batches of
-one real run of the embedded default (weights.full_every=10): in float32 as it trains, as bfloat16, and as bfloat16 at a
-learning rate of 1e-6, which is what large models use. The last line of stdout is one JSON object.
+``delta_share`` is bytes written over bytes of whole versions, over the versions that the learner makes of the batches
+of one real run of the embedded default (weights.full_every=10): in float32 as it trains, as bfloat16, and as bfloat16
+at a learning rate of 1e-6, which is what large models use. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ from offtrail.platform.weights.store import Publisher, Subscriber, remove
 
 SHAPES = {16: (192, 8_000), 128: (512, 32_000), 512: (1024, 32_000), 1024: (1536, 32_000)}
 """Megabytes: (hidden size, vocabulary) of a model that has about so many in float32."""
+WARM = 8
+"""Versions until every file is written again and every page of it is in both page tables."""
 
 
 class Channel(Protocol):
@@ -70,48 +75,52 @@ class Store:
         self.subscriber = Subscriber(place)
 
     def push(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        """As the learner does."""
         self.publisher = self.publisher or Publisher(self.place)
         self.publisher.publish(version, parameters)
 
     def pull(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        """As an engine does."""
         with self.subscriber.open(version) as weights:
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
 
     def close(self) -> None:
+        """As the launcher does."""
         if self.publisher is not None:
             self.publisher.close()
         remove(self.place)
 
 
 class Memcpy:
-    """The floor of shared memory: into a shared mapping, and out of it."""
+    """The floor of shared memory."""
 
     def __init__(self, place: Path) -> None:
         self.place = place.with_suffix(".floor")
         self.memory: dict[str, Tensor] = {}
 
     def push(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        """Into the mapping."""
         for name, shared in self._mapped(parameters).items():
             shared.copy_(parameters[name])
 
     def pull(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        """Out of it."""
         for name, shared in self._mapped(parameters).items():
             parameters[name].copy_(shared)
 
     def close(self) -> None:
+        """Remove it."""
         self.place.unlink()
 
     def _mapped(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.memory:
+            size = size_of(parameters)
             with self.place.open("a+b") as file:
-                file.truncate(size_of(parameters))
-                whole = torch.frombuffer(mmap.mmap(file.fileno(), size_of(parameters)), dtype=torch.uint8)
-            parts = whole.split([p.nbytes for p in parameters.values()])
-            self.memory = {
-                name: part.view(p.dtype).view(p.shape)
-                for part, (name, p) in zip(parts, parameters.items(), strict=True)
-            }
+                file.truncate(size)
+                whole = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+            parts = zip(whole.split([p.nbytes for p in parameters.values()]), parameters.items(), strict=True)
+            self.memory = {name: part.view(p.dtype).view(p.shape) for part, (name, p) in parts}
         return self.memory
 
 
@@ -124,6 +133,7 @@ class Overwrite:
         self.place = place.with_suffix(".new" if self.new else ".floor")
 
     def push(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        """Write, without fsync."""
         path = self.place.with_suffix(".writing") if self.new else self.place
         with path.open("wb" if self.new or not path.exists() else "r+b", buffering=0) as file:
             for parameter in parameters.values():
@@ -131,11 +141,13 @@ class Overwrite:
         os.replace(path, self.place)
 
     def pull(self, version: int, parameters: Mapping[str, Tensor]) -> None:
+        """Read into the parameters."""
         with self.place.open("rb", buffering=0) as file:
             for parameter in parameters.values():
                 assert file.readinto(as_bytes(parameter).data) == parameter.nbytes
 
     def close(self) -> None:
+        """Remove it."""
         self.place.unlink()
 
 
@@ -186,7 +198,7 @@ def reader(
 
 
 def race(kinds: Mapping[str, type[Channel]], folder: Path, megabytes: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each channel by repeat, after five that warm up (files to write again, page tables)."""
+    """Seconds of each channel by repeat, after WARM that warm up."""
     torch.set_num_threads(1)
     place = folder / f"offtrail-bench-{os.getpid()}"
     parameters = shaped(megabytes)
@@ -196,7 +208,7 @@ def race(kinds: Mapping[str, type[Channel]], folder: Path, megabytes: int, repea
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     marked = parameters[next(iter(parameters))].view(-1)
     try:
-        for repeat in range(5 + repeats):
+        for repeat in range(WARM + repeats):
             for name in kinds if repeat % 2 else reversed(kinds):
                 marked[0] = mark = float(2 * repeat + len(name) / 16)
                 began = time.perf_counter()
@@ -208,7 +220,7 @@ def race(kinds: Mapping[str, type[Channel]], folder: Path, megabytes: int, repea
         arm.close()
         for channel in channels.values():
             channel.close()
-    return {name: found[5:] for name, found in seconds.items()}
+    return {name: found[WARM:] for name, found in seconds.items()}
 
 
 def spread(values: list[float], digits: int = 3) -> list[float]:

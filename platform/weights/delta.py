@@ -110,25 +110,24 @@ def _cheapest(name: str, tensor: Tensor, pieces: list[_Piece]) -> dict[str, Tens
         bits[piece.begin // 8 :][: len(piece.bits)] = piece.bits
     room = tensor.nbytes - steps.nbytes - values.nbytes
     kind, where = "bits", bits
-    if len(steps) < 8 * len(bits):
-        gaps = _gaps(np.flatnonzero(np.unpackbits(bits)), below=min(room, bits.nbytes))
-        kind, where = ("gaps", gaps) if gaps is not None else (kind, where)
+    if len(steps) < len(bits):  # a gap takes a byte at least
+        gaps = _gaps(np.flatnonzero(np.unpackbits(bits)))
+        if gaps.nbytes < bits.nbytes:
+            kind, where = "gaps", gaps
     if where.nbytes >= room:
         return {name: tensor}
     found = {kind: where, "steps": steps, "values": values.view(_SIGNED[tensor.itemsize])}
     return {f"{name}::{part}": torch.from_numpy(array) for part, array in found.items()}
 
 
-def _gaps(where: Positions, below: int) -> Words | None:
-    """Unchanged elements before each changed one, in the narrowest form; None where it takes ``below`` bytes or more.
+def _gaps(where: Positions) -> Words:
+    """Unchanged elements before each changed one, in the narrowest form.
 
     The largest word stands for so many unchanged elements and goes on: 300 in 8 bits is 255, 45.
     """
     gaps = np.diff(where, prepend=-1) - 1
     widths = {w: w * (len(gaps) + int((gaps // np.iinfo(_WORDS[w]).max).sum())) for w in (1, 2, 4)}
     width = min(widths, key=lambda w: widths[w])
-    if widths[width] >= below:
-        return None
     most = np.iinfo(_WORDS[width]).max
     long, rest = np.divmod(gaps, most)
     found = np.full(widths[width] // width, most, _WORDS[width])

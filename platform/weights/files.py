@@ -18,11 +18,12 @@ import math
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,34 +53,39 @@ class WeightsError(RuntimeError):
     """A version cannot be written, or what stands under its name is not what was published."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A tensor to publish: ``flat`` [n] on the CPU, cast to ``dtype`` piece by piece."""
+class Source(NamedTuple):
+    """A tensor to publish: ``flat`` [n] on the CPU, cast to ``dtype`` piece by piece; ``size``: bytes once it is cast;
+    ``memory``: its bytes, where there is nothing to cast.
+    """
 
     flat: Tensor
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: list[int]
+    size: int
+    memory: Bytes | None
 
     @classmethod
     def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> Source:
         """``dtype``: of the published tensor; None = its own."""
-        flat = tensor.detach().contiguous().reshape(-1)
-        return cls(flat, dtype or tensor.dtype, tuple(tensor.shape))
-
-    @property
-    def size(self) -> int:
-        """Bytes once it is cast."""
-        return self.flat.numel() * self.dtype.itemsize
+        flat = tensor.detach().reshape(-1)
+        memory = as_bytes(flat) if dtype in (None, tensor.dtype) else None
+        dtype = dtype or tensor.dtype
+        return cls(flat, dtype, list(tensor.shape), flat.numel() * dtype.itemsize, memory)
 
     def piece(self, begin: int, end: int) -> Bytes:
         """Bytes [begin, end) of the cast tensor."""
+        if self.memory is not None:
+            return self.memory[begin:end]
         width = self.dtype.itemsize
         return as_bytes(self.flat[begin // width : end // width].to(self.dtype))
 
 
 def as_bytes(tensor: Tensor) -> Bytes:
     """The memory of a contiguous CPU tensor, [bytes]."""
-    found: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+    flat = tensor if tensor.dim() == 1 else tensor.view(-1)
+    if flat.stride(0) != 1:  # of one element or none: any stride is contiguous then
+        flat = flat.as_strided(flat.shape, (1,))
+    found: Bytes = flat.view(torch.uint8).numpy()
     return found
 
 
@@ -95,16 +101,17 @@ def sweep(sources: Mapping[str, Source], put: Callable[[str, int, Bytes], None] 
 
     Two threads share the pieces of large versions where this process has two cores; ``put`` must allow that.
     """
-    hashes = {name: np.zeros(math.ceil(source.size / PIECE), np.uint64) for name, source in sources.items()}
-    jobs = iter([(name, k) for name, found in hashes.items() for k in range(len(found))])
+    names = sorted(sources)
+    pieces = [(name, begin) for name in names for begin in range(0, sources[name].size, PIECE)]
+    hashes = np.zeros(len(pieces), np.uint64)
+    jobs = iter(enumerate(pieces))
 
     def work() -> None:
-        for name, k in jobs:
-            begin = k * PIECE
-            piece = sources[name].piece(begin, min(begin + PIECE, sources[name].size))
+        for place, (name, begin) in jobs:
+            piece = sources[name].piece(begin, begin + PIECE)
             if put is not None:
                 put(name, begin, piece)
-            hashes[name][k] = xxhash.xxh3_64_intdigest(piece.data)
+            hashes[place] = xxhash.xxh3_64_intdigest(piece.data)
 
     if sum(source.size for source in sources.values()) >= _SHARED and len(os.sched_getaffinity(0)) > 1:
         with ThreadPoolExecutor(1) as pool:
@@ -113,18 +120,20 @@ def sweep(sources: Mapping[str, Source], put: Callable[[str, int, Bytes], None] 
             other.result()
     else:
         work()
-    digest = xxhash.xxh3_128()
-    for name in sorted(sources):
-        digest.update(json.dumps([name, str(sources[name].dtype), list(sources[name].shape)]).encode())
-        digest.update(hashes[name].tobytes())
+    described = [[name, str(sources[name].dtype), sources[name].shape] for name in names]
+    digest = xxhash.xxh3_128(json.dumps(described).encode())
+    digest.update(hashes.data)
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything stands in a file: ``header`` by name as safetensors has it, data from ``start`` on, in bytes."""
+    """Where everything stands in a file, in bytes: ``starts`` by name, data from ``start`` on, ``size`` in all;
+    ``header`` as safetensors has it.
+    """
 
-    header: Mapping[str, Mapping[str, Any]]
+    header: str
+    starts: Mapping[str, int]
     start: int
     size: int
 
@@ -133,20 +142,23 @@ class Layout:
         """Wide types first, so that each tensor is aligned. Equal tensors give an equal size whatever the metadata,
         as long as it is short.
         """
-        header, at = {}, 0
+        header, places, at = dict[str, Any](), dict[str, int](), 0
         for name in sorted(sources, key=lambda n: (-sources[n].dtype.itemsize, n)):
             source = sources[name]
             if source.dtype not in _CODES:
                 raise WeightsError(f"{name} is of {source.dtype}, which safetensors does not have")
+            places[name] = at
             offsets = [at, at := at + source.size]
-            header[name] = {"dtype": _CODES[source.dtype], "shape": list(source.shape), "data_offsets": offsets}
-        needed = 8 + len(json.dumps(header)) + max(_METADATA, 256 + len(json.dumps(metadata)))
+            header[name] = {"dtype": _CODES[source.dtype], "shape": source.shape, "data_offsets": offsets}
+        text = json.dumps(header)
+        needed = 8 + len(text) + max(_METADATA, 256 + len(json.dumps(metadata)))
         start = math.ceil(needed / _PAGE) * _PAGE
-        return cls(header, start, start + at)
+        return cls(text, {name: start + place for name, place in places.items()}, start, start + at)
 
     def head(self, metadata: Mapping[str, str]) -> bytes:
         """The bytes before the data: length, header, padding."""
-        text = json.dumps({"__metadata__": metadata, **self.header}).encode().ljust(self.start - 8)
+        joint = ", " if self.starts else ""
+        text = f'{{"__metadata__": {json.dumps(metadata)}{joint}{self.header[1:]}'.encode().ljust(self.start - 8)
         return struct.pack("<Q", len(text)) + text
 
 
@@ -167,7 +179,7 @@ class VersionFile:
         """All of it, the header with ``checksum`` last; returns the checksum. OSError: no room, for one."""
 
         def put(name: str, begin: int, piece: Bytes) -> None:
-            self._put(layout.start + layout.header[name]["data_offsets"][0] + begin, piece)
+            self._put(layout.starts[name] + begin, piece)
 
         digest = sweep(sources, put)
         head = layout.head({**metadata, "checksum": metadata.get("checksum", digest), "written": digest})
@@ -229,6 +241,7 @@ class Maps:
 
     def __init__(self) -> None:
         self._maps: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
+        weakref.finalize(self, _close, self._maps)
 
     def of(self, file: int) -> Tensor:
         """The bytes of an open file. Private: what is written into them is nobody else's."""
@@ -244,10 +257,6 @@ class Maps:
             if os.fstat(kept).st_nlink == 0 or _identity(kept) != key:
                 os.close(kept)
                 del self._maps[key]
-
-    def __del__(self) -> None:
-        for kept, _ in self._maps.values():
-            os.close(kept)
 
 
 class Reading:
@@ -337,6 +346,11 @@ def _open_locked(path: Path) -> int:
                     return file
             _lock(file, fcntl.F_UNLCK)
         os.close(file)
+
+
+def _close(maps: Mapping[Any, tuple[int, Tensor]]) -> None:
+    for kept, _ in maps.values():
+        os.close(kept)
 
 
 def _identity(file: int) -> tuple[int, int, int]:

@@ -70,7 +70,7 @@ class Held:
 
     def fits(self, sources: Mapping[str, Source]) -> bool:
         """Whether it has the same names, dtypes and shapes."""
-        held = {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
+        held = {name: (t.dtype, list(t.shape)) for name, t in self.tensors.items()}
         return held == {name: (s.dtype, s.shape) for name, s in sources.items()}
 
     def copy(self, sources: Mapping[str, Source]) -> str:
@@ -137,12 +137,14 @@ class Publisher:
         """
         sources = {name: Source.of(tensor, self._cast(tensor)) for name, tensor in _plain(tensors).items()}
         metadata = _metadata(version, probe)
-        whole = Layout.of(sources, metadata).size
+        layout = whole = Layout.of(sources, metadata)
         if self.full_every:
             sources, metadata = self._changes(version, sources, metadata)
-        digest, self.bytes_last = self._write(version, sources, metadata)
+            layout = Layout.of(sources, metadata)
+        digest = self._write(version, sources, layout, metadata)
+        self.bytes_last = layout.size
         self.bytes_published += self.bytes_last
-        self.delta_share = self.bytes_last / whole
+        self.delta_share = layout.size / whole.size
         self._bases[version] = int(metadata["base"]) if "base" in metadata else None
         self._held.version, self._held.checksum = version, digest
         self._retire()
@@ -201,9 +203,8 @@ class Publisher:
         self._since_whole = 0
         return {name: Source.of(tensor) for name, tensor in held.tensors.items()}, metadata
 
-    def _write(self, version: int, sources: Sources, metadata: Metadata) -> tuple[str, int]:
-        """The version's checksum, and the bytes of its file."""
-        layout = Layout.of(sources, metadata)
+    def _write(self, version: int, sources: Sources, layout: Layout, metadata: Metadata) -> str:
+        """Under its name; returns its checksum."""
         try:
             with self._blank(version, layout.size) as file:
                 try:
@@ -217,7 +218,7 @@ class Publisher:
         except OSError as error:
             raise WeightsError(f"version {version} cannot be written to {self.folder}: {error}") from error
         self._files[version] = file
-        return metadata.get("checksum", digest), layout.size
+        return metadata.get("checksum", digest)
 
     @contextlib.contextmanager
     def _blank(self, version: int, size: int) -> Iterator[VersionFile]:
