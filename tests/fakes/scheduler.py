@@ -77,7 +77,7 @@ class Scheduler(threading.Thread):
         self.engine = Engine(
             Path(options.model_path),
             max_running=options.max_running_requests,
-            max_length=options.context_length,
+            max_length=min(options.context_length, options.positions),
             dtype=options.dtype,
             seed=options.random_seed,
         )
