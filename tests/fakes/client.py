@@ -148,6 +148,11 @@ class Flight:
     task: asyncio.Task[None] | None = None
 
     @property
+    def done(self) -> bool:
+        assert self.task is not None
+        return self.task.done()
+
+    @property
     def last(self) -> Json:
         meta: Json = self.chunks[-1]["meta_info"]
         return meta
@@ -181,8 +186,7 @@ class Flight:
     async def made(self, count: int) -> None:
         """Until so many tokens have come."""
         while len(self.tokens) < count:
-            assert self.task is not None
-            assert not self.task.done(), self.chunks[-1:]
+            assert not self.done, self.chunks[-1:]
             await asyncio.sleep(0.002)
 
     async def settled(self) -> int:

@@ -282,7 +282,7 @@ async def test_an_id_is_aborted_two_seconds_after_its_stream(server: Server) -> 
     rid = server.rid()
     await landed(start_flight(server, 2, rid=rid))
     second = start_flight(server, 1000, rid=rid)
-    while not second.task.done() and not second.chunks:
+    while not second.done and not second.chunks:
         await asyncio.sleep(0.01)
     other = start_flight(server, 1000)
     await server.ok("/pause_generation", {"mode": "in_place"})
@@ -290,7 +290,7 @@ async def test_an_id_is_aborted_two_seconds_after_its_stream(server: Server) -> 
     await server.ok("/continue_generation")
     await landed(second)
     assert second.last["finish_reason"]["type"] == "abort"
-    assert not other.task.done()
+    assert not other.done
     await server.ok("/abort_request", {"rid": other.rid})
     await landed(other)
 
@@ -360,7 +360,7 @@ async def test_an_abort_returns_what_was_made_of_its_request_and_of_those_whose_
     assert nothing.status == 200
     before = len(other.tokens)
     await other.made(before + 5)
-    assert not any(flight.task.done() for flight in (*flights, other))
+    assert not any(flight.done for flight in (*flights, other))
     await server.ok("/abort_request", {"rid": rid})
     await landed(*flights)
     for flight in flights:
@@ -372,7 +372,7 @@ async def test_an_abort_returns_what_was_made_of_its_request_and_of_those_whose_
         }
         assert flight.last["completion_tokens"] == len(flight.tokens) == len(flight.logprobs)
         assert flight.last["weight_versions"] == [{"version": "first", "start": 0, "end": len(flight.tokens)}]
-    assert not other.task.done()
+    assert not other.done
     await server.ok("/abort_request", {"abort_all": True})
     await landed(other)
     assert other.last["finish_reason"]["type"] == "abort"
@@ -535,7 +535,7 @@ async def test_a_paused_abort_of_a_running_request_comes_after_the_pause(server:
     count = await flight.settled()
     await server.ok("/abort_request", {"rid": flight.rid})
     assert await flight.settled() == count
-    assert not flight.task.done()
+    assert not flight.done
     await server.ok("/continue_generation")
     await landed(flight)
     assert flight.last["completion_tokens"] == len(flight.tokens) == count + 1
