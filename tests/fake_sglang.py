@@ -3,10 +3,10 @@ are real.
 
     HTTP ──► endpoints ──► manager (request states, pause, update lock) ──► scheduler (thread: waiting, running, steps)
 
-`python tests/fake_sglang.py [PARENT_PID] --model-path DIR --port P [--api-key K] [--admin-api-key A]
-[--sglang-version 0.5.21] [--step-seconds 0] [--linger-seconds 0] …` runs it as a process, which takes SGLang's other
-flags and ignores them; FakeServer runs it in a thread. It takes serve.py's place where it is given a PARENT_PID and the
-two keys in the environment. The parts are in tests/fakes/, cut as SGLang is.
+`python tests/fake_sglang.py --model-path DIR --port P [--api-key K] [--admin-api-key A] [--sglang-version 0.5.21]
+[--step-seconds 0] [--linger-seconds 0] …` runs it as a process, which takes SGLang's other flags and ignores them;
+FakeServer runs it in a thread; Servers(…, command="fake_sglang"), with tests/ on PYTHONPATH, runs it in serve.py's
+place. Its parts are in tests/fakes/, cut as SGLang is.
 
 tests/process/test_sglang_contract.py holds it to what a real server does. In short:
 - what kills a real server (an unknown token id, a flush under running requests, tensors of another shape, an unknown
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -37,6 +36,7 @@ from aiohttp import web
 from fakes.endpoints import Api
 from fakes.manager import Manager
 from offtrail.platform.generator.engines.decoder import read_spec
+from offtrail.platform.generator.engines.sglang.serve import die_with, keys_as_flags
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -68,7 +68,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, _ = parser.parse_known_args(arguments)
     config = json.loads((Path(options.model_path) / "config.json").read_text())
     options.eos = read_eos(Path(options.model_path))
-    options.context_length = options.context_length or read_spec(Path(options.model_path)).max_positions
+    options.positions = read_spec(Path(options.model_path)).max_positions
+    options.context_length = options.context_length or options.positions
     if options.dtype == "auto":
         options.dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if options.random_seed is None:
@@ -150,21 +151,13 @@ def kill_self(words: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def as_serve(parent: int) -> list[str]:
-    """What serve.py does before all else: leave with the parent, and take the keys out of the environment."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-    flags = ["--guard-server-info"]
-    for flag, variable in (("--api-key", "OFFTRAIL_SGLANG_KEY"), ("--admin-api-key", "OFFTRAIL_SGLANG_ADMIN_KEY")):
-        if key := os.environ.pop(variable, ""):
-            flags += [flag, key]
-    return flags
-
-
 async def main(arguments: Sequence[str]) -> None:
     """Serve until SIGTERM or SIGINT; then requests are let end first, unless the server is ill."""
-    options = parse([*arguments, *(as_serve(int(arguments[0])) if arguments[0].isdecimal() else [])])
+    flags: list[str] = []
+    if arguments[0].isdecimal():  # in serve.py's place
+        die_with(int(arguments[0]))
+        flags = ["--guard-server-info", *keys_as_flags()]
+    options = parse([*arguments, *flags])
     told = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, told.set)

@@ -194,7 +194,8 @@ def checked(item: Item, options: argparse.Namespace) -> Req:
         item.rid,
         item.ids,
         {name: params[name] for name in ("temperature", "top_p", "top_k")},
-        max(0, min(limit, longest - length - 1)),  # two tokens of the context are never made
+        # Two tokens of the context are never made; where it was made longer than the model, nor are those beyond that.
+        max(0, min(limit, min(longest - 1, options.positions) - length)),
         frozenset() if params["ignore_eos"] else frozenset(params["stop_token_ids"] or ()) | options.eos,
         item.stream,
         params["stream_interval"] or options.stream_interval,

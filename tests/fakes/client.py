@@ -11,11 +11,9 @@ import base64
 import contextlib
 import functools
 import json
-import os
 import pickle
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +22,20 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fakes.tensors import init_group
+from offtrail.platform.config.schema import SglangConfig
+from offtrail.platform.generator.engines.sglang.flags import CONTEXT_MARGIN
+from offtrail.platform.generator.engines.sglang.servers import SERVER, Servers
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 VOCAB, CONTEXT = 512, 1024
-KEY, ADMIN = "user-key", "admin-key"
+RUNNING = 16
 HEALTH_SECONDS = 3
 """How long a server waits for a sign of life before it says 503."""
 PROMPT = list(range(40, 52))
@@ -83,6 +85,8 @@ class Server:
 
     kind: str
     url: str
+    key: str = "user-key"
+    admin: str = "admin-key"
     number: int = 0
 
     def rid(self) -> str:
@@ -90,8 +94,10 @@ class Server:
         self.number += 1
         return f"r{self.number:06d}"
 
-    async def call(self, path: str, body: Json | None = None, *, key: str = ADMIN, method: str = "POST") -> Reply:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async def call(self, path: str, body: Json | None = None, *, key: str | None = None, method: str = "POST") -> Reply:
+        """With the admin key, unless another one is given."""
+        token = self.admin if key is None else key
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         sent = {"json": body if body is not None else {}} if method == "POST" else {}
         async with aiohttp.request(method, self.url + path, headers=headers, **sent) as response:
             text = await response.text()
@@ -103,7 +109,7 @@ class Server:
         return json.loads(reply.text) if reply.text.startswith("{") else {}
 
     async def generate(self, body: Json) -> Any:
-        reply = await self.call("/generate", body, key=KEY)
+        reply = await self.call("/generate", body, key=self.key)
         assert reply.status == 200, reply.text
         return json.loads(reply.text)
 
@@ -125,14 +131,6 @@ class Server:
         await self.ok("/update_weights_from_disk", {"model_path": str(weights.path), "weight_version": version})
 
 
-@dataclass
-class Process(Server):
-    """A server in a process of its own."""
-
-    process: subprocess.Popen[bytes] = field(kw_only=True)
-    log: Path = field(kw_only=True)
-
-
 @dataclass(frozen=True)
 class Reply:
     status: int
@@ -150,6 +148,11 @@ class Flight:
     task: asyncio.Task[None] | None = None
 
     @property
+    def done(self) -> bool:
+        assert self.task is not None
+        return self.task.done()
+
+    @property
     def last(self) -> Json:
         meta: Json = self.chunks[-1]["meta_info"]
         return meta
@@ -164,7 +167,7 @@ class Flight:
             "stream": True,
         }
         async with aiohttp.request(
-            "POST", f"{server.url}/generate", json=body, headers={"Authorization": f"Bearer {KEY}"}
+            "POST", f"{server.url}/generate", json=body, headers={"Authorization": f"Bearer {server.key}"}
         ) as response:
             assert response.status == 200
             async for line in response.content:
@@ -183,8 +186,7 @@ class Flight:
     async def made(self, count: int) -> None:
         """Until so many tokens have come."""
         while len(self.tokens) < count:
-            assert self.task is not None
-            assert not self.task.done(), self.chunks[-1:]
+            assert not self.done, self.chunks[-1:]
             await asyncio.sleep(0.002)
 
     async def settled(self) -> int:
@@ -199,6 +201,7 @@ class Flight:
 def start_flight(server: Server, limit: int = 600, prompt: list[int] | None = None, **params: Any) -> Flight:
     flight = Flight(params.pop("rid", "") or server.rid())
     flight.task = asyncio.create_task(flight.fly(server, prompt or PROMPT, limit, **params))
+    flight.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio logs it
     return flight
 
 
@@ -216,47 +219,32 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(kind: str, model: Path, log: Path) -> Iterator[Process]:
-    """A server, healthy."""
-    module = "offtrail.platform.generator.engines.sglang.serve"
-    program = [str(ROOT / "tests" / "fake_sglang.py")] if kind == "fake" else ["-m", module]
-    port = free_port()
-    flags = (
-        f"--model-path {model} --host 127.0.0.1 --port {port} --skip-tokenizer-init --incremental-streaming-output "
-        f"--stream-interval 4 --custom-weight-loader fakes.loading.from_file --device cpu --dtype float32 "
-        f"--attention-backend torch_native --sampling-backend pytorch --grammar-backend none --sleep-on-idle "
-        f"--disable-overlap-schedule --skip-server-warmup --max-total-tokens 16384 --mem-fraction-static 0.1"
-    ).split()
-    if kind == "fake":
-        flags += ["--step-seconds", "0.002"]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "SGLANG_HEALTH_CHECK_TIMEOUT": str(HEALTH_SECONDS),
-        "OFFTRAIL_SGLANG_KEY": KEY,
-        "OFFTRAIL_SGLANG_ADMIN_KEY": ADMIN,
-    }
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, *program, str(os.getpid()), *flags], env=env, stdout=out, stderr=out
-        )
-    server = Process(kind, f"http://127.0.0.1:{port}", process=process, log=log)
-    try:
-        asyncio.run(healthy(server))
-        yield server
-    finally:
-        process.kill()
-        process.wait()
-
-
-async def healthy(server: Process) -> None:
-    while True:
-        assert server.process.poll() is None, server.log.read_text()[-2000:]
-        with contextlib.suppress(aiohttp.ClientConnectionError):
-            if (await server.call("/health", method="GET")).status == 200:
-                return
-        await asyncio.sleep(0.1)
+def started(kind: str, model: Path, folder: Path) -> Iterator[tuple[Server, Servers]]:
+    """A server in a process of its own, ready, and who keeps it. Weights may come through fakes.loading.from_file."""
+    slow = "" if kind == "real" else " --step-seconds 0.002"
+    flags = f"--skip-tokenizer-init --custom-weight-loader fakes.loading.from_file{slow}"
+    servers = Servers(
+        SglangConfig(max_running=RUNNING, stream_interval=4, flags=flags, start_seconds=300.0, max_restarts=0),
+        model,
+        owner=f"contract-{kind}",
+        count=1,
+        max_length=CONTEXT - CONTEXT_MARGIN,
+        threads=1,
+        run_dir=folder,
+        command=SERVER if kind == "real" else "fake_sglang",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        patch.setenv("SGLANG_HEALTH_CHECK_TIMEOUT", str(HEALTH_SECONDS))
+        try:
+            servers.start()
+            while not servers.ready():
+                servers.poll()
+                time.sleep(0.05)
+            address = servers.address(0)
+            yield Server(kind, address.url, address.key, address.admin_key), servers
+        finally:
+            servers.close()
 
 
 def coroutine_test(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:

@@ -251,7 +251,7 @@ class Api:
     async def server_info(self, request: web.Request) -> web.Response:
         """The flags as they were given; the weight version of now is in internal_states (and from 0.5.21 not above)."""
         options = vars(self.options) | {"eos": sorted(self.options.eos)}
-        for own in ("sglang_version", "step_seconds", "linger_seconds", "guard_server_info", "eos"):
+        for own in ("sglang_version", "step_seconds", "linger_seconds", "guard_server_info", "positions", "eos"):
             options.pop(own)
         now = options | {"weight_version": self.manager.weight_version}
         ceiling = min(self.options.context_length, self.options.max_total_tokens)

@@ -17,7 +17,7 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -209,7 +209,7 @@ class Manager:
 
     # Calls
 
-    async def generate(self, call: Call) -> AsyncIterator[Json | list[Json]]:
+    async def generate(self, call: Call) -> AsyncGenerator[Json | list[Json], None]:
         """Answers of one call: one, or with ``stream`` many. RefusedError."""
         items = call.items
         rids = {item.rid for item in items}

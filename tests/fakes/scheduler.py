@@ -77,7 +77,7 @@ class Scheduler(threading.Thread):
         self.engine = Engine(
             Path(options.model_path),
             max_running=options.max_running_requests,
-            max_length=options.context_length,
+            max_length=min(options.context_length, options.positions),
             dtype=options.dtype,
             seed=options.random_seed,
         )
@@ -121,18 +121,17 @@ class Scheduler(threading.Thread):
 
     def _turn(self) -> None:
         """Let requests enter, make a token for each, and tell the manager what it is to know."""
-        self._admit()
+        entered = self._admit()
         if not self.running:
             self._tail = False
             return
-        new = {key for key, req in self.running.items() if not req.output}
         for key, token, logprob in self.engine.advance():
             self._append(self.running[key], token, logprob)
         if self.options.step_seconds:
             time.sleep(self.options.step_seconds)
         done = {key for key, req in self.running.items() if req.finish}
         if not self.options.disable_radix_cache:
-            self.engine.remember(new | done)
+            self.engine.remember(entered | done)
         chunks = [self._report(req) for req in self.running.values() if self._due(req)]
         self.engine.drop(done)
         for key in done:
@@ -145,7 +144,9 @@ class Scheduler(threading.Thread):
         if self._tail:
             time.sleep(self.options.linger_seconds)
 
-    def _admit(self) -> None:
+    def _admit(self) -> set[int]:
+        """Let those enter that there is room for; their keys."""
+        entered: set[int] = set()
         while self.waiting and len(self.running) < self.options.max_running_requests:
             req = self.waiting.popleft()
             if req.return_logprob and req.inputs is None:
@@ -156,6 +157,8 @@ class Scheduler(threading.Thread):
             whole = req.prompt + req.output
             req.cached += self.engine.enter(req.key, whole, req.sampling, most_cached if not req.output else len(whole))
             self.running[req.key] = req
+            entered.add(req.key)
+        return entered
 
     def _score(self, req: Req) -> list[list[Any]]:
         """Log-probabilities of the prompt from ``start`` on, at temperature 1; the first is never given."""

@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,33 +18,57 @@ import pytest
 
 from fake_sglang import FakeServer
 from fakes.client import (
-    ADMIN,
-    KEY,
     PROMPT,
+    ROOT,
     Server,
     Weights,
     coroutine_test,
+    free_port,
     landed,
     session,
     start_flight,
-    started,
     tensor_body,
 )
 
 
 @contextlib.contextmanager
 def fake(weights: Weights, *flags: str) -> Iterator[tuple[FakeServer, Server]]:
-    keys = ("--api-key", KEY, "--admin-api-key", ADMIN)
+    keys = ("--api-key", Server.key, "--admin-api-key", Server.admin)
     streams = ("--skip-tokenizer-init", "--incremental-streaming-output")
     with FakeServer("--model-path", str(weights.path), *keys, *streams, *flags) as served:
         yield served, Server("fake", served.url)
+
+
+@contextlib.contextmanager
+def process(weights: Weights, folder: Path) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
+    """The fake as a program."""
+    port = free_port()
+    flags = f"--port {port} --api-key {Server.key} --incremental-streaming-output --step-seconds 0.002 --device cpu"
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "fake_sglang.py"),
+        "--model-path",
+        str(weights.path),
+        *flags.split(),
+    ]
+    with (folder / "log").open("ab") as log:
+        child = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE, stderr=log
+        )
+    try:
+        assert child.stdout is not None
+        assert b"fired up" in child.stdout.readline(), (folder / "log").read_text()
+        yield Server("fake", f"http://127.0.0.1:{port}"), child
+    finally:
+        child.kill()
+        child.communicate()
 
 
 @coroutine_test
 async def test_the_older_contract_has_no_sessions_and_no_versions_of_tokens(weights: tuple[Weights, Weights]) -> None:
     with fake(weights[0], "--sglang-version", "0.5.17", "--step-seconds", "0.002") as (_, server):
         for path in ("/begin_weight_update", "/end_weight_update"):
-            assert (await server.call(path, key=KEY)).status == 404
+            assert (await server.call(path, key=server.key)).status == 404
             assert (await server.call(path)).status == 401  # what is not there takes the user key
         flight = start_flight(server, 200)
         await flight.made(20)
@@ -54,7 +80,7 @@ async def test_the_older_contract_has_no_sessions_and_no_versions_of_tokens(weig
         await landed(flight)
         assert "weight_versions" not in flight.last
         assert flight.last["weight_version"] == "second"
-        info = json.loads((await server.call("/server_info", key=KEY, method="GET")).text)
+        info = json.loads((await server.call("/server_info", key=server.key, method="GET")).text)
         assert (info["version"], info["weight_version"]) == ("0.5.17", "second")
 
 
@@ -128,7 +154,7 @@ def test_a_process_can_be_stopped_go_on_be_killed_and_asked_to_leave(
         os.kill(process, signal.SIGSTOP)
         count = await flight.settled()
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(server.call("/model_info", key=KEY, method="GET"), 0.3)
+            await asyncio.wait_for(server.call("/model_info", key=server.key, method="GET"), 0.3)
         os.kill(process, signal.SIGCONT)
         await flight.made(count + 5)
         os.kill(process, signal.SIGTERM)  # what is under way may end
@@ -144,12 +170,12 @@ def test_a_process_can_be_stopped_go_on_be_killed_and_asked_to_leave(
         with pytest.raises((aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)):
             await landed(flight)
 
-    with started("fake", weights[0].path, tmp_path / "log") as server:
-        asyncio.run(stop_and_go(server, server.process.pid))
-        assert server.process.wait(10) == 0
-    with started("fake", weights[0].path, tmp_path / "log") as server:
-        asyncio.run(killed(server, server.process.pid))
-        assert server.process.wait(10) == -signal.SIGKILL
+    with process(weights[0], tmp_path) as (server, child):
+        asyncio.run(stop_and_go(server, child.pid))
+        assert child.wait(10) == 0
+    with process(weights[0], tmp_path) as (server, child):
+        asyncio.run(killed(server, child.pid))
+        assert child.wait(10) == -signal.SIGKILL
 
 
 @coroutine_test
@@ -168,5 +194,5 @@ async def test_a_new_server_listens_where_a_dead_one_did_and_knows_nothing_of_it
         tokens = [*PROMPT, 3]
         expected = weights[0].logprobs(tokens[:1], tokens[1:])
         np.testing.assert_allclose(await server.scores(tokens), expected, atol=1e-4, rtol=0)
-        info = json.loads((await server.call("/model_info", key=KEY, method="GET")).text)
+        info = json.loads((await server.call("/model_info", key=server.key, method="GET")).text)
         assert info["weight_version"] == "default"

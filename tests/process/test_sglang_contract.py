@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ import torch
 
 from fake_sglang import FakeServer
 from fakes.client import (
-    ADMIN,
     CONTEXT,
-    KEY,
     PROMPT,
+    RUNNING,
     VOCAB,
     Flight,
     Json,
@@ -40,6 +39,8 @@ from fakes.client import (
     started,
     tensor_body,
 )
+from offtrail.platform.generator.engines.sglang.flags import CONTEXT_MARGIN
+from offtrail.platform.generator.engines.sglang.servers import ServerError, Servers
 
 CLOSE = 1e-4
 APART = 1e-3
@@ -49,8 +50,8 @@ APART = 1e-3
 def running(
     request: pytest.FixtureRequest, weights: tuple[Weights, Weights], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("log") / f"{request.param}.log"
-    with started(request.param, weights[0].path, log) as server:
+    folder = tmp_path_factory.mktemp("servers")
+    with started(request.param, weights[0].path, folder) as (server, _):
         yield server
 
 
@@ -201,7 +202,7 @@ async def test_what_is_refused_and_how(server: Server) -> None:
     def body(**changes: Any) -> Json:
         return {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}} | changes
 
-    twice = await server.call("/generate", body(input_ids=[PROMPT, PROMPT], rid=["a", "a"]), key=KEY)
+    twice = await server.call("/generate", body(input_ids=[PROMPT, PROMPT], rid=["a", "a"]), key=server.key)
     refused = {
         "input_ids cannot be empty.": body(input_ids=[]),
         f"The input ({CONTEXT} tokens) is longer than the model's context length ({CONTEXT} tokens).": body(
@@ -217,13 +218,13 @@ async def test_what_is_refused_and_how(server: Server) -> None:
         "Please use a smaller logprob_start_len.": body(return_logprob=True, logprob_start_len=50),
     }
     for words, wrong in refused.items():
-        reply = await server.call("/generate", wrong, key=KEY)
+        reply = await server.call("/generate", wrong, key=server.key)
         assert (reply.status, json.loads(reply.text)) == (400, {"error": {"message": words}})
     assert (twice.status, "Duplicate request IDs" in twice.text) == (400, True)
-    long = await server.call("/generate", body(sampling_params={"max_new_tokens": CONTEXT}), key=KEY)
+    long = await server.call("/generate", body(sampling_params={"max_new_tokens": CONTEXT}), key=server.key)
     assert (long.status, "exceeds the model's maximum context length" in long.text) == (400, True)
-    assert (await server.call("/generate", body(input_ids=[1.5]), key=KEY)).status == 400
-    assert (await server.call("/generate", body(sampling_params={"zork": 1}), key=KEY)).status == 500
+    assert (await server.call("/generate", body(input_ids=[1.5]), key=server.key)).status == 400
+    assert (await server.call("/generate", body(sampling_params={"zork": 1}), key=server.key)).status == 500
 
 
 @coroutine_test
@@ -257,7 +258,7 @@ async def test_streamed_chunks_add_up_to_the_whole(server: Server, weights: tupl
 @coroutine_test
 async def test_a_stream_that_is_refused_says_so_in_a_chunk(server: Server) -> None:
     body = {"input_ids": [5] * CONTEXT, "sampling_params": {"max_new_tokens": 2}, "stream": True}
-    reply = await server.call("/generate", body, key=KEY)
+    reply = await server.call("/generate", body, key=server.key)
     first, done, *rest = reply.text.split("\n\n")
     assert (reply.status, done, rest) == (200, "data: [DONE]", [""])
     error = json.loads(first.removeprefix("data: "))["error"]
@@ -281,7 +282,7 @@ async def test_an_id_is_aborted_two_seconds_after_its_stream(server: Server) -> 
     rid = server.rid()
     await landed(start_flight(server, 2, rid=rid))
     second = start_flight(server, 1000, rid=rid)
-    while not second.task.done() and not second.chunks:
+    while not second.done and not second.chunks:
         await asyncio.sleep(0.01)
     other = start_flight(server, 1000)
     await server.ok("/pause_generation", {"mode": "in_place"})
@@ -289,7 +290,7 @@ async def test_an_id_is_aborted_two_seconds_after_its_stream(server: Server) -> 
     await server.ok("/continue_generation")
     await landed(second)
     assert second.last["finish_reason"]["type"] == "abort"
-    assert not other.task.done()
+    assert not other.done
     await server.ok("/abort_request", {"rid": other.rid})
     await landed(other)
 
@@ -300,14 +301,14 @@ async def test_an_id_is_aborted_two_seconds_after_its_stream(server: Server) -> 
 @coroutine_test
 async def test_each_endpoint_takes_its_own_key_only(server: Server) -> None:
     generate = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}}
-    for key, status in ((KEY, 200), (ADMIN, 401), ("", 401), ("user", 401)):
+    for key, status in ((server.key, 200), (server.admin, 401), ("", 401), ("user", 401)):
         assert (await server.call("/generate", generate, key=key)).status == status
         assert (await server.call("/model_info", key=key, method="GET")).status == status
     for path in ("/flush_cache", "/abort_request", "/pause_generation", "/continue_generation", "/begin_weight_update"):
-        reply = await server.call(path, key=KEY)
+        reply = await server.call(path, key=server.key)
         assert (reply.status, json.loads(reply.text)) == (401, {"error": "Unauthorized"})
     assert (await server.call("/health", key="", method="GET")).status == 200
-    assert (await server.call("/nothing", key=KEY)).status == 404
+    assert (await server.call("/nothing", key=server.key)).status == 404
 
 
 @coroutine_test
@@ -328,7 +329,7 @@ async def test_health_is_good_with_and_without_work_and_not_under_a_pause(server
 @coroutine_test
 async def test_what_a_server_says_of_itself(server: Server, weights: tuple[Weights, Weights]) -> None:
     await server.ok("/update_weight_version", {"new_version": "seven"})
-    reply = await server.call("/model_info", key=KEY, method="GET")
+    reply = await server.call("/model_info", key=server.key, method="GET")
     info = json.loads(reply.text)
     assert info["model_path"] == str(weights[0].path)
     assert info["weight_version"] == "seven"
@@ -336,10 +337,11 @@ async def test_what_a_server_says_of_itself(server: Server, weights: tuple[Weigh
     reply = await server.call("/server_info", method="GET")
     info = json.loads(reply.text)
     assert info["version"] == "0.5.21"
-    assert info["weight_version"] == "default"  # trap: of its start
+    assert info["weight_version"] == "0"  # trap: of its start
     assert info["internal_states"][0]["weight_version"] == "seven"
     assert info["custom_weight_loader"] == ["fakes.loading.from_file"]
-    assert (info["max_total_num_tokens"], info["max_req_input_len"]) == (16384, CONTEXT - 6)
+    assert info["max_total_num_tokens"] == RUNNING * (CONTEXT - CONTEXT_MARGIN)
+    assert info["max_req_input_len"] == CONTEXT - 6
     assert (info["tp_size"], info["dtype"], info["enable_deterministic_inference"]) == (1, "float32", False)
     assert (info["stream_interval"], info["incremental_streaming_output"]) == (4, True)
 
@@ -358,7 +360,7 @@ async def test_an_abort_returns_what_was_made_of_its_request_and_of_those_whose_
     assert nothing.status == 200
     before = len(other.tokens)
     await other.made(before + 5)
-    assert not any(flight.task.done() for flight in (*flights, other))
+    assert not any(flight.done for flight in (*flights, other))
     await server.ok("/abort_request", {"rid": rid})
     await landed(*flights)
     for flight in flights:
@@ -370,7 +372,7 @@ async def test_an_abort_returns_what_was_made_of_its_request_and_of_those_whose_
         }
         assert flight.last["completion_tokens"] == len(flight.tokens) == len(flight.logprobs)
         assert flight.last["weight_versions"] == [{"version": "first", "start": 0, "end": len(flight.tokens)}]
-    assert not other.task.done()
+    assert not other.done
     await server.ok("/abort_request", {"abort_all": True})
     await landed(other)
     assert other.last["finish_reason"]["type"] == "abort"
@@ -381,7 +383,7 @@ async def test_an_id_in_use_is_refused_and_its_holder_goes_on(server: Server) ->
     flight = start_flight(server, 900)
     await flight.made(1)
     body = {"rid": flight.rid, "input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}}
-    reply = await server.call("/generate", body, key=KEY)
+    reply = await server.call("/generate", body, key=server.key)
     assert reply.status == 400
     assert json.loads(reply.text) == {"error": {"message": f"Duplicate request ID detected: {flight.rid}"}}
     await flight.made(len(flight.tokens) + 3)
@@ -533,7 +535,7 @@ async def test_a_paused_abort_of_a_running_request_comes_after_the_pause(server:
     count = await flight.settled()
     await server.ok("/abort_request", {"rid": flight.rid})
     assert await flight.settled() == count
-    assert not flight.task.done()
+    assert not flight.done
     await server.ok("/continue_generation")
     await landed(flight)
     assert flight.last["completion_tokens"] == len(flight.tokens) == count + 1
@@ -624,7 +626,7 @@ async def test_every_channel_makes_the_new_weights_effective(
         expected = with_norm(second.path).logprobs(tokens[:1], tokens[1:])
     np.testing.assert_allclose(after, expected, atol=CLOSE, rtol=0)
     assert np.abs(np.subtract(after, before)).max() > APART
-    info = json.loads((await server.call("/model_info", key=KEY, method="GET")).text)
+    info = json.loads((await server.call("/model_info", key=server.key, method="GET")).text)
     assert info["weight_version"] == channel
 
 
@@ -694,7 +696,7 @@ async def test_outside_a_session_an_update_is_refused(server: Server, weights: t
 
 
 async def unknown_token(server: Server, weights: Weights) -> None:
-    await server.call("/generate", {"input_ids": [VOCAB], "sampling_params": {"max_new_tokens": 1}}, key=KEY)
+    await server.call("/generate", {"input_ids": [VOCAB], "sampling_params": {"max_new_tokens": 1}}, key=server.key)
 
 
 async def flush_under_running(server: Server, weights: Weights) -> None:
@@ -747,17 +749,25 @@ async def deadly(deed: Callable[[Server, Weights], Awaitable[None]], server: Ser
             await deed(server, weights)
 
 
+def watch(servers: Servers) -> None:
+    while True:
+        servers.poll()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("deed", DEATHS, ids=lambda deed: deed.__name__)
 @pytest.mark.parametrize("kind", ["fake", pytest.param("real", marks=pytest.mark.prove)])
 def test_what_kills_a_server(
     kind: str, deed: Callable[[Server, Weights], Awaitable[None]], weights: tuple[Weights, Weights], tmp_path: Path
 ) -> None:
     if kind == "real" or deed is unknown_token:
-        with started(kind, weights[0].path, tmp_path / "log") as server:
+        with started(kind, weights[0].path, tmp_path) as (server, servers):
             asyncio.run(deadly(deed, server, weights[1]))
-            assert server.process.wait(30) == -signal.SIGKILL
+            with pytest.raises(ServerError, match="was killed by SIGKILL"):
+                watch(servers)
         return
-    flags = ["--api-key", KEY, "--admin-api-key", ADMIN, "--incremental-streaming-output", "--step-seconds", "0.002"]
-    with FakeServer("--model-path", str(weights[0].path), *flags) as fake:
+    keys = ("--api-key", Server.key, "--admin-api-key", Server.admin)
+    flags = ("--incremental-streaming-output", "--step-seconds", "0.002")
+    with FakeServer("--model-path", str(weights[0].path), *keys, *flags) as fake:
         asyncio.run(deadly(deed, Server(kind, fake.url), weights[1]))
         assert fake.died.startswith("Traceback")
