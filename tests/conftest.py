@@ -1,15 +1,20 @@
-"""What several test files of the learner share: a start model and batches of ragged groups."""
+"""What several test files share: a start model, batches of ragged groups, and one real SGLang server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from offtrail.core.types import Batch, Group, Problem
-from offtrail.platform.config.schema import ModelConfig
+from offtrail.platform.config.schema import ModelConfig, SglangConfig
+
+if TYPE_CHECKING:
+    from offtrail.platform.generator.engines.sglang.servers import Servers
 
 MakeBatch = Callable[..., Batch]
 
@@ -22,6 +27,30 @@ def start_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "start"
     save_start(folder, ModelConfig(hidden_size=32, layers=2, mlp_size=48, heads=4, kv_heads=2), seed=3)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sglang_server(start_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Servers, Path]]:
+    """One real server of the start model on this CPU, ready, and the model's folder. A test leaves it as it was."""
+    from offtrail.platform.generator.engines.sglang.servers import Servers
+
+    servers = Servers(
+        SglangConfig(max_running=32, start_seconds=240.0),
+        start_dir,
+        owner="session-0",
+        count=1,
+        max_length=128,
+        threads=1,
+        run_dir=tmp_path_factory.mktemp("sglang"),
+    )
+    try:
+        servers.start()
+        while not servers.ready():
+            servers.poll()
+            time.sleep(0.05)
+        yield servers, start_dir
+    finally:
+        servers.close()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ class Child:
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
+        self._shared: set[str] = set()
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-P", "-m", module, str(os.getpid()), *arguments]
         # 0600: sglang logs all its settings, the keys among them
@@ -55,16 +56,23 @@ class Child:
             return True
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
+    def remember(self) -> list[psutil.Process]:
+        """The tree's processes. What they hold of shared memory is removed at the end, also if they die before it:
+        sglang leaves it behind.
+        """
+        members = list(self._members())
+        self._shared |= {path for member in members for path in _shared_memory(member.pid)}
+        return members
+
     def end(self) -> str:
         """Kill the whole tree with SIGKILL, wait for its end, and say how the first process ended. Once is enough."""
         if self._process.returncode is None:
-            members = list(self._members())
-            shared = {path for member in members for path in _shared_memory(member.pid)}
+            members = self.remember()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
             _wait_for(members)
-            for path in shared:  # sglang has no one to remove it
+            for path in self._shared:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
         return self.epitaph()

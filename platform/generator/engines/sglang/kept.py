@@ -166,8 +166,11 @@ class Kept(Watched):
         if self._child.exited:
             self._died(self._child)
             return
+        was_ready = self.ready
         self._ask()
-        self._was_ever_ready |= self.ready
+        if self.ready and not was_ready:
+            self._was_ever_ready = True
+            self._child.remember()
         if silence := self._silence():
             self.kill(silence)
         elif self._late():
