@@ -84,7 +84,7 @@ def test_two_ranks_push_to_two_servers_of_which_one_is_killed(
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert (summary["status"], summary["steps"], summary["groups/trained"]) == ("completed", 50, 200)
     assert (summary["groups/lost"], summary["groups/duplicated"]) == (0, 0)
-    assert summary["groups/refused"] == {} or set(summary["groups/refused"]) == {"run_ended"}
+    assert sum(count for reason, count in summary["groups/refused"].items() if reason != "run_ended") == 0
     probes = [row["mismatch/probe_abs_dlogp_max"] for row in rows if "mismatch/probe_abs_dlogp_max" in row]
     assert max(probes) < 1e-4
     assert servers_of(run_dir) == []
