@@ -57,8 +57,8 @@ class Answers(Protocol):
     """The most tokens of prompt + answer."""
 
     def answer(self, prompt: Int32) -> Generator[str]:
-        """Pieces of the answer to prompt tokens [P], which leave room. CutError when it breaks off; closing the iterator
-        ends the answer.
+        """Pieces of the answer to prompt tokens [P], which leave room; closing the iterator ends the answer. CutError
+        when it breaks off.
         """
 
     def close(self) -> None:
