@@ -500,13 +500,13 @@ def exact_staleness_needs_a_wave(config: Config) -> None:
 
 
 def a_push_recomputes(config: Config) -> None:
-    """Under kv_on_update=keep each version has a prompt cache of its own, and only the generator knows which is which."""
+    """Under kv_on_update=keep each version has a prompt cache of its own, and the generator says which one to use."""
     if config.weights.channel == "distributed" and config.engine.kv_on_update == "keep":
         raise refuse(
             "engine.kv_on_update",
             "keep",
-            "not with weights.channel=distributed: at the moment of a push a new prompt could begin from keys and values "
-            "of the version before; take recompute, or weights.channel=shm",
+            "not with weights.channel=distributed: at the moment of a push a new prompt could begin from keys and "
+            "values of the version before; take recompute, or weights.channel=shm",
         )
 
 

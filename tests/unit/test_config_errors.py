@@ -152,7 +152,7 @@ MISTAKES = [
     ),
     (
         ["engine=sglang", "weights.channel=distributed", "engine.kv_on_update=keep"],
-        "engine.kv_on_update=keep: not with weights.channel=distributed: at the moment of a push a new prompt could begin",
+        "engine.kv_on_update=keep: not with weights.channel=distributed: at the moment of a push a new prompt could",
         ["take recompute", "weights.channel=shm"],
     ),
     (
