@@ -1,6 +1,6 @@
 """How close the weight channels come to the machine, and what delta encoding saves on a real run's versions.
 
-    python benchmarks/weights.py [--repeats 9] [--megabytes 16 128 512 1024] [--only shm disk delta]
+    python benchmarks/weights.py [--repeats 9] [--megabytes 16 128 512 1024] [--only shm disk delta sglang]
 
 A channel is a class with ``push`` and ``pull``: the publisher is this process, the reader another one, and both have
 their parameters in memory that was touched before. A measurement goes from the call of ``push`` to the reader's word
@@ -19,7 +19,11 @@ reach.
 
 ``delta_share`` is bytes written over bytes of whole versions, over the versions that the learner makes of the batches
 of one real run of the embedded default (weights.full_every=10): in float32 as it trains, as bfloat16, and as bfloat16
-at a learning rate of 1e-6, which is what large models use. The last line of stdout is one JSON object.
+at a learning rate of 1e-6, which is what large models use.
+
+``sglang`` is the same way's end in a real SGLang server on the CPU, idle, for each channel: `publish` until the server
+answers that it holds the version (pause, flush, transfer, name, continue: seven HTTP calls), beside two memcpy of the
+same bytes in this process. It needs `make sglang-cpu`. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,22 +37,28 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from common import Arm, Run, launch, machine, say
+from tokenizers import Tokenizer, models
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.generator.engines.sglang.engine import SglangEngine
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.model import load_model
 from offtrail.platform.learner.role import make_trainer
 from offtrail.platform.learner.world import World
 from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.weights.channels import open_channel, open_reader
 from offtrail.platform.weights.files import as_bytes
 from offtrail.platform.weights.store import Publisher, Subscriber, remove
 
 SHAPES = {16: (192, 8_000), 128: (512, 32_000), 512: (1024, 32_000), 1024: (1536, 32_000)}
 """Megabytes: (hidden size, vocabulary) of a model that has about so many in float32."""
+SERVED: tuple[Literal["shm", "disk", "ipc", "distributed"], ...] = ("shm", "disk", "ipc", "distributed")
 WARM = 8
 """Versions until every file is written again and every page of it is in both page tables."""
 
@@ -292,12 +302,72 @@ def delta_shares(folder: Path, steps: int) -> dict[str, Any]:
     return {"delta_share": row["delta_share_bfloat16_lr1e-6"], **row}
 
 
+def sglang_channels(folder: Path, sizes: list[int], repeats: int) -> dict[str, Any]:
+    """Seconds from publish to applied of every channel into one real server, and of two memcpy."""
+    row: dict[str, Any] = {}
+    for megabytes in sizes:
+        model = folder / f"model-{megabytes}"
+        parameters = _qwen(model, megabytes)
+        memory = {name: torch.empty_like(tensor) for name, tensor in parameters.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in ("memcpy", *SERVED)}
+        settings = SglangConfig(max_running=8, hang_seconds=300.0)
+        engine = SglangEngine(
+            model, settings, max_length=64, threads=1, owner="generator-0", count=1, run_dir=folder / f"run-{megabytes}"
+        )
+        version = 0
+        try:
+            for kind in SERVED:
+                config = Config(engine=settings)
+                config.weights.channel = kind
+                place = (Path("/dev/shm") if kind != "disk" else folder) / f"offtrail-bench-{os.getpid()}"
+                channel = open_channel(config, place, folder / f"run-{megabytes}", 2)
+                ends = open_reader(config, place)
+                for _ in range(WARM // 2 + repeats):
+                    version += 1
+                    began = time.perf_counter()
+                    for name, tensor in parameters.items():
+                        memory[name].copy_(tensor)
+                        tensor.copy_(memory[name])
+                    middle = time.perf_counter()
+                    channel.publish(version, parameters)
+                    while engine.version != version:
+                        with ends.open(version) as weights:
+                            engine.load_weights(version, weights)
+                    seconds["memcpy"].append(middle - began)
+                    seconds[kind].append(time.perf_counter() - middle)
+                channel.close()
+                remove(place)
+        finally:
+            engine.close()
+        found = {name: spread(values[WARM // 2 :], 4) for name, values in seconds.items()}
+        row[f"sglang_{megabytes}_seconds"] = found
+        say(f"sglang at {megabytes} MB: " + ", ".join(f"{name} {times[0]} s" for name, times in found.items()))
+    return row
+
+
+def _qwen(folder: Path, megabytes: int) -> dict[str, Tensor]:
+    """A random float32 Qwen3 of about so many megabytes, saved with its configuration; its parameters."""
+    hidden, vocabulary = SHAPES[megabytes]
+    layers = max(1, round((megabytes * 10**6 / 4 - vocabulary * hidden) / (11 * hidden * hidden)))
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, head_dim=64, max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    characters = {f"<{i}>": i for i in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>").save_pretrained(folder)
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--megabytes", type=int, nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=20, help="learner steps of the run whose versions are encoded")
-    parser.add_argument("--only", nargs="*", default=["shm", "disk", "delta"])
+    parser.add_argument("--only", nargs="*", default=["shm", "disk", "delta", "sglang"])
     parser.add_argument("--disk", type=Path, default=Path.cwd(), help="a folder on the disk that is measured")
     args = parser.parse_args()
     row: dict[str, Any] = {"benchmark": "weights", **machine()}
@@ -308,6 +378,9 @@ def main() -> None:
     if "delta" in args.only:
         with tempfile.TemporaryDirectory() as folder:
             row |= delta_shares(Path(folder), args.steps)
+    if "sglang" in args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            row |= sglang_channels(Path(folder), args.megabytes, args.repeats)
     print(json.dumps(row))
 
 

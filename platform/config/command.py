@@ -55,6 +55,10 @@ def _run(argv: Sequence[str]) -> int:
     require_packages()
     if config.job in ("rl", "sft"):
         require_task(config)
+    if config.job == "chat":
+        from offtrail.platform.launcher.chat import chat
+
+        return chat(config)
     run_dir, lock = prepare(config)
     with lock:
         from offtrail.platform.launcher.local import launch

@@ -20,6 +20,8 @@ offtrail {version}: asynchronous off-policy RL for LLM reasoning
   python launch.py settings.yaml learner.steps=80  a YAML file of keys is merged; the command line wins
   python launch.py runs/NAME/config.yaml           repeat a run
   python launch.py run.name=NAME run.resume=true   go on with a run
+  python launch.py job=chat checkpoint=runs/NAME   talk with its newest checkpoint in the terminal
+  python launch.py job=serve checkpoint=runs/NAME  put it behind an OpenAI-compatible API (SGLang)
   python launch.py … --dry-run                     print the resolved configuration, start nothing
   python launch.py --help | --version
 

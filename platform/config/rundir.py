@@ -39,8 +39,10 @@ def prepare(config: Config) -> tuple[Path, TextIO]:
 
 
 def default_name(config: Config) -> str:
-    """JOB-TASK-ALGO and the time; supervised jobs have no algorithm."""
-    parts = [config.job, config.task.name] + ([config.algo.name] if config.job == "rl" else [])
+    """JOB-TASK-ALGO and the time; supervised jobs have no algorithm, and serving has no task either."""
+    parts: list[str] = [config.job]
+    parts += [config.task.name] if config.job in ("rl", "sft") else []
+    parts += [config.algo.name] if config.job == "rl" else []
     return "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from offtrail.algos.config import incompatible
+from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.keys import flatten
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
@@ -200,13 +201,13 @@ def model_paths_are_here(config: Config) -> None:
         _model_is_here(key, flatten(config).get(key, ""))
 
 
-def _model_is_here(key: str, given: str) -> None:
+def _model_is_here(key: str, given: str, give: str = "a Hugging Face model folder, or leave it empty") -> None:
     if not given or (Path(given) / "config.json").is_file():
         return
     if Path(given).exists():
         raise refuse(key, given, "holds no config.json; a Hugging Face model folder has one")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith("."):
-        raise refuse(key, given, "no such folder; give a Hugging Face model folder, or leave it empty")
+        raise refuse(key, given, f"no such folder; give {give}")
     cached = hub_cache() / f"models--{given.replace('/', '--')}" / "snapshots"
     if not any(cached.glob("*/config.json")):
         raise refuse(key, given, f"neither a folder nor in the Hugging Face cache; fetch it first: hf download {given}")
@@ -389,6 +390,8 @@ def a_checkpoint_is_served(config: Config) -> None:
         raise refuse(
             "checkpoint", config.checkpoint, f"job={config.job} does not read it; a start model is model.path=DIR"
         )
+    if served and model_folder(config.checkpoint) is None:
+        _model_is_here("checkpoint", config.checkpoint, "a run directory, a checkpoint or a Hugging Face model folder")
     if config.job == "serve" and not isinstance(config.engine, SglangConfig):
         raise refuse("engine.name", config.engine.name, "job=serve needs sglang; for the terminal alone take job=chat")
 

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.context import remove_shared_memory
+from offtrail.platform.launcher.serve import run_serve
 from offtrail.platform.launcher.start import StartError, prepare_start_model, run_sft
 from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.progress import Progress
@@ -252,7 +253,7 @@ def supervised_row(row: dict[str, float]) -> dict[str, float]:
     return {"step": row["step"], "loss/sft": row["loss"]}
 
 
-JOBS = {"rl": run_rl, "sft": run_supervised}
+JOBS = {"rl": run_rl, "sft": run_supervised, "serve": run_serve}
 
 
 def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:

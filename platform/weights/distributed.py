@@ -199,7 +199,7 @@ class DistributedChannel:
     async def _pause(self, servers: Sequence[Server]) -> dict[Address, Exception]:
         async def pause(server: Server) -> None:
             await server.post("/pause_generation", {"mode": self._pause_mode})
-            if self._pause_mode == "abort":
+            if self._pause_mode != "in_place":
                 await flush(server)
             if server.has_sessions:
                 with contextlib.suppress(ControlError):  # of a push that failed
@@ -212,14 +212,14 @@ class DistributedChannel:
         buckets = cut(self._tensors, self.bucket_bytes, None)
 
         async def receive(server: Server) -> None:
-            for i, bucket in enumerate(buckets):
+            for bucket in buckets:
                 body = {
                     "names": bucket,
                     "dtypes": [str(self._tensors[name].dtype).removeprefix("torch.") for name in bucket],
                     "shapes": [list(self._tensors[name].shape) for name in bucket],
                     "group_name": self._group_name,
                     "load_format": "flattened_bucket",
-                    "flush_cache": self._pause_mode == "retract" and i == len(buckets) - 1,
+                    "flush_cache": False,
                 }
                 await server.post("/update_weights_from_distributed", body)
             if server.has_sessions:

@@ -14,7 +14,7 @@ import pytest
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.context import RoleContext
-from offtrail.platform.learner import role
+from offtrail.platform.learner import checkpoint, role
 from offtrail.platform.learner.objectives import StalenessError
 from offtrail.platform.weights.store import Subscriber, checksum
 from offtrail.platform.wire.groups import group_frames
@@ -157,10 +157,18 @@ def test_a_version_is_readable_when_it_is_committed(context: RoleContext, make_b
         "policy/entropy",
     } <= broker.metrics.keys()
     assert broker.metrics["policy/lr"] == 1e-3
+    assert broker.metrics["weights/bytes"] == (context.weights_folder / "v00000004.safetensors").stat().st_size
+    assert broker.metrics["weights/delta_share"] == 1
 
 
-def test_a_resumed_exact_run_repeats_its_versions_and_their_window(context: RoleContext, make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_resumed_exact_run_repeats_its_versions_and_their_window(
+    context: RoleContext, make_batch: MakeBatch, delta: bool
+) -> None:
     context.config.staleness.mode, context.config.staleness.max = "exact", 2
+    if delta:  # changes, of what is published for an engine of bfloat16
+        context.config.weights.delta, context.config.engine.dtype = True, "bfloat16"
+        context.config.learner.optim.lr = 1e-5
 
     def exact(step: int) -> Batch:
         return make_batch(step, versions=max(0, step - 2))
@@ -169,6 +177,12 @@ def test_a_resumed_exact_run_repeats_its_versions_and_their_window(context: Role
     with serving(first, context.run_dir):
         role.main(context)
     assert first.said[-1] == "commit 2 → 3"
+    assert (first.metrics["weights/delta_share"] < 1) == delta
+    assert len(set(first.checksums.values())) == 4
+    window = checkpoint.read_window(checkpoint.path_of(context.run_dir, 2))
+    assert {version: checksum(tensors) for version, tensors in window.items()} == {
+        version: first.checksums[version] for version in (0, 1)
+    }
 
     for file in context.weights_folder.glob("v*.safetensors"):
         file.unlink()  # shared memory does not outlive a run

@@ -356,3 +356,22 @@ def test_unfinished_samples_come_back_as_they_are(kind: str, weights: tuple[Weig
         assert len(drain(engine)) == 2
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_samples_that_the_server_has_not_begun_survive_an_update(
+    engine: SglangEngine, weights: tuple[Weights, Weights], start: int, tmp_path: Path, mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """More samples than decode together: some wait inside the server while weights change."""
+    monkeypatch.setattr(engine._config, "kv_on_update", "keep" if mode == "in_place" else "recompute")
+    monkeypatch.setattr(engine._config, "pause_mode", mode if mode != "in_place" else "auto")
+    with channel("shm", tmp_path / "weights", tmp_path) as (publisher, reader):
+        publisher.publish(start + 1, parameters(weights[1]))
+        requests = ask(8, 8, new=60)
+        run_until_tokens(engine, requests, 1)
+        load(engine, reader, start + 1)
+        done = drain(engine)
+    assert engine.lost() == []
+    assert len(done) == 64
+    assert all(len(c.tokens) == 60 for c in done)

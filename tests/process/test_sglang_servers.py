@@ -92,7 +92,7 @@ def test_a_server_through_its_life(
 ) -> None:
     ports = [int(sglang_server[0].address(0).url.rpartition(":")[2])]  # by the time that it has loaded, it is taken
     free = kept.free_port
-    monkeypatch.setattr(kept, "free_port", lambda address: ports.pop() if ports else free(address))
+    monkeypatch.setattr(kept, "free_port", lambda *at: ports.pop() if ports else free(*at))
     children = set(psutil.Process().children())
     servers = Servers(
         SglangConfig(max_running=16, start_seconds=240.0, max_restarts=1, router=True),

@@ -280,5 +280,5 @@ def test_refuses():
         make(advantages=torch.zeros(5))
     with pytest.raises(ValueError, match="needs ref_logprobs"):
         policy_loss(make(), GrpoConfig(kl="k3", kl_coef=0.1), DECOUPLED)
-    with pytest.raises(ValueError, match="allowed are none, decoupled, a3po, tis"):
+    with pytest.raises(ValueError, match="allowed are none, uncorrected, decoupled, a3po"):
         policy_loss(make(), GrpoConfig(), CorrectionConfig(name="icepops"))

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.compose import compose, to_yaml
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.generator.engines.sglang import flags, versions
@@ -158,8 +159,8 @@ MISTAKES = [
     (["job=serve"], "checkpoint=: job=serve needs a run directory, a checkpoint", ["checkpoint=DIR"]),
     (["job=chat"], "checkpoint=: job=chat needs", ["checkpoint=DIR"]),
     (["checkpoint=runs/x"], "checkpoint=runs/x: job=rl does not read it", ["model.path=DIR"]),
-    (["job=serve", "checkpoint=x", "engine=local"], "engine.name=local: job=serve needs sglang", ["job=chat"]),
-    (["job=serve", "checkpoint=x", "engine.urls=[http://a:1]"], "engine.urls=[http://a:1]: job=serve starts its", []),
+    (["job=chat", "checkpoint=/no/such"], "checkpoint=/no/such: no such folder; give a run directory", []),
+    (["job=serve", "checkpoint=nobody/model"], "checkpoint=nobody/model: neither a folder nor in the Hugging", ["hf "]),
     (["serve.port=65536"], "serve.port=65536: must be in [0, 65535]", []),
     (["serve.temperature=-1"], "serve.temperature=-1.0: must be ≥ 0", []),
     (["serve.address=here"], "serve.address=here: must be an IP address", []),
@@ -226,12 +227,38 @@ def test_an_sglang_that_cannot_do_it_is_refused(monkeypatch):
     assert "install 0.5.17 … 0.5.21" in message("engine=sglang")
 
 
-def test_serving_implies_its_engine(tmp_path):
-    config = compose(["job=serve", f"checkpoint={tmp_path}", "engine.device=cuda:1", "serve.port=0"])
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A Hugging Face directory, as far as the rules look."""
+    (tmp_path / "hf").mkdir()
+    write(tmp_path / "hf" / "config.json", "{}")
+    return f"checkpoint={tmp_path / 'hf'}"
+
+
+def test_serving_implies_its_engine(checkpoint, tmp_path):
+    config = compose(["job=serve", checkpoint, "engine.device=cuda:1", "serve.port=0"])
     assert (config.engine.name, config.engine.device) == ("sglang", "cuda:1")
     path = write(tmp_path / "config.yaml", to_yaml(config))
     assert compose([path]) == config
-    assert compose(["job=chat", f"checkpoint={tmp_path}"]).engine.name == "local"
+    assert compose(["job=chat", checkpoint]).engine.name == "local"
+    assert message("job=serve", checkpoint, "engine=local").startswith("engine.name=local: job=serve needs sglang")
+    text = message("job=serve", checkpoint, "engine.urls=[http://a:1]")
+    assert text.startswith("engine.urls=[http://a:1]: job=serve starts its own server")
+
+
+def test_a_run_that_is_served_has_a_model(tmp_path):
+    write(tmp_path / "config.yaml", to_yaml(compose([])))
+    given = f"checkpoint={tmp_path}"
+    assert "the run has neither a checkpoint nor a start model" in message("job=chat", given)
+    for name in ("start", "checkpoints/step_9", "checkpoints/step_10", "checkpoints/.step_11.writing"):
+        (tmp_path / name).mkdir(parents=True)
+        write(tmp_path / name / "config.json", "{}")
+        newest = "step_10" if name.startswith("checkpoints/.") else name.rpartition("/")[2]
+        assert model_folder(compose(["job=chat", given]).checkpoint) == tmp_path / name.replace(
+            name.rpartition("/")[2], newest
+        )
+        assert run_folder(str(tmp_path / name)) == (None if name == "start" else tmp_path)
+    assert run_folder(str(tmp_path)) == tmp_path
 
 
 def test_flags_that_look_like_offtrails_own_are_the_users(tmp_path):

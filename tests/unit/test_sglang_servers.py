@@ -222,7 +222,7 @@ def test_a_stranger_on_the_port_is_not_taken_for_the_server(
     stranger = make()
     until(stranger, stranger.ready)
     port = int(stranger.address(0).url.rpartition(":")[2])
-    monkeypatch.setattr(kept, "free_port", lambda address: port)
+    monkeypatch.setattr(kept, "free_port", lambda *_: port)
     servers = make(start_seconds=3.0)
     with pytest.raises(ServerError, match=f"{port}/model_info answers 401"):
         until(servers, servers.ready)

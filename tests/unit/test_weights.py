@@ -1,5 +1,6 @@
 """The weight channel: a visible version is whole, stays readable while it is read, and damage is told."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from offtrail.platform.config.schema import Config, EngineConfig
 from offtrail.platform.generator.engines.local import LocalEngine
 from offtrail.platform.learner.tiny import save_start
-from offtrail.platform.weights import store
+from offtrail.platform.weights import files, store
 from offtrail.platform.weights.files import file_system
 from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.weights.store import Publisher, Subscriber, WeightsError, checksum, remove
@@ -415,6 +416,46 @@ def test_what_was_loaded_does_not_change_with_the_memory_it_came_from(publisher,
     assert value(Subscriber(publisher.folder), 0) == 7
     with pytest.raises(WeightsError, match="is damaged"):
         reader.open(0)
+
+
+@pytest.mark.parametrize("now", [1, 3])
+def test_a_file_that_was_taken_between_open_and_lock_is_not_read(publisher, reader, monkeypatch, now):
+    """``now`` versions come out in between: the file has lost its name, or is written again already."""
+    publisher.keep = 1
+    publisher.publish(0, tensors(0))
+    taken, lock = inode(file_of(publisher.folder, 0)), files._lock
+
+    def late(file, kind):
+        if kind == fcntl.F_RDLCK:
+            monkeypatch.setattr(files, "_lock", lock)
+            for version in range(1, 1 + now):
+                publisher.publish(version, tensors(version))
+            paths = [*publisher.folder.glob("v*"), *(publisher.folder / "writing").iterdir()]
+            assert taken in {inode(path) for path in paths}
+        return lock(file, kind)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with pytest.raises(FileNotFoundError, match="version 0 is not in"):
+        reader.open(0)
+    assert value(reader, now) == now
+
+
+def test_a_file_that_is_being_written_is_not_read(publisher, reader, monkeypatch):
+    publisher.keep = 1
+    publisher.publish(0, tensors(0))
+    publisher.publish(1, tensors(1))
+    held = os.open(next((publisher.folder / "writing").iterdir()), os.O_RDONLY)  # opened while it was version 0
+    seen, sweep = [], files.sweep
+
+    def spied(*args):
+        seen.append(files._lock(held, fcntl.F_RDLCK))
+        return sweep(*args)
+
+    monkeypatch.setattr(files, "sweep", spied)
+    publisher.publish(2, tensors(2))
+    assert seen == [False]
+    assert files._lock(held, fcntl.F_RDLCK)  # whole again
+    os.close(held)
 
 
 HAMMER = textwrap.dedent("""

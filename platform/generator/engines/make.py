@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from offtrail.core.protocols import Engine
 from offtrail.platform.config.schema import SglangConfig
 from offtrail.platform.launcher.context import RoleContext
@@ -17,7 +19,7 @@ def make_engine(context: RoleContext) -> Engine:
 
         return SglangEngine(
             context.start_model,
-            config.engine,
+            replace(config.engine, device=first_device(config.engine, config.generator.count, context)),
             max_length=longest,
             threads=threads,
             owner=f"{context.role}-{context.index}",
@@ -27,3 +29,12 @@ def make_engine(context: RoleContext) -> Engine:
     from offtrail.platform.generator.engines.local import LocalEngine
 
     return LocalEngine(context.start_model, config.engine, max_length=longest, threads=threads)
+
+
+def first_device(engine: SglangConfig, generators: int, context: RoleContext) -> str:
+    """Where the servers of this role begin: each generator's after those of the one before, the evaluator's last."""
+    kind, _, number = engine.device.partition(":")
+    if kind != "cuda":
+        return engine.device
+    before = generators if context.role == "evaluator" else context.index
+    return f"cuda:{int(number or 0) + before * engine.servers * engine.tensor_parallel}"

@@ -15,18 +15,22 @@ from offtrail.platform.generator.engines.sglang import versions
 from offtrail.platform.generator.engines.sglang.kept import Check, UnhealthyError
 
 TIMEOUT_S = 5.0
+TOKEN_TIMEOUT_S = 30.0
+"""Of a question that makes a token, maybe the server's first; it gives up itself after 20 s."""
 NOBODY = "offtrail-asks-for-nobody"
 """A request id that no request has."""
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
-def ask(url: str, key: str = "", body: Any = None, method: str | None = None) -> tuple[int, Any]:
-    """(status, JSON or None) of one request. Raises UnhealthyError when there is no HTTP answer in TIMEOUT_S."""
+def ask(
+    url: str, key: str = "", body: Any = None, method: str | None = None, timeout_s: float | None = None
+) -> tuple[int, Any]:
+    """(status, JSON or None) of one request. Raises UnhealthyError when there is no HTTP answer in time (TIMEOUT_S)."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers=headers, method=method)
     try:
-        with _open(request, timeout=TIMEOUT_S) as answer:
+        with _open(request, timeout=timeout_s or TIMEOUT_S) as answer:
             return int(answer.status), _json(answer.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -50,7 +54,7 @@ def own_server(key: str) -> Check:
 
     def check(url: str, first: bool) -> None:
         if first:
-            _expect(f"{url}/health")
+            _makes_a_token(url)
         _expect(f"{url}/model_info", key)
 
     return check
@@ -63,7 +67,7 @@ def attached_server(key: str, admin_key: str, config: SglangConfig) -> Check:
         if not first:
             _expect(f"{url}/model_info", key)
             return
-        _expect(f"{url}/health")
+        _makes_a_token(url)
         _takes(f"{url}/model_info", key, "$OFFTRAIL_SGLANG_KEY", "--api-key")
         _takes(f"{url}/abort_request", admin_key, "$OFFTRAIL_SGLANG_ADMIN_KEY", "--admin-api-key", {"rid": NOBODY})
         _version_will_do(url, (key, admin_key), config)
@@ -76,8 +80,12 @@ def listens(url: str, first: bool) -> None:
     _expect(f"{url}/health")
 
 
-def _expect(url: str, key: str = "") -> None:
-    status, _ = ask(url, key)
+def _makes_a_token(url: str) -> None:
+    _expect(f"{url}/health", timeout_s=TOKEN_TIMEOUT_S)
+
+
+def _expect(url: str, key: str = "", timeout_s: float | None = None) -> None:
+    status, _ = ask(url, key, timeout_s=timeout_s)
     if status != 200:
         raise UnhealthyError(f"{url} answers {status}")
 

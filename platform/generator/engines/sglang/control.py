@@ -7,7 +7,8 @@ weights/distributed.py). Invariants: a version becomes the server's in the same 
 nothing decodes, so that a token's stamp is the weights that made it; whatever happens after the pause, the server goes
 on or the caller is told that it cannot be trusted any more (`TornError`).
 
-Traps of SGLang (seen): an update with flush_cache while anything runs kills the server; versions before 0.5.21 have no
+Traps of SGLang (seen): an update with flush_cache while anything runs kills the server, so that the cache is emptied
+by a call of its own, before; versions before 0.5.21 have no
 sessions, later ones refuse tensors outside one; a checkpoint of another architecture is answered with success, so that
 names and shapes are checked by the caller, before.
 """
@@ -96,8 +97,8 @@ class Server:
             raise ControlError(f"{self.address.url}/model_info: {type(error).__name__}: {error}") from error
 
 
-Transfer = Callable[[Server, bool], Awaitable[None]]
-"""Gives a paused server the tensors. The flag: whether to flush the keys and values that the old weights made."""
+Transfer = Callable[[Server], Awaitable[None]]
+"""Gives a paused server the tensors."""
 
 
 async def swap(
@@ -119,11 +120,11 @@ async def swap(
     """
     await server.post("/pause_generation", {"mode": mode})
     try:
-        if mode == "abort":
-            if drained is not None:
-                await drained()
+        if mode == "abort" and drained is not None:
+            await drained()
+        if mode != "in_place":
             await flush(server)
-        await transfer(server, mode == "retract")
+        await transfer(server)
         await _name(server, version)
     except BaseException as error:
         if not isinstance(error, TornError):
@@ -149,7 +150,11 @@ async def _go_on(server: Server) -> None:
 
 
 async def flush(server: Server) -> None:
-    """Empty the cache of an idle server; for a moment after a request ends it answers that it is not idle yet."""
+    """Empty the cache of a server where nothing runs; for a moment after a request ends it answers that it is not idle.
+
+    Traps: an update that flushes by itself dies of that moment; with a timeout in the call a server that holds samples
+    waits it out, and refuses.
+    """
     limit = time.monotonic() + FLUSH_SECONDS
     while True:
         try:
@@ -197,11 +202,11 @@ class FromFile:
     version: int
     ranks: int = 1
 
-    async def __call__(self, server: Server, flush_cache: bool) -> None:
+    async def __call__(self, server: Server) -> None:
         """Name the file to the server; it maps, checks and loads it."""
         verdict = self.folder / f"verdict-{uuid.uuid4().hex}"
         payload = base64.b64encode(request(str(self.folder), self.version, str(verdict))).decode()
-        body = {"serialized_named_tensors": [payload] * self.ranks, "load_format": LOADER, "flush_cache": flush_cache}
+        body = {"serialized_named_tensors": [payload] * self.ranks, "load_format": LOADER, "flush_cache": False}
         async with weight_session(server):
             await server.post("/update_weights_from_tensor", body)
             words = [await _verdict(verdict.with_name(f"{verdict.name}.{rank}")) for rank in range(self.ranks)]
@@ -230,10 +235,10 @@ class FromDirectory:
     folder: Path
     version: int
 
-    async def __call__(self, server: Server, flush_cache: bool) -> None:
+    async def __call__(self, server: Server) -> None:
         """Name the directory to the server."""
         try:
-            await server.post("/update_weights_from_disk", {"model_path": str(self.folder), "flush_cache": flush_cache})
+            await server.post("/update_weights_from_disk", {"model_path": str(self.folder), "flush_cache": False})
         except ControlError as error:  # it rolls back by reading the same directory again
             raise TornError(str(error)) from error
 
@@ -245,10 +250,10 @@ class FromMemory:
     fetch: Callable[[int], list[list[str]]]
     ranks: int = 1
 
-    async def __call__(self, server: Server, flush_cache: bool) -> None:
-        """Bucket by bucket; the last one flushes."""
+    async def __call__(self, server: Server) -> None:
+        """Bucket by bucket."""
         buckets = await asyncio.to_thread(self.fetch, self.ranks)
         async with weight_session(server):
-            for i, bucket in enumerate(buckets):
-                body = {"serialized_named_tensors": bucket, "flush_cache": flush_cache and i == len(buckets) - 1}
+            for bucket in buckets:
+                body = {"serialized_named_tensors": bucket, "flush_cache": False}
                 await server.post("/update_weights_from_tensor", body)

@@ -59,9 +59,18 @@ def refused(text: str) -> str | None:
 
 
 def server_flags(
-    config: SglangConfig, model: Path, *, place: int, port: int, max_length: int, weight_version: int
+    config: SglangConfig,
+    model: Path,
+    *,
+    place: int,
+    port: int,
+    max_length: int,
+    weight_version: int,
+    name: str = "",
 ) -> list[str]:
-    """Flags of the server at ``place``; prompt + answer may be ``max_length`` tokens. The user's come last and win."""
+    """Flags of the server at ``place``; prompt + answer may be ``max_length`` tokens. ``name``: of the model in the
+    OpenAI API, else its path. The user's come last and win.
+    """
     flags = {
         "--model-path": str(model),
         "--host": config.address,
@@ -75,6 +84,8 @@ def server_flags(
         "--custom-weight-loader": LOADER,
         "--log-level-http": "warning",  # without it a log line a request
     }
+    if name:
+        flags["--served-model-name"] = name
     switches = ["--incremental-streaming-output"]
     if config.device == "cpu":
         cache = max(max_length + CONTEXT_MARGIN, min(config.max_running * max_length, CPU_CACHE_TOKENS))

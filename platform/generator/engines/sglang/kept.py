@@ -131,13 +131,19 @@ class Watched(ABC):
 
 
 class Kept(Watched):
-    """A server of this run's own. ``launch`` starts it at a port; ``address`` is where it listens."""
+    """A server of this run's own. ``launch`` starts it at a port: at ``port``, or if that is 0 at a free one."""
 
     def __init__(
-        self, title: str, config: SglangConfig, check: Check, pool: Executor, launch: Callable[[int], Child]
+        self,
+        title: str,
+        config: SglangConfig,
+        check: Check,
+        pool: Executor,
+        launch: Callable[[int], Child],
+        port: int = 0,
     ) -> None:
         super().__init__(title, config, check, pool)
-        self._launch = launch
+        self._launch, self._port = launch, port
         self._child: Child | None = None
         self._deaths = 0
         self._why = ""
@@ -192,7 +198,11 @@ class Kept(Watched):
             self._child = None
 
     def _launch_at_free_port(self) -> None:
-        port = free_port(self._config.address)
+        try:
+            port = free_port(self._config.address, self._port)
+        except OSError as error:
+            where = f"port {self._port or 'of its own'} at {self._config.address}"
+            raise ServerError(f"{self.title} can have no {where} ({error.strerror}); give it another") from None
         self._begin(url_of(self._config.address, port))
         self._child = self._launch(port)
 
@@ -247,8 +257,12 @@ class Attached(Watched):
         self.ready = False
 
 
-def free_port(address: str) -> int:
-    """A port that is free now; by the time that a server binds it, another process may have taken it."""
+def free_port(address: str, port: int = 0) -> int:
+    """``port``, or if that is 0 any that is free now; by the time that a server binds it, another process may have
+    taken it. OSError when it is taken already, or the address is not this host's.
+    """
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
+        if port:  # connections of the server that had it before may linger
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address, port))
         return int(probe.getsockname()[1])

@@ -1,0 +1,36 @@
+"""Which model folder `checkpoint` means, and what is known of the run that it comes from. No torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from offtrail.platform.config.errors import refuse
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+def model_folder(checkpoint: str) -> Path | None:
+    """The newest checkpoint of a run directory, or its start model before the first; a folder with a config.json as it
+    is; None for anything else, which may be a name in the Hugging Face cache.
+
+    Raises ConfigError for a run directory without a model.
+    """
+    given = Path(checkpoint)
+    if (given / "config.json").is_file():
+        return given
+    if not (given / "config.yaml").is_file():
+        return None
+    steps = [(int(match[1]), path) for path in given.glob("checkpoints/*") if (match := _STEP.fullmatch(path.name))]
+    candidates = [path for _, path in sorted(steps, reverse=True)] + [given / "start"]
+    found = next((path for path in candidates if (path / "config.json").is_file()), None)
+    if found is None:
+        raise refuse("checkpoint", checkpoint, "the run has neither a checkpoint nor a start model")
+    return found
+
+
+def run_folder(checkpoint: str) -> Path | None:
+    """The run directory that `checkpoint` is, or is a checkpoint of; None when it belongs to no run."""
+    given = Path(checkpoint)
+    candidates = [given] + ([given.parent.parent] if given.parent.name == "checkpoints" else [])
+    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)

@@ -1,0 +1,148 @@
+"""job=serve: one SGLang server of a trained model, for people and programs that speak OpenAI's API.
+
+    launch ─► run_serve ─► Servers (one place) ─► serve.py's process tree
+
+Its run directory holds the configuration, the server's log and summary.json, and nothing else. Invariant: it serves
+until it is told to stop, or the server has died more than engine.max_restarts times; nothing outlives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from offtrail.platform.config.checkpoints import model_folder, run_folder
+from offtrail.platform.config.compose import load_config
+from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.generator.engines.sglang.flags import CONTEXT_MARGIN
+from offtrail.platform.generator.engines.sglang.serve import KEY_VARIABLE
+from offtrail.platform.generator.engines.sglang.servers import Address, Public, ServerError, Servers
+from offtrail.platform.launcher.device import require_device
+from offtrail.platform.launcher.start import resolve
+
+LOOK_SECONDS = 0.2
+"""Between two looks at the server, and for a signal of the user."""
+
+
+def run_serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """job=serve: how it ended, and why: `interrupted` by the user, or `failed`."""
+    try:
+        require_device("engine.device", config.engine.device)
+        model = served_model(config)
+        server = make_server(config, model, run_dir, config.serve.port)
+    except (ServerError, ValueError) as error:
+        return "failed", str(error)
+    print(f"starting SGLang on {model}", flush=True)
+    try:
+        server.start()
+        example = request_of(config, model)  # the tokenizer loads while the server does
+        starts = 0
+        while not interrupted:
+            server.poll()
+            if server.ready() and (address := server.address(0)).incarnation != starts:
+                starts = address.incarnation
+                announce(address, model_name(config, model), example)
+            time.sleep(LOOK_SECONDS)
+    except ServerError as error:
+        return "failed", str(error)
+    finally:
+        server.close()
+    return "interrupted", f"stopped by signal {interrupted[0]}"
+
+
+def served_model(config: Config) -> Path:
+    """The model folder that `checkpoint` means."""
+    return model_folder(config.checkpoint) or resolve(config.checkpoint)
+
+
+def model_name(config: Config, model: Path) -> str:
+    """The run's name and the step, or the folder's name."""
+    run = run_folder(config.checkpoint)
+    return f"{run.resolve().name}-{model.name}" if run is not None else Path(config.checkpoint).name
+
+
+def make_server(config: Config, model: Path, run_dir: Path, port: int) -> Servers:
+    """One server that holds prompts and answers as long as the model's positions allow; not started yet.
+
+    It streams token by token: people wait for it, and not the learner.
+    """
+    engine = config.engine
+    assert isinstance(engine, SglangConfig)
+    settings = dataclasses.replace(engine, address=config.serve.address, stream_interval=1, router=False)
+    return Servers(
+        settings,
+        model,
+        owner=config.job,
+        count=1,
+        max_length=positions(model) - CONTEXT_MARGIN,
+        threads=config.generator.threads,
+        run_dir=run_dir,
+        public=Public(model_name(config, model), os.environ.get(KEY_VARIABLE, ""), port),
+    )
+
+
+def positions(model: Path) -> int:
+    """The most tokens that the model in a folder can hold. ValueError when its config.json does not say."""
+    described = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    most = described.get("max_position_embeddings")
+    if not isinstance(most, int) or most <= 2 * CONTEXT_MARGIN:
+        raise ValueError(
+            f"checkpoint={model}: config.json says max_position_embeddings={most}; a model that can be "
+            "served holds more tokens than a dozen"
+        )
+    return most
+
+
+def request_of(config: Config, model: Path) -> Callable[[str], tuple[str, dict[str, Any]]]:
+    """An example of a request by the model's name: (path, body). Chat where the tokenizer has a chat format, else a
+    prompt of the run's task.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    chats = AutoTokenizer.from_pretrained(model).chat_template is not None
+    prompt, room = example_prompt(config), min(256, positions(model) // 2)
+
+    def request(name: str) -> tuple[str, dict[str, Any]]:
+        common = {"model": name, "max_tokens": room, "temperature": config.serve.temperature}
+        if chats:
+            return "/v1/chat/completions", {**common, "messages": [{"role": "user", "content": prompt}]}
+        return "/v1/completions", {**common, "prompt": prompt}
+
+    return request
+
+
+def example_prompt(config: Config) -> str:
+    """A held-out prompt of the task that the model was trained on, where that is known and at hand."""
+    from offtrail.tasks.base import TaskError
+    from offtrail.tasks.registry import make_task
+
+    run = run_folder(config.checkpoint)
+    try:
+        return make_task(load_config(run / "config.yaml").task, 0).held_out(1)[0].prompt if run is not None else "Hello"
+    except (ConfigError, TaskError, OSError):  # another offtrail's run, or its data are elsewhere now
+        return "Hello"
+
+
+def announce(address: Address, name: str, example: Callable[[str], tuple[str, dict[str, Any]]]) -> None:
+    """Say where the server is, what it wants, and how to ask it."""
+    path, body = example(name)
+    table = Table.grid(padding=(0, 2))
+    for left, right in {"url": f"{address.url}/v1", "model": name, "key": address.key, "stop": "Ctrl-C"}.items():
+        table.add_row(left, right)
+    Console().print(table, highlight=False)
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    print(
+        f"\ncurl {address.url}{path} -H 'Authorization: Bearer {address.key}' "
+        f"-H 'Content-Type: application/json' -d {data}\n",
+        flush=True,
+    )
