@@ -18,8 +18,10 @@ version before it hands out any, which reads the bytes once more: with both core
 reach.
 
 ``delta_share`` is bytes written over bytes of whole versions, over the versions that the learner makes of the batches
-of one real run of the embedded default (weights.full_every=10): in float32 as it trains, as bfloat16, and as bfloat16
-at a learning rate of 1e-6, which is what large models use.
+of one real run of the embedded default (weights.full_every=10), at its learning rate and at 1e-6, in float32 as it
+trains and as bfloat16. ``delta_share`` itself is bfloat16 at 1e-6, which is what large models use. ``of_a_change``: of
+the versions that were not whole; ``without_header``: a file's header names its tensors, and weighs something where the
+tensors are as small as the default's (0.3 MB).
 
 ``sglang`` is the same way's end in a real SGLang server on the CPU, idle, for each channel: `publish` until the server
 answers that it holds the version (pause, flush, transfer, name, continue: seven HTTP calls), beside two memcpy of the
@@ -44,6 +46,7 @@ from common import Arm, Run, launch, machine, say
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from offtrail.platform.config.schema import Config, SglangConfig
 from offtrail.platform.generator.engines.sglang.engine import SglangEngine
@@ -277,29 +280,38 @@ def versions(run: Run, steps: int, rate: float) -> list[dict[str, Tensor]]:
     return found
 
 
-def delta_shares(folder: Path, steps: int) -> dict[str, Any]:
-    """Bytes written over bytes of whole versions, after a round trip that is compared bit for bit."""
-    run = launch(folder, "delta", [f"learner.steps={steps}", "eval.every=0"])
-    trained, row = run.config.learner.optim.lr, dict[str, Any]()
-    for name, rate, dtype in (
-        ("float32", trained, None), ("bfloat16", trained, torch.bfloat16), ("bfloat16_lr1e-6", 1e-6, torch.bfloat16),
-    ):  # fmt: skip
-        found, shares = versions(run, steps, rate), list[float]()
-        publisher = Publisher(folder / "channel", dtype=dtype, full_every=10)
-        subscriber, whole = Subscriber(folder / "channel"), 0.0
-        for version, tensors in enumerate(found):
-            publisher.publish(version, tensors)
+def encoded(channel: Path, found: list[dict[str, Tensor]], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Shares of the bytes of whole versions, by the publisher; each version is read back and compared bit for bit."""
+    publisher, subscriber = Publisher(channel, dtype=dtype, full_every=10), Subscriber(channel)
+    whole, shares, without = 0.0, list[float](), list[float]()
+    for version, tensors in enumerate(found):
+        publisher.publish(version, tensors)
+        whole += publisher.bytes_last / publisher.delta_share
+        if publisher.delta_share < 1:
+            with (channel / f"v{version:08d}.safetensors").open("rb") as file:
+                data = publisher.bytes_last - 8 - int.from_bytes(file.read(8), "little")
             shares.append(publisher.delta_share)
-            whole += publisher.bytes_last / publisher.delta_share
-            with subscriber.open(version) as weights:
-                for key, tensor in tensors.items():
-                    assert torch.equal(weights[key], tensor.to(dtype or tensor.dtype)), f"{name}: {key} differs"
-        row[f"delta_share_{name}"] = round(publisher.bytes_published / whole, 4)
-        row[f"delta_share_{name}_of_a_change"] = spread([share for share in shares if share < 1] or [1.0], 4)
-        say(f"delta_share {name}: {row[f'delta_share_{name}']}")
-        publisher.close()
-        remove(folder / "channel")
-    return {"delta_share": row["delta_share_bfloat16_lr1e-6"], **row}
+            without.append(data / sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors.values()))
+        with subscriber.open(version) as weights:
+            for name, tensor in tensors.items():
+                assert torch.equal(weights[name], tensor.to(dtype or tensor.dtype)), f"{name} of {version} differs"
+    publisher.close()
+    remove(channel)
+    changes = {"of_a_change": spread(shares, 4), "of_a_change_without_header": spread(without, 4)} if shares else {}
+    return {"all": round(publisher.bytes_published / whole, 4), **changes}
+
+
+def delta_shares(folder: Path, steps: int) -> dict[str, Any]:
+    """Of one real run's batches, trained at its learning rate and at 1e-6."""
+    run = launch(folder, "delta", [f"learner.steps={steps}", "eval.every=0"])
+    row: dict[str, Any] = {}
+    for rate in (run.config.learner.optim.lr, 1e-6):
+        found = versions(run, steps, rate)
+        for dtype in (None, torch.bfloat16):
+            name = f"{'float32' if dtype is None else 'bfloat16'}_lr{rate:g}"
+            row[f"delta_share_{name}"] = encoded(folder / "channel", found, dtype)
+            say(f"delta_share {name}: {row[f'delta_share_{name}']}")
+    return {"delta_share": row["delta_share_bfloat16_lr1e-06"]["all"], **row}
 
 
 def sglang_channels(folder: Path, sizes: list[int], repeats: int) -> dict[str, Any]:
@@ -370,6 +382,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["shm", "disk", "delta", "sglang"])
     parser.add_argument("--disk", type=Path, default=Path.cwd(), help="a folder on the disk that is measured")
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     row: dict[str, Any] = {"benchmark": "weights", **machine()}
     if "shm" in args.only:
         row |= file_channel("shm", Path("/dev/shm"), args.megabytes, args.repeats)

@@ -95,8 +95,9 @@ class Engine(Protocol):
         """
 
     def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:
-        """Apply a version between decode steps; ``weights`` has the checkpoint's tensor names. ValueError when names or
-        shapes differ from the model's, before anything is changed. Where no copy is up, nothing happens.
+        """Apply a version between decode steps; ``weights`` has the checkpoint's tensor names and is valid during the
+        call. ValueError when names or shapes differ from the model's, before anything is changed. Where no copy is up,
+        nothing happens.
         """
 
     def pause(self) -> None:

@@ -499,6 +499,17 @@ def exact_staleness_needs_a_wave(config: Config) -> None:
         )
 
 
+def a_push_recomputes(config: Config) -> None:
+    """Under kv_on_update=keep each version has a prompt cache of its own, and the generator says which one to use."""
+    if config.weights.channel == "distributed" and config.engine.kv_on_update == "keep":
+        raise refuse(
+            "engine.kv_on_update",
+            "keep",
+            "not with weights.channel=distributed: at the moment of a push a new prompt could begin from keys and "
+            "values of the version before; take recompute, or weights.channel=shm",
+        )
+
+
 def addresses_are_numeric(config: Config) -> None:
     """ZeroMQ and the servers bind to addresses of this host, not to names."""
     settings = flatten(config)
@@ -548,6 +559,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     weights_have_a_channel,
     ipc_stays_on_one_device,
     exact_staleness_needs_a_wave,
+    a_push_recomputes,
     addresses_are_numeric,
     a_lease_expires_before_the_run,
 )

@@ -38,6 +38,7 @@ PIECE = 1 << 19
 _SHARED = 1 << 25
 """Bytes from which a second thread pays: starting it takes about as long as copying 1 MiB."""
 _PAGE, _METADATA = 4096, 2048
+_NO_SEAL = "0" * 16
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
@@ -156,10 +157,11 @@ class Layout:
         return cls(text, {name: start + place for name, place in places.items()}, start, start + at)
 
     def head(self, metadata: Mapping[str, str]) -> bytes:
-        """The bytes before the data: length, header, padding."""
+        """The bytes before the data: length, header with its seal, padding."""
         joint = ", " if self.starts else ""
-        text = f'{{"__metadata__": {json.dumps(metadata)}{joint}{self.header[1:]}'.encode().ljust(self.start - 8)
-        return struct.pack("<Q", len(text)) + text
+        sealed = json.dumps({**metadata, "seal": _NO_SEAL})
+        text = f'{{"__metadata__": {sealed}{joint}{self.header[1:]}'.encode().ljust(self.start - 8)
+        return struct.pack("<Q", len(text)) + _seal(text, _NO_SEAL, xxhash.xxh3_64_hexdigest(text))
 
 
 class VersionFile:
@@ -277,6 +279,8 @@ class Reading:
             self.metadata, self.tensors = _parse(path, data)
             if self.metadata.get("version") != str(version):
                 raise WeightsError(f"{path} holds version {self.metadata.get('version')}, not {version}")
+            if not _sealed(data, self.metadata.get("seal", "")):
+                raise WeightsError(f"{path} is damaged: its header is not the one that was written")
         except BaseException:
             self.close()
             raise
@@ -329,9 +333,8 @@ def _lock(file: int, kind: int) -> bool:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # then no publisher writes a file twice
-            return kind != fcntl.F_WRLCK
-        raise
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise  # where there are no locks, which is on none of _LOCAL, no file is written again
     return True
 
 
@@ -373,6 +376,16 @@ def _parse(path: Path, data: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise WeightsError(f"{path} is damaged: {error}") from error
     return metadata, tensors
+
+
+def _seal(header: bytes, old: str, new: str) -> bytes:
+    return header.replace(f'"seal": "{old}"'.encode(), f'"seal": "{new}"'.encode(), 1)
+
+
+def _sealed(data: Tensor, seal: str) -> bool:
+    """Whether the header has the hash that it had when its seal was blank."""
+    header = bytes(data[8 : 8 + int.from_bytes(bytes(data[:8].tolist()), "little")].numpy().data)
+    return xxhash.xxh3_64_hexdigest(_seal(header, seal, _NO_SEAL)) == seal
 
 
 def _tensor(data: Tensor, entry: Mapping[str, Any]) -> Tensor:

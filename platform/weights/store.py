@@ -228,7 +228,7 @@ class Publisher:
                 if not idle:
                     continue
                 self._spares.remove(spare)
-                if spare.size == size:
+                if self._reuse and spare.size == size:
                     spare.overwrite()
                     yield spare
                     return
@@ -397,17 +397,18 @@ class Subscriber:
 
     def _follow(self, chain: list[Reading]) -> Held:
         """Apply the chain to what is held, which is another's as soon as it is open to a reader."""
-        held, self._held = self._held, Held()
+        changes = [reading for reading in chain if "base" in reading.metadata]
+        for reading in changes:
+            reading.verify()
+        held, self._held, found = self._held, Held(), ""
         if held.readers:
             held = Held({name: tensor.clone() for name, tensor in held.tensors.items()})
-        for reading in chain:
-            if "base" not in reading.metadata:
-                found = held.copy({name: Source.of(tensor) for name, tensor in reading.tensors.items()})
-                reading.verify(found)
-            else:
-                reading.verify()
-                apply(held.tensors, reading.tensors)
-                found = ""
+        if chain[0] not in changes:
+            found = held.copy({name: Source.of(tensor) for name, tensor in chain[0].tensors.items()})
+            chain[0].verify(found)
+        for reading in changes:
+            apply(held.tensors, reading.tensors)
+            found = ""
         held.version, held.checksum = chain[-1].version, found or checksum(held.tensors)
         if held.checksum != chain[-1].checksum:
             raise WeightsError(

@@ -62,6 +62,7 @@ class Item:
     params: Json
     return_logprob: bool
     start: int
+    extra_key: str
     stream: bool
 
 
@@ -87,6 +88,7 @@ class Req:
     interval: int
     return_logprob: bool
     start: int
+    extra_key: str = ""
     key: int = -1
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -126,6 +128,7 @@ def read_call(body: Json, encode: Callable[[str], list[int]]) -> Call:
         each(params, {}),
         each(body.get("return_logprob"), False),
         each(body.get("logprob_start_len"), -1),
+        each(body.get("extra_key"), ""),
         strict=True,
     )
     return Call([Item(*row, stream=bool(body.get("stream"))) for row in rows], single, samples)
@@ -201,6 +204,7 @@ def checked(item: Item, options: argparse.Namespace) -> Req:
         params["stream_interval"] or options.stream_interval,
         item.return_logprob,
         length if item.start == -1 else item.start,
+        item.extra_key,
     )
     if refused := _refused(req, longest - 5):
         req.prompt, req.return_logprob, req.start = [0], False, 1

@@ -78,24 +78,26 @@ class Model:
 
 
 class Radix:
-    """Keys and values of token sequences; the first that came with a prefix is the one that is found."""
+    """Keys and values of token sequences; of one ``extra_key`` the first that came with a prefix is found."""
 
     def __init__(self) -> None:
-        self._entries: deque[tuple[Int32, Tensor]] = deque(maxlen=RADIX_ENTRIES)
+        self._entries: deque[tuple[str, Int32, Tensor]] = deque(maxlen=RADIX_ENTRIES)
 
-    def match(self, tokens: Int32) -> tuple[int, Tensor | None]:
+    def match(self, extra_key: str, tokens: Int32) -> tuple[int, Tensor | None]:
         """The longest prefix that is known, in tokens, and its keys and values."""
         best, found = 0, None
-        for known, keys in self._entries:
+        for key, known, keys in self._entries:
+            if key != extra_key:
+                continue
             same = known[: len(tokens)] == tokens[: len(known)]
             length = len(same) if same.all() else int(same.argmin())
             if length > best:
                 best, found = length, keys
         return best, found
 
-    def insert(self, tokens: Int32, keys: Callable[[], Tensor]) -> None:
-        if self.match(tokens)[0] < len(tokens):
-            self._entries.append((tokens.copy(), keys()))
+    def insert(self, extra_key: str, tokens: Int32, keys: Callable[[], Tensor]) -> None:
+        if self.match(extra_key, tokens)[0] < len(tokens):
+            self._entries.append((extra_key, tokens.copy(), keys()))
 
     def clear(self) -> None:
         self._entries.clear()
@@ -113,6 +115,7 @@ class Engine(LocalEngine):
         self.radix = Radix()
         self.max_length, self._seed = max_length, seed
         self._hits: dict[int, tuple[int, Tensor | None]] = {}
+        self._extra_keys: dict[int, str] = {}
         self.load(read_weights(model_dir).items())
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -123,10 +126,11 @@ class Engine(LocalEngine):
         """Decode with what the model holds now."""
         self.load_weights(self.version, self.model.tensors)
 
-    def enter(self, key: int, tokens: list[int], sampling: dict[str, Any], most_cached: int) -> int:
+    def enter(self, key: int, tokens: list[int], sampling: dict[str, Any], most_cached: int, extra_key: str) -> int:
         """Let a sample enter at the next step; how many tokens of it were in the radix cache."""
         prompt = np.array(tokens, np.int32)
-        hit, keys = self.radix.match(prompt[:-1])
+        hit, keys = self.radix.match(extra_key, prompt[:-1])
+        self._extra_keys[key] = extra_key
         hit = min(hit, most_cached)
         self._hits[key] = hit, keys
         room = self.max_length - len(tokens)
@@ -147,8 +151,10 @@ class Engine(LocalEngine):
     def remember(self, keys: set[int]) -> None:
         """Put the sequences of samples into the radix cache."""
         for row in self._rows(keys):
-            length = int(self._slots.length[row]) - 1
-            self.radix.insert(self._slots.tokens[row, :length], lambda: self._cache.copy_out(row, length))  # noqa: B023
+            length, pending = int(self._slots.length[row]) - 1, self._slots.pending[row]
+            assert pending is not None
+            tokens, extra_key = self._slots.tokens[row, :length], self._extra_keys[pending.request.id]
+            self.radix.insert(extra_key, tokens, lambda: self._cache.copy_out(row, length))  # noqa: B023
 
     @torch.inference_mode()
     def drop(self, keys: set[int]) -> None:

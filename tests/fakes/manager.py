@@ -362,7 +362,7 @@ class Manager:
         asked = time.time()
         rid = f"{HEALTH_RID}_{uuid.uuid4().hex}"
         params = {"max_new_tokens": 1, "temperature": 0.0}
-        call = Call([Item(rid, [0], params, return_logprob=False, start=-1, stream=False)], True, 1)
+        call = Call([Item(rid, [0], params, return_logprob=False, start=-1, extra_key="", stream=False)], True, 1)
 
         async def probe() -> None:
             async for _ in self.generate(call):

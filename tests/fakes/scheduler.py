@@ -155,7 +155,8 @@ class Scheduler(threading.Thread):
             req.key = self._keys
             most_cached = req.start if req.return_logprob else len(req.prompt)
             whole = req.prompt + req.output
-            req.cached += self.engine.enter(req.key, whole, req.sampling, most_cached if not req.output else len(whole))
+            limit = most_cached if not req.output else len(whole)
+            req.cached += self.engine.enter(req.key, whole, req.sampling, limit, req.extra_key)
             self.running[req.key] = req
             entered.add(req.key)
         return entered

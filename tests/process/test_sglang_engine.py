@@ -212,9 +212,13 @@ def test_a_version_reaches_the_server_in_flight_and_its_tokens_say_so(
         kept = max(gap(weights[1], requests[c.request], c, version) for c in mixed)
         record_property("largest |Δ log p| under kv_on_update=keep", kept)
         assert kept > 1e-3, "the old keys and values were not kept"
-    after = ask(1, 2)
-    engine.generate(after)
-    assert all(gap(weights[1], after[0], completion) < CLOSE for completion in drain(engine))
+    # A new sample of the same prompt begins from none of the old weights' keys and values.
+    again = Request(9, requests[0].prompt_tokens, 2, Sampling(8, temperature=0.7))
+    engine.generate([again])
+    assert all(gap(weights[1], again, completion) < CLOSE for completion in drain(engine))
+    [prompt, output] = requests[0].prompt_tokens, done[0].tokens
+    [scored] = engine.score([prompt], [output], 1.0)
+    assert np.abs(scored - weights[1].logprobs(prompt.tolist(), output.tolist())).max() < CLOSE
 
 
 def test_a_foreign_checkpoint_is_refused_and_nothing_changes(

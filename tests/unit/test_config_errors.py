@@ -151,6 +151,11 @@ MISTAKES = [
         ["distributed"],
     ),
     (
+        ["engine=sglang", "weights.channel=distributed", "engine.kv_on_update=keep"],
+        "engine.kv_on_update=keep: not with weights.channel=distributed: at the moment of a push a new prompt could",
+        ["take recompute", "weights.channel=shm"],
+    ),
+    (
         ["engine=sglang", "weights.channel=distributed", "staleness.mode=exact"],
         "weights.channel=distributed: not with staleness.mode=exact: a push reaches servers when it is published",
         ["shm"],

@@ -1,5 +1,6 @@
 """The weight channel: a visible version is whole, stays readable while it is read, and damage is told."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,8 +14,10 @@ from collections import namedtuple
 from collections.abc import Mapping
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
 from offtrail.platform.config.schema import Config, EngineConfig
@@ -168,7 +171,7 @@ def test_checksum_knows_names_dtypes_shapes_and_bytes():
 
 
 def test_damage_is_told(publisher, reader):
-    publisher.publish(3, tensors())
+    publisher.publish(3, tensors(), probe=[-1.5])
     path = file_of(publisher.folder, 3)
     whole = path.read_bytes()
     for broken in (whole[:-3], whole[:40], b"", whole[:-1] + b"\x55"):
@@ -179,6 +182,11 @@ def test_damage_is_told(publisher, reader):
     file_of(publisher.folder, 4).write_bytes(whole)
     with pytest.raises(WeightsError, match="holds version 3, not 4"):
         reader.open(4)
+    altered = whole.replace(b"[-1.5]", b"[-2.5]")
+    assert altered != whole
+    path.write_bytes(altered)
+    with pytest.raises(WeightsError, match="is damaged: its header"):
+        reader.open(3)
     save_file({"a": torch.zeros(1)}, file_of(publisher.folder, 5))
     with pytest.raises(WeightsError, match="holds version None"):
         reader.open(5)
@@ -339,6 +347,20 @@ def test_nothing_is_written_again_on_a_file_system_of_many_hosts(tmp_path, monke
     publisher.close()
 
 
+def test_a_file_system_without_locks_takes_new_files(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(store, "file_system", lambda folder: None)
+    monkeypatch.setattr(files.fcntl, "fcntl", no_locks)
+    publisher = Publisher(tmp_path / "weights")
+    for version in range(5):
+        publisher.publish(version, tensors(version))
+        assert value(Subscriber(publisher.folder), version) == version
+        assert names(publisher.folder / "writing") == []
+    publisher.close()
+
+
 def test_file_systems_are_told_apart():
     assert file_system(Path("/dev/shm")) == "tmpfs"
     assert file_system(Path("/proc")) is None
@@ -456,6 +478,46 @@ def test_a_file_that_is_being_written_is_not_read(publisher, reader, monkeypatch
     assert seen == [False]
     assert files._lock(held, fcntl.F_RDLCK)  # whole again
     os.close(held)
+
+
+DO = st.lists(
+    st.tuples(st.sampled_from(["publish", "publish", "pin", "unpin", "open", "close"]), st.integers(0, 6)), max_size=60
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(DO, st.integers(1, 3), st.sampled_from([0, 1, 3]), st.booleans())
+def test_whatever_is_done_a_reader_gets_the_version_it_asked_for(steps, keep, full_every, again):
+    """Against a model: which versions must be readable, and what each holds. ``back``: versions before the newest."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="offtrail-test-") as folder:
+        publisher, reader = Publisher(Path(folder) / "weights", keep, full_every=full_every), None
+        held, pinned, newest = [], set(), -1
+        for what, back in [("publish", 0), *steps]:
+            version = max(0, newest - back)
+            if what == "publish":
+                newest += 1
+                still = torch.zeros(5000)  # most of it stays, so that a change is worth it
+                publisher.publish(newest, tensors(newest) | {"still": still})
+            elif what == "pin" and newest - version < keep:
+                publisher.pin(version)
+                pinned.add(version)
+            elif what == "unpin":
+                Subscriber(publisher.folder).unpin(version)
+                pinned.discard(version)
+            elif what == "close" and held:
+                held.pop(back % len(held)).close()
+            elif what == "open":
+                reader = reader if reader and again else Subscriber(publisher.folder)
+                try:
+                    held.append(reader.open(version))
+                except FileNotFoundError:
+                    assert newest - version >= keep
+                    assert version not in pinned
+            for weights in held:
+                same({n: t for n, t in weights.items() if n != "still"}, tensors(weights.version))
+        for weights in held:
+            weights.close()
+        publisher.close()
 
 
 HAMMER = textwrap.dedent("""

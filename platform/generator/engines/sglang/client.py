@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +94,8 @@ class Place:
     tasks: dict[tuple[int, int], asyncio.Task[None]] = field(default_factory=dict)
     open_requests: int = 0
     """HTTP requests that the server has not answered to the end."""
+    version: int = -1
+    """What the server holds."""
     suspect: bool = False
     """A connection broke: nothing more is sent before the engine has looked whether the server is still there."""
     heard: float = field(default_factory=time.monotonic)
@@ -261,7 +263,7 @@ class Client:
         address = self.router or place.address
         before, own = len(job.tokens), None
         async with self.loop.session.post(
-            f"{address.url}/generate", json=self._body(job), headers={"Authorization": f"Bearer {address.key}"}
+            f"{address.url}/generate", json=self._body(place, job), headers={"Authorization": f"Bearer {address.key}"}
         ) as reply:
             if reply.status != 200:
                 raise LostError(f"{address.url}/generate answered {reply.status}: {(await reply.text())[:300]}")
@@ -293,7 +295,7 @@ class Client:
     def _rid(self, job: Job) -> str:
         return RID_FORMAT.format(self._name, job.serial, job.index, job.segment)
 
-    def _body(self, job: Job) -> dict[str, Any]:
+    def _body(self, place: Place, job: Job) -> dict[str, Any]:
         sampling = job.request.sampling
         parameters: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens - len(job.tokens),
@@ -313,6 +315,7 @@ class Client:
             "sampling_params": parameters,
             "return_logprob": True,
             "stream": True,
+            **cache_key(place.version),
         }
 
     @staticmethod
@@ -373,8 +376,8 @@ class Client:
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    def set_places(self, up: dict[int, Address], current: set[Address]) -> None:
-        """The servers that are up, and those of them that hold the version loaded last. In the loop.
+    def set_places(self, up: dict[int, Address], held: Mapping[Address, int], current: int) -> None:
+        """The servers that are up, and what they hold; one that holds ``current`` may join. In the loop.
 
         Samples of one that is gone, or was started anew, are lost; one that is not current does not join, but goes on
         with what it has.
@@ -385,10 +388,10 @@ class Client:
                 for serial in {serial for serial, _ in place.running}:
                     self._lose(place, serial, f"the server {place.address.url} is gone")
         for index, address in up.items():
-            if index not in self.places and address in current:
+            if index not in self.places and held.get(address) == current:
                 self.places[index] = Place(address)
         for place in self.places.values():
-            place.suspect = False
+            place.version, place.suspect = held.get(place.address, place.version), False
         self._dispatch()
 
     async def _abort(self) -> list[Completion]:
@@ -418,8 +421,15 @@ def _nothing() -> None:
     pass
 
 
+def cache_key(version: int) -> dict[str, str]:
+    """Keeps a version's prompts apart in the radix cache: under kv_on_update=keep it still holds what older weights
+    made, and a new prompt must not begin from that.
+    """
+    return {"extra_key": f"version-{version}"}
+
+
 async def score(
-    session: aiohttp.ClientSession, address: Address, prompt: Int32, output: Int32, deadline_s: float
+    session: aiohttp.ClientSession, address: Address, version: int, prompt: Int32, output: Int32, deadline_s: float
 ) -> list[float]:
     """Log-probabilities of ``output`` after ``prompt`` by prefill, at temperature 1 (a server knows no other there)."""
     body = {
@@ -427,6 +437,7 @@ async def score(
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
         "logprob_start_len": len(prompt) - 1,
+        **cache_key(version),
     }
     async with session.post(
         f"{address.url}/generate", json=body, headers={"Authorization": f"Bearer {address.key}"},

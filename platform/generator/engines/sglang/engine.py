@@ -240,7 +240,8 @@ class SglangEngine:
 
     async def _scores(self, address: Address, prompts: Sequence[Int32], outputs: Sequence[Int32]) -> list[Float32]:
         limit, session = self._config.hang_seconds, self._loop.session
-        asked = [score(session, address, p, o, limit) for p, o in zip(prompts, outputs, strict=True)]
+        version = self._held.get(address, -1)
+        asked = [score(session, address, version, p, o, limit) for p, o in zip(prompts, outputs, strict=True)]
         return [np.array(found, np.float32) for found in await asyncio.gather(*asked)]
 
     def _address(self, replica: int) -> Address:
@@ -328,6 +329,7 @@ class SglangEngine:
             place.gate.clear()
         try:
             await swap(server, version, mode, transfer, drained=place.drained)
+            place.version = version
         finally:
             place.heard = time.monotonic()
             place.gate.set()
@@ -381,9 +383,8 @@ class SglangEngine:
     def _serve(self) -> None:
         """Tell the client who is up, and who of them holds the version loaded last. In the loop."""
         up = {place: self.servers.address(place) for place in self.servers.ready()}
-        current = {address for address, held in self._held.items() if held == self._target}
         self._client.router = self.servers.router
-        self._client.set_places(up, current)
+        self._client.set_places(up, dict(self._held), self._target)
 
     async def _ask(self, address: Address) -> dict[str, Any] | None:
         """What a server says of itself and of its model; None while it does not."""
