@@ -237,7 +237,7 @@ class Pair:
 
     def policy(self, version: int) -> Policy:
         """The learner's forward."""
-        return Policy(self.models[version % 2], dtype="bfloat16")
+        return Policy(self.models[version % 2], dtype="bfloat16", liger="never")
 
 
 class Reports:
@@ -391,7 +391,7 @@ def mismatch(setup: Setup) -> Figures:
     learner_says = {}
     for name, (dtype, head) in LEARNERS.items():
         model = load_model(setup.model_dir, device=setup.args.device)
-        policy = Policy(model, dtype=dtype, head_dtype=head, liger="never" if dtype == "float32" else "auto")
+        policy = Policy(model, dtype=dtype, head_dtype=head, liger="never" if dtype == "float32" else setup.args.liger)
         learner_says[name] = scores(policy, asked, done, setup)
     found = {name: compare(said, engine_says) for name, said in learner_says.items()}
     found["learner_rounding"] = compare(learner_says["head_float32"], learner_says["float32"])
@@ -432,7 +432,8 @@ def trained(setup: Setup, name: str, eta: int) -> Figures:
         "engine.hang_seconds": HANG_SECONDS, "broker.deadline_seconds": START_SECONDS, "eval.engine": "local",
         "eval.every": 0, "eval.prompts": 8, "model.path": setup.model_dir, "model.max_length": 64 + args.new,
         "sampling.max_new_tokens": args.new, "batch.groups": args.groups, "batch.group_size": GROUP_SIZE,
-        "learner.device": args.device, "learner.dtype": "bfloat16", "learner.optim.lr": 1e-6,
+        "learner.device": args.device, "learner.dtype": "bfloat16", "learner.liger": args.liger,
+        "learner.optim.lr": 1e-6,
         "learner.steps": last + eta + TAIL, "learner.checkpoint_every": last + eta + TAIL,
         "weights.channel": args.channels[0], "weights.probe_alarm": 0, "staleness.max": eta,
         "learner.threads": args.threads, "generator.threads": args.threads, "eval.threads": args.threads,
@@ -469,7 +470,7 @@ def alone(name: str, measure: Callable[[], Figures]) -> Figures:
         return measure()
     except Exception as error:
         traceback.print_exc()
-        failed.append(f"{name}: {type(error).__name__}: {error}")
+        failed.append(" ".join(f"{name}: {type(error).__name__}: {error}".split()))
         return {}
     finally:
         gc.collect()
@@ -504,6 +505,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="learner steps that are timed")
     parser.add_argument("--groups", type=int, default=16, help=f"of a batch, of {GROUP_SIZE} samples each")
     parser.add_argument("--staleness", type=int, default=4, help="staleness.max of the asynchronous run")
+    parser.add_argument(
+        "--liger", choices=("auto", "never"), default="auto", help="learner.liger of mismatch and train"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads of a server, a role and this script")
     parser.add_argument("--flags", help="of sglang's servers; default: what bundle.sh's wheels need")
     parser.add_argument("--folder", type=Path, help="keep models, runs and servers' logs here")
