@@ -20,7 +20,7 @@ from offtrail.platform.wire.heart import Heart
 from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
 
-OWN_NAMES = re.compile(r"v\d{8,}\.safetensors|lock")
+OWN_NAMES = re.compile(r"v\d{8,}\.(safetensors|json)|lock|handles\.sock")
 
 
 @dataclass
@@ -89,10 +89,10 @@ def weights_folder(config: Config, run_dir: Path) -> Path:
 def remove_shared_memory(config: Config, run_dir: Path) -> None:
     """Give a run's shared memory back; what a reader has mapped stays valid. A folder on disk stays for a resume.
 
-    Invariant: only what the weight channel made goes (the names of weights/store.py, which would import torch). A file
+    Invariant: only what the weight channel made goes (the names of weights/, which would import torch). A file
     of anybody else stays, and so does the folder that it lies in.
     """
-    if config.weights.channel != "shm":
+    if config.weights.channel == "disk":
         return
     folder = weights_folder(config, run_dir)
     shutil.rmtree(folder / "writing", ignore_errors=True)  # unfinished files, under names that safetensors chose

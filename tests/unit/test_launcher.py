@@ -58,6 +58,21 @@ def test_weights_dir_keeps_everything_that_is_not_the_channels(config: Config, t
     remove_shared_memory(config, run_dir)  # nothing left is no error
 
 
+@pytest.mark.parametrize("channel", ["ipc", "distributed"])
+def test_what_a_channel_without_files_left_goes(config: Config, tmp_path: Path, channel: str) -> None:
+    """A pinned version for the evaluator, and what a killed learner had open."""
+    config.weights.channel, config.weights.dir = channel, str(tmp_path)  # type: ignore[assignment]
+    folder = weights_folder(config, tmp_path / "run")
+    publisher = Publisher(folder)
+    publisher.publish(1, {"w": torch.zeros(2)})
+    publisher.pin(1)
+    publisher.close()
+    for name in ("v00000002.json", "handles.sock"):
+        (folder / name).write_text("{}")
+    remove_shared_memory(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_channel_on_disk_stays_for_a_resume(config: Config, tmp_path: Path) -> None:
     config.weights.channel = "disk"
     for place in ("", str(tmp_path / "place")):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -50,6 +52,19 @@ def test_stand_ins_can_be_imported_and_a_missing_kernel_cannot_be_called(finders
     assert silu_and_mul is not None
     with pytest.raises(NotImplementedError, match=r"sgl_kernel\.rmsnorm is a GPU kernel"):
         sgl_kernel.rmsnorm(torch.ones(2))
+
+
+def test_on_a_gpu_only_missing_features_are_stood_in_for(finders: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "FEATURES", ("xgrammar", "soundfile", "colorsys"))
+    there = {name: importlib.util.find_spec(name) is not None for name in ("xgrammar", "soundfile")}
+    cpu.install_features()
+    cpu.install_features()
+    assert sum(isinstance(finder, cpu._Stubs) for finder in sys.meta_path) == (not all(there.values()))
+    for name in cpu.FEATURES:
+        importlib.import_module(name)
+        assert cpu.stands_in_for(name) != there.get(name, True)
+    assert not cpu.stands_in_for("triton")
+    assert serve.grammar_flags() == ([] if there["xgrammar"] else ["--grammar-backend", "none"])
 
 
 def attention(query: Any, k_cache: Any, v_cache: Any, rows: Any, lens: Any, scale: float) -> Any:

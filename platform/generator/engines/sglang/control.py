@@ -1,6 +1,6 @@
 """Control of a running SGLang server: stop, give it weights, let it go on.
 
-    swap ── pause ──► [drained, flushed] ──► begin ── transfer ── end ──► continue
+    swap ──► [handed back] ── pause ──► [flushed] ──► begin ── transfer ── end ──► continue
 
 Called by the engine (it brings a version to its own servers) and by the learner (it pushes one to all servers,
 weights/distributed.py). Invariants: a version becomes the server's in the same call that loads its last tensor, while
@@ -33,6 +33,8 @@ from offtrail.platform.generator.engines.sglang.servers import Address
 PauseMode = Literal["retract", "in_place", "abort"]
 FLUSH_SECONDS = 10.0
 VERDICT_SECONDS = 10.0
+AGAIN_SECONDS = 0.05
+"""Between two abortions of all samples: one that was on its way to the server escapes the first."""
 LOADER = "offtrail.platform.generator.engines.sglang.loader.load"
 """The custom weight loader that offtrail's own servers are started with."""
 
@@ -118,10 +120,10 @@ async def swap(
         ControlError: refused; the server goes on with the weights that it had.
         TornError: it failed half-way, or does not go on.
     """
+    if mode == "abort" and drained is not None:
+        await _hand_back(server, drained)
     await server.post("/pause_generation", {"mode": mode})
     try:
-        if mode == "abort" and drained is not None:
-            await drained()
         if mode != "in_place":
             await flush(server)
         await transfer(server)
@@ -131,6 +133,25 @@ async def swap(
             await _go_on(server)
         raise
     await _go_on(server)
+
+
+async def _hand_back(server: Server, drained: Callable[[], Awaitable[None]]) -> None:
+    """Have the server abort all samples, until they have come back.
+
+    Trap: a pause with mode=abort does this too, but looks only once a second whether they have.
+    """
+    back, limit = asyncio.ensure_future(drained()), time.monotonic() + server.deadline_s
+    try:
+        while not back.done():
+            await server.post("/abort_request", {"abort_all": True})
+            await asyncio.wait({back}, timeout=AGAIN_SECONDS)
+            if time.monotonic() > limit:
+                raise ControlError(
+                    f"{server.address.url} has not handed its samples back in {server.deadline_s:g} s "
+                    "(engine.hang_seconds)"
+                )
+    finally:
+        back.cancel()
 
 
 async def _name(server: Server, version: int) -> None:

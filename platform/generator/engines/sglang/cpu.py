@@ -1,9 +1,12 @@
-"""What lets an unmodified sglang run on a CPU: called by serve.py in a server's process and in each of its children.
+"""What lets an unmodified sglang run on a CPU, or with less than it asks for on a GPU: called by serve.py in a server's
+process and in each of its children.
 
 sglang imports modules that a CPU has no use for, and that its CPU installation (requirements/sglang-cpu.txt) lacks:
 Triton and sgl_kernel hold GPU kernels, xgrammar, soundfile and torchvision serve features that are off. They are
 replaced by stubs with any attribute. With `--attention-backend torch_native` no stub is ever called for a number: a
 kernel that is, raises. One function is replaced for speed (`batched_decode`, twice as fast with 64 sequences).
+
+On a GPU (`install_features`) nothing is replaced that is installed: only grammars and sound, where they are missing.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ from typing import Any
 KERNELS = "sgl_kernel"
 ALWAYS = ("triton", KERNELS)
 """Stubbed even where they are installed: they would look for a GPU."""
-WHERE_MISSING = ("xgrammar", "soundfile", "torchvision")
+GRAMMARS = "xgrammar"
+FEATURES = (GRAMMARS, "soundfile")
+"""Imported by sglang whether or not a request asks for what they do."""
+WHERE_MISSING = (*FEATURES, "torchvision")
 ATTENTION = "sglang.srt.layers.attention.torch_native_backend"
 DECODE_PARAMETERS = (
     "self query output k_cache v_cache req_to_token req_pool_indices seq_lens encoder_lens scaling enable_gqa causal "
@@ -37,8 +43,22 @@ def install() -> None:
     # Trap: torch and its compiler look for a real Triton when they are imported: let them see none.
     import torch  # noqa: F401
 
-    missing = [name for name in WHERE_MISSING if importlib.util.find_spec(name) is None]
-    sys.meta_path[:0] = [_Stubs({*ALWAYS, *missing}), _Faster()]
+    sys.meta_path[:0] = [_Stubs({*ALWAYS, *_missing(WHERE_MISSING)}), _Faster()]
+
+
+def install_features() -> None:
+    """On a GPU: make sglang importable where packages of FEATURES are missing; a second call does nothing."""
+    if missing := _missing(FEATURES):
+        sys.meta_path.insert(0, _Stubs(missing))
+
+
+def stands_in_for(name: str) -> bool:
+    """Whether the package ``name`` is a stub in this process."""
+    return any(name in finder.roots for finder in sys.meta_path if isinstance(finder, _Stubs))
+
+
+def _missing(names: Sequence[str]) -> set[str]:
+    return {name for name in names if importlib.util.find_spec(name) is None}
 
 
 class _Names(type):
@@ -105,12 +125,12 @@ class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the stubbed packages and all that is in them."""
 
     def __init__(self, roots: set[str]) -> None:
-        self._roots = roots
+        self.roots = roots
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] not in self._roots:
+        if fullname.partition(".")[0] not in self.roots:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 

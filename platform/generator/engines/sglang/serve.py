@@ -2,8 +2,9 @@
 
     servers.py ──► this process: HTTP, tokenizer ──spawn──► scheduler, detokenizer
 
-It runs the installed sglang as it is: on a GPU plainly, with `--device cpu` after cpu.py has made the imports possible
-that a CPU has nothing for. Log lines go to stdout and stderr, which the caller redirects.
+It runs the installed sglang as it is, after cpu.py has made the imports possible that `--device cpu` has nothing for,
+or that a GPU installation without grammars and sound lacks. Log lines go to stdout and stderr, which the caller
+redirects.
 
 Invariant: none of these processes outlives PARENT_PID, the thread that started it, or the process that spawned it: the
 kernel kills them.
@@ -55,6 +56,13 @@ def keys_as_flags() -> list[str]:
     return flags
 
 
+def grammar_flags() -> list[str]:
+    """`--grammar-backend none` where the package of sglang's default is a stub; the caller's flags come after."""
+    from offtrail.platform.generator.engines.sglang import cpu
+
+    return ["--grammar-backend", "none"] if cpu.stands_in_for(cpu.GRAMMARS) else []
+
+
 def guard_server_info() -> None:
     """Let /server_info take the admin key only: it answers with every setting of the server, both keys among them."""
     from sglang.srt.entrypoints import http_server
@@ -73,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
-    settings = prepare_server_args([*argv[1:], *keys_as_flags()])
+    settings = prepare_server_args([*grammar_flags(), *argv[1:], *keys_as_flags()])
     guard_server_info()
     try:
         run_server(settings)
@@ -86,9 +94,12 @@ if __name__ == "__mp_main__" and (spawner := multiprocessing.parent_process()) i
     # sglang asks for it too, but only after seconds of imports, in which the spawner may be killed.
     assert spawner.pid is not None
     die_with(spawner.pid)
-if __name__ in ("__main__", "__mp_main__") and device_of(sys.argv[2:]) == "cpu":
+if __name__ in ("__main__", "__mp_main__"):
     from offtrail.platform.generator.engines.sglang import cpu
 
-    cpu.install()
+    if device_of(sys.argv[2:]) == "cpu":
+        cpu.install()
+    else:
+        cpu.install_features()
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

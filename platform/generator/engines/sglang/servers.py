@@ -193,7 +193,7 @@ class Servers:
             return Child(self._command, flags, self._environment(), self._logs / f"sglang-{self._owner}-{place}.log")
 
         title = f"SGLang server {place} of {self._owner}"
-        return Kept(title, self._config, own_server(self._key), self._pool, launch, self._public.port)
+        return Kept(title, self._config, own_server(self._key, self._admin_key), self._pool, launch, self._public.port)
 
     def _attached(self, url: str) -> Watched:
         server = Attached(url, self._config, attached_server(self._key, self._admin_key, self._config), self._pool)
