@@ -188,6 +188,8 @@ class Rollout:
         """Give the leases back whose samples died with a server: nothing is lost, another attempt makes them."""
         returned = []
         for request in self.engine.lost():
+            if request not in self._running:
+                continue
             lease, _ = self._running.pop(request)
             returned.append((lease.group, self._attempts.pop(lease.group)))
         if returned:

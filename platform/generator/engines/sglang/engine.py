@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from offtrail.platform.generator.engines.sglang import versions
 from offtrail.platform.generator.engines.sglang.client import Client, Loop, score
 from offtrail.platform.generator.engines.sglang.control import (
     LOADER,
+    AnsweredError,
     ControlError,
     FromDirectory,
     FromFile,
@@ -88,8 +90,9 @@ class SglangEngine:
         self._cost = _cost(described, self._shapes)
         self._scored = 0.0
         self._target = 0
-        self._held: dict[Address, int] = {}
-        """What each server that is up holds; −1: not known."""
+        self._held: Mapping[Address, int] = {}
+        """What each server that is up holds; −1: not known. Replaced, never changed: two threads read it."""
+        self._noting = threading.Lock()
         self._about: dict[Address, dict[str, Any]] = {}
         self._failure: Exception | None = None
         self._remaining: Counter[int] = Counter()
@@ -304,13 +307,13 @@ class SglangEngine:
         except LoaderRefusedError as error:
             retired = FileNotFoundError.__name__ in str(error)
             raise (FileNotFoundError if retired else ValueError)(str(error)) from error
+        except AnsweredError as error:
+            raise ValueError(f"version {version} was refused: {error}") from error
         except ControlError as error:
-            if address in self._held and "answered" in str(error):
-                raise ValueError(f"version {version} was refused: {error}") from error
             self._give_up(address, f"does not take version {version}: {error}")
         else:
             if address in self._held:
-                self._held[address] = version
+                self._note(address, version)
 
     async def _swap(self, address: Address, version: int, transfer: Transfer | None) -> None:
         about = self._about[address]
@@ -375,16 +378,16 @@ class SglangEngine:
                 continue
             self._about[address] = about
             # One that was here before may hold another run's version under the same number.
-            self._held[address] = -1 if self._config.urls else _number(about.get("weight_version"))
+            self._note(address, -1 if self._config.urls else _number(about.get("weight_version")))
         for address in set(self._held) - set(up.values()):
-            self._held.pop(address, None)
+            self._note(address, None)
         self._serve()
 
     def _serve(self) -> None:
         """Tell the client who is up, and who of them holds the version loaded last. In the loop."""
         up = {place: self.servers.address(place) for place in self.servers.ready()}
         self._client.router = self.servers.router
-        self._client.set_places(up, dict(self._held), self._target)
+        self._client.set_places(up, self._held, self._target)
 
     async def _ask(self, address: Address) -> dict[str, Any] | None:
         """What a server says of itself and of its model; None while it does not."""
@@ -417,7 +420,7 @@ class SglangEngine:
 
     def _give_up(self, address: Address, why: str) -> None:
         """In the engine's thread: a server that cannot be trusted, or does not answer, is started anew."""
-        self._held.pop(address, None)
+        self._note(address, None)
         self._loop.run(self._end(address, why))
 
     async def _end(self, address: Address, why: str) -> None:
@@ -428,6 +431,12 @@ class SglangEngine:
     def _kill(self, place: int, why: str) -> None:
         log.warning("server %d of %s %s", place, self._owner, why)
         self.servers.kill(place, why)
+
+    def _note(self, address: Address, version: int | None) -> None:
+        """What a server holds; None: it is not up any more."""
+        with self._noting:
+            others = {known: held for known, held in self._held.items() if known != address}
+            self._held = others if version is None else others | {address: version}
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
