@@ -307,7 +307,7 @@ def channel_of(name: str, engine: SglangEngine, setup: Setup) -> Iterator[tuple[
     """Both ends of a weight channel, in a folder that is removed."""
     config = Config(engine=engine._config)
     config.weights.channel = name  # type: ignore[assignment]
-    base = Path("/dev/shm") if name == "shm" else setup.folder
+    base = setup.folder if name == "disk" else Path("/dev/shm")  # where a run has it: a socket's path must be short
     with tempfile.TemporaryDirectory(prefix=f"offtrail-{name}-", dir=base) as folder:
         publisher = open_channel(config, Path(folder), setup.folder, 2)
         try:
