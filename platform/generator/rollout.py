@@ -12,6 +12,7 @@ Nothing here blocks while the engine has work: replies, verdicts and weights are
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -231,9 +232,10 @@ class Rollout:
             alarm = self.config.weights.probe_alarm
             found = []
             for replica in range(self.engine.replicas):
-                [engine] = self.engine.score([prompt], [output], 1.0, replica)
-                found.append(compare(engine, learner, version=version, alarm=alarm))
-            for name in found[0]:
+                with contextlib.suppress(ConnectionError):  # that copy is gone; its successor is probed in its turn
+                    [engine] = self.engine.score([prompt], [output], 1.0, replica)
+                    found.append(compare(engine, learner, version=version, alarm=alarm))
+            for name in found[0] if found else ():
                 self.connection.activity.gauge(name, max(one[name] for one in found))
 
     def _already_held(self, lease: Lease) -> bool:
