@@ -161,7 +161,7 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
             assert curl[1] == f"{shown['url']}/completions"
             assert f"Authorization: Bearer {key}" in curl
             assert post(curl[1], key, json.loads(curl[curl.index("-d") + 1]))[0] == 200
-            ask = {"model": start_dir.name, "prompt": "1+1", "temperature": 0, "max_tokens": 40}
+            ask = {"model": saved.name, "prompt": "1+1", "temperature": 0, "max_tokens": 40}
             status, answer = post(curl[1], key, ask)
             assert (status, answer["choices"][0]["text"]) == (200, greedy("1+1", room=43))
             assert post(curl[1], "wrong", ask)[0] == 401
