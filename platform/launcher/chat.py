@@ -233,6 +233,7 @@ class Served:
         self.longest = positions(model) - CONTEXT_MARGIN
         self._server: Servers = make_server(config, model, run_dir, port=0)
         self._console, self._temperature = console, config.serve.temperature
+        self._patience = config.engine.hang_seconds if isinstance(config.engine, SglangConfig) else None
         self._stop = list(Text(model).stop_token_ids)
         try:
             self._server.start()
@@ -255,11 +256,12 @@ class Served:
             "stream": True,
         }
         headers = {"Authorization": f"Bearer {address.key}", "Content-Type": "application/json"}
-        with contextlib.closing(http.client.HTTPConnection(str(parts.hostname), parts.port)) as connection:
+        line = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=self._patience)
+        with contextlib.closing(line) as connection:
             try:
                 connection.request("POST", "/v1/completions", json.dumps(body), headers)
                 yield from pieces(connection.getresponse())
-            except (http.client.HTTPException, ConnectionError) as error:
+            except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
                 raise CutError(f"the server broke off ({type(error).__name__})") from None
 
     def close(self) -> None:

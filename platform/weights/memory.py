@@ -77,7 +77,9 @@ class Handles(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class HandleReader:
-    """The reading end; on the learner's host."""
+    """The reading end; on the learner's host. A learner that has left keeps no version: FileNotFoundError, as of one
+    that is retired. Whether it should have left is the launcher's business.
+    """
 
     folder: Path
 
@@ -110,7 +112,7 @@ class HandleReader:
             try:
                 line.connect(str(self.folder / SOCKET))
             except OSError as error:
-                raise WeightsError(
+                raise FileNotFoundError(
                     f"the learner does not answer at {self.folder / SOCKET}: {error.strerror}"
                 ) from error
             with line.makefile("rwb") as file:
@@ -122,7 +124,7 @@ def _ask(line: Any, question: Mapping[str, Any]) -> dict[str, Any]:
     line.flush()
     answer = line.readline()
     if not answer:
-        raise WeightsError("the learner broke off while a version was read")
+        raise FileNotFoundError("the learner left while a version was read")
     return dict(json.loads(answer))
 
 

@@ -323,6 +323,8 @@ class SglangEngine:
         except LoaderRefusedError as error:
             retired = FileNotFoundError.__name__ in str(error)
             return (FileNotFoundError if retired else ValueError)(str(error))
+        except FileNotFoundError as error:
+            return error
         except AnsweredError as error:
             return ValueError(f"version {version} was refused: {error}")
         except ControlError as error:
