@@ -91,7 +91,7 @@ class Engine(Protocol):
         self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float, replica: int = 0
     ) -> list[Float32]:
         """Log-probabilities [T_i] of the given output tokens under the current weights, at ``temperature``. ValueError
-        at a temperature that the engine cannot score at.
+        at a temperature that the engine cannot score at, ConnectionError where that copy of the weights is gone.
         """
 
     def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:

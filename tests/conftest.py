@@ -29,7 +29,7 @@ def start_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sglang_server(start_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Servers, Path]]:
     """One real server of the start model on this CPU, ready, and the model's folder. A test leaves it as it was."""
     from offtrail.platform.generator.engines.sglang.servers import Servers

@@ -12,6 +12,7 @@ Nothing here blocks while the engine has work: replies, verdicts and weights are
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -188,6 +189,8 @@ class Rollout:
         """Give the leases back whose samples died with a server: nothing is lost, another attempt makes them."""
         returned = []
         for request in self.engine.lost():
+            if request not in self._running:
+                continue
             lease, _ = self._running.pop(request)
             returned.append((lease.group, self._attempts.pop(lease.group)))
         if returned:
@@ -229,9 +232,10 @@ class Rollout:
             alarm = self.config.weights.probe_alarm
             found = []
             for replica in range(self.engine.replicas):
-                [engine] = self.engine.score([prompt], [output], 1.0, replica)
-                found.append(compare(engine, learner, version=version, alarm=alarm))
-            for name in found[0]:
+                with contextlib.suppress(ConnectionError):  # that copy is gone; its successor is probed in its turn
+                    [engine] = self.engine.score([prompt], [output], 1.0, replica)
+                    found.append(compare(engine, learner, version=version, alarm=alarm))
+            for name in found[0] if found else ():
                 self.connection.activity.gauge(name, max(one[name] for one in found))
 
     def _already_held(self, lease: Lease) -> bool:

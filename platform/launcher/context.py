@@ -20,7 +20,7 @@ from offtrail.platform.wire.heart import Heart
 from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
 
-OWN_NAMES = re.compile(r"v\d{8,}\.(safetensors|json)|lock|handles\.sock")
+OWN_NAMES = re.compile(r"v\d{8,}\.(safetensors|json)|lock|handles\.sock|verdict-\w+\.\d+(\.writing)?")
 
 
 @dataclass

@@ -1,10 +1,10 @@
 """Checkpoints: runs/NAME/checkpoints/step_N, a Hugging Face directory with the trainer's state beside it.
 
     model.safetensors, config.json, tokenizer…   opens with AutoModelForCausalLM and AutoTokenizer
-    optimizer.safetensors                        AdamW's moments by parameter name, and torch's random state
     trainer.json                                 step, updates, …
-    critic.safetensors, critic_optimizer.…       algo=ppo: the critic's parameters and moments
-    reference.safetensors                        the reference policy, once it is no longer the start model
+    trainer/optimizer.safetensors                AdamW's moments by parameter name, and torch's random state
+    trainer/critic.safetensors, critic_optim…    algo=ppo: the critic's parameters and moments
+    trainer/reference.safetensors                the reference policy, once it is no longer the start model
     window/v00000012.safetensors                 staleness.mode=exact: the versions that a resumed run publishes again
 
 Invariants: a directory named step_N is whole (written under another name, sealed by rename); a checkpoint that cannot
@@ -33,6 +33,8 @@ from offtrail.platform.weights import store
 
 _NAME = re.compile(r"step_(\d+)")
 _HEADROOM = 1 << 24
+STATE = "trainer"
+"""A folder of its own: SGLang loads every safetensors file that lies beside the model's."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -115,9 +117,11 @@ def write(
         temporary.mkdir()
         write_model(temporary, model, tokenizer, parameters)
         random = {"torch_random_state": torch.get_rng_state()}
-        _save({**moments, **random}, temporary / "optimizer.safetensors")
+        state_folder = temporary / STATE
+        state_folder.mkdir()
+        _save({**moments, **random}, state_folder / "optimizer.safetensors")
         for stem, tensors in others.items():
-            _save(tensors, temporary / f"{stem}.safetensors")
+            _save(tensors, state_folder / f"{stem}.safetensors")
         for version, file in window.items():
             (temporary / "window").mkdir(exist_ok=True)
             store.copy_whole(file.parent, version, temporary / "window" / file.name)
@@ -167,7 +171,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except Exception as error:
-        raise CheckpointError(f"{file.parent} is no checkpoint to go on from: {file.name}: {error}") from error
+        raise CheckpointError(f"{file.parent.parent} is no checkpoint to go on from: {file.name}: {error}") from error
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -202,13 +206,15 @@ def restore(path: Path, trainer: Trainer) -> None:
     """
     state = read_state(path)
     trainer.updates, trainer.refreshed = state.updates, state.refreshed
-    restore_optimizer(path / "optimizer.safetensors", trainer.policy, trainer.optimizer)
+    restore_optimizer(path / STATE / "optimizer.safetensors", trainer.policy, trainer.optimizer)
     if trainer.critic is not None:
         trainer.critic.updates = state.critic_updates
-        restore_parameters(path / "critic.safetensors", trainer.critic.critic)
-        restore_optimizer(path / "critic_optimizer.safetensors", trainer.critic.critic, trainer.critic.optimizer)
+        restore_parameters(path / STATE / "critic.safetensors", trainer.critic.critic)
+        restore_optimizer(
+            path / STATE / "critic_optimizer.safetensors", trainer.critic.critic, trainer.critic.optimizer
+        )
     if trainer.reference is not None and trainer.refreshed:
-        restore_parameters(path / "reference.safetensors", trainer.reference)
+        restore_parameters(path / STATE / "reference.safetensors", trainer.reference)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -184,7 +185,9 @@ class DistributedChannel:
     async def _about(self, address: Address) -> dict[str, Any]:
         for key in (address.key, address.admin_key):  # which of them it wants differs between versions
             headers = {"Authorization": f"Bearer {key}"}
-            async with self._loop.session.get(f"{address.url}/server_info", headers=headers) as reply:
+            async with self._loop.session.get(
+                f"{address.url}/server_info", headers=headers, timeout=aiohttp.ClientTimeout(total=ASK_SECONDS)
+            ) as reply:
                 if reply.status == 200:
                     return dict(await reply.json())
         raise ControlError(f"{address.url}/server_info answered {reply.status} to both keys")

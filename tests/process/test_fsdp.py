@@ -37,7 +37,8 @@ def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     source = str(Path(__file__).parents[2] / "src")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", str(WORKER), str(listing)],
+            # of SWIG's types (pyproject.toml): as an error it crashes Python when that ends
+            [sys.executable, "-W", "error", "-W", "ignore:builtin type", str(WORKER), str(listing)],
             env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": source},
             stderr=subprocess.PIPE,
             text=True,

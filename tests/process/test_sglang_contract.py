@@ -46,7 +46,7 @@ CLOSE = 1e-4
 APART = 1e-3
 
 
-@pytest.fixture(scope="session", params=["fake", "real"])
+@pytest.fixture(scope="module", params=["fake", "real"])
 def running(
     request: pytest.FixtureRequest, weights: tuple[Weights, Weights], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:

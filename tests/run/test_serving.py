@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from offtrail.core.protocols import Request
@@ -27,6 +28,9 @@ from offtrail.core.types import Sampling
 from offtrail.platform.config.compose import compose, to_yaml
 from offtrail.platform.config.schema import EngineConfig
 from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.learner import checkpoint
+from offtrail.platform.learner.checkpoint import TrainerState
+from offtrail.platform.learner.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}q{% endif %}"
@@ -126,9 +130,20 @@ def test_a_server_gives_the_same_answers_as_the_embedded_engine(
     assert not any(run.name in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
 
+def save_checkpoint(start_dir: Path, run_dir: Path) -> Path:
+    """What a learner writes, its optimizer's state and all: SGLang must not take that for weights."""
+    model = load_model(start_dir)
+    parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    moments = {f"{name}.exp_avg": torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    run_dir.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(start_dir)
+    return checkpoint.write(run_dir, TrainerState(3, 6), model, tokenizer, parameters, moments, {})
+
+
 def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy: Greedy, tmp_path: Path) -> None:
     key = "a-key-of-mine"
-    settings = ["job=serve", f"checkpoint={start_dir}", "serve.port=0", "run.name=api"]
+    saved = save_checkpoint(start_dir, tmp_path / "runs" / "trained")
+    settings = ["job=serve", f"checkpoint={saved}", "serve.port=0", "run.name=api"]
     with subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *settings],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
@@ -141,7 +156,7 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
                 said.append(served.stdout.readline())
                 assert said[-1], served.stderr and served.stderr.read()
             shown = dict(line.split() for line in said if re.match(r"(url|model|key)\s", line))
-            assert (shown["model"], shown["key"]) == (start_dir.name, key)
+            assert (shown["model"], shown["key"]) == (saved.name, key)
             curl = shlex.split(said[-1])  # works as it is printed
             assert curl[1] == f"{shown['url']}/completions"
             assert f"Authorization: Bearer {key}" in curl

@@ -150,6 +150,6 @@ def test_the_window_of_versions_comes_back(saved: Saved, tmp_path: Path) -> None
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, saved: Saved) -> None:
     with pytest.raises(CheckpointError, match="step_7 is no checkpoint to go on from"):
         checkpoint.read_state(checkpoint.path_of(tmp_path, 7))
-    (saved.path / "optimizer.safetensors").write_bytes(b"rubbish")
+    (saved.path / "trainer" / "optimizer.safetensors").write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match="step_1 is no checkpoint to go on from"):
         checkpoint.restore(saved.path, saved.trainer)

@@ -21,7 +21,7 @@ import psutil
 END_SECONDS = 10.0
 """The longest that a killed process may take to leave; one that the kernel holds longer is left to it."""
 TAIL_BYTES = 32_768
-_SHARED = re.compile(r" (/dev/shm/sgl\S+)")
+_SHARED = re.compile(r" (/dev/shm/(?:sgl|sem\.mp-)\S+)")
 _ERROR = re.compile(r"^(sglang serve: error: .+|[\w.]*(Error|Exception|Interrupt)\b.*)")
 
 
@@ -33,6 +33,7 @@ class Child:
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
+        self._killed_here = False  # sglang kills itself by SIGKILL too, when it cannot start
         self._shared: set[str] = set()
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-P", "-m", module, str(os.getpid()), *arguments]
@@ -68,6 +69,7 @@ class Child:
         """Kill the whole tree with SIGKILL, wait for its end, and say how the first process ended. Once is enough."""
         if self._process.returncode is None:
             members = self.remember()
+            self._killed_here = not self.exited
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
@@ -81,7 +83,7 @@ class Child:
         """How it ended, in one line: exit status or signal, its last words, and where the log is."""
         code = self._process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        words = f"; last words: {said}" if (said := self._last_words()) and code >= 0 else ""
+        words = f"; last words: {said}" if not self._killed_here and (said := self._last_words()) else ""
         return f"{how}{words} (log: {self.log})"
 
     @property

@@ -66,7 +66,7 @@ class Job:
 
     def completion(self, finish: FinishReason) -> Completion:
         """As it stands."""
-        versions = np.empty(len(self.tokens), np.int32)
+        versions = np.full(len(self.tokens), -1, np.int32)  # the server tells them with its last report
         start = 0
         for version, end in self.spans:
             versions[start:end] = version

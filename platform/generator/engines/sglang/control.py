@@ -43,6 +43,10 @@ class ControlError(RuntimeError):
     """A control call that the server refused, or that failed on the way; one line with the server and its words."""
 
 
+class AnsweredError(ControlError):
+    """The server answered that it does not do it."""
+
+
 class TornError(ControlError):
     """The server may hold a part of the new weights: it must be restarted, or given the whole of a version."""
 
@@ -76,7 +80,7 @@ class Server:
                 answer = await reply.json(content_type=None) if text.startswith("{") else {"message": text}
                 if reply.status != 200 or not answer.get("success", True):
                     words = answer.get("message") or answer.get("error") or text
-                    raise ControlError(f"{self.address.url}{path} answered {reply.status}: {words}")
+                    raise AnsweredError(f"{self.address.url}{path} answered {reply.status}: {words}")
                 return dict(answer)
         except TimeoutError:
             raise ControlError(

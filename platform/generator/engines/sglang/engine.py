@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,9 +35,10 @@ from offtrail.platform.config.schema import SglangConfig
 from offtrail.platform.generator.engines.cost import Cost
 from offtrail.platform.generator.engines.limits import check_request, check_tokens
 from offtrail.platform.generator.engines.sglang import versions
-from offtrail.platform.generator.engines.sglang.client import Client, Loop, score
+from offtrail.platform.generator.engines.sglang.client import Client, Loop, LostError, score
 from offtrail.platform.generator.engines.sglang.control import (
     LOADER,
+    AnsweredError,
     ControlError,
     FromDirectory,
     FromFile,
@@ -54,6 +56,7 @@ from offtrail.platform.weights.store import Published, copy_whole
 
 log = logging.getLogger("offtrail.generator")
 
+ASK_SECONDS = 5.0
 WATCH_SECONDS = 0.25
 STEP_SECONDS = 0.02
 """The longest that `step` waits for a sample to finish."""
@@ -88,8 +91,11 @@ class SglangEngine:
         self._cost = _cost(described, self._shapes)
         self._scored = 0.0
         self._target = 0
-        self._held: dict[Address, int] = {}
-        """What each server that is up holds; −1: not known."""
+        self._held: Mapping[Address, int] = {}
+        """What each server that is up holds; −1: not known. Replaced, never changed: two threads read it."""
+        self._noting = threading.Lock()
+        self._awaiting: frozenset[Address] = frozenset()
+        """Servers that are up and wait for the learner's push of the version loaded last."""
         self._about: dict[Address, dict[str, Any]] = {}
         self._failure: Exception | None = None
         self._remaining: Counter[int] = Counter()
@@ -120,8 +126,12 @@ class SglangEngine:
 
     @property
     def version(self) -> int:
-        """The lowest version that a server holds which is up; before the first is up, what the servers start with."""
-        return min(self._held.values(), default=self._target)
+        """The lowest version that a server holds which is up, without those that the learner has yet to push to; before
+        the first is up, what the servers start with.
+        """
+        held, awaiting = self._held, self._awaiting
+        given = [version for address, version in held.items() if address not in awaiting]
+        return min(given or held.values(), default=self._target)
 
     @property
     def replicas(self) -> int:
@@ -173,9 +183,10 @@ class SglangEngine:
     def score(
         self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float, replica: int = 0
     ) -> list[Float32]:
-        """Log-probabilities [T_i] of the outputs by prefill, on the ``replica``-th server that is up.
+        """Log-probabilities [T_i] of the outputs by prefill, on the ``replica``-th server.
 
-        Raises ValueError at a temperature other than 1: a server gives log-probabilities of a prompt at 1 alone.
+        Raises ValueError at a temperature other than 1: a server gives log-probabilities of a prompt at 1 alone;
+        ConnectionError when there is no such server that holds the version loaded last, or it broke off.
         """
         if temperature != 1.0:
             raise ValueError(f"score at temperature={temperature}: SGLang scores given tokens at 1 only")
@@ -186,18 +197,27 @@ class SglangEngine:
             check_tokens("score", prompt, whole, len(whole), vocab_size=self.vocab_size, max_length=self.max_length)
         address = self._address(replica)
         self._scored += sum(len(p) + len(o) - 1 for p, o in zip(prompts, outputs, strict=True))
-        return list(self._loop.run(self._scores(address, prompts, outputs)))
+        try:
+            return list(self._loop.run(self._scores(address, prompts, outputs)))
+        except (LostError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ConnectionError(f"{address.url} broke off: {type(error).__name__}: {error}") from error
 
     def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:
         """Bring every server that is up to ``version``: a `Published` version of the store, `Handles` to the learner's
-        memory, or `Pushed` (the learner gives it; this waits until the servers say so). Nothing, where none is up.
+        memory, or `Pushed` (the learner gives it to those that are up; one that came late takes no samples before it
+        has been given it too). Nothing, where none is up.
 
         Raises ValueError when names or shapes differ from the model's, or a server's loader refuses the version, and
         FileNotFoundError when the version is no longer kept; all leave the servers as they were.
         """
         self._check_names(version, weights)
-        with self._transfer(version, weights) as transfer:
-            self._bring(version, transfer)
+        if isinstance(weights, Pushed):
+            self._raise_failure()
+            self._loop.run(self._hear(version))
+        else:
+            self._awaiting = frozenset()
+            with self._transfer(version, weights) as transfer:
+                self._bring(version, transfer)
         if self._held:
             self._target = version
         self._loop.loop.call_soon_threadsafe(self._serve)
@@ -245,11 +265,10 @@ class SglangEngine:
         return [np.array(found, np.float32) for found in await asyncio.gather(*asked)]
 
     def _address(self, replica: int) -> Address:
-        while not self._held:  # the start deadline ends it
-            self._raise_failure()
-            time.sleep(STEP_SECONDS)
-        up = list(self._held)
-        return up[replica % len(up)]
+        current = [address for address, held in self._held.items() if held == self._target]
+        if replica >= len(current):
+            raise ConnectionError(f"{len(current)} servers of {self._owner} hold version {self._target}")
+        return current[replica]
 
     # --- weights ---
 
@@ -269,10 +288,8 @@ class SglangEngine:
                 raise ValueError(f"version {version} is of another model: it {what} {names[0]}{more}")
 
     @contextlib.contextmanager
-    def _transfer(self, version: int, weights: Mapping[str, Any]) -> Iterator[Transfer | None]:
-        if isinstance(weights, Pushed):
-            yield None
-        elif isinstance(weights, Handles):
+    def _transfer(self, version: int, weights: Mapping[str, Any]) -> Iterator[Transfer]:
+        if isinstance(weights, Handles):
             yield FromMemory(weights.fetch, self._config.tensor_parallel)
         elif isinstance(weights, Published) and self._have_loader():
             yield FromFile(weights.folder, version, self._config.tensor_parallel)
@@ -288,44 +305,44 @@ class SglangEngine:
             LOADER in (about.get("custom_weight_loader") or []) for about in self._about.values()
         )
 
-    def _bring(self, version: int, transfer: Transfer | None) -> None:
+    def _bring(self, version: int, transfer: Transfer) -> None:
         """Swap on every server that is up and behind, side by side, also on those that come up meanwhile."""
         while behind := [address for address, held in self._held.items() if held != version]:
             self._raise_failure()
             futures = {address: self._loop.submit(self._swap(address, version, transfer)) for address in behind}
-            for address, future in futures.items():
-                self._settle(address, version, future)
+            errors = [self._settle(address, version, future) for address, future in futures.items()]
+            for error in filter(None, errors):  # not before the last is over: they read what the caller holds open
+                raise error
 
-    def _settle(self, address: Address, version: int, future: Future[None]) -> None:
+    def _settle(self, address: Address, version: int, future: Future[None]) -> Exception | None:
+        """Wait for one swap; what its caller should be told."""
         try:
             future.result()
         except TornError as error:
             self._give_up(address, f"may hold a part of version {version}: {error}")
         except LoaderRefusedError as error:
             retired = FileNotFoundError.__name__ in str(error)
-            raise (FileNotFoundError if retired else ValueError)(str(error)) from error
+            return (FileNotFoundError if retired else ValueError)(str(error))
+        except AnsweredError as error:
+            return ValueError(f"version {version} was refused: {error}")
         except ControlError as error:
-            if address in self._held and "answered" in str(error):
-                raise ValueError(f"version {version} was refused: {error}") from error
             self._give_up(address, f"does not take version {version}: {error}")
         else:
             if address in self._held:
-                self._held[address] = version
+                self._note(address, version)
+        return None
 
-    async def _swap(self, address: Address, version: int, transfer: Transfer | None) -> None:
+    async def _swap(self, address: Address, version: int, transfer: Transfer) -> None:
         about = self._about[address]
         server = Server(
             address, self._loop.session, versions.needs_session(about["version"]), self._config.hang_seconds
         )
-        if transfer is None:
-            await self._pushed(server, version)
-            return
         place = next((p for p in self._client.places.values() if p.address == address), None)
         mode = self._mode(about["version"])
         if place is None:
             await swap(server, version, "abort", transfer)
             return
-        if mode == "abort":
+        if mode != "retract":  # nothing new, until it is known which version's prompts it may begin from
             place.gate.clear()
         try:
             await swap(server, version, mode, transfer, drained=place.drained)
@@ -334,13 +351,20 @@ class SglangEngine:
             place.heard = time.monotonic()
             place.gate.set()
 
-    async def _pushed(self, server: Server, version: int) -> None:
-        """Until the server says that it holds ``version``. ControlError when the learner has not given it in time."""
-        limit = time.monotonic() + self._config.hang_seconds
-        while _number((await server.model_info()).get("weight_version")) < version:
-            if time.monotonic() > limit:
-                raise ControlError(f"{server.address.url}: the learner has not pushed version {version} in time")
-            await asyncio.sleep(STEP_SECONDS)
+    async def _hear(self, version: int) -> None:
+        """Ask the servers whether the learner has given them ``version``. In the loop, here and from the watch."""
+        late = set()
+        for address, held in self._held.items():
+            if held == version:
+                continue
+            info = {}
+            with contextlib.suppress(ControlError):
+                info = await Server(address, self._loop.session, deadline_s=ASK_SECONDS).model_info()
+            if _number(info.get("weight_version")) == version:
+                self._note(address, version)
+            else:
+                late.add(address)
+        self._awaiting = frozenset(late)
 
     def _mode(self, server_version: str) -> PauseMode:
         if self._config.kv_on_update == "keep":
@@ -375,16 +399,18 @@ class SglangEngine:
                 continue
             self._about[address] = about
             # One that was here before may hold another run's version under the same number.
-            self._held[address] = -1 if self._config.urls else _number(about.get("weight_version"))
+            self._note(address, -1 if self._config.urls else _number(about.get("weight_version")))
         for address in set(self._held) - set(up.values()):
-            self._held.pop(address, None)
+            self._note(address, None)
+        if self._awaiting:
+            await self._hear(self._target)
         self._serve()
 
     def _serve(self) -> None:
         """Tell the client who is up, and who of them holds the version loaded last. In the loop."""
         up = {place: self.servers.address(place) for place in self.servers.ready()}
         self._client.router = self.servers.router
-        self._client.set_places(up, dict(self._held), self._target)
+        self._client.set_places(up, self._held, self._target)
 
     async def _ask(self, address: Address) -> dict[str, Any] | None:
         """What a server says of itself and of its model; None while it does not."""
@@ -396,10 +422,14 @@ class SglangEngine:
             return None
         if reason := versions.refusal(found["version"], self._config):
             raise ServerError(f"{address.url}: {reason}")
+        if self._config.urls and int(found.get("tp_size") or 1) > 1:
+            raise ServerError(
+                f"{address.url}: runs with --tp-size {found['tp_size']}; servers of engine.urls have one GPU each"
+            )
         return found
 
     async def _get(self, address: Address, path: str) -> dict[str, Any]:
-        limit = aiohttp.ClientTimeout(total=5.0)
+        limit = aiohttp.ClientTimeout(total=ASK_SECONDS)
         for key in (address.key, address.admin_key):  # which of them a path wants differs between versions
             headers = {"Authorization": f"Bearer {key}"}
             async with self._loop.session.get(f"{address.url}{path}", headers=headers, timeout=limit) as reply:
@@ -417,7 +447,7 @@ class SglangEngine:
 
     def _give_up(self, address: Address, why: str) -> None:
         """In the engine's thread: a server that cannot be trusted, or does not answer, is started anew."""
-        self._held.pop(address, None)
+        self._note(address, None)
         self._loop.run(self._end(address, why))
 
     async def _end(self, address: Address, why: str) -> None:
@@ -428,6 +458,12 @@ class SglangEngine:
     def _kill(self, place: int, why: str) -> None:
         log.warning("server %d of %s %s", place, self._owner, why)
         self.servers.kill(place, why)
+
+    def _note(self, address: Address, version: int | None) -> None:
+        """What a server holds; None: it is not up any more."""
+        with self._noting:
+            others = {known: held for known, held in self._held.items() if known != address}
+            self._held = others if version is None else others | {address: version}
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

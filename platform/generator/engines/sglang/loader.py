@@ -46,7 +46,7 @@ def load(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         words = _load(model, Path(asked["folder"]), int(asked["version"]))
     except BaseException as error:
         words = f"torn: {type(error).__name__}: {error}"
-    temporary = verdict.with_suffix(".writing")
+    temporary = verdict.with_name(f"{verdict.name}.writing")
     temporary.write_text(words)
     os.replace(temporary, verdict)
 
