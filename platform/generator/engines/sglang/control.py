@@ -149,7 +149,7 @@ async def _hand_back(server: Server, drained: Callable[[], Awaitable[None]]) -> 
         while not back.done():
             await server.post("/abort_request", {"abort_all": True})
             await asyncio.wait({back}, timeout=AGAIN_SECONDS)
-            if time.monotonic() > limit:
+            if not back.done() and time.monotonic() > limit:
                 raise ControlError(
                     f"{server.address.url} has not handed its samples back in {server.deadline_s:g} s "
                     "(engine.hang_seconds)"
