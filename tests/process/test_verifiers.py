@@ -69,7 +69,7 @@ OTHERS: set[psutil.Process] = set()
 
 
 def children(recursive: bool = False) -> list[psutil.Process]:
-    """This test's own child processes."""
+    """Child processes of the test itself."""
     return [child for child in psutil.Process().children(recursive) if child not in OTHERS]
 
 
