@@ -18,6 +18,7 @@ OLDEST: Version = (0, 5, 17)
 NEWEST: Version = (0, 5, 21)
 """The newest that every test ran with."""
 TELLS_VERSIONS: Version = (0, 5, 19)
+"""Since then answers say which weights made which of their tokens (`weight_versions`)."""
 RETRACTS: Version = (0, 5, 21)
 NEEDS_SESSION: Version = (0, 5, 21)
 
@@ -33,11 +34,6 @@ def parse(version: str) -> Version:
     if match is None:
         raise ValueError(f"SGLang says that its version is {version!r}, which is none that offtrail can read")
     return int(match[1]), int(match[2]), int(match[3])
-
-
-def tells_versions(version: str) -> bool:
-    """Whether answers say which weights made which of their tokens (`weight_versions`)."""
-    return parse(version) >= TELLS_VERSIONS
 
 
 def can_retract(version: str) -> bool:
