@@ -20,7 +20,7 @@ def command() -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # η and · on a terminal that has only ASCII
     try:
-        from offtrail.platform.config.command import main
+        from offtrail.platform.launcher.command import main
     except ImportError as error:
         words = " ".join(str(error).removeprefix("offtrail: ").split())
         print(f"offtrail: error: {words} (python {sys.executable}; install with `pip install -e .`)", file=sys.stderr)

@@ -6,7 +6,7 @@
 From hidden states [B, T, H] and the head [V, H], both with gradient, to a clipped policy-gradient loss and its
 gradients, float32. Arms:
 
-- offtrail      the loss inside the head (learner/head.py, loss_in_head), as the learner trains; gives entropies too
+- offtrail      the loss inside the head (model/head.py, loss_in_head), as the learner trains; gives entropies too
 - two_pass      scores first, loss behind them (token_logprobs), where a loss needs all tokens at once
 - trl           GRPOTrainer's own head since 1.1x, ChunkedLogProbFunction with log-probabilities and entropies
 - trl_logits    selective_log_softmax and entropy_from_logits over full logits, its path before that
@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offtrail.platform.learner.head import Head, Scores, default_elements, loss_in_head, pieces, token_logprobs
+from offtrail.platform.model.head import Head, TokenOutputs, default_elements, loss_in_head, pieces, token_logprobs
 
 EPSILON = 0.2
 TOKENS = {1024: 8_192, 32_768: 1_024, 151_936: 512}
@@ -93,7 +93,7 @@ def offtrail(case: Case) -> Tensor:
     B, T = case.targets.shape
     old, advantages = case.old.flatten(), case.advantages.repeat_interleave(T)
 
-    def loss(rows: slice, scores: Scores) -> Tensor:
+    def loss(rows: slice, scores: TokenOutputs) -> Tensor:
         return surrogate(scores.logprobs, old[rows], advantages[rows], B * T)
 
     cut = pieces([T] * B, len(case.weight), default_elements(case.weight))

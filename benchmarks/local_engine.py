@@ -42,9 +42,9 @@ from transformers.utils import logging as transformers_logging
 
 from offtrail.core.protocols import Request
 from offtrail.core.types import Int32, Sampling
-from offtrail.platform.config.schema import EngineConfig, ModelConfig
-from offtrail.platform.generator.engines.local import LocalEngine
-from offtrail.platform.learner.tiny import build_model, build_tokenizer
+from offtrail.platform.config.schema import LocalConfig, ModelConfig
+from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.model.tiny import build_model, build_tokenizer
 from offtrail.tasks.config import ChainConfig
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.text import encode_prompt
@@ -159,7 +159,7 @@ def start_model(folder: Path) -> None:
 
 def compare(folder: Path, work: Work, in_flight: int, args: argparse.Namespace) -> dict[str, Any]:
     """Rates and ratio of one kind of work at one number in flight."""
-    engine = LocalEngine(folder, EngineConfig(device=args.device, max_running=in_flight), max_length=128, threads=1)
+    engine = LocalEngine(folder, LocalConfig(device=args.device, max_running=in_flight), max_length=128, threads=1)
     models = {
         attention: AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).to(args.device).eval()
         for attention in ("sdpa", "eager")

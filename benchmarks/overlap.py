@@ -37,16 +37,16 @@ from common import Arm, Run, Stopwatch, cores, launch, machine, say
 
 from offtrail.core.types import Batch, Group, Lease
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.generator.role import training_sampling
 from offtrail.platform.generator.rollout import totals
-from offtrail.platform.generator.text import Text
 from offtrail.platform.learner.checkpoint import gather
-from offtrail.platform.learner.model import load_model
 from offtrail.platform.learner.role import make_trainer
 from offtrail.platform.learner.synchronous import Synchronous
 from offtrail.platform.learner.world import World
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.policy import load_model
+from offtrail.platform.model.text import Text
+from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.weights.store import Publisher, remove
 from offtrail.rewards.rule import COMPONENTS, score
 from offtrail.search.sample import SampleDriver

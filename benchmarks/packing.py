@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py [--rounds 7]
 
-``efficiency``: tokens / (bins × budget) of best-fit-decreasing, learner/packing.py's ``pack``, on 8,192 lognormal
+``efficiency``: tokens / (bins × budget) of best-fit-decreasing, model/packing.py's ``pack``, on 8,192 lognormal
 lengths (median 2,981 tokens, σ 1, cut at 32,768 = the budget), beside next-fit, first-fit in the order of arrival,
 padded micro-batches of 8 and padding to the cap; means of five draws.
 
@@ -35,13 +35,13 @@ from offtrail.algos.config import GrpoConfig, TisConfig
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.core.types import Batch, Group
 from offtrail.platform.config.schema import Config
-from offtrail.platform.learner.model import Policy, load_model
-from offtrail.platform.learner.objectives import PolicyGradient, Work
-from offtrail.platform.learner.packing import Rows, pack
-from offtrail.platform.learner.tiny import build_tokenizer, save_start
+from offtrail.platform.learner.objectives import PolicyGradient, StepData
 from offtrail.platform.learner.train import Trainer, adamw, warmup
 from offtrail.platform.learner.world import World
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.packing import SampleTable, pack
+from offtrail.platform.model.policy import Policy, load_model
+from offtrail.platform.model.tiny import build_tokenizer, save_start
+from offtrail.platform.runtime.activity import Activity
 from offtrail.tasks.registry import make_task
 
 
@@ -90,7 +90,7 @@ class Padded:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def _input(self, work: Work, part: list[int], prox: Tensor | None) -> LossInput:
+    def _input(self, work: StepData, part: list[int], prox: Tensor | None) -> LossInput:
         assert work.behaviour is not None
         assert work.advantages is not None
         sample = torch.from_numpy(np.repeat(part, work.rows.lengths[part]))
@@ -101,7 +101,7 @@ class Padded:
             prox_logprobs=prox,
         )  # fmt: skip
 
-    def logprobs(self, rows: Rows, part: list[int]) -> Tensor:
+    def logprobs(self, rows: SampleTable, part: list[int]) -> Tensor:
         """Log-probabilities of the samples' output tokens, in order."""
         texts = [
             np.concatenate([rows.prompts[rows.group_of[i]], rows.tokens[rows.starts[i] : rows.starts[i + 1]]])

@@ -43,9 +43,9 @@ from overlap import Training
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.evaluator.role import Evaluation
-from offtrail.platform.generator.text import Text
-from offtrail.platform.launcher.context import RoleContext
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.text import Text
+from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.context import RoleContext
 from offtrail.rewards.rule import score, total
 from offtrail.tasks.registry import make_task
 

@@ -49,13 +49,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from offtrail.platform.config.schema import Config, SglangConfig
-from offtrail.platform.generator.engines.sglang.engine import SglangEngine
+from offtrail.platform.engines.channels import open_channel, open_reader
+from offtrail.platform.engines.sglang.engine import SglangEngine
 from offtrail.platform.learner.checkpoint import gather
-from offtrail.platform.learner.model import load_model
 from offtrail.platform.learner.role import make_trainer
 from offtrail.platform.learner.world import World
-from offtrail.platform.tracking.activity import Activity
-from offtrail.platform.weights.channels import open_channel, open_reader
+from offtrail.platform.model.policy import load_model
+from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.weights.files import as_bytes
 from offtrail.platform.weights.store import Publisher, Subscriber, remove
 

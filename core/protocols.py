@@ -87,7 +87,7 @@ class Engine(Protocol):
         ``step`` has returned already.
         """
 
-    def score(
+    def logprobs(
         self, prompts: Sequence[Int32], outputs: Sequence[Int32], temperature: float, replica: int = 0
     ) -> list[Float32]:
         """Log-probabilities [T_i] of the given output tokens under the current weights, at ``temperature``. ValueError

@@ -14,7 +14,7 @@ from offtrail.core.types import Batch, Group, Problem
 from offtrail.platform.config.schema import ModelConfig, SglangConfig
 
 if TYPE_CHECKING:
-    from offtrail.platform.generator.engines.sglang.servers import Servers
+    from offtrail.platform.engines.sglang.servers import Servers
 
 MakeBatch = Callable[..., Batch]
 
@@ -22,7 +22,7 @@ MakeBatch = Callable[..., Batch]
 @pytest.fixture(scope="session")
 def start_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of a two-layer model, with its tokenizer."""
-    from offtrail.platform.learner.tiny import save_start
+    from offtrail.platform.model.tiny import save_start
 
     folder = tmp_path_factory.mktemp("model") / "start"
     save_start(folder, ModelConfig(hidden_size=32, layers=2, mlp_size=48, heads=4, kv_heads=2), seed=3)
@@ -32,7 +32,7 @@ def start_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sglang_server(start_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Servers, Path]]:
     """One real server of the start model on this CPU, ready, and the model's folder. A test leaves it as it was."""
-    from offtrail.platform.generator.engines.sglang.servers import Servers
+    from offtrail.platform.engines.sglang.servers import Servers
 
     servers = Servers(
         SglangConfig(max_running=32, start_seconds=240.0),

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from offtrail.platform.learner import attention, liger
-from offtrail.platform.learner.head import Scores
-from offtrail.platform.learner.model import Policy
-from offtrail.platform.learner.packing import Packed, Rows, lay_out
 from offtrail.platform.learner.train import adamw
+from offtrail.platform.model import attention, liger
+from offtrail.platform.model.head import TokenOutputs
+from offtrail.platform.model.packing import Packed, SampleTable, lay_out
+from offtrail.platform.model.policy import Policy
 
 SHAPES: dict[str, dict[str, int]] = {
     # Qwen2.5's, by their config.json
@@ -69,7 +69,7 @@ def make_model(name: str, device: str) -> Any:
     return model.to(device).eval()
 
 
-def make_packed(tokens: int, length: int, vocabulary: int) -> tuple[Rows, Packed]:
+def make_packed(tokens: int, length: int, vocabulary: int) -> tuple[SampleTable, Packed]:
     """``tokens`` inputs of samples around ``length``, uniform in ± half of it; each prompt with one sample."""
     draw = np.random.default_rng(0)
     lengths: list[int] = []
@@ -79,7 +79,7 @@ def make_packed(tokens: int, length: int, vocabulary: int) -> tuple[Rows, Packed
     if lengths[-1] <= PROMPT and len(lengths) > 1:
         lengths[-2] += lengths.pop()
     outputs = [n - PROMPT + 1 for n in lengths]  # a sample's last token is not an input
-    rows = Rows(
+    rows = SampleTable(
         prompts=tuple(draw.integers(0, vocabulary, PROMPT).astype(np.int32) for _ in lengths),
         group_of=np.arange(len(lengths)),
         starts=np.concatenate([[0], np.cumsum(outputs)]),
@@ -90,7 +90,7 @@ def make_packed(tokens: int, length: int, vocabulary: int) -> tuple[Rows, Packed
     return rows, lay_out(rows, range(rows.size))
 
 
-def model_flops(policy: Policy, rows: Rows, packed: Packed) -> float:
+def model_flops(policy: Policy, rows: SampleTable, packed: Packed) -> float:
     """Operations of forward and backward that the result needs."""
     config = policy.model.config
     head = config.vocab_size * config.hidden_size
@@ -112,7 +112,7 @@ class Arm:
     def update(self, packed: Packed, behaviour: Tensor, advantages: Tensor) -> float:
         """One optimizer update; returns the gradient's norm, so that the host waits as train.py does."""
 
-        def loss(rows: slice, scores: Scores) -> Tensor:
+        def loss(rows: slice, scores: TokenOutputs) -> Tensor:
             ratio = torch.exp(scores.logprobs - behaviour[rows])
             clipped = ratio.clamp(0.8, 1.2)
             return -torch.minimum(ratio * advantages[rows], clipped * advantages[rows]).sum() / len(behaviour)

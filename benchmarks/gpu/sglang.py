@@ -59,15 +59,15 @@ from transformers.utils import logging as transformers_logging
 
 from offtrail.core.protocols import Completion, Engine, Request
 from offtrail.core.types import Float32, Sampling
-from offtrail.platform.config.schema import Config, EngineConfig, SglangConfig
-from offtrail.platform.generator.engines.decoder import read_spec
-from offtrail.platform.generator.engines.local import LocalEngine
-from offtrail.platform.generator.engines.sglang.engine import SglangEngine
-from offtrail.platform.learner.model import Policy, load_model
+from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
+from offtrail.platform.engines.channels import Channel, Reader, open_channel, open_reader
+from offtrail.platform.engines.decoder import read_spec
+from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.engines.sglang.engine import SglangEngine
 from offtrail.platform.learner.objectives import rows_of_pairs
-from offtrail.platform.learner.packing import lay_out, pack
-from offtrail.platform.learner.tiny import build_tokenizer, save_pretrained
-from offtrail.platform.weights.channels import Channel, Reader, open_channel, open_reader
+from offtrail.platform.model.packing import lay_out, pack
+from offtrail.platform.model.policy import Policy, load_model
+from offtrail.platform.model.tiny import build_tokenizer, save_pretrained
 
 Figures = dict[str, Any]
 
@@ -164,7 +164,7 @@ def generate(setup: Setup) -> Figures:
     args = setup.args
     with setup.server(args.new) as (engine, up):
         found: Figures = {"up_seconds": round(up, 1), "sglang": speeds(engine, setup)}
-    settings = EngineConfig(device=args.device, dtype="bfloat16", max_running=max(args.in_flight))
+    settings = LocalConfig(device=args.device, dtype="bfloat16", max_running=max(args.in_flight))
     embedded = LocalEngine(setup.model_dir, settings, max_length=args.prompt + args.new, threads=args.threads)
     found["embedded"] = speeds(embedded, setup)
     embedded.close()
@@ -356,7 +356,7 @@ def versions_of(
     if not set(stamps.tolist()) <= {version - 1, version} or any((np.diff(c.versions) < 0).any() for c in done):
         raise RuntimeError(f"versions {sorted(set(stamps.tolist()))} around an update from {version - 1} to {version}")
     logprobs = np.concatenate([c.logprobs for c in done])
-    old, new = (scores(pair.policy(v), asked, done, setup) for v in (version - 1, version))
+    old, new = (outputs(pair.policy(v), asked, done, setup) for v in (version - 1, version))
     right, wrong = np.where(stamps == version, (new, old), (old, new))
     telling = np.abs(old - new) > TELLING * (old - new).std()
     return {
@@ -371,7 +371,7 @@ def versions_of(
 # --- mismatch
 
 
-def scores(policy: Policy, asked: Sequence[Request], done: Sequence[Completion], setup: Setup) -> Float32:
+def outputs(policy: Policy, asked: Sequence[Request], done: Sequence[Completion], setup: Setup) -> Float32:
     """The learner's log-probabilities [T] of every sampled token; ``done`` holds one sample of each of ``asked``."""
     rows = rows_of_pairs([r.prompt_tokens for r in asked], [c.tokens for c in done])
     found = torch.empty(len(rows.tokens))
@@ -392,7 +392,7 @@ def mismatch(setup: Setup) -> Figures:
     for name, (dtype, head) in LEARNERS.items():
         model = load_model(setup.model_dir, device=setup.args.device)
         policy = Policy(model, dtype=dtype, head_dtype=head, liger="never" if dtype == "float32" else setup.args.liger)
-        learner_says[name] = scores(policy, asked, done, setup)
+        learner_says[name] = outputs(policy, asked, done, setup)
     found = {name: compare(said, engine_says) for name, said in learner_says.items()}
     found["learner_rounding"] = compare(learner_says["head_float32"], learner_says["float32"])
     return found | {"tokens": len(engine_says), "logprob_mean": round(float(engine_says.mean()), 3)}

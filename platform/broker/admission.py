@@ -1,9 +1,9 @@
-"""The law of admission: how much may be in flight, which version a group needs, and whether it may be trained.
+"""The admission policy: how much may be in flight, which version a group needs, and whether it may be trained.
 
 I2: no token older than η = ``staleness.max`` versions is trained.
 I2b: in exact mode every token of batch k is of version max(0, k−η): what staleness happens does not depend on timing.
 
-Who calls: desk.py, with counts that it reads from the ledger. Nothing here holds state, reads a clock or does I/O.
+Who calls: scheduler.py, with counts that it reads from the ledger. Nothing here holds state, reads a clock or does I/O.
 
 Why I2 holds in slot order (``wait``): batch k is slots kB…(k+1)B−1, and the lowest open slot s is filled first, so that
 all slots below s are living and s ≤ their number. Capacity ≥ 1 means that fewer than (η+v+1)·B slots are living, hence
@@ -57,7 +57,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Law:
+class AdmissionPolicy:
     """The numbers that admission goes by. B = ``batch``, η = ``staleness``; ``exact`` implies slot order.
 
     ValueError when no run could ever go on under them.
@@ -88,8 +88,8 @@ class Law:
             )
 
     @classmethod
-    def of(cls, config: Config) -> Law:
-        """The law of a run's configuration."""
+    def of(cls, config: Config) -> AdmissionPolicy:
+        """The policy of a run's configuration."""
         staleness = config.staleness
         return cls(
             batch=config.batch.groups,

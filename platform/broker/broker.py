@@ -1,11 +1,11 @@
-"""The broker: answers every request of a run, from the ledger and the law, in one loop.
+"""The broker: answers every request of a run, from the ledger and the admission policy, in one loop.
 
     poll ──► handle: a reply, an Error, or held ──► serve what is held (long polls) ──► tick: leases, shards, deadlines
 
-Invariants: I1 (ledger.py), I2 and I2b (admission.py), through desk.py. A reply that promises something leaves after the
-transaction that made it durable. I4: whoever is held is told at least once a second for what, on whom and since when it
-waits; when a role waits and nothing in the run moves for broker.deadline_seconds, the run fails with that sentence.
-Nothing in the loop blocks: shards are written by the archive's thread.
+Invariants: I1 (ledger.py), I2 and I2b (admission.py), through scheduler.py. A reply that promises something leaves
+after the transaction that made it durable. I4: whoever is held is told at least once a second for what, on whom and
+since when it waits; when a role waits and nothing in the run moves for broker.deadline_seconds, the run fails with that
+sentence. Nothing in the loop blocks: shards are written by the archive's thread.
 
 States of the run: status "" while it runs; then completed | failed | interrupted, and every reply says stop; the broker
 leaves once the shards are sealed and the roles are gone. The run completes when the last version is trained,
@@ -27,11 +27,12 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from offtrail.core.types import Problem
-from offtrail.platform.broker.accounts import Accounts, Member, names, queue_row
-from offtrail.platform.broker.admission import Law
+from offtrail.platform.broker.admission import AdmissionPolicy
 from offtrail.platform.broker.archive import SHARD_BYTES, Archive
-from offtrail.platform.broker.desk import Desk, Outcome, RequestError
 from offtrail.platform.broker.ledger import FILE, Ledger, LedgerError
+from offtrail.platform.broker.roster import Member, Roster, names
+from offtrail.platform.broker.run_metrics import RunMetrics, queue_row
+from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.tracking.summary import write_summary
@@ -40,12 +41,12 @@ from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.groups import group_frames, group_from, unpack_group
 from offtrail.platform.wire.messages import (
     PROTOCOL,
+    Acknowledged,
     BatchReply,
     Beat,
     Checkpointed,
     Commit,
     Committed,
-    Done,
     Error,
     EvalJob,
     EvalResult,
@@ -98,7 +99,7 @@ class Wire(Protocol):
 
 
 @dataclass
-class Held:
+class LongPoll:
     """A long poll that waits: ``serve`` gives its answer or None, ``waiting`` the empty answer that says for what.
 
     ``idle``: whether its role has nothing else to do. Who asks ahead does not wait yet.
@@ -123,7 +124,7 @@ class Wait:
 class Broker:
     """One run's broker. ``problems`` maps a place of the data order to its problem.
 
-    LedgerError or ValueError at the start when the ledger is another run's, or the law cannot work.
+    LedgerError or ValueError at the start when the ledger is another run's, or the admission policy cannot work.
     """
 
     def __init__(
@@ -135,21 +136,22 @@ class Broker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config, self.run_dir, self.wire, self.clock = config, run_dir, wire, clock
-        self.law = Law.of(config)
+        self.admission = AdmissionPolicy.of(config)
         self.ledger = Ledger(run_dir / FILE)
         self._check_same_run()
-        self.desk = Desk(self.ledger, self.law, problems, config.batch.group_size)
+        self.scheduler = Scheduler(self.ledger, self.admission, problems, config.batch.group_size)
         self.ledger.release()
-        self.desk.rewind()
-        self.accounts = Accounts(self.ledger, clock)
+        self.scheduler.rewind()
+        self.roster = Roster()
+        self.numbers = RunMetrics(self.ledger, self.roster, clock)
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
         self.archive.seal(self.ledger.unsealed())
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, LongPoll] = {}
         self.waits: dict[str, Wait] = {}
         self.failures: list[Failure] = []
         self.later: list[Callable[[], None]] = []
-        self.stirred = False
+        self.dirty = False
         self.status = self.reason = ""
         self.first_version = self.ledger.checkpoint
         self.audit = self.ledger.audit()
@@ -191,9 +193,9 @@ class Broker:
 
     def handle(self, envelope: Envelope) -> None:
         """Answer one request, or hold it."""
-        if (member := self.accounts.members.get(envelope.peer_name)) is not None:
+        if (member := self.roster.get(envelope.peer_name)) is not None:
             member.heard = self.clock()
-        self.stirred = self.stirred or not isinstance(envelope.message, Heartbeat | StatusRequest)
+        self.dirty = self.dirty or not isinstance(envelope.message, Heartbeat | StatusRequest)
         try:
             answer = self._handlers[type(envelope.message)](envelope.message, envelope)
         except (RequestError, WireError) as error:
@@ -215,12 +217,12 @@ class Broker:
 
     def serve_held(self) -> None:
         """Answer the long polls that can be answered since something happened, and those that were held long enough."""
-        stirred, self.stirred = self.stirred, False
+        dirty, self.dirty = self.dirty, False
         for peer, held in list(self.held.items()):
             late = self.clock() >= held.until
             self._note_wait(peer, held)
             try:
-                answer = held.serve() if stirred or late else None
+                answer = held.serve() if dirty or late else None
                 sentence = held.sentence() if late and answer is None else ""
             except RequestError as error:
                 answer, sentence = (Error(error=str(error)), NO_ARRAYS), ""
@@ -240,7 +242,7 @@ class Broker:
         # A broker that was stopped itself must not blame the others for it.
         gap, self.ticked = now - self.ticked, now
         if gap > self.config.broker.heartbeat_seconds + TICK_SECONDS:
-            for member in self.accounts.members.values():
+            for member in self.roster:
                 member.heard = min(now, member.heard + gap)
             self.moved = min(now, self.moved + gap)
         try:
@@ -248,32 +250,32 @@ class Broker:
                 self.ledger.sealed(name)
             if not self.status:
                 self._expire(now)
-                self._complain(now)
+                self._check_deadlines(now)
         except (LedgerError, OSError) as error:
             self.broken(error)
 
     def _expire(self, now: float) -> None:
         """Leases of a holder whose heartbeats are lost go back; a long answer alone never loses one."""
         limit = self.config.broker.heartbeat_seconds * self.config.broker.lease_heartbeats
-        for member in self.accounts.members.values():
+        for member in self.roster:
             if member.lost or now - member.heard <= limit:
                 member.lost = member.lost and now - member.heard > limit
                 continue
-            member.lost = self.stirred = True
+            member.lost = self.dirty = True
             returned = self.ledger.return_leases(member.name)
             log.warning(
                 "%s: no heartbeat for %.1f s, %d leases returned", member.name, now - member.heard, len(returned)
             )
 
-    def _complain(self, now: float) -> None:
+    def _check_deadlines(self, now: float) -> None:
         """End a run that starves or stands still, with the sentence that says why (I4)."""
-        if line := self.desk.starved():
+        if line := self.scheduler.starved():
             self.fail(line)
             return
         deadline = self.config.broker.deadline_seconds
         if now - self.moved <= deadline:
             return
-        if missing := [name for name in self._expected() if name not in self.accounts.members]:
+        if missing := [name for name in self._expected() if name not in self.roster]:
             self.fail(
                 f"the broker waits for {', '.join(missing)} to dial {self.run_dir / 'endpoint.json'}; "
                 f"nothing has moved for broker.deadline_seconds={deadline:g}; see their logs in {self.run_dir / 'logs'}"
@@ -291,7 +293,7 @@ class Broker:
         return ["learner-0", "evaluator-0", *(f"generator-{i}" for i in range(self.config.generator.count))]
 
     def _doings(self, now: float, but: str) -> str:
-        others = [m for m in self.accounts.members.values() if m.name != but]
+        others = [m for m in self.roster if m.name != but]
         return ", ".join(
             f"{m.name} {m.beat.activity if m.beat else 'silent'}, heard {now - m.heard:.0f} s ago" for m in others
         )
@@ -318,10 +320,10 @@ class Broker:
                     f"{key}={now[key]}: the run {self.run_dir.name} began with {value}; "
                     "resume it with that, or choose another run.name"
                 )
-        if (done := self.ledger.checkpoint) > self.law.steps:
+        if (done := self.ledger.checkpoint) > self.admission.steps:
             self.ledger.close()
             raise ValueError(
-                f"learner.steps={self.law.steps}: the run {self.run_dir.name} is at step {done} already; "
+                f"learner.steps={self.admission.steps}: the run {self.run_dir.name} is at step {done} already; "
                 "raise it, or choose another run.name"
             )
         self.ledger.put({"run": self.run_dir.name, "settings": json.dumps(now)})
@@ -344,14 +346,14 @@ class Broker:
                 f"run {hello.run!r} was asked for, this broker serves {self.run_dir.name!r}: dial its own endpoint.json"
             )
         name = f"{hello.role}-{hello.index}"
-        again = name in self.accounts.members
+        again = name in self.roster
         life = self.ledger.life(hello.role, hello.index)
-        self.accounts.members[name] = Member(hello.role, hello.index, hello.pid, life, self.clock())
+        self.roster.add(Member(hello.role, hello.index, hello.pid, life, self.clock()))
         self.held.pop(name, None)
         self.waits.pop(name, None)
         self.ledger.return_leases(name)
         if again and name == "learner-0":
-            self.desk.rewind()
+            self.scheduler.rewind()
             self._restore_rows()
             self.first_version = self.ledger.checkpoint
         self._progress()
@@ -361,23 +363,23 @@ class Broker:
     # ------------------------------------------------------------------ generators
 
     def on_lease_request(self, request: LeaseRequest, envelope: Envelope) -> Answer | None:
-        """Leases as far as the law allows; held while there are none."""
+        """Leases as far as the admission policy allows; held while there are none."""
         holder = self._member(envelope).name
 
         def serve() -> Answer | None:
             if self.status:
-                return Leases(leases=[], version=self.desk.version, stop=True), NO_ARRAYS
-            leases = self.desk.grant(holder, request.room, len(self.accounts.alive("generator")), time.time())
+                return Leases(leases=[], version=self.scheduler.version, stop=True), NO_ARRAYS
+            leases = self.scheduler.grant(holder, request.room, len(self.roster.alive("generator")), time.time())
             if not leases:
                 return None
             self._progress()
-            return Leases(leases=leases, version=self.desk.version), NO_ARRAYS
+            return Leases(leases=leases, version=self.scheduler.version), NO_ARRAYS
 
         def empty(sentence: str) -> Message:
-            return Leases(leases=[], version=self.desk.version, waiting=sentence)
+            return Leases(leases=[], version=self.scheduler.version, waiting=sentence)
 
         return self._hold(
-            envelope, serve, empty, lambda: self.desk.why_no_lease(holder, len(self.accounts.alive("generator")))
+            envelope, serve, empty, lambda: self.scheduler.why_no_lease(holder, len(self.roster.alive("generator")))
         )
 
     def on_submit(self, message: SubmitGroup, envelope: Envelope) -> Answer:
@@ -391,7 +393,7 @@ class Broker:
             expected = self.config.sampling.temperature
             detail = f"sampled at temperature {group.temperature}, not sampling.temperature={expected}"
             return self._give_up(group.group, group.attempt, holder, "failed", detail)
-        verdict = self.desk.arrive(group, holder, time.time())
+        verdict = self.scheduler.arrive(group, holder, time.time())
         if verdict.changed:
             self._progress()
         if not verdict.accepted:
@@ -409,10 +411,10 @@ class Broker:
         holder = self._member(envelope).name
         returned = self.ledger.return_leases(holder, dict(message.leases))
         log.warning("%s returned %d leases: %s", holder, len(returned), message.detail)
-        return Done(), NO_ARRAYS
+        return Acknowledged(), NO_ARRAYS
 
     def _give_up(self, group: int, attempt: int, holder: str, reason: str, detail: str) -> Answer:
-        verdict = self.desk.fail(group, attempt, holder, reason, detail)
+        verdict = self.scheduler.fail(group, attempt, holder, reason, detail)
         log.warning("group %d from %s: %s (%s)", group, holder, verdict.reason, detail)
         return GroupAck(group=group, accepted=False, reason=f"{verdict.reason}: {detail}"), NO_ARRAYS
 
@@ -424,9 +426,9 @@ class Broker:
         self._member(envelope)
 
         def serve() -> Answer | None:
-            if self.status or step >= self.law.steps:
+            if self.status or step >= self.admission.steps:
                 return BatchReply(step=step, headers=[], stop=True), NO_ARRAYS
-            groups = self.desk.batch(step)
+            groups = self.scheduler.batch(step)
             if groups is None:
                 return None
             self._progress()
@@ -437,13 +439,13 @@ class Broker:
 
         # It asks for the next batch while it trains this one: it waits once that one's version is out.
         return self._hold(
-            envelope, serve, empty, lambda: self.desk.why_no_batch(step), lambda: step == self.desk.version
+            envelope, serve, empty, lambda: self.scheduler.why_no_batch(step), lambda: step == self.scheduler.version
         )
 
     def _batch_reply(self, step: int, groups: Sequence[int]) -> Answer:
         frames = [group_frames(unpack_group(body)) for body in self.ledger.payloads(groups)]
         arrays = [array for _, parts in frames for array in parts]
-        replay = step < self.desk.replay_until
+        replay = step < self.scheduler.replay_until
         return BatchReply(step=step, headers=[header for header, _ in frames], replay=replay), arrays
 
     def on_commit(self, message: Commit, envelope: Envelope) -> Answer:
@@ -452,11 +454,11 @@ class Broker:
         if message.version != message.step + 1 and message.step >= 0:
             raise RequestError(f"step {message.step} cannot make version {message.version}")
         if message.step < 0:
-            if (outcome := self.desk.start(message.version, message.checksum)) != "repeated":
-                self.accounts.mark()
+            if (outcome := self.scheduler.start(message.version, message.checksum)) != "repeated":
+                self.numbers.mark()
                 self._finish()
-        elif message.version <= self.desk.version:
-            outcome = self.desk.commit(message.step, message.checksum, {})
+        elif message.version <= self.scheduler.version:
+            outcome = self.scheduler.commit(message.step, message.checksum, {})
         else:
             outcome = self._train(message)
         if outcome == "diverged":
@@ -465,31 +467,31 @@ class Broker:
             )
         if outcome != "repeated":
             self._progress()
-            self.wire.hint(VersionHint(version=self.desk.version))
+            self.wire.hint(VersionHint(version=self.scheduler.version))
             self.later.append(self._write_summary)
         return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged"), NO_ARRAYS
 
     def _train(self, message: Commit) -> Outcome:
         step = message.step
-        row = self.accounts.row(self.ledger.ages(step), self.law.batch * self.config.batch.group_size)
+        row = self.numbers.row(self.ledger.ages(step), self.admission.batch * self.config.batch.group_size)
         metrics = {**message.metrics, **row}
-        outcome = self.desk.commit(step, message.checksum, metrics)
-        self.ledger.put(self.accounts.remarks())
+        outcome = self.scheduler.commit(step, message.checksum, metrics)
+        self.ledger.put(self.numbers.remarks())
         self.later.append(lambda: self.recorder.step({**metrics, "step": step + 1}, message.histograms, message.texts))
         return outcome
 
     def on_checkpointed(self, message: Checkpointed, envelope: Envelope) -> Answer:
         """Batches before it need no payload any more: they leave the spool for the archive."""
         self._member(envelope)
-        if not self.ledger.checkpoint <= message.step <= self.desk.version:
-            raise RequestError(f"checkpoint {message.step}: the newest version is {self.desk.version}")
+        if not self.ledger.checkpoint <= message.step <= self.scheduler.version:
+            raise RequestError(f"checkpoint {message.step}: the newest version is {self.scheduler.version}")
         self.ledger.checkpointed(message.step)
         log.info("checkpoint %d is written: %s", message.step, message.path)
         self._seal()
         self.audit = self.ledger.audit()
         self._progress()
         self._finish()
-        return Done(), NO_ARRAYS
+        return Acknowledged(), NO_ARRAYS
 
     # ------------------------------------------------------------------ the evaluator
 
@@ -511,36 +513,38 @@ class Broker:
     def _due(self) -> list[int]:
         """Versions to score: 0, every eval.every-th, the last. The weights of those from before a restart are gone."""
         scored = self.ledger.scored()
-        out = range(self.first_version, self.desk.version + 1)
+        out = range(self.first_version, self.scheduler.version + 1)
         return [version for version in out if self._evaluates(version) and version not in scored]
 
     def _evaluates(self, version: int) -> bool:
         every = self.config.eval.every
-        return version in (0, self.law.steps) or (every > 0 and version % every == 0)
+        return version in (0, self.admission.steps) or (every > 0 and version % every == 0)
 
     def _why_no_eval(self) -> str:
-        later = range(self.desk.version + 1, self.law.steps + 1)
-        version = next((v for v in later if self._evaluates(v)), self.law.steps)
+        later = range(self.scheduler.version + 1, self.admission.steps + 1)
+        version = next((v for v in later if self._evaluates(v)), self.admission.steps)
         return f"version {version} from learner-0"
 
     def on_eval_result(self, message: EvalResult, envelope: Envelope) -> Answer:
         """Scores of one version go to its row of metrics.jsonl."""
         self._member(envelope)
-        if not 0 <= message.version <= self.desk.version:
-            raise RequestError(f"version {message.version} was scored, but the newest version is {self.desk.version}")
+        if not 0 <= message.version <= self.scheduler.version:
+            raise RequestError(
+                f"version {message.version} was scored, but the newest version is {self.scheduler.version}"
+            )
         self.ledger.evaluated(message.version, message.metrics)
         self.recorder.evaluation(message.version, message.metrics, message.texts)
         self._progress()
         self._finish()
         if not self.status:
             self._write_summary()
-        return Done(), NO_ARRAYS
+        return Acknowledged(), NO_ARRAYS
 
     # ------------------------------------------------------------------ all roles, and the launcher
 
     def on_heartbeat(self, beat: Heartbeat, envelope: Envelope) -> Answer:
         """A sign of life; its counters go to the compute ledger."""
-        member = self.accounts.members.get(f"{beat.role}-{beat.index}")
+        member = self.roster.get(f"{beat.role}-{beat.index}")
         if member is not None and member.pid == beat.pid:
             member.heard = self.clock()
             if member.take(beat, self.clock()):
@@ -550,13 +554,13 @@ class Broker:
                 self.ledger.charge([(beat.role, beat.index, member.life, {**beat.compute, **seconds})])
             except LedgerError as error:  # the beat must still be answered: it is what says stop
                 self.broken(error)
-        return Beat(version=self.desk.version, stop=bool(self.status)), NO_ARRAYS
+        return Beat(version=self.scheduler.version, stop=bool(self.status)), NO_ARRAYS
 
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
         """A role says why it dies: the run fails with its words."""
         self.failures.append(failure)
         self.end("failed", f"{failure.role}-{failure.index}: {failure.error}")
-        return Done(), NO_ARRAYS
+        return Acknowledged(), NO_ARRAYS
 
     def on_status_request(self, request: StatusRequest, envelope: Envelope) -> Answer:
         """How the run stands now."""
@@ -564,8 +568,8 @@ class Broker:
         # A number that is not finite stands as null in the row; Status.metrics holds numbers only.
         live = {name: value for name, value in live.items() if value is not None}
         status = Status(
-            summary={**self.summary, "wall_seconds": self.accounts.wall_seconds},
-            roles=[m.beat for m in self.accounts.members.values() if m.beat is not None],
+            summary={**self.summary, "wall_seconds": self.numbers.wall_seconds},
+            roles=[m.beat for m in self.roster if m.beat is not None],
             metrics=live if "step" in live else {},
             failures=self.failures,
             finished=self.status == "completed" and not self.ledger.unsealed(),
@@ -575,13 +579,13 @@ class Broker:
     def on_stop_run(self, message: StopRun, envelope: Envelope) -> Answer:
         """The launcher ends the run."""
         self.end(message.status, message.reason)
-        return Done(), NO_ARRAYS
+        return Acknowledged(), NO_ARRAYS
 
     # ------------------------------------------------------------------ the end
 
     def _finish(self) -> None:
-        last = self.law.steps
-        if self.desk.version == last == self.ledger.checkpoint and last in self.ledger.scored():
+        last = self.admission.steps
+        if self.scheduler.version == last == self.ledger.checkpoint and last in self.ledger.scored():
             self.end("completed", "")
 
     def fail(self, line: str) -> None:
@@ -612,13 +616,13 @@ class Broker:
         """
         if self.status:
             return
-        self.status, self.reason, self.ended_at, self.stirred = status, reason, self.clock(), True
+        self.status, self.reason, self.ended_at, self.dirty = status, reason, self.clock(), True
         log.info("the run is %s %s", status, reason)
         try:
             if status == "completed":
                 self.ledger.end()
                 self._seal()
-            self.ledger.put(self.accounts.remarks())
+            self.ledger.put(self.numbers.remarks())
             self.audit = self.ledger.audit()
             self._write_summary()
         except (LedgerError, OSError, sqlite3.Error) as error:
@@ -631,7 +635,7 @@ class Broker:
     def _summarise(self) -> dict[str, Any]:
         # A run that is killed says nothing any more: until it ends otherwise, it is interrupted.
         status = self.status or "interrupted"
-        return self.accounts.summary(status, self.reason, self.config.run.seed, self.desk.version, self.audit)
+        return self.numbers.summary(status, self.reason, self.config.run.seed, self.scheduler.version, self.audit)
 
     def _write_summary(self) -> None:
         self.summary = self._summarise()
@@ -653,7 +657,7 @@ class Broker:
             return waited > SEAL_SECONDS
         if waited > LINGER_HEARTBEATS * self.config.broker.heartbeat_seconds:
             return True
-        return not any(self._present(m) for m in self.accounts.members.values())
+        return not any(self._present(m) for m in self.roster)
 
     def _present(self, member: Member) -> bool:
         """Whether a role may still ask. On one host its process says so, elsewhere its heartbeats."""
@@ -678,11 +682,9 @@ class Broker:
     # ------------------------------------------------------------------ small things
 
     def _member(self, envelope: Envelope) -> Member:
-        member = self.accounts.members.get(envelope.peer_name)
+        member = self.roster.get(envelope.peer_name)
         if member is None:
-            raise RequestError(
-                f"{envelope.peer_name} has not said Hello; known are {names(self.accounts.members.values())}"
-            )
+            raise RequestError(f"{envelope.peer_name} has not said Hello; known are {names(self.roster)}")
         return member
 
     def _hold(
@@ -697,11 +699,11 @@ class Broker:
         if (answer := serve()) is not None:
             self.waits.pop(peer, None)
             return answer
-        self.held[peer] = Held(envelope, serve, waiting, sentence, idle, self.clock() + HOLD_SECONDS)
+        self.held[peer] = LongPoll(envelope, serve, waiting, sentence, idle, self.clock() + HOLD_SECONDS)
         self._note_wait(peer, self.held[peer])
         return None
 
-    def _note_wait(self, peer: str, held: Held) -> None:
+    def _note_wait(self, peer: str, held: LongPoll) -> None:
         if peer not in self.waits and held.idle():
             self.waits[peer] = Wait(self.clock(), time.time())
 

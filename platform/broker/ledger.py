@@ -45,7 +45,7 @@ class LedgerError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class GroupRow:
     """One group as the ledger holds it (without its payload)."""
 
     id: int
@@ -240,19 +240,19 @@ class Ledger:
 
     # ------------------------------------------------------------------ leases
 
-    def row(self, group: int) -> Row | None:
+    def row(self, group: int) -> GroupRow | None:
         """One group, or None when it was never admitted."""
         rows = self._rows(f"SELECT {ROW} FROM groups WHERE id = ?", group)
-        return Row(*rows[0]) if rows else None
+        return GroupRow(*rows[0]) if rows else None
 
-    def leased(self) -> list[Row]:
+    def leased(self) -> list[GroupRow]:
         """All leased groups in slot order; those with an empty holder were returned and wait to be issued again."""
-        return [Row(*r) for r in self._rows(f"SELECT {ROW} FROM groups WHERE state = 'leased' ORDER BY slot")]
+        return [GroupRow(*r) for r in self._rows(f"SELECT {ROW} FROM groups WHERE state = 'leased' ORDER BY slot")]
 
-    def returned(self) -> list[Row]:
+    def returned(self) -> list[GroupRow]:
         """Those of the leased groups that were returned, in slot order."""
         rows = self._rows(f"SELECT {ROW} FROM groups WHERE state = 'leased' AND holder = '' ORDER BY slot")
-        return [Row(*r) for r in rows]
+        return [GroupRow(*r) for r in rows]
 
     def held(self, holder: str) -> int:
         """How many leases ``holder`` has."""
@@ -262,7 +262,7 @@ class Ledger:
         """The slots from ``first`` on that a living group holds."""
         return {s for (s,) in self._rows("SELECT slot FROM groups WHERE state <> 'refused' AND slot >= ?", first)}
 
-    def grant(self, holder: str, grants: Sequence[Grant], now: float) -> list[Row]:
+    def grant(self, holder: str, grants: Sequence[Grant], now: float) -> list[GroupRow]:
         """Admit a fresh group for each open slot, and issue returned groups again, all to ``holder``; rows in order."""
         ids: list[int] = []
         with self._change() as db:
@@ -282,7 +282,9 @@ class Ledger:
                         (holder, now, grant.group),
                     )
                     ids.append(grant.group)
-        rows = {r[0]: Row(*r) for r in self._rows(f"SELECT {ROW} FROM groups WHERE id IN ({','.join(map(str, ids))})")}
+        rows = {
+            r[0]: GroupRow(*r) for r in self._rows(f"SELECT {ROW} FROM groups WHERE id IN ({','.join(map(str, ids))})")
+        }
         return [rows[i] for i in ids]
 
     def return_leases(self, holder: str, attempts: Mapping[int, int] | None = None) -> list[int]:
@@ -342,14 +344,14 @@ class Ledger:
 
     # ------------------------------------------------------------------ batches
 
-    def queued(self) -> list[Row]:
+    def queued(self) -> list[GroupRow]:
         """The queue, in order of arrival."""
-        return [Row(*r) for r in self._rows(f"SELECT {ROW} FROM groups WHERE state = 'queued' ORDER BY arrival")]
+        return [GroupRow(*r) for r in self._rows(f"SELECT {ROW} FROM groups WHERE state = 'queued' ORDER BY arrival")]
 
-    def queued_slots(self, first: int, count: int) -> list[Row]:
+    def queued_slots(self, first: int, count: int) -> list[GroupRow]:
         """The queued groups of slots first…first+count−1, in slot order."""
         query = f"SELECT {ROW} FROM groups WHERE state = 'queued' AND slot >= ? AND slot < ? ORDER BY slot"
-        return [Row(*r) for r in self._rows(query, first, first + count)]
+        return [GroupRow(*r) for r in self._rows(query, first, first + count)]
 
     def batch(self, step: int) -> list[int] | None:
         """The ordered ids of a logged batch."""

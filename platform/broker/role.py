@@ -6,7 +6,7 @@ The only role that binds: every other one reads endpoint.json and dials.
 from __future__ import annotations
 
 from offtrail.platform.broker.broker import Broker
-from offtrail.platform.launcher.context import RoleContext
+from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.wire.sockets import Server, ServerKeys
 from offtrail.tasks.registry import make_task
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offtrail.algos.config import ALGOS, CORRECTIONS
-from offtrail.platform.config.schema import Config, EngineConfig, SglangConfig
+from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
 from offtrail.rewards.config import REWARDS
 from offtrail.tasks.config import TASKS
 
@@ -26,7 +26,7 @@ VARIANTS: dict[str, Mapping[str, type[Any]]] = {
     "algo": ALGOS,
     "correction": CORRECTIONS,
     "reward": REWARDS,
-    "engine": {"local": EngineConfig, "sglang": SglangConfig},
+    "engine": {"local": LocalConfig, "sglang": SglangConfig},
 }
 # Groups with options in configs/; `model` has one dataclass and a free name.
 GROUPS = ("model", *VARIANTS)

@@ -7,7 +7,7 @@ with OmegaConf.to_object, so that each `__post_init__` below has run before anyt
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from offtrail.algos.config import AlgoConfig, CorrectionConfig, DecoupledConfig, GrpoConfig
 from offtrail.rewards.config import RewardConfig
@@ -185,7 +185,10 @@ class GeneratorConfig:
 
 @dataclass
 class EngineConfig:
-    """The local engine: continuous batching over Hugging Face weights with a KV cache, in the role's own process."""
+    """What every engine has."""
+
+    rules: ClassVar[str] = ""
+    """Module whose RULES validate a configuration with this engine; empty = none."""
 
     name: str = "local"
     """The engine."""
@@ -200,8 +203,17 @@ class EngineConfig:
 
 
 @dataclass
+class LocalConfig(EngineConfig):
+    """The local engine: continuous batching over Hugging Face weights with a KV cache, in the role's own process."""
+
+    name: str = "local"
+
+
+@dataclass
 class SglangConfig(EngineConfig):
     """SGLang servers: started and watched by the generator that uses them, or running already (engine.urls)."""
+
+    rules: ClassVar[str] = "offtrail.platform.engines.sglang.rules"
 
     name: str = "sglang"
     servers: int = 1
@@ -329,7 +341,7 @@ class Config:
     algo: AlgoConfig = field(default_factory=GrpoConfig)
     correction: CorrectionConfig = field(default_factory=DecoupledConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=LocalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -7,22 +7,20 @@ own `__post_init__`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import ipaddress
 import math
 import os
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from offtrail.algos.config import incompatible
 from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.keys import flatten
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
-from offtrail.platform.generator.engines.sglang import flags, versions
 from offtrail.tasks.config import JsonlConfig
 
 # Ranges as intervals: [ ] include the end, ( ) leave it out. A key that the chosen variant lacks is passed over.
@@ -396,58 +394,11 @@ def a_checkpoint_is_served(config: Config) -> None:
         raise refuse("engine.name", config.engine.name, "job=serve needs sglang; for the terminal alone take job=chat")
 
 
-def engine_urls_are_servers(config: Config) -> None:
-    """Servers that run already are taken as they are: offtrail decides neither their number nor what they run on."""
-    engine = config.engine
-    if not isinstance(engine, SglangConfig) or not engine.urls:
-        return
-    for url in engine.urls:
-        if not flags.names_a_server(url):
-            raise refuse("engine.urls", engine.urls, f"{url or '(empty)'} is no http(s)://HOST:PORT")
-    if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
-        raise refuse("engine.urls", engine.urls, "names a server twice")
-    defaults = SglangConfig()
-    for key in ("servers", "tensor_parallel", "flags", "router"):
-        if (value := getattr(engine, key)) != getattr(defaults, key):
-            raise refuse(
-                f"engine.{key}", value, "is for servers that offtrail starts, not for engine.urls; leave it out"
-            )
-    if config.job in ("serve", "chat"):
-        raise refuse("engine.urls", engine.urls, f"job={config.job} starts its own server; leave it out")
-    if config.generator.count > 1:
-        raise refuse(
-            "generator.count",
-            config.generator.count,
-            "must be 1 with engine.urls: a server takes its weights from one generator; it may have many requests",
-        )
-    if config.job == "rl" and config.eval.engine == "same":
-        raise refuse("eval.engine", "same", "must be local with engine.urls: the generator has all the servers")
-
-
-def engine_flags_are_the_users_own(config: Config) -> None:
-    """engine.flags come last on a server's command line and win, so that some must not be among them."""
-    engine = config.engine
-    if isinstance(engine, SglangConfig) and (reason := flags.refused(engine.flags)):
-        raise refuse("engine.flags", engine.flags, reason)
-
-
-def engine_can_be_started(config: Config) -> None:
-    """The installed SGLang is there and of a version that the settings can be had from; that of engine.urls says it
-    when it is asked.
-    """
-    engine = config.engine
-    if not isinstance(engine, SglangConfig) or engine.urls:
-        return
-    if missing := flags.missing_packages(engine):
-        raise refuse(
-            "engine.name",
-            "sglang",
-            f"{' and '.join(missing)} not installed; make sglang-cpu, or for a GPU pip install 'offtrail[sglang]'",
-        )
-    if reason := versions.refusal(versions.installed(), engine):
-        raise ConfigError(reason)
-    if engine.device == "cpu" and engine.tensor_parallel > 1:
-        raise refuse("engine.tensor_parallel", engine.tensor_parallel, "needs engine.device=cuda: it counts GPUs")
+def the_engines_own_rules_hold(config: Config) -> None:
+    """They stand with their engine, which its configuration names: nothing here knows any engine."""
+    if config.engine.rules:
+        for rule in importlib.import_module(config.engine.rules).RULES:
+            rule(config)
 
 
 def weights_have_a_channel(config: Config) -> None:
@@ -461,53 +412,6 @@ def weights_have_a_channel(config: Config) -> None:
         raise refuse("weights.channel", weights.channel, f"needs engine=sglang, not {engine.name}; take shm or disk")
     if weights.delta:
         raise refuse("weights.delta", True, f"is for weights.channel=shm or disk, not {weights.channel}")
-
-
-def ipc_stays_on_one_device(config: Config) -> None:
-    """The servers map the learner's own memory: one host, and the same kind of device."""
-    if config.weights.channel != "ipc" or not isinstance(config.engine, SglangConfig):
-        return
-    kinds = [device.partition(":")[0] for device in (config.learner.device, config.engine.device)]
-    if kinds[0] != kinds[1]:
-        raise refuse(
-            "weights.channel",
-            "ipc",
-            f"needs learner and engine on the same kind of device, not learner.device={config.learner.device} and "
-            f"engine.device={config.engine.device}; take shm",
-        )
-    hosts = {urlsplit(url).hostname for url in config.engine.urls} | {config.engine.address}
-    if far := sorted(host for host in hosts if host and not _is_here(host)):
-        raise refuse("weights.channel", "ipc", f"needs every server on this host, not at {far[0]}; take distributed")
-
-
-def _is_here(host: str) -> bool:
-    if host in ("localhost", "0.0.0.0", "::", socket.gethostname()):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def exact_staleness_needs_a_wave(config: Config) -> None:
-    """A broadcast comes to the servers when the learner has it, in the middle of the wave that exact mode samples."""
-    if config.staleness.mode == "exact" and config.weights.channel == "distributed":
-        raise refuse(
-            "weights.channel",
-            "distributed",
-            "not with staleness.mode=exact: a push reaches servers when it is published, not between waves; take shm",
-        )
-
-
-def a_push_recomputes(config: Config) -> None:
-    """Under kv_on_update=keep each version has a prompt cache of its own, and the generator says which one to use."""
-    if config.weights.channel == "distributed" and config.engine.kv_on_update == "keep":
-        raise refuse(
-            "engine.kv_on_update",
-            "keep",
-            "not with weights.channel=distributed: at the moment of a push a new prompt could begin from keys and "
-            "values of the version before; take recompute, or weights.channel=shm",
-        )
 
 
 def addresses_are_numeric(config: Config) -> None:
@@ -553,13 +457,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     head_is_no_wider_than_the_decoder,
     liger_has_a_gpu,
     a_checkpoint_is_served,
-    engine_urls_are_servers,
-    engine_flags_are_the_users_own,
-    engine_can_be_started,
+    the_engines_own_rules_hold,
     weights_have_a_channel,
-    ipc_stays_on_one_device,
-    exact_staleness_needs_a_wave,
-    a_push_recomputes,
     addresses_are_numeric,
     a_lease_expires_before_the_run,
 )

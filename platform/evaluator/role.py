@@ -17,11 +17,11 @@ import numpy as np
 from offtrail.core.protocols import Completion, Engine, Request
 from offtrail.core.types import Float32, Problem, Sampling
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.engines.make import make_engine
-from offtrail.platform.generator.text import Text
-from offtrail.platform.generator.verifiers import VerifierPool
-from offtrail.platform.launcher.context import RoleContext
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.engines.make import make_engine
+from offtrail.platform.model.text import Text
+from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.context import RoleContext
+from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
 from offtrail.rewards.rule import COMPONENTS

@@ -1,1 +1,1 @@
-"""The rollout processes: role.py is the loop, rollout.py its parts, engines/ what makes tokens."""
+"""The rollout processes: role.py is the loop, rollout.py its parts."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from offtrail.core.types import Int32, Lease, Sampling
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.engines.make import make_engine
+from offtrail.platform.engines.channels import open_reader
+from offtrail.platform.engines.make import make_engine
 from offtrail.platform.generator.rollout import Rollout
-from offtrail.platform.generator.text import Text
-from offtrail.platform.generator.verifiers import VerifierPool
-from offtrail.platform.launcher.context import Connection, RoleContext
-from offtrail.platform.weights.channels import open_reader
+from offtrail.platform.model.text import Text
+from offtrail.platform.runtime.context import Connection, RoleContext
+from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.search.sample import SampleDriver
 
 

@@ -24,13 +24,13 @@ import numpy as np
 from offtrail.core.protocols import Driver, Engine
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.verifiers import VerifierPool
-from offtrail.platform.launcher.context import Connection
-from offtrail.platform.weights.channels import Reader
+from offtrail.platform.engines.channels import Reader
+from offtrail.platform.runtime.context import Connection
+from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.probe import compare, probe_text
 from offtrail.platform.wire.groups import group_frames
 from offtrail.platform.wire.messages import (
-    Done,
+    Acknowledged,
     Error,
     FailGroup,
     GroupAck,
@@ -83,7 +83,7 @@ class Rollout:
         for ticket, message, _ in self.connection.client.poll(timeout_s):
             self._take(ticket, message)
         hint = self.connection.client.newest_hint()
-        self.newest = max(self.newest, self.connection.heart.version, -1 if hint is None else hint)
+        self.newest = max(self.newest, self.connection.heartbeat.version, -1 if hint is None else hint)
 
     def ask_for_leases(self) -> None:
         """Keep one lease request outstanding while there is room, so that the engine never runs dry. An engine whose
@@ -167,15 +167,15 @@ class Rollout:
 
         Raises WaitError (I4) when the broker has answered no heartbeat for broker.deadline_seconds.
         """
-        heart, server = self.connection.heart, self.engine.waiting_for
+        heartbeat, server = self.connection.heartbeat, self.engine.waiting_for
         what, on = ("verdicts", "verifiers") if self._scoring else ("leases", self.waiting_for)
         if server and not self._scoring:
             what, on = "server", server
         with self.connection.activity.waiting(what, on=on):
             self.take_replies(timeout_s=0.001 if self._scoring else 0.02)
-        self.stopping = self.stopping or heart.stop
-        if heart.lost > self.config.broker.deadline_seconds:
-            raise WaitError.passed(what, f"the broker ({on})", time.time() - heart.lost, heart.lost)
+        self.stopping = self.stopping or heartbeat.stop
+        if heartbeat.lost > self.config.broker.deadline_seconds:
+            raise WaitError.passed(what, f"the broker ({on})", time.time() - heartbeat.lost, heartbeat.lost)
 
     def close(self) -> None:
         """Let go of unfinished work: the broker re-issues or refuses what was not acknowledged."""
@@ -213,7 +213,7 @@ class Rollout:
             self._unacknowledged.pop(ticket, None)
             if not message.accepted:
                 log.info("group %d was not accepted: %s", message.group, message.reason)
-        elif isinstance(message, Done):
+        elif isinstance(message, Acknowledged):
             self._returned.discard(ticket)
         elif isinstance(message, Error):
             raise RuntimeError(f"the broker refused a request: {message.error}")
@@ -233,7 +233,7 @@ class Rollout:
             found = []
             for replica in range(self.engine.replicas):
                 with contextlib.suppress(ConnectionError):  # that copy is gone; its successor is probed in its turn
-                    [engine] = self.engine.score([prompt], [output], 1.0, replica)
+                    [engine] = self.engine.logprobs([prompt], [output], 1.0, replica)
                     found.append(compare(engine, learner, version=version, alarm=alarm))
             for name in found[0] if found else ():
                 self.connection.activity.gauge(name, max(one[name] for one in found))

@@ -30,12 +30,12 @@ from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config, SglangConfig
-from offtrail.platform.generator.engines.sglang.flags import CONTEXT_MARGIN
-from offtrail.platform.generator.engines.sglang.servers import ServerError, Servers
-from offtrail.platform.generator.text import Text
-from offtrail.platform.launcher.device import require_device
+from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
+from offtrail.platform.engines.sglang.servers import ServerError, Servers
 from offtrail.platform.launcher.serve import LOOK_SECONDS, make_server, positions, served_model
-from offtrail.platform.launcher.start import StartError
+from offtrail.platform.model.start import StartError
+from offtrail.platform.model.text import Text
+from offtrail.platform.runtime.device import require_device
 from offtrail.tasks.config import JsonlConfig
 
 LOCAL_LENGTH = 8192
@@ -190,7 +190,7 @@ class Local:
     """The embedded engine. It gives whole answers."""
 
     def __init__(self, config: Config, model: Path) -> None:
-        from offtrail.platform.generator.engines.local import LocalEngine  # torch: only where it is used
+        from offtrail.platform.engines.local import LocalEngine  # torch: only where it is used
 
         self.longest = min(positions(model), LOCAL_LENGTH)
         self._engine = LocalEngine(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,9 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.context import remove_shared_memory
 from offtrail.platform.launcher.serve import run_serve
-from offtrail.platform.launcher.start import StartError, prepare_start_model, run_sft
+from offtrail.platform.launcher.start import prepare_start_model, run_sft
+from offtrail.platform.model.start import StartError
+from offtrail.platform.runtime.context import remove_shared_memory
+from offtrail.platform.runtime.host import free_port
 from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.progress import Progress
 from offtrail.platform.tracking.recorder import Recorder
@@ -56,7 +57,7 @@ class Role:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def epitaph(self) -> str:
+    def exit_report(self) -> str:
         """How it died, in one line: its exit status or signal, and the last line of its log."""
         code = self.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
@@ -81,7 +82,7 @@ class Run:
         log.parent.mkdir(exist_ok=True)
         # Two busy processes on two cores: more threads than asked for make both several times slower.
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | environment
-        command = [sys.executable, "-m", "offtrail.platform.launcher.role", role, str(index), str(self.run_dir)]
+        command = [sys.executable, "-m", "offtrail.platform.runtime.process", role, str(index), str(self.run_dir)]
         command.append(str(os.getpid()))
         with log.open("ab") as out:  # a process group of its own: Ctrl-C on the terminal is the launcher's alone
             process = subprocess.Popen(
@@ -278,7 +279,7 @@ def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
                 # Between two looks the run may have ended: the broker writes its status before it lets anybody go.
                 if dead.process.returncode == 0 and read_summary(run.run_dir).get("status") == "completed":
                     return "completed", ""
-                return "failed", dead.epitaph()
+                return "failed", dead.exit_report()
             time.sleep(STATUS_PERIOD_S)
 
 
@@ -306,13 +307,6 @@ def say(text: str) -> None:
     """A line on stderr from a signal handler, which must not enter a stream that it has interrupted."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
-
-
-def free_port() -> int:
-    """A port that is free now, for the learner's rendezvous."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def finish(run_dir: Path, status: str, reason: str, seconds: float) -> int:

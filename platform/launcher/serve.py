@@ -24,11 +24,11 @@ from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config, SglangConfig
-from offtrail.platform.generator.engines.sglang.flags import CONTEXT_MARGIN
-from offtrail.platform.generator.engines.sglang.serve import KEY_VARIABLE
-from offtrail.platform.generator.engines.sglang.servers import Address, Public, ServerError, Servers
-from offtrail.platform.launcher.device import require_device
-from offtrail.platform.launcher.start import resolve
+from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
+from offtrail.platform.engines.sglang.serve import KEY_VARIABLE
+from offtrail.platform.engines.sglang.servers import Address, Public, ServerError, Servers
+from offtrail.platform.model.start import resolve
+from offtrail.platform.runtime.device import require_device
 
 LOOK_SECONDS = 0.2
 """Between two looks at the server, and for a signal of the user."""

@@ -27,16 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from offtrail.platform.config.schema import Config
-from offtrail.platform.config.validate import hub_cache
+from offtrail.platform.model.start import StartError, resolve
 
 LOOK_SECONDS = 0.25
 """Between two looks for a signal of the user."""
 RECIPE = 1
 """Raise it when the code of the cold start changes what it makes: it is part of the cache key."""
-
-
-class StartError(RuntimeError):
-    """The start model cannot be had; one line that says why and the way out."""
 
 
 def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int]) -> None:
@@ -49,24 +45,6 @@ def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int]) -
         return
     link.unlink(missing_ok=True)  # it may dangle: the cache was emptied
     link.symlink_to(resolve(config.model.path) if config.model.path else cold_start(config, run_dir, interrupted))
-
-
-def resolve(path: str) -> Path:
-    """A local Hugging Face directory as it is; any other name in the local Hugging Face cache. Nothing is downloaded.
-
-    Raises StartError when it is in neither place.
-    """
-    if Path(path).is_dir():
-        return Path(path).resolve()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, cache_dir=hub_cache(), local_files_only=True))
-    except Exception as error:  # the hub's errors are many; each means that there is no model
-        raise StartError(
-            f"model.path={path}: neither a directory here nor in the Hugging Face cache ({type(error).__name__}); "
-            f"fetch it first: hf download {path}"
-        ) from error
 
 
 def cold_start(config: Config, run_dir: Path, interrupted: list[int]) -> Path:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from offtrail.algos.config import PpoConfig
 from offtrail.algos.value import ValueMetrics, value_loss
-from offtrail.platform.learner.model import Policy
-from offtrail.platform.learner.packing import Packed
 from offtrail.platform.learner.world import World, full
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.packing import Packed
+from offtrail.platform.model.policy import Policy
+from offtrail.platform.runtime.activity import Activity
 
 
 class Critic(nn.Module):

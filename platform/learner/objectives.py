@@ -1,7 +1,7 @@
 """What a learner step minimises: the policy-gradient objective of job=rl, and likelihood for job=sft.
 
-train.py asks an objective, once a step, to ``prepare`` the batch (Work) and, when its scores are in, to ``advance`` it
-(advantages); once an update for the ``plan`` of it; and once a piece of a micro-batch for its ``loss``. What differs
+train.py asks an objective, once a step, to ``prepare`` the batch (StepData) and, when its scores are in, to ``advance``
+it (advantages); once an update to ``plan_update``; and once a piece of a micro-batch for its ``loss``. What differs
 between jobs stands here and in sources.py, what differs between algorithms and corrections in algos/: this file reads
 their fields and knows none of their names.
 
@@ -28,9 +28,9 @@ from offtrail.algos.metrics import LossMetrics
 from offtrail.algos.update import Prepared, prepare_update
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
-from offtrail.platform.learner.head import Scores
-from offtrail.platform.learner.packing import Packed, Rows, minibatches
 from offtrail.platform.learner.world import World
+from offtrail.platform.model.head import TokenOutputs
+from offtrail.platform.model.packing import Packed, SampleTable, minibatches
 
 
 class StalenessError(RuntimeError):
@@ -53,7 +53,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepData:
     """One learner step laid out: N samples, T output tokens, K updates.
 
     ``updates``: the groups of each. ``weights`` [N]: loss weight of every token of a sample within its update. For rl
@@ -63,7 +63,7 @@ class Work:
     ``returns`` [T]. ``metrics``: what is known before the first update.
     """
 
-    rows: Rows
+    rows: SampleTable
     updates: list[range]
     weights: Tensor
     rewards: Tensor | None = None
@@ -77,7 +77,7 @@ class Work:
     returns: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Work:
+    def to(self, device: torch.device) -> StepData:
         """The same work with its tensors on a device."""
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
@@ -86,7 +86,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Plan:
+class UpdatePlan:
     """What the whole update decides; its tensors are of the update's tokens, the first at place ``first`` of [T]."""
 
     prepared: Prepared = field(default_factory=Prepared)
@@ -113,17 +113,17 @@ class Objective(Protocol):
 
     needs: Needs
 
-    def prepare(self, step: int, batch: object) -> Work:
-        """Rows, weights and rewards of one batch. Every rank gets the same."""
+    def prepare(self, step: int, batch: object) -> StepData:
+        """SampleTable, weights and rewards of one batch. Every rank gets the same."""
 
-    def advance(self, work: Work) -> Work:
+    def advance(self, work: StepData) -> StepData:
         """The work with its advantages, now that it has its scores."""
 
-    def plan(self, work: Work, update: int) -> Plan:
+    def plan_update(self, work: StepData, update: int) -> UpdatePlan:
         """What an update decides as a whole."""
 
     def loss(
-        self, work: Work, update: int, plan: Plan, packed: Packed, rows: slice, scores: Scores
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, scores: TokenOutputs
     ) -> tuple[Tensor, Metrics]:
         """The part of the update's loss of these rows of a micro-batch (whole samples), and its metrics."""
 
@@ -133,7 +133,7 @@ class Objective(Protocol):
     def histograms(self, metrics: Any) -> dict[str, list[float]]:
         """Distributions by name, each as evenly spaced quantiles."""
 
-    def agreement(self, work: Work, world: World) -> dict[str, float]:
+    def agreement(self, work: StepData, world: World) -> dict[str, float]:
         """What engine and learner say of the same tokens under the same weights (I5); a collective."""
 
 
@@ -153,7 +153,7 @@ class PolicyGradient:
             merged=everywhere or self.kl_in_reward or self.algo.needs_values,
         )
 
-    def prepare(self, step: int, batch: object) -> Work:
+    def prepare(self, step: int, batch: object) -> StepData:
         """Rewards with their shaping, weights over each update. Raises StalenessError on a forbidden token."""
         assert isinstance(batch, Batch)
         rows = rows_of_groups(batch)
@@ -171,7 +171,7 @@ class PolicyGradient:
             buffer = round(self.algo.overlong_share * longest)
             shaping = self.algo.overlong_penalty * overlong_penalty(lengths, max_length=longest, buffer=buffer)
             rewards, metrics = rewards + shaping, {"reward/overlong": float(shaping.mean())}
-        return Work(
+        return StepData(
             rows=rows,
             updates=updates,
             weights=weights,
@@ -182,7 +182,7 @@ class PolicyGradient:
         )
 
     @torch.no_grad()
-    def advance(self, work: Work) -> Work:
+    def advance(self, work: StepData) -> StepData:
         """Advantages of the whole batch (algos/advantages.py).
 
         The KL in the reward is that of π_prox, the policy just before the update, or of π_beh where the correction
@@ -203,10 +203,10 @@ class PolicyGradient:
         made = estimate(self.algo, work.rewards, group_of, lengths, kl=kl, values=work.values)
         return replace(work, advantages=made.tokens, returns=made.returns, metrics=metrics)
 
-    def plan(self, work: Work, update: int) -> Plan:
+    def plan_update(self, work: StepData, update: int) -> UpdatePlan:
         """Masks, bounds and scales that look at all tokens of the update (algos/update.py)."""
         if not self.whole_update:
-            return Plan()
+            return UpdatePlan()
         assert work.prox is not None
         assert work.behaviour is not None
         assert work.advantages is not None
@@ -225,10 +225,10 @@ class PolicyGradient:
             rewards=work.rewards[told],
             group_of=torch.from_numpy(rows.group_of).to(device)[told],
         )
-        return Plan(prepared, first)
+        return UpdatePlan(prepared, first)
 
     def loss(
-        self, work: Work, update: int, plan: Plan, packed: Packed, rows: slice, scores: Scores
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, scores: TokenOutputs
     ) -> tuple[Tensor, LossMetrics]:
         """See algos/loss.py. In the first update θ itself is the proximal policy."""
         assert work.behaviour is not None
@@ -262,7 +262,7 @@ class PolicyGradient:
         return {"offpolicy/ratio": metrics.ratios()}
 
     @torch.no_grad()
-    def agreement(self, work: Work, world: World) -> dict[str, float]:
+    def agreement(self, work: StepData, world: World) -> dict[str, float]:
         """mismatch/*: learner's minus engine's log-probabilities in groups that the learner's own version made whole.
 
         Empty where the batch has no such group, or none whose log-probabilities before the first update are known.
@@ -291,7 +291,7 @@ class PolicyGradient:
             "mismatch/k3": k3 / tokens,
         }
 
-    def _check_staleness(self, step: int, batch: Batch, rows: Rows, staleness: np.ndarray) -> None:
+    def _check_staleness(self, step: int, batch: Batch, rows: SampleTable, staleness: np.ndarray) -> None:
         wrong = (staleness > self.bound) | (staleness < 0)
         if not wrong.any():
             return
@@ -304,11 +304,11 @@ class PolicyGradient:
         )
 
 
-def rows_of_groups(batch: Batch) -> Rows:
+def rows_of_groups(batch: Batch) -> SampleTable:
     """The samples of a batch in durable order."""
     groups = batch.groups
     lengths = np.concatenate([g.lengths for g in groups])
-    return Rows(
+    return SampleTable(
         prompts=tuple(g.prompt_tokens for g in groups),
         group_of=np.repeat(np.arange(len(groups)), [g.size for g in groups]),
         starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
@@ -338,26 +338,26 @@ class Likelihood:
 
     needs = Needs()
 
-    def prepare(self, step: int, batch: object) -> Work:
-        """``batch`` is the Rows of one update; each token weighs the same."""
-        assert isinstance(batch, Rows)
+    def prepare(self, step: int, batch: object) -> StepData:
+        """``batch`` is the SampleTable of one update; each token weighs the same."""
+        assert isinstance(batch, SampleTable)
         weights = torch.full((batch.size,), 1 / max(1, len(batch.tokens)))
-        return Work(rows=batch, updates=minibatches(len(batch.prompts), 1), weights=weights)
+        return StepData(rows=batch, updates=minibatches(len(batch.prompts), 1), weights=weights)
 
-    def advance(self, work: Work) -> Work:
+    def advance(self, work: StepData) -> StepData:
         """Nothing to add."""
         return work
 
-    def plan(self, work: Work, update: int) -> Plan:
+    def plan_update(self, work: StepData, update: int) -> UpdatePlan:
         """Nothing to decide."""
-        return Plan()
+        return UpdatePlan()
 
     def no_metrics(self, device: torch.device) -> LikelihoodMetrics:
         """Zeros."""
         return LikelihoodMetrics(torch.zeros(4, dtype=torch.float64, device=device))
 
     def loss(
-        self, work: Work, update: int, plan: Plan, packed: Packed, rows: slice, scores: Scores
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, scores: TokenOutputs
     ) -> tuple[Tensor, LikelihoodMetrics]:
         """−Σ log p / tokens of the update."""
         logprobs = scores.logprobs
@@ -369,15 +369,15 @@ class Likelihood:
         """None."""
         return {}
 
-    def agreement(self, work: Work, world: World) -> dict[str, float]:
+    def agreement(self, work: StepData, world: World) -> dict[str, float]:
         """No engine made these tokens."""
         return {}
 
 
-def rows_of_pairs(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> Rows:
+def rows_of_pairs(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> SampleTable:
     """One sample a prompt, at temperature 1."""
     N = len(prompts)
-    return Rows(
+    return SampleTable(
         prompts=tuple(prompts),
         group_of=np.arange(N),
         starts=np.concatenate([[0], np.cumsum([len(a) for a in answers], dtype=np.int64)]),

@@ -26,19 +26,19 @@ from transformers import AutoTokenizer
 from offtrail.algos.config import PpoConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, LearnerConfig
-from offtrail.platform.launcher.context import Connection, RoleContext
+from offtrail.platform.engines.channels import Channel, open_channel
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
 from offtrail.platform.learner.critic import Critic, CriticTrainer
-from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.objectives import PolicyGradient, rows_of_pairs
-from offtrail.platform.learner.packing import lay_out
 from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import Report, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World, join
-from offtrail.platform.tracking.activity import Activity
-from offtrail.platform.weights.channels import Channel, open_channel
+from offtrail.platform.model.packing import lay_out
+from offtrail.platform.model.policy import Policy, load_model
+from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.context import Connection, RoleContext
 from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
 from offtrail.platform.wire.sockets import RefusedError, WaitError
@@ -109,7 +109,7 @@ class Learner:
                 world,
                 config.learner.steps,
                 config.broker.deadline_seconds,
-                tend=publisher.tend if publisher is not None else None,
+                serve_late_readers=publisher.serve_late_readers if publisher is not None else None,
             ),
             model=model,
             tokenizer=AutoTokenizer.from_pretrained(start),
@@ -171,14 +171,14 @@ class Learner:
 
     def wait_for_stop(self) -> None:
         """The last version is out: stay until the run is over. Raises WaitError (I4) when the broker falls silent."""
-        heart, deadline = self.connection.heart, self.context.config.broker.deadline_seconds
+        heartbeat, deadline = self.connection.heartbeat, self.context.config.broker.deadline_seconds
         self._settle()
         with self.connection.activity.waiting("stop", on="evaluator"):
-            while not heart.stop:
-                if heart.lost > deadline:
-                    raise WaitError.passed("the end of the run", "the broker", time.time() - heart.lost, deadline)
+            while not heartbeat.stop:
+                if heartbeat.lost > deadline:
+                    raise WaitError.passed("the end of the run", "the broker", time.time() - heartbeat.lost, deadline)
                 if self.publisher is not None:
-                    self.publisher.tend()
+                    self.publisher.serve_late_readers()
                 time.sleep(0.05)
 
     def close(self) -> None:

@@ -21,16 +21,16 @@ from transformers import AutoTokenizer
 
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.device import require_device
-from offtrail.platform.launcher.start import resolve
 from offtrail.platform.learner.checkpoint import gather, write_model
-from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.objectives import Likelihood
 from offtrail.platform.learner.sources import TraceSource
-from offtrail.platform.learner.tiny import save_start
 from offtrail.platform.learner.train import Trainer, adamw, cosine
 from offtrail.platform.learner.world import World
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.policy import Policy, load_model
+from offtrail.platform.model.start import resolve
+from offtrail.platform.model.tiny import save_start
+from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.device import require_device
 from offtrail.tasks.registry import make_task
 
 SFT_SEED = 0x5F7

@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 
 from offtrail.core.types import Batch, Int32, Problem
-from offtrail.platform.launcher.context import Connection
 from offtrail.platform.learner.objectives import rows_of_pairs
-from offtrail.platform.learner.packing import Rows
 from offtrail.platform.learner.world import World
+from offtrail.platform.model.packing import SampleTable
+from offtrail.platform.runtime.context import Connection
 from offtrail.platform.wire.groups import arrays_per_group, group_from, pack_group, unpack_group
 from offtrail.platform.wire.messages import BatchReply, NextBatch
 from offtrail.platform.wire.sockets import WaitError
@@ -38,10 +38,10 @@ class BrokerSource:
         world: World,
         steps: int,
         deadline_s: float,
-        tend: Callable[[], None] | None = None,
+        serve_late_readers: Callable[[], None] | None = None,
     ) -> None:
         self.connection, self.world, self.steps, self.deadline_s = connection, world, steps, deadline_s
-        self._tend = tend
+        self._serve_late_readers = serve_late_readers
         self._asked: dict[int, int] = {}
         """Tickets of open requests by step."""
 
@@ -63,8 +63,8 @@ class BrokerSource:
                 return None
             if reply is not None and reply.waiting != word:
                 since, word = time.time(), reply.waiting
-            if self._tend is not None:
-                self._tend()
+            if self._serve_late_readers is not None:
+                self._serve_late_readers()
             if self.world.main and time.time() - since > self.deadline_s:
                 raise WaitError.passed(f"batch {step}", f"the broker ({word})", since, self.deadline_s)
 
@@ -109,8 +109,8 @@ class TraceSource:
             task, tokenizer, batch_size, seed, max_length,
         )  # fmt: skip
 
-    def next(self, step: int) -> Rows:
-        """Rows of one update.
+    def next(self, step: int) -> SampleTable:
+        """SampleTable of one update.
 
         Raises TaskError when the tokenizer does not know a text, and ValueError when a problem and its answer exceed
         model.max_length.

@@ -3,7 +3,7 @@
     role.py, sft.py ── batch ──► Trainer.step
         refresh   the reference becomes the policy, where algo.ref_refresh says so
         prepare   rows, rewards, weights                               (objectives.py)
-        plan      minibatches of whole groups → ranks → token budgets  (packing.py)
+        cut       minibatches of whole groups → ranks → token budgets  (packing.py)
         score     before the first update, and only where the objective needs them: log-probabilities of the policy
                   (for minibatches 2…K alone where that is enough: in the first, θ is still itself) and of the
                   reference, values of the critic
@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from offtrail.algos.config import CriticConfig
 from offtrail.platform.config.schema import OptimConfig, SftConfig
 from offtrail.platform.learner.critic import CriticTrainer
-from offtrail.platform.learner.head import Reference, Scores
-from offtrail.platform.learner.model import Policy
-from offtrail.platform.learner.objectives import Metrics, Objective, Work
-from offtrail.platform.learner.packing import Packed, lay_out, plan
+from offtrail.platform.learner.objectives import Metrics, Objective, StepData
 from offtrail.platform.learner.world import World, full, local, resharded
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.head import Reference, TokenOutputs
+from offtrail.platform.model.packing import Packed, lay_out, microbatches
+from offtrail.platform.model.policy import Policy
+from offtrail.platform.runtime.activity import Activity
 
 Schedule = Callable[[int], float]
 """Learning rate of an optimizer update, counted from 0."""
@@ -55,7 +55,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Done:
+class UpdateReport:
     """One optimizer update: metrics of its micro-batches, the gradient's norm before clipping, the learning rate, and
     the cosine to the gradient before (NaN: not known).
     """
@@ -150,7 +150,7 @@ class Trainer:
                 metrics |= self._critic_row(critic, self.critic)
         return Report(metrics, histograms, len(work.rows.tokens))
 
-    def _policy_row(self, done: list[Done]) -> dict[str, float]:
+    def _policy_row(self, done: list[UpdateReport]) -> dict[str, float]:
         row = {"policy/grad_norm": sum(d.norm for d in done) / len(done), "policy/lr": done[-1].lr}
         if not math.isnan(done[-1].cosine):
             row["policy/grad_cosine"] = done[-1].cosine
@@ -158,15 +158,15 @@ class Trainer:
             row["policy/ref_age_updates"] = float(self.updates - self.refreshed)
         return row
 
-    def _critic_row(self, done: list[Done], critic: CriticTrainer) -> dict[str, float]:
+    def _critic_row(self, done: list[UpdateReport], critic: CriticTrainer) -> dict[str, float]:
         totals = self._over_ranks(functools.reduce(operator.add, (m for d in done for m in d.metrics)))
         norm = sum(d.norm for d in done) / len(done)
         row: dict[str, float] = totals.means(len(done)) | {"value/grad_norm": norm, "value/lr": done[-1].lr}
         return row
 
-    def _lay_out(self, work: Work, groups: range) -> list[Packed]:
+    def _lay_out(self, work: StepData, groups: range) -> list[Packed]:
         """Micro-batches of this rank of one update; every rank has as many."""
-        every = plan(work.rows, groups, self.world.size, self.budget, quadratic=self.policy.quadratic)
+        every = microbatches(work.rows, groups, self.world.size, self.budget, quadratic=self.policy.quadratic)
         parts = every[self.world.rank]
         return [lay_out(work.rows, part, share_up_to=self.share_up_to).to(self.world.device) for part in parts]
 
@@ -183,7 +183,7 @@ class Trainer:
             local(mine).copy_(local(current))
         self.refreshed = self.updates
 
-    def _scored(self, work: Work, packs: list[list[Packed]], trains_policy: bool) -> Work:
+    def _scored(self, work: StepData, packs: list[list[Packed]], trains_policy: bool) -> StepData:
         """The work with the scores that its objective needs, [T] each, NaN where they are not computed.
 
         Where advantages are made of scores, every rank gets those of all ranks; ``mine`` says which are its own.
@@ -207,7 +207,7 @@ class Trainer:
             prox, ref, values = (self._merged(scores) for scores in (prox, ref, values))
         return replace(work, prox=prox, ref=ref if needs.ref else None, values=values, mine=mine)
 
-    def _nan(self, work: Work) -> Tensor:
+    def _nan(self, work: StepData) -> Tensor:
         return torch.full((len(work.rows.tokens),), math.nan, device=self.world.device)
 
     def _merged(self, scores: Tensor) -> Tensor:
@@ -224,9 +224,9 @@ class Trainer:
 
     # --- updates
 
-    def _update(self, step: int, work: Work, update: int, micro: list[Packed], *, last: bool) -> Done:
+    def _update(self, step: int, work: StepData, update: int, micro: list[Packed], *, last: bool) -> UpdateReport:
         """One optimizer update of the policy."""
-        plan_of = self.objective.plan(work, update)
+        plan_of = self.objective.plan_update(work, update)
         lr = self.schedule(self.updates) * plan_of.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -234,7 +234,7 @@ class Trainer:
         metrics: list[Metrics] = [self.objective.no_metrics(self.world.device)]
         for packed in micro:
 
-            def loss_of(rows: slice, scores: Scores, packed: Packed = packed) -> Tensor:
+            def loss_of(rows: slice, scores: TokenOutputs, packed: Packed = packed) -> Tensor:
                 part, sums = self.objective.loss(work, update, plan_of, packed, rows, scores)
                 metrics.append(sums)
                 return part
@@ -256,7 +256,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        return Done(metrics, norm, lr, cosine)
+        return UpdateReport(metrics, norm, lr, cosine)
 
     def _full_reference(self, packed: Packed) -> Reference | None:
         """What an exact KL compares with."""
@@ -265,7 +265,9 @@ class Trainer:
         self.activity.charge("reference_flops", 2.0 * self.size * packed.input_ids.numel())
         return self.reference.reference(packed)
 
-    def _update_critic(self, step: int, work: Work, update: int, micro: list[Packed], critic: CriticTrainer) -> Done:
+    def _update_critic(
+        self, step: int, work: StepData, update: int, micro: list[Packed], critic: CriticTrainer
+    ) -> UpdateReport:
         """One optimizer update of the critic. Raises DivergedError before its parameters change."""
         assert work.values is not None
         assert work.returns is not None
@@ -277,7 +279,7 @@ class Trainer:
                 f"value/grad_norm {norm}; no version was published. Lower algo.critic.lr and resume from the last "
                 "checkpoint"
             )
-        return Done(list(metrics), norm, lr)
+        return UpdateReport(list(metrics), norm, lr)
 
     def _cosine(self, update: int, updates: int) -> float:
         """Of this gradient and the one before it; NaN where that is not kept.
@@ -297,7 +299,7 @@ class Trainer:
         return cosine
 
     def _diverged(
-        self, step: int, work: Work, update: int, loss: float, norm: float, seen: Iterable[tuple[Packed, Tensor]]
+        self, step: int, work: StepData, update: int, loss: float, norm: float, seen: Iterable[tuple[Packed, Tensor]]
     ) -> DivergedError:
         """Names the groups whose log-probabilities are not finite on any rank; if there are none, all of the update."""
         bad = torch.zeros(len(work.rows.prompts), device=self.world.device)

@@ -153,7 +153,7 @@ def remove_notes(folder: Path) -> None:
 
 
 @dataclass
-class Held:
+class HeldTensors:
     """One version's flat buffers, a view for each tensor, the names of each bucket, and how many readers it has."""
 
     version: int
@@ -174,7 +174,7 @@ class MemoryChannel:
         self.store, self.folder, self.keep = store, store.folder, keep
         self.dtype, self.bucket_bytes = dtype, bucket_bytes
         self.bytes_published, self.bytes_last, self.delta_share = 0, 0, 1.0
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, HeldTensors] = {}
         self._changed = threading.Condition()
         remove_notes(self.folder)
         # A descriptor in place of a name can be fetched by one process only, and only while this one lives.
@@ -204,7 +204,7 @@ class MemoryChannel:
         self.store.publish(version, {name: view.cpu() for name, view in self._held[version].views.items()})
         self.store.pin(version)
 
-    def tend(self) -> None:
+    def serve_late_readers(self) -> None:
         """Nothing: a server that was started anew is given handles by its engine."""
 
     def close(self) -> None:
@@ -216,10 +216,10 @@ class MemoryChannel:
         self._held.clear()
         self.store.close()
 
-    # --- from the desk's threads ---
+    # --- from the scheduler's threads ---
 
     @contextlib.contextmanager
-    def reading(self, version: int) -> Iterator[Held | None]:
+    def reading(self, version: int) -> Iterator[HeldTensors | None]:
         """Hold a version; None when it is not kept."""
         with self._changed:
             held = self._held.get(version)
@@ -240,7 +240,7 @@ class MemoryChannel:
 
     # --- buffers ---
 
-    def _retire(self, version: int) -> Held:
+    def _retire(self, version: int) -> HeldTensors:
         """Out of sight first; then wait for those who have it open."""
         started = time.time()
         with self._changed:
@@ -253,8 +253,8 @@ class MemoryChannel:
                 )
         return held
 
-    def _allocate(self, tensors: Mapping[str, Tensor]) -> Held:
-        held = Held(-1, [], {}, cut(tensors, self.bucket_bytes, self.dtype))
+    def _allocate(self, tensors: Mapping[str, Tensor]) -> HeldTensors:
+        held = HeldTensors(-1, [], {}, cut(tensors, self.bucket_bytes, self.dtype))
         for bucket in held.buckets:
             size = sum(padded(bytes_of(tensors[name], self.dtype)) for name in bucket)
             buffer = torch.empty(size, dtype=torch.uint8, device=tensors[bucket[0]].device)
@@ -307,16 +307,16 @@ class _Reader(socketserver.StreamRequestHandler):
 def _serve(channel: MemoryChannel, path: Path) -> _Desk:
     path.unlink(missing_ok=True)
     try:
-        desk = _Desk(str(path), _Reader)
+        scheduler = _Desk(str(path), _Reader)
     except OSError as error:
         raise WeightsError(
             f"weights.channel=ipc: no socket at {path} ({error}): set weights.dir to a short path on this host, or "
             "take weights.channel=shm"
         ) from error
     os.chmod(path, 0o600)
-    desk.channel = channel
-    threading.Thread(target=desk.serve_forever, name="handles", daemon=True).start()
-    return desk
+    scheduler.channel = channel
+    threading.Thread(target=scheduler.serve_forever, name="handles", daemon=True).start()
+    return scheduler
 
 
 def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

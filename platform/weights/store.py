@@ -60,7 +60,7 @@ Metadata = dict[str, str]
 
 
 @dataclass
-class Held:
+class HeldVersion:
     """Tensors of one version, kept to go on from; ``readers`` that use them now. ``version`` −1: of none."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class Publisher:
         self._files: dict[int, VersionFile] = {}
         self._bases: dict[int, int | None] = {}
         self._spares: list[VersionFile] = []
-        self._held, self._since_whole, self._written = Held(), 0, 0
+        self._held, self._since_whole, self._written = HeldVersion(), 0, 0
 
     def publish(self, version: int, tensors: Mapping[str, Tensor], probe: Sequence[float] = ()) -> str:
         """Make ``version`` visible, whole or not at all, and drop what is not kept. Returns its checksum.
@@ -171,7 +171,7 @@ class Publisher:
         os.replace(temporary, _path(self.folder / _PINNED, version))
         temporary.unlink(missing_ok=True)  # renaming a link over a link of the same file leaves both
 
-    def tend(self) -> None:
+    def serve_late_readers(self) -> None:
         """Nothing: readers come by themselves."""
 
     def close(self) -> None:
@@ -329,7 +329,7 @@ class Subscriber:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._maps = Maps()
-        self._held = Held()
+        self._held = HeldVersion()
 
     def newest(self) -> int | None:
         """The newest published version, or None before the first. One scan of a handful of names (microseconds)."""
@@ -395,14 +395,14 @@ class Subscriber:
             chain.insert(0, below)
         return chain
 
-    def _follow(self, chain: list[Reading]) -> Held:
+    def _follow(self, chain: list[Reading]) -> HeldVersion:
         """Apply the chain to what is held, which is another's as soon as it is open to a reader."""
         changes = [reading for reading in chain if "base" in reading.metadata]
         for reading in changes:
             reading.verify()
-        held, self._held, found = self._held, Held(), ""
+        held, self._held, found = self._held, HeldVersion(), ""
         if held.readers:
-            held = Held({name: tensor.clone() for name, tensor in held.tensors.items()})
+            held = HeldVersion({name: tensor.clone() for name, tensor in held.tensors.items()})
         if chain[0] not in changes:
             found = held.copy({name: Source.of(tensor) for name, tensor in chain[0].tensors.items()})
             chain[0].verify(found)

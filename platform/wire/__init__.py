@@ -1,1 +1,1 @@
-"""Messages, frames, sockets, keys and heartbeats between the roles."""
+"""Messages, frames, sockets and keys between the roles."""

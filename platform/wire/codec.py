@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from offtrail.platform.wire.messages import PROTOCOL, Message, Reply, Request, VersionHint
+from offtrail.platform.wire.messages import PROTOCOL, Message, ReplyMessage, RequestMessage, VersionHint
 
 Frame = Any
 """Anything with the buffer protocol and a length in bytes: bytes, memoryview of bytes, zmq.Frame."""
@@ -55,7 +55,7 @@ class WireError(ValueError):
 
 
 class _Header(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    message: Request | Reply | VersionHint
+    message: RequestMessage | ReplyMessage | VersionHint
     kinds: bytes
     dims: list[Dim]
 

@@ -224,7 +224,7 @@ class StopRun(Message, frozen=True):
     reason: str = ""
 
 
-class Done(Message, frozen=True):
+class Acknowledged(Message, frozen=True):
     """Plain acknowledgement."""
 
 
@@ -240,8 +240,8 @@ class VersionHint(Message, frozen=True):
     version: int
 
 
-Request = (
+RequestMessage = (
     Hello | LeaseRequest | SubmitGroup | FailGroup | ReturnLeases | NextBatch | Commit | Checkpointed | NextEval
     | EvalResult | Heartbeat | Failure | StatusRequest | StopRun
 )  # fmt: skip
-Reply = Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | Beat | Status | Done | Error
+ReplyMessage = Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | Beat | Status | Acknowledged | Error

@@ -26,7 +26,7 @@ import zmq
 
 from offtrail.platform.wire.auth import ClientKeys, ServerKeys, ZapGate, make_keys, needs_keys, write_private
 from offtrail.platform.wire.codec import Array, Frame, WireError, decode, encode
-from offtrail.platform.wire.messages import Error, Message, Request, VersionHint
+from offtrail.platform.wire.messages import Error, Message, RequestMessage, VersionHint
 
 __all__ = [
     "Client", "ClientKeys", "Endpoint", "Envelope", "RefusedError", "Server", "ServerKeys", "WaitError", "make_keys",
@@ -38,7 +38,7 @@ DRAIN = 256
 """Messages that one poll hands out at most, so that a flood cannot starve the caller's loop."""
 
 _TICKET = struct.Struct("<Q")
-_REQUESTS = frozenset(get_args(Request))
+_REQUESTS = frozenset(get_args(RequestMessage))
 
 
 class WaitError(RuntimeError):

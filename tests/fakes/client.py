@@ -29,8 +29,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fakes.tensors import init_group
 from offtrail.platform.config.schema import SglangConfig
-from offtrail.platform.generator.engines.sglang.flags import CONTEXT_MARGIN
-from offtrail.platform.generator.engines.sglang.servers import SERVER, Servers
+from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
+from offtrail.platform.engines.sglang.servers import SERVER, Servers
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]

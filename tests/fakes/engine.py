@@ -21,9 +21,9 @@ from torch import Tensor
 
 from offtrail.core.protocols import Request
 from offtrail.core.types import Int32, Sampling
-from offtrail.platform.config.schema import EngineConfig
-from offtrail.platform.generator.engines.decoder import Spec, read_spec, read_weights
-from offtrail.platform.generator.engines.local import LocalEngine, _Due
+from offtrail.platform.config.schema import LocalConfig
+from offtrail.platform.engines.decoder import Spec, read_spec, read_weights
+from offtrail.platform.engines.local import LocalEngine, _Due
 
 RADIX_ENTRIES = 256
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -107,7 +107,7 @@ class Engine(LocalEngine):
     """A LocalEngine that is driven token by token, sample by sample, with a radix cache before its prefill."""
 
     def __init__(self, model_dir: Path, *, max_running: int, max_length: int, dtype: str, seed: int) -> None:
-        config = EngineConfig(dtype="bfloat16" if dtype == "bfloat16" else "float32", max_running=max_running)
+        config = LocalConfig(dtype="bfloat16" if dtype == "bfloat16" else "float32", max_running=max_running)
         config.kv_on_update = "keep"
         super().__init__(model_dir, config, max_length=max_length, threads=1)
         self.spec = read_spec(model_dir)

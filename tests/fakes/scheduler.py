@@ -29,7 +29,7 @@ from torch import Tensor
 from fakes.calls import HEALTH_RID, Json, Req, parse_version
 from fakes.engine import Engine
 from fakes.tensors import Unpickler, init_group, unbucket
-from offtrail.platform.generator.engines.decoder import read_weights
+from offtrail.platform.engines.decoder import read_weights
 
 FORCED_INTERVAL = 50
 """Tokens after which the manager hears of a request that does not stream."""
@@ -167,7 +167,7 @@ class Scheduler(threading.Thread):
         tokens = prompt[req.start :]
         if not len(tokens):
             return []
-        values = self.engine.score([prompt[: req.start + 1]], [tokens[1:]], 1.0)[0].tolist()
+        values = self.engine.logprobs([prompt[: req.start + 1]], [tokens[1:]], 1.0)[0].tolist()
         last = self.engine.vocab_size - 1  # a trap of SGLang: the last token of the vocabulary is shown as 0
         ids = [0 if token == last else token for token in tokens.tolist()]
         return [[value, token, None] for value, token in zip([None, *values], ids, strict=True)]

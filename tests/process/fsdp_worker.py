@@ -21,10 +21,10 @@ from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.model import load_model
 from offtrail.platform.learner.role import layer_classes, make_trainer
 from offtrail.platform.learner.world import World, join
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.policy import load_model
+from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.wire.groups import unpack_group
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import offtrail
 from fake_sglang import FakeServer
-from offtrail.platform.generator.engines.sglang.serve import ADMIN_KEY_VARIABLE, KEY_VARIABLE
+from offtrail.platform.engines.sglang.serve import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = TESTS.parent / "benchmarks" / "gpu" / "sglang.py"

@@ -13,18 +13,18 @@ import pytest
 
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.context import RoleContext
 from offtrail.platform.learner import checkpoint, role
 from offtrail.platform.learner.objectives import StalenessError
+from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.weights.store import Subscriber, checksum
 from offtrail.platform.wire.groups import group_frames
 from offtrail.platform.wire.messages import (
+    Acknowledged,
     BatchReply,
     Beat,
     Checkpointed,
     Commit,
     Committed,
-    Done,
     Heartbeat,
     Hello,
     Message,
@@ -84,7 +84,7 @@ class ScriptedBroker:
             case Checkpointed():
                 self.said.append(f"checkpoint {message.step} {Path(message.path).name}")
                 self.finished = message.step == 4
-                return Done()
+                return Acknowledged()
         raise AssertionError(message)
 
 

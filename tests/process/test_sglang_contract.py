@@ -39,8 +39,8 @@ from fakes.client import (
     started,
     tensor_body,
 )
-from offtrail.platform.generator.engines.sglang.flags import CONTEXT_MARGIN
-from offtrail.platform.generator.engines.sglang.servers import ServerError, Servers
+from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
+from offtrail.platform.engines.sglang.servers import ServerError, Servers
 
 CLOSE = 1e-4
 APART = 1e-3

@@ -17,9 +17,9 @@ from fakes.client import VOCAB, Weights
 from offtrail.core.protocols import Request
 from offtrail.core.types import Sampling
 from offtrail.platform.config.schema import Config, SglangConfig
-from offtrail.platform.generator.engines.sglang.engine import SglangEngine
-from offtrail.platform.weights.channels import open_channel, open_reader
-from offtrail.platform.weights.distributed import DistributedChannel, PushedReader
+from offtrail.platform.engines.channels import open_channel, open_reader
+from offtrail.platform.engines.sglang.engine import SglangEngine
+from offtrail.platform.engines.sglang.push import DistributedChannel, PushedReader
 from offtrail.platform.weights.store import Subscriber
 
 PROMPT, OUTPUT = np.arange(5, 25, dtype=np.int32), np.arange(30, 60, dtype=np.int32)
@@ -70,7 +70,7 @@ def gaps(engine: SglangEngine, weights: Weights) -> list[float]:
     found = []
     for replica in range(engine.replicas):
         with contextlib.suppress(ConnectionError):
-            [scored] = engine.score([PROMPT], [OUTPUT], 1.0, replica)
+            [scored] = engine.logprobs([PROMPT], [OUTPUT], 1.0, replica)
             found.append(float(np.abs(scored - theirs).max()))
     return found
 
@@ -136,7 +136,7 @@ def test_a_server_that_dies_or_comes_late_is_given_the_newest_version(
     load(engine, reader, 2)
     assert engine.version == 2  # the late one holds nobody up
     assert len(gaps(engine, weights[0])) == 1
-    channel.tend()
+    channel.serve_late_readers()
     assert all_hold(engine, 2)
     assert gaps(engine, weights[0]) == pytest.approx([0.0, 0.0], abs=1e-4)
 
@@ -146,7 +146,7 @@ def test_a_server_that_dies_or_comes_late_is_given_the_newest_version(
     assert max(gaps(engine, weights[1])) < 1e-4
     come_back(engine, 1)
     load(engine, reader, 3)
-    channel.tend()
+    channel.serve_late_readers()
     assert all_hold(engine, 3)
     assert gaps(engine, weights[1]) == pytest.approx([0.0, 0.0], abs=1e-4)
 

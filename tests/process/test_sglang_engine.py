@@ -19,8 +19,8 @@ from fakes.client import VOCAB, Weights
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Sampling
 from offtrail.platform.config.schema import Config, SglangConfig
-from offtrail.platform.generator.engines.sglang.engine import SglangEngine
-from offtrail.platform.weights.channels import open_channel, open_reader
+from offtrail.platform.engines.channels import open_channel, open_reader
+from offtrail.platform.engines.sglang.engine import SglangEngine
 from offtrail.platform.weights.store import Publisher, Subscriber
 
 CLOSE = 1e-4
@@ -142,10 +142,10 @@ def test_log_probabilities_are_the_learners_at_the_sampling_temperature(
         assert completion.times[0] <= completion.times[1] <= completion.times[2]
         assert gap(weights[0], requests[completion.request], completion) < CLOSE
     prompts, outputs = [requests[c.request].prompt_tokens for c in done[:2]], [c.tokens for c in done[:2]]
-    for prompt, output, scored in zip(prompts, outputs, engine.score(prompts, outputs, 1.0), strict=True):
+    for prompt, output, scored in zip(prompts, outputs, engine.logprobs(prompts, outputs, 1.0), strict=True):
         assert np.abs(scored - weights[0].logprobs(prompt.tolist(), output.tolist())).max() < CLOSE
     with pytest.raises(ValueError, match=r"temperature=0\.7: SGLang scores given tokens at 1 only"):
-        engine.score(prompts, outputs, 0.7)
+        engine.logprobs(prompts, outputs, 0.7)
 
 
 def test_a_stop_token_ends_an_answer_and_is_its_last(engine: SglangEngine, start: int) -> None:
@@ -218,7 +218,7 @@ def test_a_version_reaches_the_server_in_flight_and_its_tokens_say_so(
     engine.generate([again])
     assert all(gap(weights[1], again, completion) < CLOSE for completion in drain(engine))
     [prompt, output] = requests[0].prompt_tokens, done[0].tokens
-    [scored] = engine.score([prompt], [output], 1.0)
+    [scored] = engine.logprobs([prompt], [output], 1.0)
     assert np.abs(scored - weights[1].logprobs(prompt.tolist(), output.tolist())).max() < CLOSE
 
 
@@ -259,7 +259,7 @@ def test_changes_reach_the_server_and_one_without_its_base_is_refused(
         with torch.no_grad():
             weights[1].model.load_state_dict(weights[0].model.state_dict() | tensors)
         try:
-            [scored] = engine.score([prompt], [output], 1.0)
+            [scored] = engine.logprobs([prompt], [output], 1.0)
             assert np.abs(scored - weights[1].logprobs(prompt.tolist(), output.tolist())).max() < CLOSE
         finally:
             weights[1].model.load_state_dict(type(weights[1].model).from_pretrained(weights[1].path).state_dict())

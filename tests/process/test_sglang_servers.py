@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from offtrail.platform.config.schema import SglangConfig
-from offtrail.platform.generator.engines.sglang import kept
-from offtrail.platform.generator.engines.sglang.asking import ask
-from offtrail.platform.generator.engines.sglang.kept import UnhealthyError
-from offtrail.platform.generator.engines.sglang.servers import Address, Servers
+from offtrail.platform.engines.sglang import lifecycle
+from offtrail.platform.engines.sglang.health import ask
+from offtrail.platform.engines.sglang.lifecycle import UnhealthyError
+from offtrail.platform.engines.sglang.servers import Address, Servers
 
 Real = tuple[Servers, Path]
 MAX_LENGTH = 128
@@ -91,8 +91,8 @@ def test_a_server_through_its_life(
     sglang_server: Real, start_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ports = [int(sglang_server[0].address(0).url.rpartition(":")[2])]  # by the time that it has loaded, it is taken
-    free = kept.free_port
-    monkeypatch.setattr(kept, "free_port", lambda *at: ports.pop() if ports else free(*at))
+    free = lifecycle.free_port
+    monkeypatch.setattr(lifecycle, "free_port", lambda *at: ports.pop() if ports else free(*at))
     children = set(psutil.Process().children())
     servers = Servers(
         SglangConfig(max_running=16, start_seconds=240.0, max_restarts=1, router=True),

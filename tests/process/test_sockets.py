@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import zmq
 
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.heartbeat import HeartbeatThread
 from offtrail.platform.wire.codec import encode
-from offtrail.platform.wire.heart import Heart
 from offtrail.platform.wire.messages import (
+    Acknowledged,
     Beat,
     Checkpointed,
     Committed,
-    Done,
     Error,
     Heartbeat,
     LeaseRequest,
@@ -183,7 +183,7 @@ def test_a_refusal_is_raised_with_the_servers_words():
         ([b"12345678", b"garbage"], "header"),
         ([b"12345678"], "without frames"),
         ([b"short", b"garbage"], "a ticket of 5 bytes"),
-        ([b"12345678", *encode(Done())], "Done is not a request"),
+        ([b"12345678", *encode(Acknowledged())], "Acknowledged is not a request"),
     ],
 )
 def test_bytes_that_are_no_request_are_answered_and_the_server_lives(frames, says):
@@ -226,8 +226,8 @@ def test_a_client_that_dials_before_the_server_is_up_is_served():
         try:
             envelopes: list[Envelope] = []
             assert eventually(lambda: bool(envelopes.extend(late.poll(0.1)) or envelopes))
-            late.reply(envelopes[0], Done())
-            assert client.poll(20)[0][:2] == (ticket, Done())
+            late.reply(envelopes[0], Acknowledged())
+            assert client.poll(20)[0][:2] == (ticket, Acknowledged())
         finally:
             late.close()
 
@@ -273,7 +273,7 @@ def test_a_killed_client_does_not_hurt_the_server():
             victim.wait()
         with dialing(server.endpoint) as client:
             assert client.request(ask(2), what="an echo", deadline_s=20)[0].version == 2
-        server.reply(seen[0], Done())  # to nobody: not an error
+        server.reply(seen[0], Acknowledged())  # to nobody: not an error
 
 
 def test_curve_lets_in_the_right_key_and_answers_no_other(tmp_path: Path):
@@ -316,13 +316,13 @@ def test_a_heart_beats_learns_the_version_and_sends_its_last_counters():
 
     activity = Activity()
     with serving(answer) as server:
-        heart = Heart(server.endpoint, "generator", 1, None, activity, 0.02)
+        heartbeat = HeartbeatThread(server.endpoint, "generator", 1, None, activity, 0.02)
         with activity.waiting("lease", on="broker"):
-            assert eventually(lambda: heart.stop)
-        assert heart.version >= 3
-        assert eventually(lambda: heart.lost < 1)
+            assert eventually(lambda: heartbeat.stop)
+        assert heartbeat.version >= 3
+        assert eventually(lambda: heartbeat.lost < 1)
         activity.charge("decoded_tokens", 41)
-        heart.close()
+        heartbeat.close()
     assert (beats[0].role, beats[0].index, beats[0].pid) == ("generator", 1, os.getpid())
     assert any((beat.activity, beat.waiting_on) == ("waiting/lease", "broker") for beat in beats)
     assert beats[-1].compute == {"decoded_tokens": 41}
@@ -331,10 +331,10 @@ def test_a_heart_beats_learns_the_version_and_sends_its_last_counters():
 
 def test_a_heart_measures_how_long_the_broker_is_silent_and_still_closes():
     with serving(lambda envelope: None) as server:
-        heart = Heart(server.endpoint, "evaluator", 0, None, Activity(), 0.02)
-        assert eventually(lambda: heart.lost > 0.2)
-        assert (heart.version, heart.stop) == (-1, False)
-        heart.close()
+        heartbeat = HeartbeatThread(server.endpoint, "evaluator", 0, None, Activity(), 0.02)
+        assert eventually(lambda: heartbeat.lost > 0.2)
+        assert (heartbeat.version, heartbeat.stop) == (-1, False)
+        heartbeat.close()
 
 
 def test_closing_does_not_wait_for_unsent_frames():

@@ -18,7 +18,7 @@ import pytest
 import offtrail
 from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.verifiers import VerifierError, VerifierPool
+from offtrail.platform.verifier.pool import VerifierError, VerifierPool
 from offtrail.rewards.config import RewardConfig
 from offtrail.tasks.config import ChainConfig, CountdownConfig, JsonlConfig, MixtureConfig
 from offtrail.tasks.registry import make_task
@@ -27,7 +27,7 @@ from offtrail.tasks.split import stream
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from offtrail.platform.generator.verifier_worker import serve
+from offtrail.platform.verifier.worker import serve
 
 def verify(problem, answer):
     flag = Path(problem.answer)
@@ -323,7 +323,7 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_verifier(comma
         "import sys, time\n"
         "from offtrail.core.types import Problem\n"
         "from offtrail.platform.config.schema import Config\n"
-        "from offtrail.platform.generator.verifiers import VerifierPool\n"
+        "from offtrail.platform.verifier.pool import VerifierPool\n"
         "import psutil\n"
         "config = Config(); config.reward.workers, config.reward.deadline_seconds = 2, 600.0\n"
         "pool = VerifierPool(config, sys.argv[2:])\n"
@@ -343,7 +343,7 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_verifier(comma
 
 
 def test_a_worker_imports_no_torch():
-    code = "import sys, offtrail.platform.generator.verifier_worker; print('torch' in sys.modules)"
+    code = "import sys, offtrail.platform.verifier.worker; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(offtrail.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

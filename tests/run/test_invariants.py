@@ -15,9 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from offtrail.platform.config.compose import load_config
-from offtrail.platform.launcher.context import weights_folder
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.synchronous import Synchronous
+from offtrail.platform.runtime.context import weights_folder
 
 NUMBERS = ("loss/policy", "policy/grad_norm", "policy/entropy", "reward/mean", "reward/accuracy", "length/mean")
 
@@ -208,7 +208,7 @@ def pid_of(role: str, run_dir: Path) -> int:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"offtrail.platform.launcher.role" in words and role.encode() in words and str(run_dir).encode() in words:
+        if b"offtrail.platform.runtime.process" in words and role.encode() in words and str(run_dir).encode() in words:
             return int(entry.name)
     raise AssertionError(f"no {role} of {run_dir} is running")
 

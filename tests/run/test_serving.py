@@ -26,11 +26,11 @@ from transformers import AutoTokenizer
 from offtrail.core.protocols import Request
 from offtrail.core.types import Sampling
 from offtrail.platform.config.compose import compose, to_yaml
-from offtrail.platform.config.schema import EngineConfig
-from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.config.schema import LocalConfig
+from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.model import load_model
+from offtrail.platform.model.policy import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}q{% endif %}"
@@ -61,7 +61,7 @@ def chat_model(start_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def greedy(start_dir: Path) -> Greedy:
     """Called with a prompt's text: the answer of the start model at temperature 0, until ``stop`` or full."""
-    engine = LocalEngine(start_dir, EngineConfig(max_running=1), max_length=POSITIONS, threads=1)
+    engine = LocalEngine(start_dir, LocalConfig(max_running=1), max_length=POSITIONS, threads=1)
     tokenizer = AutoTokenizer.from_pretrained(start_dir)
 
     def answer(prompt: str, stop: str = "", room: int = POSITIONS) -> str:

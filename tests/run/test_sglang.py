@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVER = "offtrail.platform.generator.engines.sglang.serve"
+SERVER = "offtrail.platform.engines.sglang.serve"
 
 
 def servers_of(run_dir: Path) -> list[psutil.Process]:

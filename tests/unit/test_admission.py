@@ -1,4 +1,4 @@
-"""I1, I2 and I2b as properties: the law's numbers, and random histories of a run through law, desk and ledger."""
+"""I1, I2 and I2b as properties: the policy's numbers, and random histories of a run through scheduler and ledger."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from offtrail.core.types import Group, Lease, Problem
-from offtrail.platform.broker.admission import Law, Tally
-from offtrail.platform.broker.desk import Desk, RequestError
+from offtrail.platform.broker.admission import AdmissionPolicy, Tally
 from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.broker.scheduler import RequestError, Scheduler
 from offtrail.platform.wire.groups import unpack_group
 
 G = 2
 
 
-def law(**changes: object) -> Law:
+def admission(**changes: object) -> AdmissionPolicy:
     settings_ = {"batch": 4, "steps": 100, "staleness": 0, "max_in_flight": 1000} | changes
-    return Law(**settings_)  # type: ignore[arg-type]
+    return AdmissionPolicy(**settings_)  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------- the law, by hand
+# ---------------------------------------------------------------------- the policy, by hand
 
 
 def test_capacity_of_the_synchronous_loop_is_one_batch() -> None:
     # (η+v+1)·B = (0+0+1)·4
-    assert law().capacity(Tally(), 0) == 4
+    assert admission().capacity(Tally(), 0) == 4
 
 
 def test_capacity_is_what_the_bound_allows_less_what_is_admitted_and_living() -> None:
     # (2+3+1)·4 = 24; living 1+2+4+12 = 19, and the 7 refused gave their places back.
     tally = Tally(admitted=26, leased=1, queued=2, training=4, trained=12, refused={"stale": 7})
-    assert law(staleness=2).capacity(Tally(), 3) == 24
-    assert law(staleness=2).capacity(tally, 3) == 5
+    assert admission(staleness=2).capacity(Tally(), 3) == 24
+    assert admission(staleness=2).capacity(tally, 3) == 5
 
 
 def test_capacity_never_passes_max_in_flight_nor_the_end_of_the_run_nor_zero() -> None:
-    assert law(staleness=2, max_in_flight=6).capacity(Tally(admitted=4, leased=4), 3) == 2
-    assert law(staleness=2, steps=3).capacity(Tally(admitted=8, trained=8), 2) == 4  # 3·4 − 8
-    assert law(staleness=2).capacity(Tally(admitted=40, trained=40), 3) == 0  # a restart behind what is trained
-    assert law().capacity(Tally(), -1) == 0  # nothing is published yet
+    assert admission(staleness=2, max_in_flight=6).capacity(Tally(admitted=4, leased=4), 3) == 2
+    assert admission(staleness=2, steps=3).capacity(Tally(admitted=8, trained=8), 2) == 4  # 3·4 − 8
+    assert admission(staleness=2).capacity(Tally(admitted=40, trained=40), 3) == 0  # a restart behind what is trained
+    assert admission().capacity(Tally(), -1) == 0  # nothing is published yet
 
 
 @pytest.mark.parametrize(("place", "needs"), [(0, 0), (11, 0), (12, 1), (15, 1), (16, 2)])
 def test_a_slot_needs_the_version_that_is_eta_before_its_batch(place: int, needs: int) -> None:
     # B = 4, η = 2: slots 0…11 are batches 0, 1, 2; slot 12 begins batch 3, which needs version 1.
-    assert law(staleness=2).needs(place) == needs
+    assert admission(staleness=2).needs(place) == needs
 
 
 def test_violations_are_named() -> None:
-    bound, exact = law(staleness=2), law(staleness=2, exact=True)
+    bound, exact = admission(staleness=2), admission(staleness=2, exact=True)
     assert bound.violation(1, 1, 3, 3) == ("", "")
     assert bound.violation(1, 0, 3, 3)[0] == "stale"
     assert bound.violation(1, 1, 4, 3)[0] == "superseded"
@@ -67,7 +67,7 @@ def test_violations_are_named() -> None:
 
 
 def test_a_starving_run_names_the_filter_and_the_way_out() -> None:
-    rule_ = law(max_refusals=10)
+    rule_ = admission(max_refusals=10)
     assert rule_.starved({"stale": 5, "failed": 4, "superseded": 50}) == ""
     line = rule_.starved({"stale": 7, "failed": 3})
     assert "staleness.max_refusals=10" in line
@@ -77,30 +77,30 @@ def test_a_starving_run_names_the_filter_and_the_way_out() -> None:
 
 def test_a_generators_share_is_fair_and_whole_waves_in_exact_mode() -> None:
     # η = 1, B = 4: at most 8 are ever wanted at once.
-    assert [law(staleness=1).share(n) for n in (1, 2, 3)] == [8, 4, 3]
-    assert [law(staleness=1, exact=True).share(n) for n in (1, 2, 3)] == [8, 4, 4]
+    assert [admission(staleness=1).share(n) for n in (1, 2, 3)] == [8, 4, 3]
+    assert [admission(staleness=1, exact=True).share(n) for n in (1, 2, 3)] == [8, 4, 4]
 
 
 def test_a_law_that_cannot_work_names_its_keys() -> None:
     with pytest.raises(ValueError, match=r"generator\.max_in_flight=3: .* batch\.groups=4"):
-        law(exact=True, max_in_flight=3)
+        admission(exact=True, max_in_flight=3)
     with pytest.raises(ValueError, match=r"staleness\.max=-1"):
-        law(staleness=-1)
+        admission(staleness=-1)
 
 
 def test_in_completion_order_a_group_needs_the_version_of_the_batch_it_is_likely_to_enter(tmp_path: Path) -> None:
     # B = 2, η = 1, version 0: the four groups (1+0+1)·2 enter batches 0, 0, 1, 1, which need version 0 all.
     # At version 1 two more are admitted behind these four living ones: batch 2, version 1.
     ledger = Ledger(tmp_path / FILE)
-    desk = Desk(ledger, law(batch=2, staleness=1, drop=True), lambda i: Problem("t", i, "p", "a"), G)
-    desk.start(0, "c0")
-    first = desk.grant("a", 9, 1, 0.0)
+    scheduler = Scheduler(ledger, admission(batch=2, staleness=1, drop=True), lambda i: Problem("t", i, "p", "a"), G)
+    scheduler.start(0, "c0")
+    first = scheduler.grant("a", 9, 1, 0.0)
     assert [(lease.group, lease.slot, lease.min_version) for lease in first] == [(i, i, 0) for i in range(4)]
     for lease in first:
-        assert desk.arrive(finished(lease, [0, 0]), "a", 1.0).accepted
-    assert desk.batch(0) == [0, 1]
-    desk.commit(0, "c1", {})
-    assert [(lease.group, lease.min_version) for lease in desk.grant("a", 9, 1, 0.0)] == [(4, 1), (5, 1)]
+        assert scheduler.arrive(finished(lease, [0, 0]), "a", 1.0).accepted
+    assert scheduler.batch(0) == [0, 1]
+    scheduler.commit(0, "c1", {})
+    assert [(lease.group, lease.min_version) for lease in scheduler.grant("a", 9, 1, 0.0)] == [(4, 1), (5, 1)]
     ledger.close()
 
 
@@ -122,22 +122,22 @@ def test_a_group_without_signal_gives_its_place_back_and_is_kept(
     filter_: str, rewards: list[float], accuracy: list[float], refused: bool, tmp_path: Path
 ) -> None:
     ledger = Ledger(tmp_path / FILE)
-    desk = Desk(ledger, law(batch=1, filter=filter_), lambda i: Problem("t", i, "p", "a"), G)
-    desk.start(0, "c0")
-    [lease] = desk.grant("a", 9, 1, 0.0)
+    scheduler = Scheduler(ledger, admission(batch=1, filter=filter_), lambda i: Problem("t", i, "p", "a"), G)
+    scheduler.start(0, "c0")
+    [lease] = scheduler.grant("a", 9, 1, 0.0)
     group = finished(lease, [0, 0])
     group.rewards, group.components = np.array(rewards, np.float32), {"accuracy": np.array(accuracy, np.float32)}
-    verdict = desk.arrive(group, "a", 1.0)
+    verdict = scheduler.arrive(group, "a", 1.0)
     assert verdict.accepted == (not refused)
     if refused:
         assert "filtered: all 2" in verdict.reason
         assert f"algo.filter_groups={filter_}" in verdict.reason
         assert ledger.tally().refused == {"filtered": 1}
         assert unpack_group(ledger.payloads([lease.group])[0]).rewards.tolist() == group.rewards.tolist()
-        assert desk.batch(0) is None
-        [again] = desk.grant("a", 9, 1, 2.0)
+        assert scheduler.batch(0) is None
+        [again] = scheduler.grant("a", 9, 1, 2.0)
         assert (again.group, again.slot) == (1, lease.slot)  # another problem in the same place
-        assert desk.arrive(group, "a", 3.0).accepted is False  # a repetition is answered alike
+        assert scheduler.arrive(group, "a", 3.0).accepted is False  # a repetition is answered alike
         assert ledger.tally().refused == {"filtered": 1}
     ledger.close()
 
@@ -148,25 +148,25 @@ def test_with_a_filter_exact_waves_go_out_one_by_one(tmp_path: Path) -> None:
     """
     for filter_, early in (("none", [2, 3]), ("variance", [])):
         ledger = Ledger(tmp_path / f"{filter_}.sqlite")
-        desk = Desk(
-            ledger, law(batch=2, staleness=1, exact=True, filter=filter_), lambda i: Problem("t", i, "p", "a"), G
+        scheduler = Scheduler(
+            ledger, admission(batch=2, staleness=1, exact=True, filter=filter_), lambda i: Problem("t", i, "p", "a"), G
         )
-        desk.start(0, "c0")
-        first = desk.grant("a", 9, 1, 0.0)
+        scheduler.start(0, "c0")
+        first = scheduler.grant("a", 9, 1, 0.0)
         assert [lease.group for lease in first] == [0, 1]
-        assert [lease.group for lease in desk.grant("a", 9, 1, 0.0)] == early
+        assert [lease.group for lease in scheduler.grant("a", 9, 1, 0.0)] == early
         if filter_ == "variance":
             for lease, rewards in zip(first, ([1, 0], [1, 1]), strict=True):
                 group = finished(lease, [0, 0])
                 group.rewards = np.array(rewards, np.float32)
-                desk.arrive(group, "a", 1.0)
-            [refill] = desk.grant("a", 9, 1, 2.0)
+                scheduler.arrive(group, "a", 1.0)
+            [refill] = scheduler.grant("a", 9, 1, 2.0)
             assert (refill.group, refill.slot, refill.wave) == (2, 1, 0)
         ledger.close()
 
 
 def test_a_filter_that_refuses_everything_is_named() -> None:
-    line = law(max_refusals=10, filter="accuracy").starved({"filtered": 10})
+    line = admission(max_refusals=10, filter="accuracy").starved({"filtered": 10})
     assert "10 of them as filtered" in line
     assert "algo.filter_groups=accuracy finds no signal" in line
     assert "algo.filter_groups=none" in line
@@ -223,7 +223,7 @@ class History(RuleBasedStateMachine):
     )
     def begin(self, batch: int, eta: int, spare: int, mode: str, filters: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="offtrail-history-"))
-        self.law = Law(
+        self.admission = AdmissionPolicy(
             batch=batch, steps=7, staleness=eta, max_in_flight=batch + spare,
             exact=mode == "exact", drop=mode == "drop", filter="variance" if filters else "none",
         )  # fmt: skip
@@ -237,12 +237,12 @@ class History(RuleBasedStateMachine):
         self.made: dict[int, str] = {}
         self.handed: dict[int, list[int]] = {}  # step → batch that the living learner was given
         self.open()
-        self.desk.start(0, self.checksum(0))
+        self.scheduler.start(0, self.checksum(0))
 
     def open(self) -> None:
         self.ledger = Ledger(self.folder / FILE)
         self.reader = sqlite3.connect(self.folder / FILE)
-        self.desk = Desk(self.ledger, self.law, lambda i: Problem("t", i, "p", "a"), G)
+        self.scheduler = Scheduler(self.ledger, self.admission, lambda i: Problem("t", i, "p", "a"), G)
 
     def checksum(self, version: int) -> str:
         """What the model's learner makes: the same as before, unless this world differs from there on."""
@@ -257,16 +257,16 @@ class History(RuleBasedStateMachine):
 
     @rule(holder=st.sampled_from(["a", "b"]), room=st.integers(1, 5))
     def grant(self, holder: str, room: int) -> None:
-        before, version = self.ledger.tally(), self.desk.version
-        capacity = self.law.capacity(before, version)
-        leases = self.desk.grant(holder, room, 2, 0.0)
+        before, version = self.ledger.tally(), self.scheduler.version
+        capacity = self.admission.capacity(before, version)
+        leases = self.scheduler.grant(holder, room, 2, 0.0)
         fresh = [lease for lease in leases if lease.group >= before.admitted]
         assert len(fresh) <= capacity
-        assert self.ledger.tally().leased <= self.law.max_in_flight
+        assert self.ledger.tally().leased <= self.admission.max_in_flight
         assert all(lease.min_version <= version for lease in leases)
-        if self.law.exact and leases:
+        if self.admission.exact and leases:
             [wave] = {lease.wave for lease in leases}
-            assert {lease.exact_version for lease in leases} == {max(0, wave - self.law.staleness)}
+            assert {lease.exact_version for lease in leases} == {max(0, wave - self.admission.staleness)}
             assert [lease.slot for lease in leases] == sorted(lease.slot for lease in leases)
         else:
             assert len(leases) <= room
@@ -279,29 +279,31 @@ class History(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         out = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
-        self.submit(out, data.draw(st.lists(st.integers(0, max(0, self.desk.version) + 1), min_size=1, max_size=4)))
+        self.submit(
+            out, data.draw(st.lists(st.integers(0, max(0, self.scheduler.version) + 1), min_size=1, max_size=4))
+        )
 
     @precondition(lambda self: self.out)
     @rule(data=st.data())
     def finish_well(self, data: st.DataObject) -> None:
         out = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
-        lease, newest = out.lease, max(out.lease.min_version, self.desk.version)
-        some = st.just(lease.exact_version) if self.law.exact else st.integers(lease.min_version, newest)
+        lease, newest = out.lease, max(out.lease.min_version, self.scheduler.version)
+        some = st.just(lease.exact_version) if self.admission.exact else st.integers(lease.min_version, newest)
         self.submit(out, data.draw(st.lists(some, min_size=1, max_size=4)))
 
     def submit(self, out: Out, versions: list[int]) -> None:
         before = self.ledger.tally()
-        verdict = self.desk.arrive(finished(out.lease, versions), out.holder, 1.0)
+        verdict = self.scheduler.arrive(finished(out.lease, versions), out.holder, 1.0)
         if self.current.get(out.lease.group) is not out:
             assert not verdict.accepted
             assert self.ledger.tally() == before
             return
         del self.current[out.lease.group]
         needed = out.lease.min_version
-        newest = max(self.ledger.newest, self.desk.version + self.desk.training)
+        newest = max(self.ledger.newest, self.scheduler.version + self.scheduler.training)
         fine = min(versions) >= needed and max(versions) <= newest
-        fine = fine and (not self.law.exact or set(versions) == {needed})
-        without = self.law.filter == "variance" and not has_signal(out.lease)
+        fine = fine and (not self.admission.exact or set(versions) == {needed})
+        without = self.admission.filter == "variance" and not has_signal(out.lease)
         assert verdict.accepted == (fine and not without)
         assert self.ledger.tally().refused.get("filtered", 0) - before.refused.get("filtered", 0) == (fine and without)
         if verdict.accepted:
@@ -315,7 +317,7 @@ class History(RuleBasedStateMachine):
         group, holder = data.draw(st.sampled_from(self.accepted))
         before, row = self.ledger.tally(), self.ledger.row(group.group)
         assert row is not None
-        verdict = self.desk.arrive(group, holder, 2.0)
+        verdict = self.scheduler.arrive(group, holder, 2.0)
         assert verdict.accepted == (row.state != "refused")
         assert self.ledger.tally() == before
 
@@ -324,7 +326,7 @@ class History(RuleBasedStateMachine):
     def give_up(self, data: st.DataObject, reason: str) -> None:
         out = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
         before = self.ledger.tally()
-        verdict = self.desk.fail(out.lease.group, out.lease.attempt, out.holder, reason, "")
+        verdict = self.scheduler.fail(out.lease.group, out.lease.attempt, out.holder, reason, "")
         mine = self.current.get(out.lease.group) is out
         assert verdict.changed == mine
         assert self.ledger.tally().refused.get(reason, 0) - before.refused.get(reason, 0) == mine
@@ -346,46 +348,48 @@ class History(RuleBasedStateMachine):
         self.grant(holder, 5)
         for out in [out for out in self.out if self.current.get(out.lease.group) is out and out.holder == holder]:
             self.out.remove(out)
-            version = max(out.lease.min_version, self.desk.version - (lag if lag >= 0 or self.desk.training else 0))
-            self.submit(out, [out.lease.exact_version if self.law.exact else version] * 2)
+            version = max(
+                out.lease.min_version, self.scheduler.version - (lag if lag >= 0 or self.scheduler.training else 0)
+            )
+            self.submit(out, [out.lease.exact_version if self.admission.exact else version] * 2)
 
     # --- what the learner does
 
     @rule()
     def next_batch(self) -> None:
-        step = self.desk.version
-        if 0 <= step < self.law.steps:
-            self.handed |= {step: batch} if (batch := self.desk.batch(step)) else {}
+        step = self.scheduler.version
+        if 0 <= step < self.admission.steps:
+            self.handed |= {step: batch} if (batch := self.scheduler.batch(step)) else {}
 
     @rule()
     def ask_ahead(self) -> None:
         """The learner asks for the next batch while one trains."""
-        step = self.desk.version + 1
-        if not self.desk.training:
+        step = self.scheduler.version + 1
+        if not self.scheduler.training:
             with pytest.raises(RequestError):
-                self.desk.batch(step)
-        elif step < self.law.steps and (batch := self.desk.batch(step)):
+                self.scheduler.batch(step)
+        elif step < self.admission.steps and (batch := self.scheduler.batch(step)):
             self.handed[step] = batch
             event("ahead")
 
     @rule()
     def commit(self) -> None:
         self.next_batch()
-        step = self.desk.version
+        step = self.scheduler.version
         if self.ledger.batch(step) is None:
             with pytest.raises(RequestError):
-                self.desk.commit(step, "x", {})
+                self.scheduler.commit(step, "x", {})
             return
         logged, lineage = self.ledger.checksum(step + 1), self.ledger.lineage
-        outcome = self.desk.commit(step, self.checksum(step + 1), {"loss": 1.0})
+        outcome = self.scheduler.commit(step, self.checksum(step + 1), {"loss": 1.0})
         assert outcome == ("diverged" if logged not in (None, self.checksum(step + 1)) else "new")
         assert self.ledger.lineage == lineage + (outcome == "diverged")
         if outcome == "diverged":
             self.current.clear()
             event("diverged")
-        assert self.desk.commit(step, self.checksum(step + 1), {}) == "repeated"
+        assert self.scheduler.commit(step, self.checksum(step + 1), {}) == "repeated"
         with pytest.raises(RequestError):
-            self.desk.commit(step + 5, "x", {})
+            self.scheduler.commit(step + 5, "x", {})
 
     @rule(steps=st.integers(1, 3), lag=st.integers(-1, 2), room=st.integers(1, 5))
     def learn(self, steps: int, lag: int, room: int) -> None:
@@ -398,10 +402,10 @@ class History(RuleBasedStateMachine):
         self.work("b", lag)
         self.grant("b", room)
 
-    @precondition(lambda self: self.desk.version > self.ledger.checkpoint)
+    @precondition(lambda self: self.scheduler.version > self.ledger.checkpoint)
     @rule(back=st.integers(0, 2), archived=st.booleans())
     def checkpoint(self, back: int, archived: bool) -> None:
-        self.ledger.checkpointed(max(self.ledger.checkpoint, self.desk.version - back))
+        self.ledger.checkpointed(max(self.ledger.checkpoint, self.scheduler.version - back))
         self.ledger.plan_shards(1 << 20)
         for name in self.ledger.unsealed() if archived else []:
             self.ledger.sealed(name)
@@ -419,9 +423,9 @@ class History(RuleBasedStateMachine):
             self.world += 1
             self.differs_from = self.ledger.checkpoint + after
             self.made = {v: c for v, c in self.made.items() if v < self.differs_from}
-        self.desk.rewind()
+        self.scheduler.rewind()
         self.handed.clear()
-        if self.desk.start(self.ledger.checkpoint, self.checksum(self.ledger.checkpoint)) == "diverged":
+        if self.scheduler.start(self.ledger.checkpoint, self.checksum(self.ledger.checkpoint)) == "diverged":
             self.current.clear()
 
     # --- what holds after every step
@@ -440,7 +444,7 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_trained_twice_or_late(self) -> None:
-        B, eta, seen = self.law.batch, self.law.staleness, set()
+        B, eta, seen = self.admission.batch, self.admission.staleness, set()
         batches = {step: json.loads(ids) for step, ids in self.rows("SELECT step, ids FROM batches ORDER BY step")}
         assert list(batches) == list(range(len(batches)))
         slots = dict(self.rows("SELECT id, slot FROM groups"))
@@ -451,15 +455,15 @@ class History(RuleBasedStateMachine):
             seen |= set(ids)
             ages = {step - version for group in ids for version in self.tokens[group]}
             assert max(ages) <= eta
-            if self.law.exact:
+            if self.admission.exact:
                 assert ages == {step - max(0, step - eta)}
-            if self.law.slots:
+            if self.admission.slots:
                 assert [slots[group] for group in ids] == list(range(step * B, (step + 1) * B))
-        for step in range(self.desk.version):
+        for step in range(self.scheduler.version):
             made_by = set().union(*(self.made_by[group] for group in batches[step]))
             assert made_by <= {(version, self.ledger.checksum(version)) for version, _ in made_by}
-        if self.desk.version >= 0:
-            assert self.ledger.tally().trained == self.desk.version * B
+        if self.scheduler.version >= 0:
+            assert self.ledger.tally().trained == self.scheduler.version * B
 
     @invariant()
     def staleness_is_counted_right(self) -> None:
@@ -471,7 +475,7 @@ class History(RuleBasedStateMachine):
         assert ages.flight_sum + ages.queue_sum == ages.age_sum
 
     def teardown(self) -> None:
-        if hasattr(self, "desk"):
+        if hasattr(self, "scheduler"):
             try:
                 self.goes_on_to_the_end()
             finally:
@@ -482,12 +486,12 @@ class History(RuleBasedStateMachine):
     def goes_on_to_the_end(self) -> None:
         """No history is a dead end: with one honest generator the run reaches its last step."""
         self.lose_heartbeats("b")
-        for _ in range(20 * self.law.steps):
-            if self.desk.version == self.law.steps:
+        for _ in range(20 * self.admission.steps):
+            if self.scheduler.version == self.admission.steps:
                 break
             self.work("a", 0)
             self.commit()
-        assert self.desk.version == self.law.steps
+        assert self.scheduler.version == self.admission.steps
         self.ledger.end()
         self.everything_is_accounted_for()
         self.nothing_is_trained_twice_or_late()

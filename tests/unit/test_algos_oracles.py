@@ -25,7 +25,7 @@ from offtrail.algos.config import (
     TisConfig,
 )
 from offtrail.algos.loss import LossInput, policy_loss
-from offtrail.platform.learner.head import Head, token_logprobs
+from offtrail.platform.model.head import Head, token_logprobs
 
 B, T, V, H = 6, 9, 37, 12
 NONE = CorrectionConfig()

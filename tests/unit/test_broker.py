@@ -19,16 +19,16 @@ from offtrail.platform.broker.broker import HOLD_SECONDS, Broker
 from offtrail.platform.broker.ledger import FILE, LedgerError
 from offtrail.platform.broker.role import main
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.context import RoleContext
+from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.wire.codec import decode, encode
 from offtrail.platform.wire.groups import group_frames, group_from
 from offtrail.platform.wire.messages import (
+    Acknowledged,
     BatchReply,
     Beat,
     Checkpointed,
     Commit,
     Committed,
-    Done,
     Error,
     EvalJob,
     EvalResult,
@@ -133,7 +133,7 @@ class Run:
             "role": role, "index": index, "pid": os.getpid(), "activity": "busy/x", "waiting_on": "", "since": 0.0,
             "seconds": {}, "compute": {},
         }  # fmt: skip
-        return self.ask(f"{role}-{index}-heart", Heartbeat(**(fields | changes)), Beat)
+        return self.ask(f"{role}-{index}-heartbeat", Heartbeat(**(fields | changes)), Beat)
 
     def lease(self, room: int = 8, peer: str = "generator-0") -> Leases:
         return self.ask(peer, LeaseRequest(room=room), Leases)
@@ -149,17 +149,17 @@ class Run:
     def make(self, room: int = 8) -> list[Lease]:
         leases = self.lease(room).leases
         for lease in leases:
-            assert self.submit(lease, max(0, self.broker.desk.version)).accepted
+            assert self.submit(lease, max(0, self.broker.scheduler.version)).accepted
         return leases
 
     def train(self, checkpoint: bool = True, **metrics: float) -> BatchReply:
-        step = self.broker.desk.version
+        step = self.broker.scheduler.version
         self.make()
         batch = self.ask("learner-0", NextBatch(step=step), BatchReply)
         assert batch.headers
         self.commit(step, step + 1, **metrics)
         if checkpoint:
-            self.ask("learner-0", Checkpointed(step=step + 1, path=f"step_{step + 1}"), Done)
+            self.ask("learner-0", Checkpointed(step=step + 1, path=f"step_{step + 1}"), Acknowledged)
         return batch
 
     def restarted(self, **changes: Any) -> Run:
@@ -474,7 +474,7 @@ def test_leases_that_their_holder_returns_are_issued_again_and_nothing_is_refuse
     run.everybody()
     first, *others = run.lease().leases
     late = (others[0].group, others[0].attempt - 1)
-    run.ask("generator-0", ReturnLeases(leases=[(first.group, 1), late], detail="its server died"), Done)
+    run.ask("generator-0", ReturnLeases(leases=[(first.group, 1), late], detail="its server died"), Acknowledged)
     assert [row.id for row in run.broker.ledger.returned()] == [first.group]
     again = run.lease().leases[0]
     assert (again.group, again.slot, again.attempt) == (first.group, first.slot, 2)
@@ -547,7 +547,7 @@ def test_a_role_that_dies_ends_the_run_with_its_words(start: Callable[..., Run])
     run = start()
     run.everybody()
     run.make()
-    run.ask("x", Failure(role="generator", index=0, error="ValueError: no"), Done)
+    run.ask("x", Failure(role="generator", index=0, error="ValueError: no"), Acknowledged)
     assert run.beat("learner").stop
     status = run.ask("launcher-0", StatusRequest(), Status)
     assert (status.failures[0].error, status.finished) == ("ValueError: no", False)
@@ -574,7 +574,7 @@ def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_score
         assert run.broker.status == ""
         assert run.ask("evaluator-0", NextEval(), EvalJob).version == version
         result = EvalResult(version=version, metrics={"eval/accuracy": 0.1 * version})
-        run.ask("evaluator-0", result, Done)
+        run.ask("evaluator-0", result, Acknowledged)
     assert run.broker.status == "completed"
     assert run.ask("evaluator-0", NextEval(), EvalJob).stop
     assert run.lease().stop
@@ -662,13 +662,13 @@ def test_a_run_that_leaves_shards_behind_counts_them(
     monkeypatch.setattr(run.broker.archive, "seal", lambda names: None)  # its thread never comes to them
     run.everybody()
     run.train(checkpoint=True)
-    run.ask("launcher-0", StopRun(status="interrupted"), Done)
+    run.ask("launcher-0", StopRun(status="interrupted"), Acknowledged)
     run.clock.now += 1000.0
     run.broker.run()
     assert run.summary()["archive/unsealed"] == 1
     again = run.restarted()  # which asks for them first of all
     again.finish_archive()
-    again.ask("launcher-0", StopRun(status="interrupted"), Done)
+    again.ask("launcher-0", StopRun(status="interrupted"), Acknowledged)
     again.clock.now += 1000.0
     again.broker.run()
     assert again.summary()["archive/unsealed"] == 0
@@ -693,11 +693,11 @@ def test_a_stopped_run_keeps_its_groups_and_goes_on(start: Callable[..., Run], t
     run.everybody()
     run.train(checkpoint=True)
     run.make()
-    run.ask("launcher-0", StopRun(status="interrupted", reason="stopped by SIGINT"), Done)
-    run.ask("launcher-0", StopRun(status="completed"), Done)  # only the first end counts
+    run.ask("launcher-0", StopRun(status="interrupted", reason="stopped by SIGINT"), Acknowledged)
+    run.ask("launcher-0", StopRun(status="completed"), Acknowledged)  # only the first end counts
     assert (run.summary()["status"], run.summary()["groups/in_flight"]) == ("interrupted", 4)
     again = run.restarted()
-    assert again.broker.desk.version == 1
+    assert again.broker.scheduler.version == 1
     assert [header.slot for header in again.ask("learner-0", NextBatch(step=1), BatchReply).headers] == [2, 3]
 
 
@@ -792,7 +792,7 @@ def test_a_completed_run_completes_again_and_can_be_made_longer_but_not_shorter(
     run.train()
     run.train()
     for version in (0, 2):
-        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Done)
+        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Acknowledged)
     assert run.broker.status == "completed"
     run.finish_archive()
     run.close()
@@ -827,9 +827,9 @@ def test_a_run_is_not_complete_before_its_last_checkpoint(start: Callable[..., R
     run.everybody()
     run.train(checkpoint=False)
     for version in (0, 1):
-        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Done)
+        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Acknowledged)
     assert run.broker.status == ""
-    run.ask("learner-0", Checkpointed(step=1, path="step_1"), Done)
+    run.ask("learner-0", Checkpointed(step=1, path="step_1"), Acknowledged)
     assert run.broker.status == "completed"
 
 
@@ -920,7 +920,7 @@ def test_the_broker_leaves_when_the_roles_are_gone(start: Callable[..., Run]) ->
 
 def generate(context: RoleContext) -> None:
     connection = context.connect()
-    while not connection.heart.stop:
+    while not connection.heartbeat.stop:
         request = LeaseRequest(room=8)
         reply, _ = connection.client.request(request, what="leases", deadline_s=20)
         assert isinstance(reply, Leases)

@@ -7,7 +7,7 @@ import pytest
 from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.compose import compose, to_yaml
 from offtrail.platform.config.errors import ConfigError
-from offtrail.platform.generator.engines.sglang import flags, versions
+from offtrail.platform.engines.sglang import flags, versions
 
 
 def message(*argv):

@@ -21,9 +21,9 @@ from transformers import (
 
 from offtrail.core.protocols import Request
 from offtrail.core.types import Sampling
-from offtrail.platform.config.schema import EngineConfig
-from offtrail.platform.generator.engines.decoder import read_spec
-from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.config.schema import LocalConfig
+from offtrail.platform.engines.decoder import read_spec
+from offtrail.platform.engines.local import LocalEngine
 
 SIZES = {
     "hidden_size": 48,
@@ -78,7 +78,7 @@ def reference(model: PreTrainedModel, prompt: np.ndarray, output: np.ndarray, te
 @pytest.mark.parametrize("name", MODELS)
 def test_generated_and_scored_logprobs_equal_transformers(name, tmp_path):
     model = make(name, tmp_path)
-    engine = LocalEngine(tmp_path, EngineConfig(max_running=5), max_length=96, threads=1)
+    engine = LocalEngine(tmp_path, LocalConfig(max_running=5), max_length=96, threads=1)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 61, length).astype(np.int32) for length in (1, 3, 17, 50)]
     engine.generate([Request(i, p, 2, Sampling(40, seed=1)) for i, p in enumerate(prompts)])
@@ -86,7 +86,7 @@ def test_generated_and_scored_logprobs_equal_transformers(name, tmp_path):
     while engine.unfinished:
         completions += engine.step()
     assert len(completions) == 8
-    scores = engine.score([prompts[c.request] for c in completions], [c.tokens for c in completions], 1.0)
+    scores = engine.logprobs([prompts[c.request] for c in completions], [c.tokens for c in completions], 1.0)
     for completion, score in zip(completions, scores, strict=True):
         expected = reference(model, prompts[completion.request], completion.tokens)
         np.testing.assert_allclose(completion.logprobs, expected, atol=2e-6, rtol=0)
@@ -95,7 +95,7 @@ def test_generated_and_scored_logprobs_equal_transformers(name, tmp_path):
 
 def test_bfloat16_stays_near_float32(tmp_path):
     model = make("qwen3", tmp_path)
-    engine = LocalEngine(tmp_path, EngineConfig(max_running=4, dtype="bfloat16"), max_length=64, threads=1)
+    engine = LocalEngine(tmp_path, LocalConfig(max_running=4, dtype="bfloat16"), max_length=64, threads=1)
     prompt = np.arange(20, dtype=np.int32)
     engine.generate([Request(0, prompt, 4, Sampling(30, seed=1))])
     while not (completions := engine.step()):
@@ -114,7 +114,7 @@ def test_shards_are_read_through_their_index(tmp_path):
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     prompt, output = np.arange(5, dtype=np.int32), np.arange(7, dtype=np.int32)
     scores = [
-        LocalEngine(tmp_path / part, EngineConfig(max_running=1), max_length=32, threads=1).score(
+        LocalEngine(tmp_path / part, LocalConfig(max_running=1), max_length=32, threads=1).logprobs(
             [prompt], [output], 1.0
         )
         for part in ("one", "many")
@@ -144,13 +144,13 @@ def test_what_the_forward_does_not_cover_is_refused_in_one_line(change, message,
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
-        LocalEngine(tmp_path, EngineConfig(), max_length=32, threads=1)
+        LocalEngine(tmp_path, LocalConfig(), max_length=32, threads=1)
     make("qwen3", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        LocalEngine(tmp_path, EngineConfig(max_running=1), max_length=32, threads=1)
+        LocalEngine(tmp_path, LocalConfig(max_running=1), max_length=32, threads=1)
     with pytest.raises(ValueError, match=r"max_length=300 is above the model's 256"):
-        LocalEngine(tmp_path, EngineConfig(max_running=1), max_length=300, threads=1)
+        LocalEngine(tmp_path, LocalConfig(max_running=1), max_length=300, threads=1)
 
 
 def test_an_older_config_with_rope_theta_at_the_top_reads_the_same(tmp_path):

@@ -11,8 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Sampling
-from offtrail.platform.config.schema import EngineConfig
-from offtrail.platform.generator.engines.local import LocalEngine
+from offtrail.platform.config.schema import LocalConfig
+from offtrail.platform.engines.local import LocalEngine
 
 VOCAB = 31
 
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen3ForCaus
 
 
 def engine(folder: Path, *, max_running: int = 8, kv: str = "recompute", max_length: int = 160) -> LocalEngine:
-    return LocalEngine(folder, EngineConfig(max_running=max_running, kv_on_update=kv), max_length=max_length, threads=1)
+    return LocalEngine(folder, LocalConfig(max_running=max_running, kv_on_update=kv), max_length=max_length, threads=1)
 
 
 def run(local: LocalEngine, requests: list[Request]) -> dict[tuple[int, int], Completion]:
@@ -119,7 +119,7 @@ def test_logprobs_are_taken_at_the_sampling_temperature(models, temperature):
     completion = run(engine(models[0]), [Request(0, p, 1, Sampling(30, temperature=temperature))])[0, 0]
     expected = logprobs_of(models[1], p, completion.tokens, temperature)
     np.testing.assert_allclose(completion.logprobs, expected, atol=5e-6, rtol=0)
-    scored = engine(models[0]).score([p], [completion.tokens], temperature)[0]
+    scored = engine(models[0]).logprobs([p], [completion.tokens], temperature)[0]
     np.testing.assert_allclose(scored, expected, atol=5e-6, rtol=0)
 
 
@@ -258,10 +258,10 @@ def test_loaded_weights_are_copied(models):
     p, output = prompt(5), prompt(6, 1)
     weights = {name: tensor.clone() for name, tensor in models[2].state_dict().items()}
     local.load_weights(1, weights)
-    before = local.score([p], [output], 1.0)[0]
+    before = local.logprobs([p], [output], 1.0)[0]
     for tensor in weights.values():
         tensor.zero_()
-    assert (local.score([p], [output], 1.0)[0] == before).all()
+    assert (local.logprobs([p], [output], 1.0)[0] == before).all()
     np.testing.assert_allclose(before, logprobs_of(models[2], p, output), atol=5e-6, rtol=0)
 
 
@@ -276,13 +276,13 @@ def test_loaded_weights_are_copied(models):
 def test_weights_that_do_not_fit_change_nothing(models, change, message):
     local = engine(models[0])
     p, output = prompt(5), prompt(6, 1)
-    before = local.score([p], [output], 1.0)[0]
+    before = local.logprobs([p], [output], 1.0)[0]
     weights = dict(models[2].state_dict())
     change(weights)
     with pytest.raises(ValueError, match=message):
         local.load_weights(9, weights)
     assert local.version == 0
-    assert (local.score([p], [output], 1.0)[0] == before).all()
+    assert (local.logprobs([p], [output], 1.0)[0] == before).all()
 
 
 def test_weights_that_are_not_finite_are_reported(models):
@@ -335,7 +335,7 @@ def test_times_are_in_order(models):
 
 def test_score_takes_many_and_empty_outputs(models):
     prompts, outputs = [prompt(i + 1, i) for i in range(9)], [prompt(2 * i, 90 + i) for i in range(9)]
-    scores = engine(models[0]).score(prompts, outputs, 1.0)
+    scores = engine(models[0]).logprobs(prompts, outputs, 1.0)
     assert [len(s) for s in scores] == [2 * i for i in range(9)]
     for p, o, s in zip(prompts[1:], outputs[1:], scores[1:], strict=True):
         np.testing.assert_allclose(s, logprobs_of(models[1], p, o), atol=5e-6, rtol=0)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from offtrail.platform.config.schema import Config, SglangConfig
-from offtrail.platform.generator.engines.make import first_device
-from offtrail.platform.launcher.context import RoleContext
+from offtrail.platform.engines.make import first_device
+from offtrail.platform.runtime.context import RoleContext
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from offtrail.platform.generator.engines.sampler import draw, keep, log_probabilities, philox, uniforms
+from offtrail.platform.engines.sampler import draw, keep, log_probabilities, philox, uniforms
 
 
 def words(*values: int) -> tuple[np.ndarray, ...]:

@@ -15,8 +15,8 @@ from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
 from offtrail.platform.evaluator import role
 from offtrail.platform.evaluator.role import Evaluation
-from offtrail.platform.launcher.context import RoleContext
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.context import RoleContext
 
 PROMPTS, SAMPLES = 4, 2
 

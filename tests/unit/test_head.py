@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offtrail.platform.learner import head as module
-from offtrail.platform.learner.head import Head, Reference, Scores, loss_in_head, pieces, token_logprobs
+from offtrail.platform.model import head as module
+from offtrail.platform.model.head import Head, Reference, TokenOutputs, loss_in_head, pieces, token_logprobs
 
 M, H, V = 11, 8, 19
 CUTS = {"one piece": 1 << 20, "tiles": 100, "a column a tile": 11}
@@ -48,11 +48,11 @@ class Case:
     def reference(self) -> Reference:
         return Reference(self.ref_hidden, Head(self.ref_weight))
 
-    def full(self) -> Scores:
+    def full(self) -> TokenOutputs:
         """By autograd over the full logits."""
         logp = torch.log_softmax(torch.nn.functional.linear(self.hidden, self.weight, self.bias) * self.inverse, -1)
         logq = torch.log_softmax(self.ref_hidden @ self.ref_weight.T * self.inverse, -1)
-        return Scores(
+        return TokenOutputs(
             logp.gather(1, self.targets[:, None])[:, 0],
             -(logp.exp() * logp).sum(-1),
             (logp.exp() * (logp - logq)).sum(-1),
@@ -64,7 +64,7 @@ class Case:
         return [g for g in out if g is not None]
 
 
-def weigh(scores: Scores, coefficients: tuple[float, float, float], rows: slice = slice(None)) -> Tensor:
+def weigh(scores: TokenOutputs, coefficients: tuple[float, float, float], rows: slice = slice(None)) -> Tensor:
     """A loss with another weight for each row and score."""
     each = torch.linspace(-1, 1, M, dtype=scores.logprobs.dtype)[rows]
     return sum((c * (each * s).sum() for c, s in zip(coefficients, scores, strict=True) if c), torch.zeros(()))
@@ -94,7 +94,7 @@ def test_loss_inside_the_head_equals_the_loss_behind_it(elements: int) -> None:
     (3 * weigh(expected, coefficients)).backward()
     seen = []
 
-    def loss(rows: slice, scores: Scores) -> Tensor:
+    def loss(rows: slice, scores: TokenOutputs) -> Tensor:
         seen.append(rows)
         return weigh(scores, coefficients, rows)
 

@@ -15,14 +15,14 @@ import torch
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher import local
-from offtrail.platform.launcher.context import RoleContext, remove_shared_memory, weights_folder
 from offtrail.platform.launcher.local import Role, Run, watch
-from offtrail.platform.launcher.role import check_device
+from offtrail.platform.runtime.context import RoleContext, remove_shared_memory, weights_folder
+from offtrail.platform.runtime.process import check_device
 from offtrail.platform.tracking.recorder import read_rows
 from offtrail.platform.tracking.summary import read_summary
 from offtrail.platform.weights.store import Publisher
 from offtrail.platform.wire.codec import WireError
-from offtrail.platform.wire.messages import Done, Failure, Status
+from offtrail.platform.wire.messages import Acknowledged, Failure, Status
 from offtrail.platform.wire.sockets import RefusedError, WaitError
 
 
@@ -161,14 +161,14 @@ def run(config: Config, tmp_path: Path) -> Iterator[Run]:
     assert all(role.process.poll() is not None for role in run.roles)
 
 
-@pytest.mark.parametrize("answer", [WireError("not a message"), RefusedError("a damaged ledger"), Done()])
+@pytest.mark.parametrize("answer", [WireError("not a message"), RefusedError("a damaged ledger"), Acknowledged()])
 def test_an_answer_that_cannot_be_used_fails_the_run_in_one_line(run: Run, answer: object) -> None:
     run.client = Line(answer)  # type: ignore[assignment]
     status, reason = watch(run, [])
     assert status == "failed"
     assert "\n" not in reason
-    assert any(words in reason for words in ("not a message", "a damaged ledger", "answered Done"))
-    if not isinstance(answer, Done):
+    assert any(words in reason for words in ("not a message", "a damaged ledger", "answered Acknowledged"))
+    if not isinstance(answer, Acknowledged):
         assert run.stop(status, reason) is False
 
 

@@ -1,5 +1,6 @@
 """The guard of the layout: the root's folders are offtrail's packages, and `platform/` never shadows Python's own."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -120,3 +121,58 @@ def test_launch_from_a_checkout_without_links_is_one_line(tmp_path):
     assert done.stderr.startswith("offtrail: error: the links in src/offtrail/ are missing")
     assert done.stderr.count("\n") == 1
     assert "install" in done.stderr
+
+
+FLOORS = (
+    "config wire", "weights", "runtime", "tracking model verifier", "engines", "broker generator evaluator",
+    "learner", "launcher",
+)  # fmt: skip
+"""The rooms of platform/, floor by floor: a room imports from its own floor's left, or from floors below."""
+
+
+def imports_of(path):
+    """Absolute imports of offtrail, those inside functions too, as tuples of names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = tuple(node.module.split("."))
+            yield from ((*parts, alias.name) if len(parts) == 2 else parts for alias in node.names)
+
+
+def test_no_import_inside_the_platform_runs_back_up():
+    order = " ".join(FLOORS).split()
+    assert sorted(order) == sorted(path.name for path in (ROOT / "platform").iterdir() if any(path.glob("*.py")))
+    upwards = [
+        f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
+        for room in order
+        for path in (ROOT / "platform" / room).rglob("*.py")
+        for name in imports_of(path)
+        if name[:2] == ("offtrail", "platform") and order.index(name[2]) > order.index(room)
+    ]
+    assert upwards == []
+
+
+def test_the_floor_test_sees_an_import_inside_a_function(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text("def f():\n    from offtrail.platform.launcher.local import launch\n")
+    assert list(imports_of(file)) == [("offtrail", "platform", "launcher", "local")]
+
+
+def test_only_the_platform_knows_processes_and_sockets():
+    """algos, search, rewards and tasks import core and each other, never the platform; core imports none of them."""
+    allowed = {
+        "core": {"core"},
+        "algos": {"algos", "core"},
+        "tasks": {"tasks", "core"},
+        "rewards": {"rewards", "core"},
+        "search": {"search", "core"},
+    }
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
+        for room, rooms in allowed.items()
+        for path in (ROOT / room).rglob("*.py")
+        for name in imports_of(path)
+        if name[0] == "offtrail" and len(name) > 1 and name[1] not in rooms
+    ]
+    assert wrong == []

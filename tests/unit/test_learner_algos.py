@@ -21,11 +21,11 @@ from offtrail.platform.config.compose import compose, options_of
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.model import load_model
 from offtrail.platform.learner.role import make_trainer
 from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.policy import load_model
+from offtrail.platform.runtime.activity import Activity
 
 ALONE = World(0, 1, torch.device("cpu"))
 MakeBatch = Callable[..., Batch]

@@ -16,11 +16,11 @@ from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import CheckpointError, TrainerState
-from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.objectives import PolicyGradient
 from offtrail.platform.learner.train import Trainer, adamw, warmup
 from offtrail.platform.learner.world import World
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.policy import Policy, load_model
+from offtrail.platform.runtime.activity import Activity
 
 ALONE = World(0, 1, torch.device("cpu"))
 MakeBatch = Callable[..., Batch]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from offtrail.platform.learner import liger
-from offtrail.platform.learner.head import Scores
-from offtrail.platform.learner.model import Policy, load_model
-from offtrail.platform.learner.packing import Rows, lay_out
+from offtrail.platform.model import liger
+from offtrail.platform.model.head import TokenOutputs
+from offtrail.platform.model.packing import SampleTable, lay_out
+from offtrail.platform.model.policy import Policy, load_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 53, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -43,11 +43,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def ragged(seed: int = 0, temperature: float = 1.0) -> Rows:
+def ragged(seed: int = 0, temperature: float = 1.0) -> SampleTable:
     """Three prompts with three answers each, lengths 1 … 30."""
     rng = np.random.default_rng(seed)
     lengths = np.concatenate([[1, 30], rng.integers(1, 30, 7)])
-    return Rows(
+    return SampleTable(
         prompts=tuple(rng.integers(2, 53, n).astype(np.int32) for n in (1, 6, 13)),
         group_of=np.repeat(np.arange(3), 3),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
@@ -57,7 +57,7 @@ def ragged(seed: int = 0, temperature: float = 1.0) -> Rows:
     )
 
 
-def one_by_one(model: Any, rows: Rows) -> torch.Tensor:
+def one_by_one(model: Any, rows: SampleTable) -> torch.Tensor:
     """Log-probabilities [T] of the output tokens by plain forward passes without any padding."""
     out = []
     for i in range(rows.size):
@@ -96,7 +96,7 @@ def test_no_sample_sees_another(folder: Path, share: int) -> None:
         changed = rows.tokens.copy()
         start, stop = int(rows.starts[4]), int(rows.starts[5])
         changed[start:stop] = 2 + (changed[start:stop] + 7) % 51
-        after, _ = policy(lay_out(Rows(**{**vars(rows), "tokens": changed}), range(9), share_up_to=share))
+        after, _ = policy(lay_out(SampleTable(**{**vars(rows), "tokens": changed}), range(9), share_up_to=share))
     others = torch.ones(len(before), dtype=torch.bool)
     others[start:stop] = False
     assert torch.equal(before[others], after[others])
@@ -171,14 +171,14 @@ def test_loss_inside_the_head_is_the_loss_behind_it(folder: Path) -> None:
     packed = lay_out(rows, range(9), share_up_to=100)
     weights = torch.randn(len(packed.tokens), generator=torch.Generator().manual_seed(1))
 
-    def loss(part: slice, scores: Scores) -> torch.Tensor:
+    def loss(part: slice, scores: TokenOutputs) -> torch.Tensor:
         assert scores.kl is not None
         return (weights[part] * (scores.logprobs + 0.1 * scores.entropy - 0.5 * scores.kl)).sum()
 
     inside, behind = Policy(load_model(folder), elements=2000), Policy(load_model(folder))
     total, seen = inside.loss(packed, loss, reference.reference(packed))
     total.backward()
-    scores = behind.scores(packed, reference.reference(packed))
+    scores = behind.outputs(packed, reference.reference(packed))
     expected = loss(slice(None), scores)
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), abs=1e-4)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from offtrail.algos.config import CorrectionConfig, GrpoConfig, TisConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
-from offtrail.platform.learner.head import LossOf, Reference, Scores
-from offtrail.platform.learner.model import Policy, load_model
 from offtrail.platform.learner.objectives import PolicyGradient, StalenessError
-from offtrail.platform.learner.packing import Packed, lay_out
 from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts
 from offtrail.platform.learner.train import DivergedError, Trainer, adamw, cosine, warmup
 from offtrail.platform.learner.world import World
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.model.head import LossOf, Reference, TokenOutputs
+from offtrail.platform.model.packing import Packed, lay_out
+from offtrail.platform.model.policy import Policy, load_model
+from offtrail.platform.runtime.activity import Activity
 
 ALONE = World(0, 1, torch.device("cpu"))
 MakeBatch = Callable[..., Batch]
@@ -84,9 +84,9 @@ class Table(nn.Module):
         entropy = -(logp.exp() * logp).sum()
         return logp[packed.targets], entropy.expand(len(packed.targets))
 
-    def loss(self, packed: Packed, loss: LossOf, reference: Reference | None = None) -> tuple[Tensor, Scores]:
-        scores = Scores(*self(packed))
-        return loss(slice(0, len(packed.targets)), scores), Scores(*(s.detach() for s in scores[:2]))
+    def loss(self, packed: Packed, loss: LossOf, reference: Reference | None = None) -> tuple[Tensor, TokenOutputs]:
+        scores = TokenOutputs(*self(packed))
+        return loss(slice(0, len(packed.targets)), scores), TokenOutputs(*(s.detach() for s in scores[:2]))
 
 
 def test_one_update_by_hand(make_batch: MakeBatch) -> None:

@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offtrail.platform.learner.packing import Rows, balance, lay_out, minibatches, pack, plan
+from offtrail.platform.model.packing import SampleTable, balance, lay_out, microbatches, minibatches, pack
 
 
-def rows(prompts: list[list[int]], outputs: list[list[list[int]]], temperatures: list[float] | None = None) -> Rows:
-    """Rows of B prompts, each with its outputs."""
+def rows(
+    prompts: list[list[int]], outputs: list[list[list[int]]], temperatures: list[float] | None = None
+) -> SampleTable:
+    """Samples of B prompts, each with its outputs."""
     flat = [np.array(o, np.int32) for group in outputs for o in group]
-    return Rows(
+    return SampleTable(
         prompts=tuple(np.array(p, np.int32) for p in prompts),
         group_of=np.repeat(np.arange(len(prompts)), [len(group) for group in outputs]),
         starts=np.concatenate([[0], np.cumsum([len(o) for o in flat])]),
@@ -52,14 +54,14 @@ def test_balance_by_hand() -> None:
 def test_ranks_are_balanced_by_attention_too() -> None:
     # 6, 3, 3, 2 tokens through the model: L alone gives 6 + 2 against 3 + 3; L + L² is 42 against 12 + 12 + 6
     r = rows([[1]], [[[4] * 6, [4] * 3, [4] * 3, [4] * 2]])
-    assert plan(r, range(1), 2, 100) == [[[0, 3]], [[1, 2]]]
-    assert plan(r, range(1), 2, 100, quadratic=1.0) == [[[0]], [[1, 2, 3]]]
+    assert microbatches(r, range(1), 2, 100) == [[[0, 3]], [[1, 2]]]
+    assert microbatches(r, range(1), 2, 100, quadratic=1.0) == [[[0]], [[1, 2, 3]]]
 
 
 def test_ranks_meet_their_heaviest_microbatches_together() -> None:
     # LPT: 6, 3, 2 to rank 0 and 5, 4 to rank 1; in order of first item rank 0 would begin with 2 + 3
     r = rows([[1]], [[[4] * n for n in (2, 3, 6, 5, 4)]])
-    assert plan(r, range(1), 2, 6) == [[[2], [0, 1]], [[3], [4]]]
+    assert microbatches(r, range(1), 2, 6) == [[[2], [0, 1]], [[3], [4]]]
 
 
 @settings(max_examples=40)
@@ -68,7 +70,7 @@ def test_a_plan_holds_each_sample_once_and_as_many_microbatches_on_each_rank(
     lengths: list[int], ranks: int, budget: int
 ) -> None:
     r = rows([[1, 2], [3]], [[[4] * n for n in lengths[::2]], [[5] * n for n in lengths[1::2]]])
-    parts = plan(r, range(2), ranks, budget)
+    parts = microbatches(r, range(2), ranks, budget)
     assert len({len(p) for p in parts}) == 1
     held = sorted(i for rank in parts for micro in rank for i in micro)
     assert held == [i for i in range(r.size) if r.lengths[i] > 0]

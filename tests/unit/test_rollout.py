@@ -15,7 +15,7 @@ from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Lease, Problem, Sampling
 from offtrail.platform.config.schema import Config
 from offtrail.platform.generator.rollout import Rollout
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.weights.probe import MismatchError
 from offtrail.platform.weights.store import Published
 from offtrail.platform.wire.messages import (
@@ -104,7 +104,7 @@ class FakeEngine:
         """Its server dies with all that runs on it."""
         self.dead, self.queue = [request.id for request in self.queue], []
 
-    def score(self, prompts: Any, outputs: Any, temperature: float, replica: int = 0) -> list[Any]:
+    def logprobs(self, prompts: Any, outputs: Any, temperature: float, replica: int = 0) -> list[Any]:
         assert temperature == 1.0
         return [np.full(len(output), self.scores.get(replica, -1.0), np.float32) for output in outputs]
 
@@ -147,7 +147,7 @@ class FakeVerifiers:
 @dataclass
 class FakeConnection:
     client: FakeClient = field(default_factory=FakeClient)
-    heart: FakeHeart = field(default_factory=FakeHeart)
+    heartbeat: FakeHeart = field(default_factory=FakeHeart)
     activity: Activity = field(default_factory=Activity)
 
 
@@ -203,7 +203,7 @@ def test_a_group_waits_for_its_version_and_then_carries_it() -> None:
     turn(rollout)
     assert rollout.engine.version == 2
     assert sent(rollout, SubmitGroup) == []
-    rollout.connection.heart.version = 3
+    rollout.connection.heartbeat.version = 3
     turn(rollout)
     [submitted] = sent(rollout, SubmitGroup)
     assert (submitted.header.group, submitted.header.attempt) == (5, 1)
@@ -323,7 +323,7 @@ def test_a_refused_request_ends_the_generator_with_the_brokers_words() -> None:
 
 def test_a_silent_broker_ends_the_wait_with_what_on_whom_and_how_long() -> None:
     rollout = make()
-    rollout.connection.heart.lost = 601.0  # type: ignore[misc]
+    rollout.connection.heartbeat.lost = 601.0  # type: ignore[misc]
     with pytest.raises(WaitError, match=r"leases from .*broker"):
         rollout.wait()
 
@@ -338,7 +338,7 @@ def test_the_fixed_text_probe_is_a_gauge_and_an_alarm() -> None:
     assert gauges["mismatch/probe_abs_dlogp_max"] == pytest.approx(0.24)
     assert gauges["mismatch/probe_k3"] == pytest.approx((math.exp(-0.24) - 1 + 0.24) / 24)
     rollout.weights.learner = [-1.0] * 12 + [-1.2] * 12  # type: ignore[attr-defined]
-    rollout.connection.heart.version = 1
+    rollout.connection.heartbeat.version = 1
     rollout.take_replies()
     with pytest.raises(MismatchError, match=r"disagree by 0\.1 nats .* version 1; weights\.probe_alarm=0\.05"):
         rollout.apply_weights()
@@ -400,7 +400,7 @@ def test_every_server_is_probed_and_the_worst_counts() -> None:
     gauges = rollout.connection.activity.snapshot().gauges
     assert gauges["mismatch/probe_abs_dlogp_mean"] == pytest.approx(0.01, rel=1e-3)
     rollout.engine.scores = {1: -2.0}  # type: ignore[attr-defined]
-    rollout.connection.heart.version = 1
+    rollout.connection.heartbeat.version = 1
     rollout.take_replies()
     with pytest.raises(MismatchError):
         rollout.apply_weights()

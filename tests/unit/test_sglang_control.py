@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from offtrail.platform.generator.engines.sglang.control import ControlError, Server, swap
-from offtrail.platform.generator.engines.sglang.servers import Address
+from offtrail.platform.engines.sglang.control import ControlError, Server, swap
+from offtrail.platform.engines.sglang.servers import Address
 
 HERE = Address("http://here", "", "", 1)
 

@@ -10,7 +10,7 @@ import pytest
 
 import offtrail
 from offtrail.platform.config.schema import SglangConfig
-from offtrail.platform.generator.engines.sglang import flags
+from offtrail.platform.engines.sglang import flags
 
 
 def made(place: int = 0, max_length: int = 4096, name: str = "", **settings: Any) -> list[str]:
@@ -29,7 +29,7 @@ def test_settings_become_flags() -> None:
     expected = {
         "--model-path": "/m", "--host": "10.1.1.1", "--port": "5", "--dtype": "bfloat16", "--tp": "1",
         "--max-running-requests": "48", "--stream-interval": "7", "--weight-version": "3", "--context-length": "4102",
-        "--custom-weight-loader": "offtrail.platform.generator.engines.sglang.loader.load",
+        "--custom-weight-loader": "offtrail.platform.engines.sglang.loader.load",
     }  # fmt: skip
     assert {flag: value(line, flag) for flag in expected} == expected
     assert "--incremental-streaming-output" in line

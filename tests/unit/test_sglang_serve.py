@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import offtrail
-from offtrail.platform.generator.engines.sglang import cpu, serve
+from offtrail.platform.engines.sglang import cpu, serve
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_keys_leave_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serve.KEY_VARIABLE not in os.environ
 
 
-DIE = "from offtrail.platform.generator.engines.sglang.serve import die_with; "
+DIE = "from offtrail.platform.engines.sglang.serve import die_with; "
 CHILD = f"import os, sys, time; {DIE}die_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(600)"
 PARENT = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], str(os.getpid())])"
 ENV = os.environ | {"PYTHONPATH": str(Path(offtrail.__file__).parents[1])}

@@ -18,8 +18,8 @@ import pytest
 
 import offtrail
 from offtrail.platform.config.schema import SglangConfig
-from offtrail.platform.generator.engines.sglang import asking, kept, versions
-from offtrail.platform.generator.engines.sglang.servers import ServerError, Servers, read_addresses
+from offtrail.platform.engines.sglang import health, lifecycle, versions
+from offtrail.platform.engines.sglang.servers import ServerError, Servers, read_addresses
 
 FakeServers = Callable[..., Servers]
 
@@ -29,8 +29,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """$FAKE_DIR of the stand-ins."""
     monkeypatch.setenv("FAKE_DIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr(kept, "STARTING_PERIOD_S", 0.02)
-    monkeypatch.setattr(kept, "RUNNING_PERIOD_S", 0.05)
+    monkeypatch.setattr(lifecycle, "STARTING_PERIOD_S", 0.02)
+    monkeypatch.setattr(lifecycle, "RUNNING_PERIOD_S", 0.05)
     return tmp_path
 
 
@@ -141,7 +141,7 @@ def test_a_stopped_tree_is_killed_and_started_anew(make: FakeServers, folder: Pa
 def test_a_server_that_stops_answering_is_killed_and_started_anew(
     make: FakeServers, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(health, "TIMEOUT_S", 0.2)
     servers = make(hang_seconds=0.5)
     until(servers, servers.ready)
     (folder / "hang").touch()
@@ -222,7 +222,7 @@ def test_a_stranger_on_the_port_is_not_taken_for_the_server(
     stranger = make()
     until(stranger, stranger.ready)
     port = int(stranger.address(0).url.rpartition(":")[2])
-    monkeypatch.setattr(kept, "free_port", lambda *_: port)
+    monkeypatch.setattr(lifecycle, "free_port", lambda *_: port)
     servers = make(start_seconds=3.0)
     with pytest.raises(ServerError, match=f"{port}/model_info answers 401"):
         until(servers, servers.ready)
@@ -246,7 +246,7 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from offtrail.platform.config.schema import SglangConfig
-from offtrail.platform.generator.engines.sglang.servers import Servers
+from offtrail.platform.engines.sglang.servers import Servers
 folder = Path(sys.argv[1])
 servers = Servers(SglangConfig(), folder / "model", owner="generator-0", count=1, max_length=64, threads=1,
                   run_dir=folder / "run", command="fake_process")
@@ -328,7 +328,7 @@ def test_an_attached_server_that_dies_is_an_error(running: Servers, folder: Path
 def test_an_attached_server_that_hangs_is_an_error(
     running: Servers, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asking, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(health, "TIMEOUT_S", 0.2)
     servers = attach(folder, running.address(0).url, hang_seconds=0.5)
     until(servers, servers.ready)
     (folder / "hang").touch()
@@ -339,7 +339,7 @@ def test_an_attached_server_that_hangs_is_an_error(
 def test_an_attached_server_that_is_not_there_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFTRAIL_SGLANG_KEY", "a")
     monkeypatch.setenv("OFFTRAIL_SGLANG_ADMIN_KEY", "b")
-    url = f"http://127.0.0.1:{kept.free_port('127.0.0.1')}"
+    url = f"http://127.0.0.1:{lifecycle.free_port('127.0.0.1')}"
     text = refusal(attach(folder, url, start_seconds=0.5))
     assert text.startswith(f"engine.urls: waited for {url} ({url}) since ")
     assert "Connection refused" in text

@@ -13,14 +13,13 @@ import pytest
 from offtrail.platform.config.schema import Config, ModelConfig, SftConfig
 from offtrail.platform.launcher import start
 from offtrail.platform.launcher.start import (
-    StartError,
     cache_dir,
     cache_key,
     cold_start,
     prepare_start_model,
-    resolve,
     run_sft,
 )
+from offtrail.platform.model.start import StartError, resolve
 from offtrail.tasks.config import AdditionConfig
 
 

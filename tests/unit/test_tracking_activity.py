@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from offtrail.platform.tracking import activity as module
-from offtrail.platform.tracking.activity import Activity
+from offtrail.platform.runtime import activity as module
+from offtrail.platform.runtime.activity import Activity
 
 
 class Clock:

@@ -172,7 +172,8 @@ def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
 def test_the_tracking_of_a_run_imports_no_torch():
     code = (
         "import sys, offtrail.platform.tracking.tensorboard, offtrail.platform.tracking.summary as s;"
-        "import offtrail.platform.tracking.progress, offtrail.platform.tracking.plot, offtrail.platform.wire.heart;"
+        "import offtrail.platform.tracking.progress, offtrail.platform.tracking.plot;"
+        "import offtrail.platform.runtime.heartbeat;"
         "s.package_versions();"
         "sys.exit(any(name.split('.')[0] in ('torch', 'transformers', 'tensorflow') for name in sys.modules))"
     )

@@ -20,9 +20,9 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
-from offtrail.platform.config.schema import Config, EngineConfig
-from offtrail.platform.generator.engines.local import LocalEngine
-from offtrail.platform.learner.tiny import save_start
+from offtrail.platform.config.schema import Config, LocalConfig
+from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.model.tiny import save_start
 from offtrail.platform.weights import files, store
 from offtrail.platform.weights.files import file_system
 from offtrail.platform.weights.probe import probe_text
@@ -412,7 +412,7 @@ def test_tensors_are_cast_when_they_are_published(place):
 def test_an_engine_of_bfloat16_is_the_same_by_either_cast(tmp_path):
     save_start(tmp_path / "start", Config().model, 0)
     weights = {n: t + 0.001 * torch.randn_like(t) for n, t in load_file(tmp_path / "start/model.safetensors").items()}
-    config = EngineConfig(dtype="bfloat16", max_running=2)
+    config = LocalConfig(dtype="bfloat16", max_running=2)
     prompt, output = probe_text(32)
     scores = []
     for dtype in (None, torch.bfloat16):
@@ -422,7 +422,7 @@ def test_an_engine_of_bfloat16_is_the_same_by_either_cast(tmp_path):
         with Subscriber(publisher.folder).open(1) as published:
             assert published["model.norm.weight"].dtype == (dtype or torch.float32)
             engine.load_weights(1, published)
-        scores.append(engine.score([prompt], [output], 1.0)[0])
+        scores.append(engine.logprobs([prompt], [output], 1.0)[0])
         publisher.close()
     assert scores[0].tolist() == scores[1].tolist()
 

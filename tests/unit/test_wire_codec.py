@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from offtrail.platform.wire.codec import DTYPES, LARGE_BYTES, MAX_BYTES, WireError, decode, encode
-from offtrail.platform.wire.messages import PROTOCOL, Commit, Done, Heartbeat, Hello, LeaseRequest, VersionHint
+from offtrail.platform.wire.messages import PROTOCOL, Acknowledged, Commit, Heartbeat, Hello, LeaseRequest, VersionHint
 
 ARRAYS = st.lists(
     st.sampled_from(DTYPES).flatmap(
@@ -26,7 +26,7 @@ MESSAGES = st.one_of(
     st.builds(Commit, step=st.integers(-1, 99), version=st.integers(0, 99), checksum=st.text(),
               metrics=st.dictionaries(st.text(), st.floats(allow_nan=False))),
     st.builds(VersionHint, version=st.integers(0, 99)),
-    st.just(Done()),
+    st.just(Acknowledged()),
 )  # fmt: skip
 HEAD = struct.Struct("<4sHHI")
 
@@ -39,7 +39,7 @@ def head(payload: bytes, tail: bytes = b"", protocol: int = PROTOCOL) -> bytes:
 def announcing(specs: list[list[object]], tail: bytes = b"") -> bytes:
     """A head that announces arrays of the given [dtype number, dim, dim, …]."""
     kinds = bytes(16 * (len(spec) - 1) + int(spec[0]) for spec in specs)  # type: ignore[call-overload]
-    return head(msgspec.msgpack.encode((Done(), kinds, [dim for spec in specs for dim in spec[1:]])), tail)
+    return head(msgspec.msgpack.encode((Acknowledged(), kinds, [dim for spec in specs for dim in spec[1:]])), tail)
 
 
 def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
@@ -59,14 +59,14 @@ def test_round_trip_is_exact(message, arrays):
 @pytest.mark.parametrize("size", [LARGE_BYTES - 1, LARGE_BYTES, LARGE_BYTES + 1])
 def test_small_arrays_share_the_head_and_large_ones_have_a_frame(size):
     arrays = [np.arange(3), np.arange(size, dtype=np.uint32).astype(np.uint8), np.ones((2, 2))]
-    frames = encode(Done(), arrays)
+    frames = encode(Acknowledged(), arrays)
     assert len(frames) == (1 if size < LARGE_BYTES else 2)
     assert same(decode([bytes(frame) for frame in frames])[1], arrays)
 
 
 def test_large_arrays_are_neither_copied_on_encode_nor_on_decode():
     array = np.zeros(LARGE_BYTES, np.uint8)
-    frames = encode(Done(), [array])
+    frames = encode(Acknowledged(), [array])
     (view,) = decode(frames)[1]
     array[5] = 77
     assert view[5] == 77
@@ -75,11 +75,13 @@ def test_large_arrays_are_neither_copied_on_encode_nor_on_decode():
 def test_arrays_that_are_not_contiguous_arrive_by_value():
     array = np.arange(40_000, dtype=np.float64).reshape(200, 200).T
     small = array[::7, ::9]
-    assert same(decode(encode(Done(), [array, small]))[1], [np.ascontiguousarray(array), np.ascontiguousarray(small)])
+    assert same(
+        decode(encode(Acknowledged(), [array, small]))[1], [np.ascontiguousarray(array), np.ascontiguousarray(small)]
+    )
 
 
 def test_decoded_arrays_are_read_only():
-    frames = [bytearray(frame) for frame in encode(Done(), [np.arange(3), np.zeros(LARGE_BYTES)])]
+    frames = [bytearray(frame) for frame in encode(Acknowledged(), [np.arange(3), np.zeros(LARGE_BYTES)])]
     for array in decode(frames)[1]:
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
@@ -94,7 +96,7 @@ def test_small_arrays_are_aligned_behind_odd_ones(odd):
 @pytest.mark.parametrize("dtype", [object, np.complex64, ">i4", "U3", bool])
 def test_encode_names_a_dtype_that_the_wire_does_not_carry(dtype):
     with pytest.raises(WireError, match="array 1 has dtype"):
-        encode(Done(), [np.zeros(1), np.zeros(2, dtype)])
+        encode(Acknowledged(), [np.zeros(1), np.zeros(2, dtype)])
 
 
 @pytest.mark.parametrize("protocol", [0, PROTOCOL + 1, 65535])
@@ -112,12 +114,12 @@ def test_another_protocol_is_named_whatever_follows(protocol):
         ([head(b"\xc1")], "header"),
         ([HEAD.pack(b"offt", PROTOCOL, 0, 4_000_000_000)], "needs 4000000012"),
         ([head(msgspec.msgpack.encode(({"type": "Launch"}, b"", [])))], "Launch"),
-        ([head(msgspec.msgpack.encode(({"type": "Done"},)))], "header"),
+        ([head(msgspec.msgpack.encode(({"type": "Acknowledged"},)))], "header"),
         ([head(msgspec.msgpack.encode(({"type": "LeaseRequest", "room": "9", "version": 0}, b"", [])))], "room"),
         ([announcing([[15, 1]])], "dtype number 15"),
-        ([head(msgspec.msgpack.encode((Done(), [16], [1])))], "header"),
-        ([head(msgspec.msgpack.encode((Done(), b"\x10", [])))], "arrays: buffer is smaller"),
-        ([head(msgspec.msgpack.encode((Done(), b"", [1])))], "1 dimensions, where the arrays have 0"),
+        ([head(msgspec.msgpack.encode((Acknowledged(), [16], [1])))], "header"),
+        ([head(msgspec.msgpack.encode((Acknowledged(), b"\x10", [])))], "arrays: buffer is smaller"),
+        ([head(msgspec.msgpack.encode((Acknowledged(), b"", [1])))], "1 dimensions, where the arrays have 0"),
         ([announcing([[0, -1]])], "header"),
         ([announcing([[0, 1.5]])], "header"),
         ([announcing([[0, MAX_BYTES + 1]])], "header"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from offtrail.core.types import Group, Problem
 from offtrail.platform.wire.codec import WireError, decode, encode
 from offtrail.platform.wire.groups import arrays_per_group, group_frames, group_from, pack_group, unpack_group
-from offtrail.platform.wire.messages import BatchReply, Done, SubmitGroup
+from offtrail.platform.wire.messages import Acknowledged, BatchReply, SubmitGroup
 
 
 def make_group(
@@ -153,7 +153,7 @@ def test_damaged_blobs_decode_to_a_checked_group_or_give_a_wire_error(data):
 
 
 def test_a_blob_of_another_message_is_refused():
-    (frame,) = encode(Done())
+    (frame,) = encode(Acknowledged())
     blob = (1).to_bytes(4, "little") + len(frame).to_bytes(8, "little") + bytes(frame)
-    with pytest.raises(WireError, match="holds Done"):
+    with pytest.raises(WireError, match="holds Acknowledged"):
         unpack_group(blob)

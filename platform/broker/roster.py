@@ -1,0 +1,80 @@
+"""Who takes part in the run: one Member for each role process, fed by its heartbeats.
+
+Called by broker.py. Invariant: shares of time are differences between two heartbeats of one process over the time
+between them, so that they lie in [0, 1] however short a learner step is. They begin at the first heartbeat after the
+first version is out: start-up is in none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from offtrail.platform.wire.messages import Heartbeat
+
+
+@dataclass
+class Member:
+    """One role process. Times are of the broker's clock; ``mark`` is the heartbeat at the last commit."""
+
+    role: str
+    index: int
+    pid: int
+    life: int
+    heard: float
+    beat: Heartbeat | None = None
+    beat_at: float = 0.0
+    mark: tuple[float, dict[str, float]] | None = None
+    lost: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as generator-0: the identity under which it dials."""
+        return f"{self.role}-{self.index}"
+
+    def take(self, beat: Heartbeat, now: float) -> bool:
+        """Note a heartbeat; whether the compute ledger moved since the last one."""
+        moved = self.beat is None or beat.compute != self.beat.compute
+        self.beat, self.beat_at = beat, now
+        if self.mark is None:
+            self.mark = (now, beat.seconds)
+        return moved
+
+    def window(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the mark, and of these by activity; the mark moves to the newest heartbeat."""
+        if self.beat is None or self.mark is None:
+            return 0.0, {}
+        at, before = self.mark
+        self.mark = (self.beat_at, self.beat.seconds)
+        spent = {name: total - before.get(name, 0.0) for name, total in self.beat.seconds.items()}
+        return self.beat_at - at, spent
+
+
+@dataclass
+class Roster:
+    """The members by name, such as generator-0."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.members
+
+    def get(self, name: str) -> Member | None:
+        """The member of that name, if it has said Hello."""
+        return self.members.get(name)
+
+    def add(self, member: Member) -> None:
+        """A role process begins; it takes the place of an earlier one of its name."""
+        self.members[member.name] = member
+
+    def alive(self, role: str) -> list[Member]:
+        """The members of a role whose heartbeats come."""
+        return [m for m in self if m.role == role and not m.lost]
+
+
+def names(members: Iterable[Member]) -> str:
+    """For a sentence."""
+    return ", ".join(m.name for m in members) or "nobody"

@@ -1,0 +1,172 @@
+"""The broker's numbers: its part of a learner step's metrics, and the contents of summary.json.
+
+Called by broker.py with what the ledger counts and the roster has heard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from offtrail.platform.broker.admission import REASONS, Tally
+from offtrail.platform.broker.ledger import Ages, Audit, Ledger
+from offtrail.platform.broker.roster import Roster
+
+Row = dict[str, float]
+
+
+@dataclass
+class RunMetrics:
+    """Sums of one run, across its restarts: what was spent before stands in the ledger."""
+
+    ledger: Ledger
+    roster: Roster
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self._began = self._committed_at = self.clock()
+        self._wall_before = float(self.ledger.get("wall_seconds") or 0.0)
+        self._time: dict[str, float] = json.loads(self.ledger.get("time") or "{}")
+        self._shares: Row = {}
+        self._tokens_at_commit = self.ledger.tally().tokens
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of all lives of the run's broker, up to now or (earlier lives) their last commit."""
+        return self._wall_before + self.clock() - self._began
+
+    def mark(self) -> None:
+        """The training clock starts now: the first version is out."""
+        self._committed_at = self.clock()
+        self._tokens_at_commit = self.ledger.tally().tokens
+        for member in self.roster:
+            member.mark = None  # the next heartbeat begins its window: this one's time is partly start-up
+
+    def row(self, ages: Ages, samples: int) -> Row:
+        """The broker's metrics of one commit; ``ages`` of its batch, ``samples`` in it. Moves the marks."""
+        now, tally = self.clock(), self.ledger.tally()
+        seconds = max(1e-9, now - self._committed_at)
+        generated = tally.tokens - self._tokens_at_commit
+        self._committed_at, self._tokens_at_commit = now, tally.tokens
+        self._spend()
+        return {
+            **queue_row(tally),
+            **staleness_row(ages),
+            "staleness/in_flight_mean": ages.flight_sum / max(1, ages.tokens),
+            "staleness/in_queue_mean": ages.queue_sum / max(1, ages.tokens),
+            "throughput/trained_tokens_per_second": ages.tokens / seconds,
+            "throughput/generated_tokens_per_second": generated / seconds,
+            "throughput/samples_per_second": samples / seconds,
+            "time/step_seconds": seconds,
+            **self._shares,
+            **self.mismatch(),
+            **self.compute(),
+        }
+
+    def remarks(self) -> dict[str, str]:
+        """What the next life needs to go on with these sums."""
+        return {"wall_seconds": str(self.wall_seconds), "time": json.dumps(self._time)}
+
+    def compute(self) -> Row:
+        """compute/ROLE_NAME: the compute ledger's totals over all processes and lives."""
+        return {
+            f"compute/{role}_{slug(name)}": amount
+            for role, amounts in sorted(self.ledger.charges().items())
+            for name, amount in sorted(amounts.items())
+        }
+
+    def mismatch(self) -> Row:
+        """mismatch/probe_*: the generators' last comparisons on the fixed text, the worst of them."""
+        gauges = [m.beat.gauges for m in self.roster if m.beat is not None]
+        found = sorted({name for gauge in gauges for name in gauge if name.startswith("mismatch/")})
+        return {name: max(gauge[name] for gauge in gauges if name in gauge) for name in found}
+
+    def busy_fraction(self, role: str) -> float | None:
+        """Busy share of the time from the first version to the last commit, over all processes of a role; None where
+        that was too short for two heartbeats of one of them.
+        """
+        total = self._time.get(f"{role}/window", 0.0)
+        return self._time.get(f"{role}/busy", 0.0) / total if total else None
+
+    def _spend(self) -> None:
+        """Shares of time by role since the last commit; a role without a new heartbeat keeps its last ones."""
+        for role in {m.role for m in self.roster}:
+            windows = [m.window() for m in self.roster if m.role == role]
+            total = sum(seconds for seconds, _ in windows)
+            if total <= 0:
+                continue
+            spent: dict[str, float] = {}
+            for _, parts in windows:
+                for name, seconds in parts.items():
+                    spent[name] = spent.get(name, 0.0) + seconds
+            busy = sum(seconds for name, seconds in spent.items() if name.startswith("busy/"))
+            self._time[f"{role}/window"] = self._time.get(f"{role}/window", 0.0) + total
+            self._time[f"{role}/busy"] = self._time.get(f"{role}/busy", 0.0) + busy
+            self._shares[f"time/{role}_busy"] = busy / total
+            self._shares |= {f"time/{role}_{slug(name)}": seconds / total for name, seconds in spent.items()}
+
+    def summary(self, status: str, reason: str, seed: int, version: int, audit: Audit) -> dict[str, Any]:
+        """The contents of summary.json (versions and git_commit are added where it is written)."""
+        ledger, tally, ages = self.ledger, self.ledger.tally(), self.ledger.ages()
+        evals = [scores["eval/accuracy"] for scores in ledger.evals().values() if "eval/accuracy" in scores]
+        first, last = ledger.edge_metrics("reward/accuracy")
+        return {
+            "status": status,
+            **({"reason": reason} if reason else {}),
+            "steps": max(0, version),
+            "wall_seconds": self.wall_seconds,
+            "eval/accuracy_first": evals[0] if evals else None,
+            "eval/accuracy_last": evals[-1] if evals else None,
+            "reward/accuracy_first": first,
+            "reward/accuracy_last": last,
+            **group_counts(tally),
+            # The counters are exact at every moment, the recount is as new as the last checkpoint.
+            "groups/lost": max(audit.lost, tally.admitted - tally.accounted),
+            "groups/duplicated": audit.duplicated,
+            **staleness_row(ages),
+            "archive/unsealed": len(ledger.unsealed()),
+            "tokens/generated": tally.tokens,
+            "tokens/trained": ages.tokens,
+            "learner/busy_fraction": self.busy_fraction("learner"),
+            "generator/busy_fraction": self.busy_fraction("generator"),
+            "weights/publish_seconds_mean": ledger.mean_metric("weights/publish_seconds"),
+            "lineage": ledger.lineage,
+            "seed": seed,
+        }
+
+
+def staleness_row(ages: Ages) -> Row:
+    """Staleness of tokens, in versions; ``staleness/stale_token_share``: of those one version old or more."""
+    tokens = max(1, ages.tokens)
+    return {
+        "staleness/max": float(ages.age_max),
+        "staleness/mean": ages.age_sum / tokens,
+        "staleness/stale_token_share": ages.stale_tokens / tokens,
+    }
+
+
+def queue_row(tally: Tally) -> Row:
+    """How many groups wait, are being made, and were ever refused (in all and by reason)."""
+    return {
+        "queue/groups": float(tally.queued),
+        "queue/leased": float(tally.leased),
+        "queue/refused": float(sum(tally.refused.values())),
+        **{f"queue/refused_{reason}": float(n) for reason, n in tally.refused.items() if n},
+    }
+
+
+def group_counts(tally: Tally) -> dict[str, Any]:
+    """The groups/… keys of summary.json but for the audit's."""
+    return {
+        "groups/admitted": tally.admitted,
+        "groups/trained": tally.trained,
+        "groups/refused": {reason: tally.refused.get(reason, 0) for reason in REASONS},
+        "groups/in_flight": tally.leased + tally.queued + tally.training,
+    }
+
+
+def slug(name: str) -> str:
+    """An activity's or charge's name as part of a metric's: "waiting/a version" → "waiting_a_version"."""
+    return "_".join("".join(c if c.isalnum() else " " for c in name).split())

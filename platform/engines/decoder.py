@@ -1,0 +1,328 @@
+"""A decoder-only forward over Hugging Face tensors, for few operations a layer: Qwen3, Qwen2 and Llama.
+
+Invariant: on the same weights the log-probabilities equal those of transformers' modules to float32 rounding.
+How it differs from them, and why that changes nothing: q, k, v are one matrix and so are gate and up; the rows of q and
+k (and the q/k norms) are stored with each rotary pair side by side, so that a rotation is one complex product, and
+since q and k are permuted alike their inner products stay.
+
+Legend of shapes: N tokens (of a decode step, or of a padded batch laid flat), C hidden size, H query heads, K key/value
+heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from offtrail.platform.engines.cost import Cost
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """The architecture, as read from a Hugging Face config.json."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp_size: int
+    norm_eps: float
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    max_positions: int
+    rope_theta: float
+    rope_scaling: Mapping[str, float] | None
+    """Llama 3's rule (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings), or none."""
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of every tensor that a checkpoint of this architecture holds."""
+        C, H, K, D, M = self.hidden_size, self.heads, self.kv_heads, self.head_size, self.mlp_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, C),
+            "model.norm.weight": (C,),
+        }
+        if not self.tied:
+            shapes["lm_head.weight"] = (self.vocab_size, C)
+        for i in range(self.layers):
+            layer = f"model.layers.{i}"
+            shapes[f"{layer}.input_layernorm.weight"] = (C,)
+            shapes[f"{layer}.post_attention_layernorm.weight"] = (C,)
+            for name, rows, columns, bias in (
+                ("self_attn.q_proj", H * D, C, self.qkv_bias),
+                ("self_attn.k_proj", K * D, C, self.qkv_bias),
+                ("self_attn.v_proj", K * D, C, self.qkv_bias),
+                ("self_attn.o_proj", C, H * D, self.o_bias),
+                ("mlp.gate_proj", M, C, self.mlp_bias),
+                ("mlp.up_proj", M, C, self.mlp_bias),
+                ("mlp.down_proj", C, M, self.mlp_bias),
+            ):
+                shapes[f"{layer}.{name}.weight"] = (rows, columns)
+                if bias:
+                    shapes[f"{layer}.{name}.bias"] = (rows,)
+            if self.qk_norm:
+                shapes[f"{layer}.self_attn.q_norm.weight"] = (D,)
+                shapes[f"{layer}.self_attn.k_norm.weight"] = (D,)
+        return shapes
+
+
+def read_spec(model_dir: Path) -> Spec:
+    """The architecture of ``model_dir``/config.json; ValueError in one line where this forward does not cover it."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.path={model_dir}: no config.json there; give a Hugging Face model directory")
+    config: dict[str, Any] = json.loads(path.read_text())
+    family = config.get("model_type")
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"{path}: {what}; the local engine supports {', '.join(FAMILIES)} without it")
+
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{path}: model_type={family} is not supported by the local engine; supported: {', '.join(FAMILIES)}"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise refuse(f"hidden_act={config['hidden_act']}")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise refuse("sliding-window attention")
+    if config.get("quantization_config"):
+        raise refuse("quantization_config")
+    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise refuse(f"rope_type={kind} (default and llama3 are)")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise refuse("partial_rotary_factor")
+    scaling_keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    heads = int(config["num_attention_heads"])
+    bias = bool(config.get("attention_bias", False))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    default_size = 128 if family == "qwen3" else config["hidden_size"] // heads
+    head_size = int(config.get("head_dim") or default_size)
+    if heads % kv_heads or head_size % 2:
+        raise ValueError(f"{path}: {heads} heads, {kv_heads} key/value heads of size {head_size} do not fit together")
+    return Spec(
+        family=family,
+        vocab_size=int(config["vocab_size"]),
+        hidden_size=int(config["hidden_size"]),
+        layers=int(config["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        mlp_size=int(config["intermediate_size"]),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=True if family == "qwen2" else bias,
+        o_bias=False if family == "qwen2" else bias,
+        mlp_bias=bool(config.get("mlp_bias", False)) if family == "llama" else False,
+        qk_norm=family == "qwen3",
+        max_positions=int(config.get("max_position_embeddings", 2048 if family == "llama" else 32768)),
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        rope_scaling={key: float(rope[key]) for key in scaling_keys} if kind == "llama3" else None,
+    )
+
+
+def read_weights(model_dir: Path) -> dict[str, Tensor]:
+    """Tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    index = model_dir / "model.safetensors.index.json"
+    single = model_dir / "model.safetensors"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif single.is_file():
+        files = [single.name]
+    else:
+        raise ValueError(f"model.path={model_dir}: no model.safetensors there; save the model with save_pretrained")
+    weights: dict[str, Tensor] = {}
+    for name in files:
+        with safe_open(model_dir / name, framework="pt") as file:
+            weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  (not a mapping)
+    return weights
+
+
+def rotary_table(spec: Spec, positions: int) -> Tensor:
+    """(cos, sin) of each rotary pair, [positions, D] float32 with a pair's two values side by side.
+
+    Llama 3 scaling (The Llama 3 Herd of Models, and its release): wavelengths above original/low are slowed by
+    ``factor``, those below original/high stay, and between them the two are blended linearly in original/wavelength.
+    """
+    D = spec.head_size
+    frequency = 1.0 / (spec.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D))
+    if spec.rope_scaling is not None:
+        s = spec.rope_scaling
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = s["original_max_position_embeddings"] / (2 * math.pi / frequency)
+        blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        frequency = (1 - blend) * frequency / s["factor"] + blend * frequency
+    angle = torch.arange(positions, dtype=torch.float32)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1)
+
+
+def _paired(rows: Tensor, head_size: int) -> Tensor:
+    """Rows of q or k [heads·D, …] reordered so that the rotary partners d and d + D/2 of a head stand side by side."""
+    halves = rows.view(-1, 2, head_size // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer's storage. ``qk_norm`` [H + K, D] stacks q_norm and k_norm, one row a head."""
+
+    norm_1: Tensor
+    norm_2: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) → [n, H·D] for the last n ≤ N tokens, the only ones that go on."""
+
+
+class Decoder:
+    """The weights, in storage of its own, and the forward over them. Raises ValueError on weights of another shape."""
+
+    def __init__(self, spec: Spec, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec, self.dtype, self.device = spec, dtype, device
+        C, D, M = spec.hidden_size, spec.head_size, spec.mlp_size
+        self._qk = (spec.heads + spec.kv_heads) * D
+        self._qkv = self._qk + spec.kv_heads * D
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.embed = empty(spec.vocab_size, C)
+        self.head = self.embed if spec.tied else empty(spec.vocab_size, C)
+        self.norm = empty(C)
+        self.layers = [
+            _Layer(
+                norm_1=empty(C),
+                norm_2=empty(C),
+                qkv=empty(self._qkv, C),
+                qkv_bias=empty(self._qkv) if spec.qkv_bias else None,
+                qk_norm=empty(spec.heads + spec.kv_heads, D) if spec.qk_norm else None,
+                o=empty(C, spec.heads * D),
+                o_bias=empty(C) if spec.o_bias else None,
+                gate_up=empty(2 * M, C),
+                gate_up_bias=empty(2 * M) if spec.mlp_bias else None,
+                down=empty(C, M),
+                down_bias=empty(C) if spec.mlp_bias else None,
+            )
+            for _ in range(spec.layers)
+        ]
+        self._rotary = rotary_table(spec, max_length).to(device)
+        self.cost = Cost.of(
+            parameters=sum(math.prod(shape) for shape in spec.tensors().values()),
+            vocab_size=spec.vocab_size,
+            hidden_size=C,
+            tied=spec.tied,
+            layers=spec.layers,
+            heads=spec.heads,
+            head_size=D,
+        )
+
+    def check(self, weights: Mapping[str, Any]) -> None:
+        """ValueError, naming the first tensors that are missing, unknown or of another shape."""
+        expected = self.spec.tensors()
+        given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if self.spec.tied:  # a state dict lists the tied output layer a second time
+            given.pop("lm_head.weight", None)
+        missing = sorted(expected.keys() - given.keys())
+        unknown = sorted(given.keys() - expected.keys())
+        if missing or unknown:
+            parts = [f"{what} {names[:3]}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+            raise ValueError(f"weights do not fit this {self.spec.family} model: {'; '.join(parts)}")
+        for name, shape in expected.items():
+            if given[name] != shape:
+                raise ValueError(
+                    f"weights do not fit this {self.spec.family} model: {name} is {given[name]}, not {shape}"
+                )
+
+    def load(self, weights: Mapping[str, Any]) -> None:
+        """Copy checked weights into place; nothing of ``weights`` is kept."""
+        self.check(weights)
+        spec, D = self.spec, self.spec.head_size
+        q_rows, k_rows = spec.heads * D, spec.kv_heads * D
+        self.embed.copy_(weights["model.embed_tokens.weight"])
+        self.norm.copy_(weights["model.norm.weight"])
+        if not spec.tied:
+            self.head.copy_(weights["lm_head.weight"])
+        for i, layer in enumerate(self.layers):
+            name = f"model.layers.{i}."
+            layer.norm_1.copy_(weights[name + "input_layernorm.weight"])
+            layer.norm_2.copy_(weights[name + "post_attention_layernorm.weight"])
+            for fused, kind in ((layer.qkv, "weight"), (layer.qkv_bias, "bias")):
+                if fused is not None:
+                    q, k, v = fused[:q_rows], fused[q_rows : q_rows + k_rows], fused[q_rows + k_rows :]
+                    q.copy_(_paired(weights[f"{name}self_attn.q_proj.{kind}"], D))
+                    k.copy_(_paired(weights[f"{name}self_attn.k_proj.{kind}"], D))
+                    v.copy_(weights[f"{name}self_attn.v_proj.{kind}"])
+            if layer.qk_norm is not None:
+                layer.qk_norm[: spec.heads].copy_(_paired(weights[name + "self_attn.q_norm.weight"], D))
+                layer.qk_norm[spec.heads :].copy_(_paired(weights[name + "self_attn.k_norm.weight"], D))
+            for fused, kind in ((layer.gate_up, "weight"), (layer.gate_up_bias, "bias")):
+                if fused is not None:
+                    gate, up = fused.chunk(2)
+                    gate.copy_(weights[f"{name}mlp.gate_proj.{kind}"])
+                    up.copy_(weights[f"{name}mlp.up_proj.{kind}"])
+            for tensor, key in (
+                (layer.o, "self_attn.o_proj.weight"),
+                (layer.o_bias, "self_attn.o_proj.bias"),
+                (layer.down, "mlp.down_proj.weight"),
+                (layer.down_bias, "mlp.down_proj.bias"),
+            ):
+                if tensor is not None:
+                    tensor.copy_(weights[name + key])
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [n, C] before the last norm, of ``tokens`` [N] at ``positions`` [N]; n is ``attend``'s."""
+        spec = self.spec
+        shape = (len(tokens), spec.heads + spec.kv_heads, spec.head_size)
+        x = F.embedding(tokens, self.embed)
+        rotation = torch.view_as_complex(self._rotary.index_select(0, positions).view(shape[0], 1, -1, 2))
+        for i, layer in enumerate(self.layers):
+            h = F.rms_norm(x, x.shape[1:], layer.norm_1, spec.norm_eps)
+            qkv = F.linear(h, layer.qkv, layer.qkv_bias)
+            qk = qkv[:, : self._qk].view(shape)
+            if layer.qk_norm is not None:
+                qk = F.rms_norm(qk, shape[2:], None, spec.norm_eps).mul_(layer.qk_norm)
+            pairs = torch.view_as_complex(qk.float().view(*shape[:2], -1, 2))
+            qk = torch.view_as_real(pairs * rotation).flatten(2).to(self.dtype)
+            v = qkv[:, self._qk :].view(shape[0], spec.kv_heads, spec.head_size)
+            attended = attend(i, qk[:, : spec.heads], qk[:, spec.heads :], v)
+            x = _add_linear(x[len(x) - len(attended) :], attended, layer.o, layer.o_bias)
+            h = F.rms_norm(x, x.shape[1:], layer.norm_2, spec.norm_eps)
+            gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=1)
+            x = _add_linear(x, F.silu(gate).mul_(up), layer.down, layer.down_bias)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, C] → [N, V] float32."""
+        return F.linear(F.rms_norm(hidden, hidden.shape[1:], self.norm, self.spec.norm_eps), self.head).float()
+
+
+def _add_linear(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X + inputs · weightᵀ (+ bias), the residual added by the matrix product itself."""
+    out = torch.addmm(x, inputs, weight.t())
+    return out if bias is None else out.add_(bias)

@@ -1,0 +1,40 @@
+"""Which engine a role drives: the configuration's, or the embedded one for an evaluator that is told so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from offtrail.core.protocols import Engine
+from offtrail.platform.config.schema import SglangConfig
+from offtrail.platform.runtime.context import RoleContext
+
+
+def make_engine(context: RoleContext) -> Engine:
+    """The engine of one generator or of the evaluator, over the start model."""
+    config, evaluates = context.config, context.role == "evaluator"
+    threads = config.eval.threads if evaluates else config.generator.threads
+    longest = config.model.max_length
+    if isinstance(config.engine, SglangConfig) and not (evaluates and config.eval.engine == "local"):
+        from offtrail.platform.engines.sglang.engine import SglangEngine  # aiohttp: only where it is used
+
+        return SglangEngine(
+            context.start_model,
+            replace(config.engine, device=first_device(config.engine, config.generator.count, context)),
+            max_length=longest,
+            threads=threads,
+            owner=f"{context.role}-{context.index}",
+            count=1 if evaluates else config.engine.servers,
+            run_dir=context.run_dir,
+        )
+    from offtrail.platform.engines.local import LocalEngine
+
+    return LocalEngine(context.start_model, config.engine, max_length=longest, threads=threads)
+
+
+def first_device(engine: SglangConfig, generators: int, context: RoleContext) -> str:
+    """Where the servers of this role begin: each generator's after those of the one before, the evaluator's last."""
+    kind, _, number = engine.device.partition(":")
+    if kind != "cuda":
+        return engine.device
+    before = generators if context.role == "evaluator" else context.index
+    return f"cuda:{int(number or 0) + before * engine.servers * engine.tensor_parallel}"

@@ -1,0 +1,96 @@
+"""One SGLang server: `python -m offtrail.platform.engines.sglang.serve PARENT_PID [flags of sglang …]`.
+
+    servers.py ──► this process: HTTP, tokenizer ──spawn──► scheduler, detokenizer
+
+It runs the installed sglang as it is, after cpu.py has made the imports possible that `--device cpu` has nothing for,
+or that a GPU installation without grammars and sound lacks. Log lines go to stdout and stderr, which the caller
+redirects.
+
+Invariant: none of these processes outlives PARENT_PID, the thread that started it, or the process that spawned it: the
+kernel kills them.
+
+Trap: sglang starts its children by multiprocessing's "spawn", which runs this module again in each of them, as
+__mp_main__: what must be so there too stands at the module's level, not in `main`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+
+from offtrail.platform.runtime.host import die_with
+
+KEY_VARIABLE = "OFFTRAIL_SGLANG_KEY"
+"""The user key: /generate and the OpenAI API."""
+ADMIN_KEY_VARIABLE = "OFFTRAIL_SGLANG_ADMIN_KEY"
+"""The key of the control endpoints: abort, pause, weights."""
+
+
+def device_of(flags: Sequence[str]) -> str:
+    """The value of the last `--device`; empty where there is none, and sglang finds out."""
+    device = ""
+    for flag, following in zip(flags, [*flags[1:], ""], strict=False):
+        name, equals, value = flag.partition("=")
+        if name == "--device":
+            device = value if equals else following
+    return device
+
+
+def keys_as_flags() -> list[str]:
+    """The two keys, out of the environment: other users can read a command line, and children need them not."""
+    flags = []
+    for flag, variable in (("--api-key", KEY_VARIABLE), ("--admin-api-key", ADMIN_KEY_VARIABLE)):
+        if key := os.environ.pop(variable, ""):
+            flags += [flag, key]
+    return flags
+
+
+def grammar_flags() -> list[str]:
+    """`--grammar-backend none` where the package of sglang's default is a stub; the caller's flags come after."""
+    from offtrail.platform.engines.sglang import cpu
+
+    return ["--grammar-backend", "none"] if cpu.stands_in_for(cpu.GRAMMARS) else []
+
+
+def guard_server_info() -> None:
+    """Let /server_info take the admin key only: it answers with every setting of the server, both keys among them."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.auth import AuthLevel
+
+    for endpoint in (http_server.server_info, http_server.get_server_info):
+        endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until the process is ended; the exit status."""
+    die_with(int(argv[0]))
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    settings = prepare_server_args([*grammar_flags(), *argv[1:], *keys_as_flags()])
+    guard_server_info()
+    try:
+        run_server(settings)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+    return 0
+
+
+if __name__ == "__mp_main__" and (spawner := multiprocessing.parent_process()) is not None:
+    # sglang asks for it too, but only after seconds of imports, in which the spawner may be killed.
+    assert spawner.pid is not None
+    die_with(spawner.pid)
+if __name__ in ("__main__", "__mp_main__"):
+    from offtrail.platform.engines.sglang import cpu
+
+    if device_of(sys.argv[2:]) == "cpu":
+        cpu.install()
+    else:
+        cpu.install_features()
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

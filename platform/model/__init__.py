@@ -1,0 +1,1 @@
+"""A Hugging Face model on packed tokens, its heads and its text."""

@@ -1,0 +1,169 @@
+"""The policy as the learner sees it: packed samples in, log-probability and entropy of each output token out.
+
+train.py calls ``Policy``; its forward runs transformers' decoder on flat tokens (attention.py) and then the head
+(head.py).
+
+Invariant (I5): log-probabilities are of the logits divided by the group's sampling temperature, in float32, over the
+full vocabulary, so that they are comparable with the engine's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from offtrail.platform.model import attention
+from offtrail.platform.model.fused import fuse
+from offtrail.platform.model.head import (
+    Head,
+    LossOf,
+    Reference,
+    TokenOutputs,
+    default_elements,
+    loss_in_head,
+    pieces,
+    token_logprobs,
+)
+from offtrail.platform.model.liger import apply as apply_liger
+from offtrail.platform.model.packing import Packed
+
+
+def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
+    """A causal language model from a Hugging Face directory or name, in float32, with packed attention.
+
+    Parameters are float32 whatever learner.dtype says: in bfloat16, AdamW's updates at the learning rates of RL would
+    be rounded away. It stays in eval mode: dropout has no place in a ratio of probabilities.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
+    model.config.use_cache = False
+    return model.to(device).eval()
+
+
+class Policy(nn.Module):
+    """A causal language model with the log-probability head. ``model`` is transformers' module, names unchanged.
+
+    The root of the FSDP2 world: its forward gathers embedding, final norm and head, that of a decoder layer its own; so
+    ``scores``, ``loss`` and ``reference`` all go through ``forward``. With ``dtype`` bfloat16 the decoder runs under
+    autocast; ``head_dtype`` is that of the head's products, which are summed in float32 always. In float32 on a CPU the
+    layers that fused.py knows are fused; on CUDA ``liger`` (auto, always, never) decides on Liger's kernels. With
+    ``activation_checkpointing`` a decoder layer keeps only its input and runs again in backward. ``elements``: logits
+    held at a time (head.py).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: str = "float32",
+        head_dtype: str = "float32",
+        activation_checkpointing: bool = False,
+        liger: str = "auto",
+        elements: int | None = None,
+    ) -> None:
+        super().__init__()
+        plain = dtype == "float32" and model.device.type == "cpu"
+        apply_liger(model, liger)
+        self.model: Any = fuse(model) if plain else model
+        if activation_checkpointing:
+            for layer in model.base_model.layers:
+                kind: Any = type(layer)
+                layer.__class__ = _checkpointed(kind)
+        self.autocast = dtype == "bfloat16"
+        self.products: torch.dtype = getattr(torch, head_dtype)
+        self.elements = elements
+        self.share_up_to = attention.SHARE_UP_TO if plain else 0
+        """Longest sequence for packing's shared layout."""
+        self.quadratic = _quadratic(model)
+        """Attention's operations for a sample of L tokens are ``quadratic``·L² where the linear layers' are L."""
+
+    def outputs(self, packed: Packed, reference: Reference | None = None) -> TokenOutputs:
+        """Log-probability, full-vocabulary entropy and, with a reference, exact KL(π‖ref) of the micro-batch's output
+        tokens: [M] float32 each, all with gradient.
+        """
+        scores: TokenOutputs = self(packed, reference=reference, task="outputs")
+        return scores
+
+    def loss(self, packed: Packed, loss: LossOf, reference: Reference | None = None) -> tuple[Tensor, TokenOutputs]:
+        """The sum of ``loss`` over pieces of whole samples, taken inside the head (head.loss_in_head), and the scores
+        without gradient.
+
+        The slice that ``loss`` gets is of the micro-batch's predicted tokens [M].
+        """
+        out: tuple[Tensor, TokenOutputs] = self(packed, reference=reference, loss=loss, task="loss")
+        return out
+
+    @torch.no_grad()
+    def reference(self, packed: Packed) -> Reference:
+        """What another model's exact KL on the same micro-batch compares with."""
+        out: Reference = self(packed, task="reference")
+        return out
+
+    def forward(
+        self,
+        packed: Packed,
+        *,
+        task: str = "logprobs",
+        reference: Reference | None = None,
+        loss: LossOf | None = None,
+    ) -> Any:
+        """(log-probabilities [M], entropies [M] without gradient); or what ``scores``, ``loss``, ``reference`` say."""
+        rows, head = self._hidden(packed), self._head()
+        if task == "reference":
+            return Reference(rows, head)
+        at = (packed.targets, packed.inverse_temperature)
+        if task == "loss" and loss is not None:
+            cut = pieces(packed.lengths, len(head.weight), self.elements or default_elements(head.weight))
+            return loss_in_head(rows, head, at[0], loss, at[1], pieces=cut, reference=reference, elements=self.elements)
+        scores = token_logprobs(rows, head, *at, reference=reference, elements=self.elements)
+        return scores if task == "outputs" else (scores.logprobs, scores.entropy.detach())
+
+    def _hidden(self, packed: Packed) -> Tensor:
+        """The hidden states [M, H] that predict."""
+        with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden = self.model.base_model(
+                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
+            ).last_hidden_state[0]
+        rows: Tensor = hidden.index_select(0, packed.predict)
+        return rows
+
+    def _head(self) -> Head:
+        head = self.model.get_output_embeddings()
+        weight, bias = head.weight, head.bias
+        if isinstance(self, FSDPModule) and not weight.requires_grad:
+            # What FSDP2 gathered it takes back when this forward ends; a reference is read after that.
+            weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
+        return Head(weight, bias, self.products)
+
+
+class _Checkpointed:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward  # type: ignore[misc]
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+@cache
+def _checkpointed(kind: Any) -> Any:
+    """A layer's class, by the same name, that runs its forward again in backward; one per kind, for FSDP2 wraps by
+    class. Transformers' own switch works in train mode only.
+    """
+    return type(kind.__name__, (_Checkpointed, kind), {})
+
+
+def _quadratic(model: Any) -> float:
+    """Forward operations of L tokens: 2PL in P weights, and 2·layers·heads·D·L² in causal attention."""
+    config, table = model.config, model.get_input_embeddings().weight
+    tied = table is model.get_output_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - (0 if tied else table.numel())
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return float(config.num_hidden_layers * width / weights)

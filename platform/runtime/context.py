@@ -1,0 +1,105 @@
+"""What every role process is given: RoleContext, and the Connection it opens to the broker.
+
+Called by role.py (one process a role); roles call `connect()` once, before anything slow, so that a dead broker is told
+from a slow role.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from offtrail.platform.config.schema import Config
+from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.heartbeat import HeartbeatThread
+from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+
+OWN_NAMES = re.compile(r"v\d{8,}\.(safetensors|json)|lock|handles\.sock|verdict-\w+\.\d+(\.writing)?")
+
+
+@dataclass
+class Connection:
+    """A role's lines to the broker: requests, heartbeats, and what the role is doing."""
+
+    client: Client
+    heartbeat: HeartbeatThread
+    activity: Activity
+    welcome: Welcome
+
+    def close(self) -> None:
+        """Stop the heartbeat and close the sockets."""
+        self.heartbeat.close()
+        self.client.close()
+
+
+@dataclass(frozen=True)
+class RoleContext:
+    """One role process: who it is, its configuration and its run directory."""
+
+    config: Config
+    run_dir: Path
+    role: str
+    index: int
+
+    @property
+    def start_model(self) -> Path:
+        """The Hugging Face directory that version 0 comes from: a link that the launcher makes."""
+        return self.run_dir / "start"
+
+    @property
+    def weights_folder(self) -> Path:
+        """The weight channel's folder, the same for every role of the run."""
+        return weights_folder(self.config, self.run_dir)
+
+    def connect(self) -> Connection:
+        """Dial the broker named by endpoint.json, say Hello, start the heartbeat.
+
+        Raises WaitError when no broker answers in broker.deadline_seconds and RefusedError when it speaks another
+        protocol or serves another run.
+        """
+        settings = self.config.broker
+        endpoint = Endpoint.read(self.run_dir / "endpoint.json", settings.deadline_seconds)
+        keys = ClientKeys.read(self.run_dir)
+        activity = Activity()
+        client = Client(endpoint, f"{self.role}-{self.index}", keys)
+        hello = Hello(role=self.role, index=self.index, pid=os.getpid(), run=self.run_dir.name, protocol=PROTOCOL)
+        welcome, _ = client.request(hello, what="a welcome", deadline_s=settings.deadline_seconds)
+        assert isinstance(welcome, Welcome)
+        heartbeat = HeartbeatThread(endpoint, self.role, self.index, keys, activity, settings.heartbeat_seconds)
+        return Connection(client, heartbeat, activity, welcome)
+
+
+def weights_folder(config: Config, run_dir: Path) -> Path:
+    """The run's own folder offtrail-USER-TAG in weights.dir if set, else in shared memory; or runs/NAME/weights.
+
+    TAG comes from the run directory: two runs never share a folder, and a resumed run finds its own.
+    """
+    if config.weights.channel == "disk" and not config.weights.dir:
+        return run_dir / "weights"
+    tag = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
+    return Path(config.weights.dir or "/dev/shm") / f"offtrail-{os.getuid()}-{tag}"
+
+
+def remove_shared_memory(config: Config, run_dir: Path) -> None:
+    """Give a run's shared memory back; what a reader has mapped stays valid. A folder on disk stays for a resume.
+
+    Invariant: only what the weight channel made goes (the names of weights/, which would import torch). A file
+    of anybody else stays, and so does the folder that it lies in.
+    """
+    if config.weights.channel == "disk":
+        return
+    folder = weights_folder(config, run_dir)
+    shutil.rmtree(folder / "writing", ignore_errors=True)  # unfinished files, under names that safetensors chose
+    with contextlib.suppress(OSError):
+        for path in [*folder.glob("pinned/*"), *folder.glob("*")]:
+            if OWN_NAMES.fullmatch(path.name) and not path.is_dir():
+                path.unlink(missing_ok=True)
+    for own in (folder / "pinned", folder):
+        with contextlib.suppress(OSError):  # not there, or it holds something of someone else's
+            own.rmdir()

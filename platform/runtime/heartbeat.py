@@ -1,0 +1,98 @@
+"""The heartbeat of a role: a thread with a socket of its own, so that a long computation never looks like a death.
+
+    role ── Heartbeat (what it does, since when, counters) ──► broker      every period_s
+    role ◄── Beat (newest version, stop) ───────────────────── broker
+
+Started by RoleContext.connect. The role's loop reads `version`, `stop` and `lost`; nobody writes them but the thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.wire.messages import Beat, Heartbeat
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+
+
+class HeartbeatThread:
+    """Beats until ``close``, which sends one last beat so that the final counters reach the broker.
+
+    ``version``: newest version the broker knows (−1 before the first reply). ``stop``: the run ends. ``lost``: seconds
+    since the last reply.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        role: str,
+        index: int,
+        keys: ClientKeys | None,
+        activity: Activity,
+        period_s: float,
+    ) -> None:
+        self.version = -1
+        self.stop = False
+        self._role, self._index = role, index
+        self._endpoint, self._keys = endpoint, keys
+        self._activity, self._period_s = activity, period_s
+        self._answered = time.monotonic()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"{role}-{index}-heartbeat", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> float:
+        """Seconds since the last reply; compare it with broker.heartbeat_seconds."""
+        return time.monotonic() - self._answered
+
+    def close(self) -> None:
+        """Send the last beat, wait for its reply no longer than one second, end the thread."""
+        self._closing.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        client = Client(self._endpoint, f"{self._role}-{self._index}-heartbeat", self._keys)
+        try:
+            while not self._closing.is_set():
+                client.send(self._heartbeat())
+                self._listen(client, self._period_s)
+            last = client.send(self._heartbeat())
+            limit = time.monotonic() + 1.0
+            while time.monotonic() < limit and last not in self._read(client, 0.1):
+                pass
+        finally:
+            client.close()
+
+    def _listen(self, client: Client, period_s: float) -> None:
+        """Wait one period; replies are read when they come, so that ``lost`` measures the broker and not the period."""
+        limit = time.monotonic() + period_s
+        while (left := limit - time.monotonic()) > 0 and not self._closing.is_set():
+            if not self._read(client, min(left, 0.1)):
+                continue
+            self._closing.wait(limit - time.monotonic())
+
+    def _read(self, client: Client, timeout_s: float) -> list[int]:
+        replies = client.poll(timeout_s)
+        for _, message, _ in replies:
+            self._answered = time.monotonic()
+            if isinstance(message, Beat):
+                self.version = max(self.version, message.version)
+                self.stop = self.stop or message.stop
+        return [ticket for ticket, _, _ in replies]
+
+    def _heartbeat(self) -> Heartbeat:
+        now = self._activity.snapshot()
+        return Heartbeat(
+            role=self._role,
+            index=self._index,
+            pid=os.getpid(),
+            activity=now.activity,
+            waiting_on=now.waiting_on,
+            since=now.since,
+            seconds=now.seconds,
+            compute=now.compute,
+            gauges=now.gauges,
+        )

@@ -1,0 +1,34 @@
+"""What a process asks of its host: to end with its parent, and for a free port."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int, signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send ``signum`` to this process when its parent is gone, in the middle of anything (Linux); leave
+    at once if it is gone already.
+
+    Trap: the signal comes when the parent's *thread* that started this process ends, not only with the whole process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone before the request took effect
+        os._exit(1)
+
+
+def free_port(address: str = "127.0.0.1", port: int = 0) -> int:
+    """``port``, or if that is 0 any that is free now; by the time that a server binds it, another process may have
+    taken it. OSError when it is taken already, or the address is not this host's.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        if port:  # connections of the server that had it before may linger
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address, port))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,75 @@
+"""One role process, started by the launcher: `python -m offtrail.platform.runtime.process ROLE INDEX RUN_DIR PARENT`.
+
+A role leaves with 0 when the broker says stop. Anything else ends the run: an exception is written to the role's log in
+full and told to the broker in one line (Failure) before the process exits with 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from offtrail.platform.config.compose import load_config
+from offtrail.platform.runtime.context import RoleContext, remove_shared_memory
+from offtrail.platform.runtime.device import require_device
+from offtrail.platform.runtime.host import die_with
+
+log = logging.getLogger("offtrail")
+
+
+def leave_on_terminate(signum: int, frame: object) -> None:
+    """SIGTERM becomes SystemExit, so that `finally` blocks end child processes and unlink what is shared."""
+    sys.exit(128 + signum)
+
+
+def main(argv: list[str]) -> int:
+    """Run one role to its end; the exit status of the process."""
+    role, index, run_dir, parent = argv[0], int(argv[1]), Path(argv[2]), int(argv[3])
+    die_with(parent, signal.SIGTERM)
+    signal.signal(signal.SIGTERM, leave_on_terminate)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    context = RoleContext(load_config(run_dir / "config.yaml"), run_dir, role, index)
+    try:
+        check_device(context)
+        importlib.import_module(f"offtrail.platform.{role}.role").main(context)
+    except Exception as error:
+        log.exception("%s-%d failed", role, index)
+        report_failure(context, f"{type(error).__name__}: {error}")
+        return 1
+    finally:
+        if os.getppid() != parent:  # the launcher was killed and cannot do it
+            remove_shared_memory(context.config, run_dir)
+    return 0
+
+
+def check_device(context: RoleContext) -> None:
+    """Raise ValueError when the role's device is not on this machine."""
+    config = context.config
+    key = {"learner": "learner.device", "generator": "engine.device", "evaluator": "engine.device"}.get(context.role)
+    if key is not None:
+        require_device(key, config.learner.device if key == "learner.device" else config.engine.device)
+
+
+def report_failure(context: RoleContext, error: str) -> None:
+    """Best effort: the launcher sees the exit status anyway, the broker's word only says why sooner."""
+    from offtrail.platform.wire.messages import Failure
+    from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+
+    if context.role == "broker":
+        return
+    try:
+        endpoint = Endpoint.read(context.run_dir / "endpoint.json", 1.0)
+        client = Client(endpoint, f"{context.role}-{context.index}-failure", ClientKeys.read(context.run_dir))
+        failure = Failure(role=context.role, index=context.index, error=error)
+        client.request(failure, what="an acknowledged failure", deadline_s=2.0)
+        client.close()
+    except Exception:
+        log.exception("the broker could not be told")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,362 @@
+"""Verifiers beside generation: VerifierPool scores finished groups in killable worker processes.
+
+    submit ──► waiting ──► a worker's pipe (head = running) ──► verdict ──► poll
+
+Called by the rollout loop and the evaluator between decode steps; nothing here blocks unless ``poll`` is given a time.
+Invariants
+- Every submitted key comes back from ``poll`` exactly once, whatever its verifier or its worker does.
+- A group takes at most reward.deadline_seconds, counted from when it is seen to be its worker's next: then the worker
+  is killed (SIGKILL, its whole process group) and restarted; the groups behind it go to the front of the queue.
+- A worker that dies by itself costs its running group one retry, then that group fails with a named reason.
+- No worker outlives its parent: it reads the end of stdin, or in the middle of a verifier is killed by the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import numpy as np
+
+import offtrail
+from offtrail.core.types import Float32, Problem
+from offtrail.platform.config.schema import Config
+from offtrail.platform.verifier.worker import LENGTH, READY, Job, Setup, Verdict, frame_of
+from offtrail.rewards.rule import COMPONENTS
+
+log = logging.getLogger("offtrail.verifiers")
+
+COMMAND = (sys.executable, "-P", "-m", "offtrail.platform.verifier.worker")
+PIPE_DEPTH = 4
+"""Groups sent to one worker at a time: it works on while its caller decodes, and little waits behind a slow one."""
+START_SECONDS = 120.0
+"""The longest a worker may take to import and report ready."""
+START_ATTEMPTS = 3
+UNREADABLE = -2
+MAX_RESULT = 16 << 20
+"""Bytes of unread verdicts that a worker may send before it counts as broken."""
+
+Components = dict[str, Float32]
+_decoder = msgspec.msgpack.Decoder(Verdict)
+
+
+class VerifierError(RuntimeError):
+    """No verifier can be started: nothing could ever be scored."""
+
+
+@dataclass(eq=False)
+class _Group:
+    """A submitted group and its encoded job; ``deaths`` counts the workers that died of it."""
+
+    key: int
+    ticket: int
+    size: int
+    frame: bytes
+    deaths: int = 0
+
+
+class VerifierPool:
+    """reward.workers processes. Not thread-safe; a context manager. Raises VerifierError from submit and poll.
+
+    ``counters`` are cumulative: ``verified_groups``, ``verified_samples``, ``verifier_seconds`` (CPU),
+    ``verifier_timeouts``, ``verifier_deaths``. ``command`` starts one worker.
+    """
+
+    def __init__(self, config: Config, command: Sequence[str] = COMMAND) -> None:
+        self._reward = config.reward
+        setup = Setup(config.task.name, dataclasses.asdict(config.task), config.reward.memory_mb << 20)
+        self._waiting: deque[_Group] = deque()
+        self._pending: set[int] = set()
+        self._done: list[tuple[int, Components | None]] = []
+        self._reasons: dict[int, str] = {}
+        self._submitted = 0
+        self.counters = dict.fromkeys(
+            ("verified_groups", "verified_samples", "verifier_seconds", "verifier_timeouts", "verifier_deaths"), 0.0
+        )
+        self._workers = [_Worker(command, frame_of(setup)) for _ in range(config.reward.workers)]
+
+    @property
+    def pending(self) -> int:
+        """Groups submitted and not yet returned."""
+        return len(self._pending)
+
+    def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+        """Queue a group's G answers: ``texts`` without their stop token, ``finished`` where a stop token came.
+
+        Raises ValueError when the lengths differ or ``key`` is still pending.
+        """
+        if len(texts) != len(finished) or not texts:
+            raise ValueError(
+                f"group {key}: {len(texts)} texts, {len(finished)} finished flags; expected as many, and some"
+            )
+        if key in self._pending:
+            raise ValueError(f"group {key}: submitted twice")
+        self._submitted += 1
+        frame = frame_of(Job(self._submitted, problem, texts, finished))
+        self._waiting.append(_Group(key, self._submitted, len(texts), frame))
+        self._pending.add(key)
+        self._dispatch()
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Components | None]]:
+        """(key, components) of every group decided since the last call; wait up to ``timeout_s`` for the first.
+
+        Components are name → [G] float32, or None where the group must be refused; ``reason(key)`` then says why.
+        """
+        end = time.monotonic() + timeout_s
+        while True:
+            for worker in self._workers:
+                self._look_after(worker)
+            self._dispatch()
+            left = end - time.monotonic()
+            if self._done or left <= 0 or not self._pending:
+                done, self._done = self._done, []
+                return done
+            self._wait(left)
+
+    def reason(self, key: int) -> str:
+        """Why ``poll`` returned None for ``key``; forgotten once asked."""
+        return self._reasons.pop(key)
+
+    def close(self) -> None:
+        """Kill the workers and wait until they are gone; pending groups are given up."""
+        for worker in self._workers:
+            worker.end()
+        self._workers.clear()
+        self._waiting.clear()
+        self._pending.clear()
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- one worker's turn ---
+
+    def _look_after(self, worker: _Worker) -> None:
+        """Take its verdicts, then see whether it died or its running group is out of time (in that order)."""
+        alive = worker.flush()
+        alive = worker.receive() and alive
+        honest = all(self._take(worker, verdict) for verdict in worker.verdicts())
+        if not alive:
+            self._replace_dead(worker, worker.end())
+        elif not honest:
+            worker.end()
+            self._replace_dead(worker, "sent what it does not owe")
+        elif worker.ready and worker.groups and worker.seconds > self._reward.deadline_seconds:
+            self._time_out(worker)
+        elif not worker.ready and worker.seconds > START_SECONDS:
+            raise VerifierError(f"a verifier worker did not report ready within {START_SECONDS:.0f} s")
+
+    def _take(self, worker: _Worker, verdict: Verdict) -> bool:
+        """Credit one verdict; False when it is not what this worker owes."""
+        if verdict.ticket == READY and not worker.ready:
+            worker.report_ready()
+            return True
+        if not worker.groups or worker.groups[0].ticket != verdict.ticket:
+            return False
+        group = worker.groups.popleft()
+        worker.restart_clock()
+        self.counters["verified_groups"] += 1
+        self.counters["verified_samples"] += group.size
+        self.counters["verifier_seconds"] += verdict.seconds
+        if verdict.error:
+            self._refuse(group, verdict.error)
+        elif any(len(verdict.components.get(name, ())) != group.size for name in COMPONENTS):
+            self._refuse(group, f"verifier gave {sorted(verdict.components)} of another length than the group")
+        else:
+            columns = {name: np.array(values, np.float32) for name, values in verdict.components.items()}
+            self._return(group, columns)
+        return True
+
+    def _time_out(self, worker: _Worker) -> None:
+        """Kill it; its running group is decided by reward.on_timeout."""
+        group = worker.groups.popleft()
+        self.counters["verifier_timeouts"] += 1
+        what = f"verifier ran past reward.deadline_seconds={self._reward.deadline_seconds:g} and was killed"
+        log.warning("group %s: %s", group.key, what)
+        self._restart(worker)
+        if self._reward.on_timeout == "refuse":
+            self._refuse(group, what)
+        else:
+            self._return(group, {name: np.zeros(group.size, np.float32) for name in COMPONENTS})
+
+    def _replace_dead(self, worker: _Worker, how: str) -> None:
+        """It died, or broke its protocol: one retry for its running group, a bound on deaths before it was ready."""
+        self.counters["verifier_deaths"] += 1
+        log.warning("a verifier worker died (%s)", how)
+        running = worker.groups.popleft() if worker.ready and worker.groups else None
+        worker.failed_starts += not worker.ready
+        if worker.failed_starts >= START_ATTEMPTS:
+            raise VerifierError(f"verifier workers die while starting ({how}); their message stands above in this log")
+        self._restart(worker)
+        if running is None:
+            return
+        running.deaths += 1
+        if running.deaths > 1:
+            self._refuse(running, f"verifier worker died twice on this group ({how})")
+        else:
+            self._waiting.appendleft(running)
+
+    def _restart(self, worker: _Worker) -> None:
+        """A new process in its place; what it had not begun goes back to the front of the queue."""
+        worker.end()
+        self._waiting.extendleft(reversed(worker.groups))
+        worker.start()
+
+    # --- the queue ---
+
+    def _dispatch(self) -> None:
+        """Fill the pipes, the emptiest first."""
+        while self._waiting and self._workers:
+            worker = min(self._workers, key=lambda w: len(w.groups))
+            if len(worker.groups) >= PIPE_DEPTH:
+                return
+            worker.send(self._waiting.popleft())
+
+    def _wait(self, left: float) -> None:
+        """Sleep until a pipe moves, the nearest deadline or ``left`` seconds."""
+        poller = select.poll()
+        for worker in self._workers:
+            for descriptor, events in worker.watched():
+                poller.register(descriptor, events)
+            if worker.groups and worker.ready:
+                left = min(left, self._reward.deadline_seconds - worker.seconds)
+        poller.poll(max(0.0, left) * 1000 + 1)
+
+    def _return(self, group: _Group, components: Components | None) -> None:
+        self._pending.remove(group.key)
+        self._done.append((group.key, components))
+
+    def _refuse(self, group: _Group, reason: str) -> None:
+        self._reasons[group.key] = reason
+        self._return(group, None)
+
+
+class _Worker:
+    """One process and its two non-blocking pipes. ``groups``: what it was sent and has not answered, oldest first."""
+
+    def __init__(self, command: Sequence[str], setup: bytes) -> None:
+        self._command, self._setup = command, setup
+        self.failed_starts = 0
+        self.ready = False
+        self.groups: deque[_Group] = deque()
+        self.start()
+
+    def start(self) -> None:
+        """Start the process; it imports while its first jobs already lie in its pipe."""
+        source = str(Path(offtrail.__file__).parents[1])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))),
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",  # each BLAS thread would reserve address space (reward.memory_mb)
+            "OFFTRAIL_PARENT": str(os.getpid()),
+        }
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,  # a process group to kill, and no Ctrl-C meant for the role
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdin.fileno(), False)
+        os.set_blocking(self._stdout.fileno(), False)
+        self.groups.clear()
+        self.ready = False
+        self._inbox = bytearray()
+        self._outbox = bytearray(self._setup)
+        self.restart_clock()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been starting, or at its oldest group."""
+        return time.monotonic() - self._since
+
+    def restart_clock(self) -> None:
+        """It begins something new."""
+        self._since = time.monotonic()
+
+    def report_ready(self) -> None:
+        """It has imported and rebuilt its verifier."""
+        self.ready, self.failed_starts = True, 0
+        self.restart_clock()
+
+    def send(self, group: _Group) -> None:
+        """Put a group into its pipe, as far as the pipe takes it."""
+        if not self.groups and self.ready:
+            self.restart_clock()
+        self.groups.append(group)
+        self._outbox += group.frame
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what the pipe takes; False when nobody reads it any more."""
+        try:
+            while self._outbox:
+                written = self._stdin.write(self._outbox)
+                if not written:
+                    return True
+                del self._outbox[:written]
+        except BrokenPipeError:
+            self._outbox.clear()
+            return False
+        return True
+
+    def receive(self) -> bool:
+        """Read what has come; False when the pipe has ended or holds more than a worker can honestly owe."""
+        while len(self._inbox) <= MAX_RESULT:
+            chunk = self._stdout.read(1 << 16)
+            if chunk is None:
+                return True
+            if not chunk:
+                return False
+            self._inbox += chunk
+        return False
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """Whole verdicts among what was read; one that cannot be decoded is UNREADABLE."""
+        while len(self._inbox) >= LENGTH.size:
+            end = LENGTH.size + LENGTH.unpack_from(self._inbox)[0]
+            if len(self._inbox) < end:
+                return
+            body = bytes(self._inbox[LENGTH.size : end])
+            del self._inbox[:end]
+            try:
+                yield _decoder.decode(body)
+            except msgspec.MsgspecError:
+                yield Verdict(UNREADABLE)
+
+    def watched(self) -> list[tuple[int, int]]:
+        """Descriptors and events for select.poll."""
+        reading = (self._stdout.fileno(), select.POLLIN)
+        return [reading, (self._stdin.fileno(), select.POLLOUT)] if self._outbox else [reading]
+
+    def end(self) -> str:
+        """Kill its process group, wait until it is gone, close the pipes; how it ended (a dead one keeps its code)."""
+        if self._process.returncode is None:  # its number may be another's once it has been waited for
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
