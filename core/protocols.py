@@ -13,13 +13,20 @@ from offtrail.core.types import FinishReason, Float32, Group, Int32, Lease, Samp
 class Request:
     """``samples`` independent answers to one prompt; the prompt is prefilled once for all of them.
 
-    ``id`` is unique among the engine's unfinished requests and keys the randomness (with ``sampling.seed``).
+    ``id`` is unique among the engine's unfinished requests. ``key`` keys the randomness (with ``sampling.seed``), so
+    that the same work draws the same numbers under whatever id it is asked for; None means the id itself.
     """
 
     id: int
     prompt_tokens: Int32
     samples: int
     sampling: Sampling
+    key: int | None = None
+
+    @property
+    def random_key(self) -> int:
+        """What keys the randomness of this request, as a number of 64 bits."""
+        return (self.id if self.key is None else self.key) % 2**64
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class Problem:
 class Sampling:
     """How tokens are drawn. Log-probabilities are taken at ``temperature`` (I5); 0 means greedy.
 
-    ``seed`` and the request's id, the sample's index and the token's position key the random number of each token
+    ``seed`` and the request's key, the sample's index and the token's position key the random number of each token
     (I3): the same keys under the same weights give the same token, whatever else is in flight.
     """
 

@@ -1,7 +1,7 @@
 """Which token comes next: counter-based uniforms and inverse-CDF draws.
 
-Invariants: the uniform of a token is a function of (seed, request, sample, position) alone, whatever else is in flight;
-a draw is never a token of probability zero and never past the vocabulary.
+Invariants: the uniform of a token is a function of (seed, request's key, sample, position) alone, whatever else is in
+flight; a draw is never a token of probability zero and never past the vocabulary.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def queue(requests: Sequence[Request], now: float) -> list[Pending]:
     """Requests as they wait, with the first uniforms of all their samples made at once."""
     counts = [request.samples for request in requests]
     seed = np.repeat(np.array([request.sampling.seed % 2**64 for request in requests], np.uint64), counts)
-    number = np.repeat(np.array([request.id % 2**64 for request in requests], np.uint64), counts)
+    number = np.repeat(np.array([request.random_key for request in requests], np.uint64), counts)
     sample = np.concatenate([np.arange(count, dtype=np.uint64) for count in counts] or [np.zeros(0, np.uint64)])
     drawn = uniforms(seed, number, sample, np.zeros_like(seed), UNIFORM_BLOCK)
     ends = np.cumsum(counts).tolist()
@@ -97,7 +97,7 @@ class Slots:
         self.top_p[rows], self.top_k[rows] = sampling.top_p, sampling.top_k
         self.stop_set[rows] = self._stop_row(sampling.stop_token_ids)
         self.seed[rows] = sampling.seed % 2**64
-        self.request[rows] = request.id % 2**64
+        self.request[rows] = request.random_key
         self.tokens[rows, :length] = request.prompt_tokens
         self.last[rows] = request.prompt_tokens[-1]
         self._uniforms[rows] = pending.uniforms[pending.entered : pending.entered + count]

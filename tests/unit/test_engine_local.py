@@ -94,6 +94,16 @@ def test_a_request_draws_the_same_tokens_alone_and_among_others(models):
             np.testing.assert_allclose(completion.logprobs, together[key].logprobs, atol=5e-6, rtol=0)
 
 
+def test_a_requests_key_and_not_its_id_makes_its_random_numbers(models):
+    p, sampling = prompt(5), Sampling(40, seed=3)
+    done = run(
+        engine(models[0]),
+        [Request(7, p, 1, sampling), Request(8, p, 1, sampling, key=7), Request(9, p, 1, sampling, key=7 + (1 << 40))],
+    )
+    assert done[7, 0].tokens.tolist() == done[8, 0].tokens.tolist()  # id 7 means key 7
+    assert done[9, 0].tokens.tolist() != done[8, 0].tokens.tolist()
+
+
 def test_stop_token_ends_a_sample_and_is_its_last(models):
     done = run(engine(models[0]), ragged(12))
     limits = {r.id: r.sampling.max_new_tokens for r in ragged(12)}

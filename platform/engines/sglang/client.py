@@ -308,7 +308,7 @@ class Client:
         else:  # the server would stop at the model's own end-of-text
             parameters["ignore_eos"] = True
         if self.keyed:
-            parameters["sampling_seed"] = hash((sampling.seed, job.request.id, job.index)) & 0x7FFFFFFF
+            parameters["sampling_seed"] = hash((sampling.seed, job.request.random_key, job.index)) & 0x7FFFFFFF
         return {
             "input_ids": [*job.request.prompt_tokens.tolist(), *job.tokens],
             "rid": self._rid(job),
