@@ -7,8 +7,10 @@ RLOO, REINFORCE++ share PPO's clip) is an option file in configs/algo/ over the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+from offtrail.core.settings import check_limits, section, setting
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm", "prompt_mean"]
 Advantage = Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "reward", "gae"]
@@ -32,23 +34,23 @@ class AlgoConfig:
     """Estimator: centred in the group, leave-one-out, whitened over the batch, the plain reward, or GAE (a critic)."""
     std: Std = "sample"
     """Divide centred rewards by this standard deviation (n−1, n, or not at all); also of REINFORCE++'s whitening."""
-    std_eps: float = 1e-6
+    std_eps: float = setting(1e-6, "[0, inf)")
     """Added to that standard deviation."""
     aggregation: Aggregation = "token_mean"
     """How per-token losses become one number: over all tokens of the update, or per sample first."""
     kl: KlKind = "none"
     """Estimator of KL(policy‖reference); none = no reference policy. k3_weighted: k3 times the attached ratio."""
-    kl_coef: float = 0.0
+    kl_coef: float = setting(0.0, "[0, inf)")
     """Weight of the KL term; needs kl."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL term stands: a loss at each token, or (k1, k2, k3) a penalty in each token's reward."""
-    ref_refresh: int = 0
+    ref_refresh: int = setting(0, "[0, inf)")
     """The reference becomes the policy every so many optimizer updates; 0 = it stays the start model."""
-    entropy_coef: float = 0.0
+    entropy_coef: float = setting(0.0, "[0, inf)")
     """Weight of the entropy bonus."""
-    overlong_share: float = 0.0
+    overlong_share: float = setting(0.0, "[0, 1]")
     """DAPO's soft penalty begins at (1 − this)·sampling.max_new_tokens and reaches overlong_penalty at the end."""
-    overlong_penalty: float = 1.0
+    overlong_penalty: float = setting(1.0, "[0, inf)")
     """Taken from the reward of a sample of sampling.max_new_tokens tokens; needs overlong_share."""
     filter_groups: Literal["none", "accuracy", "variance"] = "none"
     """Groups without signal give their place back: accuracy 0 or 1 throughout, or all rewards equal."""
@@ -64,7 +66,8 @@ class AlgoConfig:
         return self.advantage == "gae"
 
     def __post_init__(self) -> None:
-        if self.kl_coef < 0 or (self.kl_coef > 0) != (self.kl != "none"):
+        check_limits(self, "algo")
+        if (self.kl_coef > 0) != (self.kl != "none"):
             raise ValueError(
                 f"algo.kl_coef={self.kl_coef} with algo.kl={self.kl}: set both (kl=k3 kl_coef=0.001) or neither"
             )
@@ -89,19 +92,15 @@ class GrpoConfig(AlgoConfig):
     """Group-relative policy optimisation (arXiv:2402.03300, eq. 3): PPO's clip on group advantages."""
 
     name: str = "grpo"
-    clip_low: float = 0.2
+    clip_low: float = setting(0.2, "[0, 1]")
     """The ratio to the proximal policy is clipped below at 1 − clip_low; 1 = never."""
-    clip_high: float = 0.2
+    clip_high: float = setting(0.2, "[0, inf)")
     """… and above at 1 + clip_high."""
-    dual_clip: float = 0.0
+    dual_clip: float = setting(0.0, "[0, inf)")
     """With a negative advantage the ratio also stops counting above this (arXiv:1912.09729, eq. 5); 0 = off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1]")
-        if self.clip_high < 0:
-            raise ValueError(f"algo.clip_high={self.clip_high}: must be ≥ 0")
         if self.dual_clip and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(
                 f"algo.dual_clip={self.dual_clip}: must be > 1 + algo.clip_high = {1 + self.clip_high:g}, or 0 for off"
@@ -112,21 +111,21 @@ class GrpoConfig(AlgoConfig):
 class CriticConfig:
     """The critic: the policy's architecture with a scalar head, trained by an AdamW of its own."""
 
-    path: str = ""
+    path: str = setting("", path="model")
     """A Hugging Face directory to start its decoder from, of the policy's vocabulary; empty = the start model's."""
-    lr: float = 1e-3
+    lr: float = setting(1e-3, "[0, inf)")
     """Constant after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = setting((0.9, 0.95), "[0, 1)")
     """Decay of the first and second moment."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, "(0, inf)")
     """Added to the root of the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, "[0, inf)")
     """Decoupled."""
-    grad_clip: float = 1.0
+    grad_clip: float = setting(1.0, "(0, inf)")
     """Largest gradient norm."""
-    warmup_updates: int = 0
+    warmup_updates: int = setting(0, "[0, inf)")
     """Optimizer updates of linear warm-up."""
-    pretrain_steps: int = 0
+    pretrain_steps: int = setting(0, "[0, inf)")
     """Learner steps at the start that train the critic alone; their versions hold the same policy."""
 
 
@@ -139,23 +138,17 @@ class PpoConfig(GrpoConfig):
     dual_clip: float = 3.0
     std: Std = "sample"
     """Whitening of the advantages over the batch (n−1, n, or none)."""
-    gamma: float = 1.0
+    gamma: float = setting(1.0, "[0, 1]")
     """Discount from one token to the next."""
-    gae_lambda: float = 1.0
+    gae_lambda: float = setting(1.0, "[0, 1]")
     """λ of the policy's advantages; 1 = return minus value, 0 = one-step errors."""
-    gae_alpha: float = 0.0
+    gae_alpha: float = setting(0.0, "[0, inf)")
     """Length-adaptive λ = 1 − 1/(α·length) in its place (VAPO, arXiv:2504.05118, eq. 9); 0 = off."""
-    value_lambda: float = 1.0
+    value_lambda: float = setting(1.0, "[0, 1]")
     """λ of the returns that the critic learns."""
-    value_clip: float = 0.2
+    value_clip: float = setting(0.2, "[0, inf)")
     """The value may move so far from its old one before the larger loss counts; 0 = no clip."""
-    critic: CriticConfig = field(default_factory=CriticConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("gamma", "gae_lambda", "value_lambda"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"algo.{key}={getattr(self, key)}: must lie in [0, 1]")
+    critic: CriticConfig = section(CriticConfig)
 
 
 @dataclass
@@ -166,15 +159,10 @@ class GspoConfig(AlgoConfig):
 
     name: str = "gspo"
     aggregation: Aggregation = "seq_mean_token_mean"
-    clip_low: float = 3e-4
+    clip_low: float = setting(3e-4, "[0, 1]")
     """The sample's ratio is clipped below at 1 − clip_low."""
-    clip_high: float = 4e-4
+    clip_high: float = setting(4e-4, "[0, inf)")
     """… and above at 1 + clip_high."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1]")
 
 
 @dataclass
@@ -182,17 +170,15 @@ class CispoConfig(AlgoConfig):
     """CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4): −sg(clip(r))·A·log π; every token keeps a gradient."""
 
     name: str = "cispo"
-    clip_low: float = 0.0
+    clip_low: float = setting(0.0, "[0, 1]")
     """The ratio's weight is at least this: an absolute floor, not a distance from 1; 0 = none."""
-    clip_high: float = 5.0
+    clip_high: float = setting(5.0, "[1, inf)")
     """… and at most this: the absolute cap itself, not a distance from 1 (others write 1 + ε)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1], it is the floor of the ratio itself")
-        if self.clip_high < 1:
+        if self.clip_high < 1:  # the mistake that readers of other papers make: it has a sentence of its own
             raise ValueError(f"algo.clip_high={self.clip_high}: must be ≥ 1, it is the cap of the ratio itself")
+        super().__post_init__()
 
 
 @dataclass
@@ -201,9 +187,9 @@ class SapoConfig(AlgoConfig):
 
     name: str = "sapo"
     aggregation: Aggregation = "seq_mean_token_mean"
-    tau_positive: float = 1.0
+    tau_positive: float = setting(1.0, "(0, inf)")
     """Steepness of the gate for positive advantages."""
-    tau_negative: float = 1.05
+    tau_negative: float = setting(1.05, "(0, inf)")
     """… and for the others: steeper, so their gradients fade faster."""
 
 
@@ -215,7 +201,7 @@ class ToprConfig(AlgoConfig):
 
     name: str = "topr"
     std: Std = "none"
-    cap: float = 1.0
+    cap: float = setting(1.0, "[1, inf)")
     """Largest weight of a negative sample: its sequence ratio is truncated here."""
 
 
@@ -226,7 +212,7 @@ class AipoConfig(AlgoConfig):
     off_policy: ClassVar[bool] = True
 
     name: str = "aipo"
-    cap: float = 4.0
+    cap: float = setting(4.0, "[1, inf)")
     """The ratio to the behaviour policy is truncated here; the paper uses 2–10."""
 
 
@@ -235,17 +221,12 @@ class AspoConfig(AlgoConfig):
     """ASPO (arXiv:2510.06062): positive advantages get the ratio turned over, so that unlikely tokens weigh more."""
 
     name: str = "aspo"
-    clip_low: float = 0.2
+    clip_low: float = setting(0.2, "[0, 1]")
     """Negative advantages: PPO's clip below at 1 − clip_low."""
-    clip_high: float = 0.2
+    clip_high: float = setting(0.2, "[0, inf)")
     """Positive advantages: no gradient above 1 + clip_high."""
-    cap: float = 3.0
+    cap: float = setting(3.0, "[1, inf)")
     """Largest weight 1/r of a positive token, and where a negative token's ratio stops counting."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"algo.clip_low={self.clip_low}: must lie in [0, 1]")
 
 
 @dataclass
@@ -255,19 +236,19 @@ class BapoConfig(AlgoConfig):
     off_policy: ClassVar[bool] = True
 
     name: str = "bapo"
-    low_start: float = 0.6
+    low_start: float = setting(0.6, "[0, 1]")
     """The lower bound of the ratio to the behaviour policy begins here (a ratio, not a distance from 1) …"""
-    low_end: float = 0.9
+    low_end: float = setting(0.9, "[0, 1]")
     """… and is raised first, up to this."""
-    low_step: float = 0.02
+    low_step: float = setting(0.02, "(0, inf)")
     """Size of a step of the lower bound."""
-    high_start: float = 1.2
+    high_start: float = setting(1.2, "[1, inf)")
     """The upper bound begins here …"""
-    high_end: float = 3.0
+    high_end: float = setting(3.0, "[1, inf)")
     """… and is raised next, up to this."""
-    high_step: float = 0.05
+    high_step: float = setting(0.05, "(0, inf)")
     """Size of a step of the upper bound."""
-    positive_share: float = 0.5
+    positive_share: float = setting(0.5, "[0, 1]")
     """Both stop where positive tokens make up this share of the unclipped Σ ratio·|advantage|."""
 
     def __post_init__(self) -> None:
@@ -287,7 +268,7 @@ class OpmdConfig(AlgoConfig):
 
     name: str = "opmd"
     std: Std = "none"
-    tau: float = 0.1
+    tau: float = setting(0.1, "[0, inf)")
     """Strength of the pull to the behaviour policy."""
     square_of: Level = "token"
     """The square is of each token's log-ratio, or, as in the paper, of the whole answer's (split over its tokens)."""
@@ -300,11 +281,11 @@ class DppoConfig(AlgoConfig):
     off_policy: ClassVar[bool] = True
 
     name: str = "dppo"
-    mask_low: float = 0.2
+    mask_low: float = setting(0.2, "[0, 1]")
     """A token of negative advantage is left out when its probability fell by more than this, …"""
-    mask_high: float = 0.2
+    mask_high: float = setting(0.2, "[0, 1]")
     """… one of positive advantage when it rose by more."""
-    penalty: float = 1e-3
+    penalty: float = setting(1e-3, "[0, inf)")
     """Weight of (log ρ)², at every token."""
 
 
@@ -326,6 +307,9 @@ class CorrectionConfig:
 
     name: str = "none"
     """none: the ratio is to the behaviour policy itself (r = π_θ/π_beh), with no further weight."""
+
+    def __post_init__(self) -> None:
+        check_limits(self, "correction")
 
 
 @dataclass
@@ -350,11 +334,6 @@ class WeightConfig(CorrectionConfig):
     """Divide the weights, truncated first, by their mean over the update's tokens (seq_tis, vcpo: samples)."""
 
 
-def _positive_cap(cap: float) -> None:
-    if cap <= 0:
-        raise ValueError(f"correction.cap={cap}: must be > 0")
-
-
 @dataclass
 class DecoupledConfig(WeightConfig):
     """Decoupled PPO: clip around the proximal policy, weight by the full w = π_prox/π_beh (AReaL, arXiv:2505.24298)."""
@@ -371,6 +350,7 @@ class A3poConfig(WeightConfig):
     name: str = "a3po"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.normalise:
             raise ValueError("correction.normalise=true with correction=a3po: its weights follow θ; take decoupled")
 
@@ -380,11 +360,8 @@ class TisConfig(WeightConfig):
     """Token-level truncated importance sampling on w = π_prox/π_beh (arXiv:2505.24298, eq. 5, w truncated)."""
 
     name: str = "tis"
-    cap: float = 2.0
+    cap: float = setting(2.0, "(0, inf)")
     """w is truncated here."""
-
-    def __post_init__(self) -> None:
-        _positive_cap(self.cap)
 
 
 @dataclass
@@ -392,11 +369,8 @@ class SeqTisConfig(WeightConfig):
     """Sequence-level truncated importance sampling: every token weighs min(∏w, cap)."""
 
     name: str = "seq_tis"
-    cap: float = 5.0
+    cap: float = setting(5.0, "(0, inf)")
     """The product of w over a sample is truncated here."""
-
-    def __post_init__(self) -> None:
-        _positive_cap(self.cap)
 
 
 @dataclass
@@ -414,14 +388,10 @@ class IcepopConfig(WeightConfig):
     """IcePop (Ring-1T, arXiv:2510.18855): w where low ≤ w ≤ high, nothing elsewhere."""
 
     name: str = "icepop"
-    low: float = 0.5
+    low: float = setting(0.5, "[0, 1]")
     """Tokens of a smaller w are left out, …"""
-    high: float = 5.0
+    high: float = setting(5.0, "[1, inf)")
     """… and of a larger one."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low <= 1 <= self.high:
-            raise ValueError(f"correction.low={self.low}: needs 0 ≤ low ≤ 1 ≤ correction.high={self.high}")
 
 
 @dataclass
@@ -430,7 +400,7 @@ class FilterConfig(CorrectionConfig):
 
     needs_prox: ClassVar[bool] = True
 
-    cap: float = 0.0
+    cap: float = setting(0.0, "[0, inf)")
     """What stays weighs min(w, cap) at each token; 0 = it weighs 1."""
 
 
@@ -439,14 +409,10 @@ class GeoConfig(FilterConfig):
     """Geometric filter: a sample stays where low ≤ exp(mean log w) ≤ high."""
 
     name: str = "geo"
-    low: float = 0.999
+    low: float = setting(0.999, "[0, 1]")
     """Samples of a smaller mean are left out, …"""
-    high: float = 1.001
+    high: float = setting(1.001, "[1, inf)")
     """… and of a larger one."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low <= 1 <= self.high:
-            raise ValueError(f"correction.low={self.low}: needs 0 ≤ low ≤ 1 ≤ correction.high={self.high}")
 
 
 @dataclass
@@ -454,7 +420,7 @@ class K3FilterConfig(FilterConfig):
     """k3 filter: a sample stays where its mean w − 1 − log w is at most limit."""
 
     name: str = "k3_filter"
-    limit: float = 0.01
+    limit: float = setting(0.01, "[0, inf)")
     """Largest mean k3 of a sample that stays, in nats."""
 
 
@@ -464,7 +430,7 @@ class VetoConfig(FilterConfig):
 
     name: str = "veto"
     cap: float = 2.0
-    floor: float = 1e-4
+    floor: float = setting(1e-4, "[0, inf)")
     """Smallest w of a token that does not leave its sample out."""
 
 
@@ -473,7 +439,7 @@ class SeqMaskConfig(CorrectionConfig):
     """DeepSeek-V3.2's off-policy mask (arXiv:2512.02556, eq. 9): bad samples that the policy has moved away from."""
 
     name: str = "seq_mask"
-    limit: float = 0.5
+    limit: float = setting(0.5, "[0, inf)")
     """A sample of negative advantage is left out where the mean of log π_beh − log π_θ exceeds this, in nats."""
 
 
@@ -482,7 +448,7 @@ class M2poConfig(CorrectionConfig):
     """M2PO (arXiv:2510.01161): in place of the clip, the farthest tokens are masked until (log r)² is small."""
 
     name: str = "m2po"
-    limit: float = 0.04
+    limit: float = setting(0.04, "[0, inf)")
     """Largest mean (log r)² over the tokens that stay, of those that a clip could act on."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from offtrail.core.settings import check_limits, setting
+
 
 @dataclass
 class RewardConfig:
@@ -12,26 +14,22 @@ class RewardConfig:
 
     name: str = "rule"
     """The reward."""
-    accuracy_weight: float = 1.0
+    accuracy_weight: float = setting(1.0, "[0, inf)")
     """Weight of a right answer."""
-    format_weight: float = 0.1
+    format_weight: float = setting(0.1, "[0, inf)")
     """Weight of a well-formed answer."""
-    workers: int = 1
+    workers: int = setting(1, "[1, inf)", resumable=True)
     """Verifier processes of each generator."""
-    deadline_seconds: float = 5.0
+    deadline_seconds: float = setting(5.0, "(0, inf)")
     """A verifier that takes longer on one group is killed and restarted."""
     on_timeout: Literal["zero", "refuse"] = "zero"
     """What a killed verifier means: every component 0, or the group refused as `failed`."""
-    memory_mb: int = 1024
+    memory_mb: int = setting(1024, "[512, inf)")
     """Address space of each verifier process; one that asks for more fails its group."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value is out of bounds."""
-        for key, least in (("workers", 1), ("memory_mb", 512)):
-            if getattr(self, key) < least:
-                raise ValueError(f"reward.{key}={getattr(self, key)}: must be at least {least}")
-        if not self.deadline_seconds > 0:
-            raise ValueError(f"reward.deadline_seconds={self.deadline_seconds}: must be above 0")
+        check_limits(self, "reward")
 
 
 REWARDS: dict[str, type[RewardConfig]] = {"rule": RewardConfig}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from offtrail.core.settings import check_limits, setting
+
 
 def _check(allowed: bool, key: str, value: object, rule: str) -> None:
     """Raise ValueError in the words of the command line unless ``allowed``."""
@@ -21,28 +23,22 @@ class TaskConfig:
 
     name: str = "chain"
     """The family."""
-    held_out_share: float = 0.1
+    held_out_share: float = setting(0.1, "[0, 1)")
     """Share of all prompts, chosen by a hash of the prompt, that is never trained on."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value is out of bounds."""
-        _check(0.0 <= self.held_out_share < 1.0, "held_out_share", self.held_out_share, "at least 0 and below 1")
+        check_limits(self, "task")
 
 
 @dataclass
 class GeneratedConfig(TaskConfig):
     """What every family made by program has."""
 
-    worked_share: float = 0.5
+    worked_share: float = setting(0.5, "[0, 1]")
     """Cold start: share of answers that work the problem step by step; the others guess directly."""
-    noise: float = 0.0
+    noise: float = setting(0.0, "[0, 1]")
     """Cold start: chance that a worked step goes wrong (and its error is carried on)."""
-
-    def __post_init__(self) -> None:
-        """Raise ValueError when a value is out of bounds."""
-        super().__post_init__()
-        _check(0.0 <= self.worked_share <= 1.0, "worked_share", self.worked_share, "from 0 to 1")
-        _check(0.0 <= self.noise <= 1.0, "noise", self.noise, "from 0 to 1")
 
 
 @dataclass
@@ -50,15 +46,15 @@ class ChainConfig(GeneratedConfig):
     """Arithmetic chain: start value, a run of operations from left to right, the result modulo `modulus`."""
 
     name: str = "chain"
-    min_operations: int = 3
+    min_operations: int = setting(3, "[1, inf)")
     """The shortest chain."""
-    max_operations: int = 6
+    max_operations: int = setting(6, "[1, inf)")
     """Difficulty: the longest chain. A worked step takes 5 tokens (9 at most with styles=3)."""
-    modulus: int = 10
+    modulus: int = setting(10, "[2, 100]")
     """Results are taken modulo this."""
-    max_operand: int = 5
+    max_operand: int = setting(5, "[1, 99]")
     """Difficulty too, the largest operand: 3 × modulus × max_operand facts to learn (9 needs twice the cold start)."""
-    styles: int = 1
+    styles: int = setting(1, "[1, 3]")
     """Cold start: ways to write worked steps, mixed evenly (1…3): `7*5=5;5-2=3`, `7*5=5;-2=3`, `7*5=35>5;5-2=3`."""
     worked_share: float = 0.55
     """Cold start: share of answers that work the problem step by step; the others guess directly."""
@@ -70,9 +66,6 @@ class ChainConfig(GeneratedConfig):
         super().__post_init__()
         low, high = self.min_operations, self.max_operations
         _check(1 <= low <= high, "min_operations", low, f"from 1 to task.max_operations={high}")
-        _check(2 <= self.modulus <= 100, "modulus", self.modulus, "from 2 to 100")
-        _check(1 <= self.max_operand <= 99, "max_operand", self.max_operand, "from 1 to 99")
-        _check(1 <= self.styles <= 3, "styles", self.styles, "from 1 to 3")
 
 
 @dataclass
@@ -80,9 +73,9 @@ class AdditionConfig(GeneratedConfig):
     """Addition of two numbers, digit by digit with carry."""
 
     name: str = "addition"
-    min_digits: int = 3
+    min_digits: int = setting(3, "[1, inf)")
     """The shortest operand."""
-    max_digits: int = 4
+    max_digits: int = setting(4, "[1, inf)")
     """Difficulty: the longest operand. A worked digit takes at most 9 tokens."""
 
     def __post_init__(self) -> None:
@@ -97,18 +90,16 @@ class CountdownConfig(GeneratedConfig):
     """Combine all given numbers, each once, with + − × to reach the target. A noisy step takes another operation."""
 
     name: str = "countdown"
-    numbers: int = 3
+    numbers: int = setting(3, "[2, 5]")
     """Difficulty: how many numbers are given."""
-    max_number: int = 15
+    max_number: int = setting(15, "[1, 999]")
     """The largest given number."""
-    max_target: int = 100
+    max_target: int = setting(100, "[1, inf)")
     """The largest target."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value is out of bounds."""
         super().__post_init__()
-        _check(2 <= self.numbers <= 5, "numbers", self.numbers, "from 2 to 5")
-        _check(1 <= self.max_number <= 999, "max_number", self.max_number, "from 1 to 999")
         low = self.numbers * self.max_number
         _check(self.max_target >= low, "max_target", self.max_target, f"at least numbers × max_number = {low}")
 
@@ -142,9 +133,9 @@ class JsonlConfig(TaskConfig):
     """A local JSON-lines file, one problem a line: GSM8K's question/answer fields by default."""
 
     name: str = "jsonl"
-    path: str = ""
+    path: str = setting("", path="file")
     """Training problems."""
-    eval_path: str = ""
+    eval_path: str = setting("", path="file")
     """Held-out problems; empty = held_out_share of `path`, by hash of the prompt."""
     prompt_field: str = "question"
     """Field of the problem's text."""

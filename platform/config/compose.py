@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import offtrail
+from offtrail.core.settings import PathKind
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
 from offtrail.platform.config.files import Raw, guess, read_file, read_text, yaml_problem
 from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys
@@ -35,22 +36,8 @@ from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
 
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
-MODEL_KEYS = ("model.path", "algo.critic.path", "checkpoint")
-PATH_KEYS = ("run.dir", *MODEL_KEYS, "task.path", "task.eval_path", "weights.dir")
 IMPLIED: dict[str, dict[str, Raw]] = {"serve": {"engine.name": "sglang"}}
 """Job → what it cannot do without, unless a layer says otherwise."""
-
-# What a resumed run may change: places, patience, views and speed, and how long it goes on. Nothing that an arm of a
-# comparison could differ in; what decides the numbers of a step stays as it was started.
-RESUMABLE = {
-    *("run.name", "run.resume", "run.dir", "staleness.max_refusals", "reward.workers", "eval.threads"),
-    *("generator.count", "generator.threads", "generator.max_in_flight"),
-    *("engine.servers", "engine.urls", "engine.address", "engine.tensor_parallel", "engine.router"),
-    *("engine.prefix_tokens", "engine.stream_interval"),
-    *("engine.start_seconds", "engine.hang_seconds", "engine.max_restarts"),
-    *("learner.steps", "learner.threads", "learner.checkpoint_every", "learner.keep_checkpoints"),
-}
-RESUMABLE_SECTIONS = ("broker.", "weights.", "tracking.")
 
 
 @dataclass
@@ -238,8 +225,8 @@ def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
     """Set one key; OmegaConf turns texts into numbers by the declared type."""
     if isinstance(value, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
         raise refuse(key.path, value, "must be UTF-8 text")
-    if key.path in PATH_KEYS and isinstance(value, str):
-        value = _path(key.path, value)
+    if isinstance(value, str):
+        value = _path(key.path_kind, value)
     if key.type_text == "{name: {name: value}}":  # no declared type to go by
         value = _paths_within(key, guess(value))
     try:
@@ -248,12 +235,14 @@ def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
         raise _wrong_type(key, value) from None
 
 
-def _path(key: str, value: str) -> str:
-    """`~` expanded, and absolute: a saved configuration means the same from every directory. run.dir stays as it is
-    typed, for it says where the next run goes, and a model's name in the Hugging Face cache is no path.
+def _path(kind: PathKind, value: str) -> str:
+    """`~` expanded, and absolute: a saved configuration means the same from every directory. A folder for what is to be
+    made stays as it is typed, and a model's name in the Hugging Face cache is no path.
     """
+    if not kind or not value:
+        return value
     path = Path(value).expanduser() if value.startswith("~") else Path(value)
-    if value and key != "run.dir" and (key not in MODEL_KEYS or path.is_dir()):
+    if kind == "file" or (kind == "model" and path.is_dir()):
         return str(path.absolute())
     return str(path) if value.startswith("~") else value
 
@@ -262,16 +251,17 @@ def _paths_within(key: Key, value: Raw) -> Raw:
     """The same for task.settings={jsonl: {path: …}}, which holds keys of other variants of its section."""
     if not isinstance(value, dict):
         return value
-    section = key.path.rpartition(".")[0]
+    variants = variant_keys().get(key.path.partition(".")[0], {})
     return {
-        family: {
-            name: _path(path, item) if (path := f"{section}.{name}") in PATH_KEYS and isinstance(item, str) else item
-            for name, item in entries.items()
-        }
+        family: {name: _path(_kind_of(variants.get(family, {}), name), item) for name, item in entries.items()}
         if isinstance(entries, dict)
         else entries
         for family, entries in value.items()
     }
+
+
+def _kind_of(keys: Mapping[str, Key], name: str) -> PathKind:
+    return next((key.path_kind for key in keys.values() if key.path.rpartition(".")[2] == name), "")
 
 
 def _literal(value: Raw) -> Raw:
@@ -344,10 +334,13 @@ def saved_config(folder: str, name: str) -> Path:
 
 
 def _refuse_new_science(started: Config, wanted: Config) -> None:
-    """Only keys that do not decide a step's numbers may change, and a run may grow longer, never shorter."""
+    """Only keys that do not decide a learner step's numbers may change (places, patience, views, speed: `resumable` at
+    their fields), nothing that an arm of a comparison could differ in; and a run may grow longer, never shorter.
+    """
     before, now = flatten(started), flatten(wanted)
+    may_change = {key.path for config in (started, wanted) for key in keys_of(config).values() if key.resumable}
     changed = [key for key in now | before if now.get(key) != before.get(key)]
-    refused = [key for key in changed if key not in RESUMABLE and not key.startswith(RESUMABLE_SECTIONS)]
+    refused = [key for key in changed if key not in may_change]
     if refused:
         others = f" (also: {', '.join(refused[1:])})" if refused[1:] else ""
         raise refuse(

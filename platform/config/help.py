@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable
 
 import offtrail
+from offtrail.core.settings import limits_text
 from offtrail.platform.config.compose import options_of
 from offtrail.platform.config.errors import show
 from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, keys_of
 from offtrail.platform.config.schema import Config
-from offtrail.platform.config.validate import LIMITS, limit_text
 
 USAGE = """\
 offtrail {version}: asynchronous off-policy RL for LLM reasoning
@@ -53,7 +53,7 @@ def help_text() -> str:
 def _rows(keys: Iterable[Key]) -> Iterable[str]:
     for key in keys:
         kind = f"{key.type_text} = {show(key.default) if key.default != '' else '(empty)'}"
-        limit = f" ({limit_text(LIMITS[key.path])})" if key.path in LIMITS else ""
+        limit = f" ({limits_text(key.limits)})" if key.limits else ""
         yield f"  {key.path:<30} {kind:<36} {key.line}{limit}".rstrip()
 
 

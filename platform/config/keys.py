@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offtrail.algos.config import ALGOS, CORRECTIONS
+from offtrail.core.settings import PathKind, told
 from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
 from offtrail.rewards.config import REWARDS
 from offtrail.tasks.config import TASKS
@@ -40,6 +41,9 @@ class Key:
     type: Any
     default: Any
     line: str
+    limits: str = ""
+    path_kind: PathKind = ""
+    resumable: bool = False
 
     @property
     def is_text(self) -> bool:
@@ -76,14 +80,18 @@ def keys_of(instance: Any, prefix: str = "") -> dict[str, Key]:
     return {key.path: key for key in _walk(instance, prefix)}
 
 
-def _walk(instance: Any, prefix: str) -> Iterator[Key]:
-    kinds, lines = typing.get_type_hints(type(instance)), attribute_lines(type(instance))
+def _walk(instance: Any, prefix: str, resumable: bool = False) -> Iterator[Key]:
+    owner = type(instance)
+    kinds, lines = typing.get_type_hints(owner), attribute_lines(owner)
     for field in dataclasses.fields(instance):
-        value, path = getattr(instance, field.name), f"{prefix}{field.name}"
+        name, value, path = field.name, getattr(instance, field.name), f"{prefix}{field.name}"
+        may_change = resumable or bool(told(owner, name, "resumable"))
         if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{path}.")
+            yield from _walk(value, f"{path}.", may_change)
         else:
-            yield Key(path, kinds[field.name], value, lines.get(field.name, ""))
+            limits: str = told(owner, name, "limits") or ""
+            path_kind: PathKind = told(owner, name, "path") or ""
+            yield Key(path, kinds[name], value, lines.get(name, ""), limits, path_kind, may_change)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -6,10 +6,11 @@ with OmegaConf.to_object, so that each `__post_init__` below has run before anyt
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from offtrail.algos.config import AlgoConfig, CorrectionConfig, DecoupledConfig, GrpoConfig
+from offtrail.core.settings import section, setting
 from offtrail.rewards.config import RewardConfig
 from offtrail.tasks.config import ChainConfig, TaskConfig
 
@@ -20,13 +21,13 @@ SCHEMA_VERSION = 1
 class RunConfig:
     """The run and its directory."""
 
-    name: str = ""
+    name: str = setting("", resumable=True)
     """Name of the run directory; empty = JOB-TASK-ALGO and the time."""
-    dir: str = "runs"
+    dir: str = setting("runs", path="folder", resumable=True)
     """Folder that holds the run directories."""
-    seed: int = 0
+    seed: int = setting(0, "[0, 4294967295]")
     """Keys everything that is drawn: start weights, data order, every sampled token."""
-    resume: bool = False
+    resume: bool = setting(False, resumable=True)
     """Go on with the run of that name from its last checkpoint."""
 
 
@@ -36,21 +37,21 @@ class ModelConfig:
 
     name: str = "tiny"
     """Label of the model."""
-    path: str = ""
+    path: str = setting("", path="model")
     """A Hugging Face directory or name; empty = make the model below and cold-start it (job=sft), once per cache."""
-    hidden_size: int = 64
+    hidden_size: int = setting(64, "[1, inf)")
     """Width of the made model; a multiple of 2·heads."""
-    layers: int = 3
+    layers: int = setting(3, "[1, inf)")
     """Its layers."""
-    heads: int = 4
+    heads: int = setting(4, "[1, inf)")
     """Its query heads."""
-    kv_heads: int = 2
+    kv_heads: int = setting(2, "[1, inf)")
     """Its key and value heads; must divide heads."""
-    mlp_size: int = 192
+    mlp_size: int = setting(192, "[1, inf)")
     """Width of its MLP."""
-    init_std: float = 0.05
+    init_std: float = setting(0.05, "(0, inf)")
     """Standard deviation of its start weights."""
-    max_length: int = 256
+    max_length: int = setting(256, "[2, inf)")
     """Longest prompt + answer, in tokens, that the local engine and the learner hold."""
 
 
@@ -58,20 +59,20 @@ class ModelConfig:
 class SftConfig:
     """Supervised fine-tuning on the task's worked answers (job=sft; also the cold start of job=rl)."""
 
-    seed: int = 0
+    seed: int = setting(0, "[0, 4294967295]")
     """Of the start weights and worked problems; apart from run.seed, so that runs of several seeds share a start."""
 
-    steps: int = 1000
+    steps: int = setting(1000, "[1, inf)")
     """Optimizer updates."""
-    batch_size: int = 32
+    batch_size: int = setting(32, "[1, inf)")
     """Problems of an update, fresh in each."""
-    lr: float = 4e-3
+    lr: float = setting(4e-3, "(0, inf)")
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = setting((0.9, 0.98), "[0, 1)")
     """Of AdamW."""
-    warmup_steps: int = 50
+    warmup_steps: int = setting(50, "[0, inf)")
     """Updates of linear warm-up."""
-    final_lr_share: float = 0.1
+    final_lr_share: float = setting(0.1, "[0, 1]")
     """Cosine decay ends at this share of lr."""
 
 
@@ -79,9 +80,9 @@ class SftConfig:
 class BatchConfig:
     """One learner step."""
 
-    groups: int = 16
+    groups: int = setting(16, "[1, inf)")
     """B, the groups of a batch."""
-    group_size: int = 8
+    group_size: int = setting(8, "[1, inf)")
     """G, the samples of a group."""
 
 
@@ -91,11 +92,11 @@ class SamplingConfig:
 
     temperature: float = 1.0
     """Logits are divided by it; the learner divides its own by the same."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = setting(64, "[1, inf)")
     """An answer is cut here, unfinished."""
-    growth_step: int = 0
+    growth_step: int = setting(0, "[0, inf)")
     """From this learner step on answers may be growth_factor times as long; 0 = never."""
-    growth_factor: float = 2.0
+    growth_factor: float = setting(2.0, "[1, inf)")
     """What max_new_tokens is multiplied by from growth_step on."""
     top_p: float = 1.0
     """1 = off."""
@@ -112,13 +113,13 @@ class SamplingConfig:
 class StalenessConfig:
     """How old data may be, in weight versions (invariants I2, I2b, I3)."""
 
-    max: int = 2
+    max: int = setting(2, "[0, inf)")
     """η: no token older than this is trained; 0 = the synchronous loop."""
     mode: Literal["bound", "exact"] = "bound"
     """bound: as fresh as timing allows, up to η. exact: batch k wholly on version max(0, k−η), repeatable."""
     on_violation: Literal["wait", "drop"] = "wait"
     """wait: batch k is admission slots kB…(k+1)B−1, so η holds by construction. drop: stale groups are refused."""
-    max_refusals: int = 10_000
+    max_refusals: int = setting(10_000, "[1, inf)", resumable=True)
     """The run fails when so many groups are refused since the last learner step, and names the reason."""
 
 
@@ -126,17 +127,17 @@ class StalenessConfig:
 class OptimConfig:
     """AdamW."""
 
-    lr: float = 2e-4
+    lr: float = setting(2e-4, "[0, inf)")
     """Constant after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = setting((0.9, 0.95), "[0, 1)")
     """Decay of the first and second moment."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, "(0, inf)")
     """Added to the root of the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, "[0, inf)")
     """Decoupled."""
-    grad_clip: float = 1.0
+    grad_clip: float = setting(1.0, "(0, inf)")
     """Largest gradient norm."""
-    warmup_updates: int = 0
+    warmup_updates: int = setting(0, "[0, inf)")
     """Optimizer updates of linear warm-up."""
 
 
@@ -144,14 +145,14 @@ class OptimConfig:
 class LearnerConfig:
     """The training loop."""
 
-    steps: int = 40
+    steps: int = setting(40, "[1, inf)", resumable=True)
     """Learner steps, each one batch and one new version."""
-    ranks: int = 1
+    ranks: int = setting(1, "[1, inf)")
     """Processes of the FSDP2 world; 1 trains the plain module."""
-    minibatches: int = 2
+    minibatches: int = setting(2, "[1, inf)")
     """K, optimizer updates of a learner step; B must be divisible by it."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    tokens_per_microbatch: int = 16_384
+    optim: OptimConfig = section(OptimConfig)
+    tokens_per_microbatch: int = setting(16_384, "[1, inf)")
     """Budget of prompt + answer tokens packed into one forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters in the forward pass."""
@@ -163,11 +164,11 @@ class LearnerConfig:
     """Liger's Triton kernels in the decoder; auto: where there is CUDA and liger-kernel is installed."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    threads: int = 1
+    threads: int = setting(1, "[1, inf)", resumable=True)
     """torch threads of each rank."""
-    checkpoint_every: int = 10
+    checkpoint_every: int = setting(10, "[1, inf)", resumable=True)
     """In learner steps; the last step is always saved."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = setting(2, "[1, inf)", resumable=True)
     """The newest so many are kept."""
 
 
@@ -175,11 +176,11 @@ class LearnerConfig:
 class GeneratorConfig:
     """The rollout processes."""
 
-    count: int = 1
+    count: int = setting(1, "[1, inf)", resumable=True)
     """Generator processes."""
-    max_in_flight: int = 64
+    max_in_flight: int = setting(64, "[1, inf)", resumable=True)
     """Groups leased to all generators together."""
-    threads: int = 1
+    threads: int = setting(1, "[1, inf)", resumable=True)
     """torch threads of each generator."""
 
 
@@ -196,7 +197,7 @@ class EngineConfig:
     """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and the KV cache."""
-    max_running: int = 256
+    max_running: int = setting(256, "[1, inf)")
     """Samples that decode together."""
     kv_on_update: Literal["recompute", "keep"] = "recompute"
     """When weights change under unfinished samples: recompute their KV cache under the new weights, or keep the old."""
@@ -216,30 +217,30 @@ class SglangConfig(EngineConfig):
     rules: ClassVar[str] = "offtrail.platform.engines.sglang.rules"
 
     name: str = "sglang"
-    servers: int = 1
+    servers: int = setting(1, "[1, inf)", resumable=True)
     """Servers that each generator starts; the evaluator has one of its own."""
-    urls: list[str] = field(default_factory=list)
+    urls: list[str] = setting([], resumable=True)
     """Servers that run already, in place of started ones; their keys in $OFFTRAIL_SGLANG_KEY and …_ADMIN_KEY."""
-    address: str = "127.0.0.1"
+    address: str = setting("127.0.0.1", resumable=True)
     """Where started servers listen."""
-    tensor_parallel: int = 1
+    tensor_parallel: int = setting(1, "[1, inf)", resumable=True)
     """GPUs of a server."""
     flags: str = ""
     """Further flags of `sglang.launch_server`, as on its command line."""
-    router: bool = False
+    router: bool = setting(False, resumable=True)
     """Put sglang-router with its cache-aware policy before a generator's servers; else offtrail chooses."""
     pause_mode: Literal["auto", "retract", "abort"] = "auto"
     """How kv_on_update=recompute stops the server: hold its samples, or take them back and send them anew; auto: the
     first where the server's version can."""
-    prefix_tokens: int = 64
+    prefix_tokens: int = setting(64, "[0, inf)", resumable=True)
     """Of a prompt at least so long one sample goes ahead, and the others find it in the server's radix cache."""
-    stream_interval: int = 32
+    stream_interval: int = setting(32, "[1, inf)", resumable=True)
     """Tokens between two reports of a running sample; what a dead server had reported is counted as lost."""
-    start_seconds: float = 600.0
+    start_seconds: float = setting(600.0, "(0, inf)", resumable=True)
     """The longest that a server may take to start."""
-    hang_seconds: float = 120.0
+    hang_seconds: float = setting(120.0, "(0, inf)", resumable=True)
     """A server that has work, or is asked for its health, and says nothing for so long is killed and started anew."""
-    max_restarts: int = 10
+    max_restarts: int = setting(10, "[0, inf)", resumable=True)
     """The role fails when one of its servers has died more often."""
 
 
@@ -247,15 +248,15 @@ class SglangConfig(EngineConfig):
 class EvalConfig:
     """Held-out evaluation of published versions: 0, every `every`-th, and the last."""
 
-    every: int = 10
+    every: int = setting(10, "[0, inf)")
     """In learner steps; 0 = only the first and the last version."""
-    prompts: int = 512
+    prompts: int = setting(512, "[1, inf)")
     """Held-out prompts, the same for every version."""
-    samples: int = 1
+    samples: int = setting(1, "[1, inf)")
     """Answers drawn for each prompt."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, "[0, inf)")
     """0 = greedy."""
-    threads: int = 1
+    threads: int = setting(1, "[1, inf)", resumable=True)
     """torch threads of the evaluator."""
     engine: Literal["same", "local"] = "same"
     """same: the kind of engine that generates. local: the embedded one, also beside SGLang generators."""
@@ -268,17 +269,17 @@ class WeightsConfig:
     channel: Literal["shm", "disk", "distributed", "ipc"] = "shm"
     """shm: shared memory, on one host. disk: the run directory, on any file system. distributed: broadcast from the
     learner to SGLang servers (gloo, NCCL). ipc: SGLang servers read the learner's memory (CUDA IPC), on one host."""
-    dir: str = ""
+    dir: str = setting("", path="file")
     """Folder in which the channel makes its own, offtrail-…; empty = /dev/shm, or runs/NAME/weights for disk."""
     delta: bool = False
     """shm, disk: write only what changed since the version before; pays where most bytes stay (bfloat16, small lr)."""
-    full_every: int = 10
+    full_every: int = setting(10, "[1, inf)")
     """With delta every so many versions are written whole, so that a reader can begin there."""
-    bucket_mb: int = 512
+    bucket_mb: int = setting(512, "[1, inf)")
     """distributed, ipc: tensors are sent together in buckets of about so many MiB."""
-    probe_every: int = 5
+    probe_every: int = setting(5, "[0, inf)")
     """Versions between two fixed-text probes of engine against learner; 0 = none."""
-    probe_alarm: float = 0.05
+    probe_alarm: float = setting(0.05, "[0, inf)")
     """The run fails when the probe differs by more, in nats a token (bfloat16: about .02); 0 = never."""
 
 
@@ -288,13 +289,13 @@ class BrokerConfig:
 
     address: str = "127.0.0.1"
     """Address to bind; any but loopback requires CURVE keys, made per run."""
-    port: int = 0
+    port: int = setting(0, "[0, 65535]")
     """0 = any free port."""
-    heartbeat_seconds: float = 1.0
+    heartbeat_seconds: float = setting(1.0, "(0, inf)")
     """Period of every role's heartbeat."""
-    lease_heartbeats: int = 30
+    lease_heartbeats: int = setting(30, "[1, inf)")
     """A lease goes to another generator after so many lost heartbeats; never because an answer is long."""
-    deadline_seconds: float = 600.0
+    deadline_seconds: float = setting(600.0, "(0, inf)")
     """The longest a role waits for another without progress before it fails and says for what (I4)."""
 
 
@@ -304,9 +305,9 @@ class ServeConfig:
 
     address: str = "127.0.0.1"
     """Address to listen at; the API key is printed, or taken from $OFFTRAIL_SGLANG_KEY."""
-    port: int = 30000
+    port: int = setting(30000, "[0, 65535]")
     """0 = any free port."""
-    temperature: float = 0.6
+    temperature: float = setting(0.6, "[0, inf)")
     """job=chat: of the answers; 0 = greedy."""
 
 
@@ -316,7 +317,7 @@ class TrackingConfig:
 
     tensorboard: bool = True
     """Write runs/NAME/tb/."""
-    sample_texts: int = 2
+    sample_texts: int = setting(2, "[0, inf)")
     """Sample groups whose texts are logged at each learner step."""
     gradient_cosine: bool = True
     """Log the cosine of consecutive gradients; a copy of one gradient is held for it."""
@@ -333,23 +334,23 @@ class Config:
     job: Literal["rl", "sft", "serve", "chat"] = "rl"
     """rl: the asynchronous loop. sft: supervised fine-tuning on the task's worked answers. serve: a checkpoint behind
     an OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
-    checkpoint: str = ""
+    checkpoint: str = setting("", path="model")
     """job=serve, chat: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    task: TaskConfig = field(default_factory=ChainConfig)
-    algo: AlgoConfig = field(default_factory=GrpoConfig)
-    correction: CorrectionConfig = field(default_factory=DecoupledConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    engine: EngineConfig = field(default_factory=LocalConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    staleness: StalenessConfig = field(default_factory=StalenessConfig)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    broker: BrokerConfig = field(default_factory=BrokerConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run: RunConfig = section(RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    task: TaskConfig = section(ChainConfig)
+    algo: AlgoConfig = section(GrpoConfig)
+    correction: CorrectionConfig = section(DecoupledConfig)
+    reward: RewardConfig = section(RewardConfig)
+    engine: EngineConfig = section(LocalConfig)
+    sft: SftConfig = section(SftConfig)
+    batch: BatchConfig = section(BatchConfig)
+    sampling: SamplingConfig = section(SamplingConfig)
+    staleness: StalenessConfig = section(StalenessConfig)
+    learner: LearnerConfig = section(LearnerConfig)
+    generator: GeneratorConfig = section(GeneratorConfig)
+    eval: EvalConfig = section(EvalConfig)
+    weights: WeightsConfig = section(WeightsConfig, resumable=True)
+    broker: BrokerConfig = section(BrokerConfig, resumable=True)
+    serve: ServeConfig = section(ServeConfig)
+    tracking: TrackingConfig = section(TrackingConfig, resumable=True)

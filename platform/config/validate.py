@@ -17,117 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offtrail.algos.config import incompatible
+from offtrail.core.settings import out_of_limits
 from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, refuse
-from offtrail.platform.config.keys import flatten
+from offtrail.platform.config.keys import flatten, keys_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
 from offtrail.tasks.config import JsonlConfig
-
-# Ranges as intervals: [ ] include the end, ( ) leave it out. A key that the chosen variant lacks is passed over.
-LIMITS = {
-    "run.seed": "[0, 4294967295]",
-    "sft.seed": "[0, 4294967295]",
-    "model.hidden_size": "[1, inf)",
-    "model.layers": "[1, inf)",
-    "model.heads": "[1, inf)",
-    "model.kv_heads": "[1, inf)",
-    "model.mlp_size": "[1, inf)",
-    "model.init_std": "(0, inf)",
-    "model.max_length": "[2, inf)",
-    "algo.critic.lr": "[0, inf)",
-    "algo.critic.eps": "(0, inf)",
-    "algo.critic.weight_decay": "[0, inf)",
-    "algo.critic.grad_clip": "(0, inf)",
-    "algo.critic.warmup_updates": "[0, inf)",
-    "algo.critic.pretrain_steps": "[0, inf)",
-    "algo.kl_coef": "[0, inf)",
-    "algo.clip_high": "[0, inf)",
-    "algo.std_eps": "[0, inf)",
-    "algo.ref_refresh": "[0, inf)",
-    "algo.entropy_coef": "[0, inf)",
-    "algo.overlong_share": "[0, 1]",
-    "algo.overlong_penalty": "[0, inf)",
-    "algo.dual_clip": "[0, inf)",
-    "algo.gamma": "[0, 1]",
-    "algo.gae_lambda": "[0, 1]",
-    "algo.gae_alpha": "[0, inf)",
-    "algo.value_lambda": "[0, 1]",
-    "algo.value_clip": "[0, inf)",
-    "algo.tau_positive": "(0, inf)",
-    "algo.tau_negative": "(0, inf)",
-    "algo.cap": "[1, inf)",
-    "algo.low_start": "[0, 1]",
-    "algo.low_end": "[0, 1]",
-    "algo.low_step": "(0, inf)",
-    "algo.high_start": "[1, inf)",
-    "algo.high_end": "[1, inf)",
-    "algo.high_step": "(0, inf)",
-    "algo.positive_share": "[0, 1]",
-    "algo.tau": "[0, inf)",
-    "algo.mask_low": "[0, 1]",
-    "algo.mask_high": "[0, 1]",
-    "algo.penalty": "[0, inf)",
-    "correction.cap": "[0, inf)",
-    "correction.low": "[0, 1]",
-    "correction.high": "[1, inf)",
-    "correction.limit": "[0, inf)",
-    "correction.floor": "[0, inf)",
-    "reward.accuracy_weight": "[0, inf)",
-    "reward.format_weight": "[0, inf)",
-    "reward.workers": "[1, inf)",
-    "reward.deadline_seconds": "(0, inf)",
-    "engine.max_running": "[1, inf)",
-    "engine.servers": "[1, inf)",
-    "engine.tensor_parallel": "[1, inf)",
-    "engine.prefix_tokens": "[0, inf)",
-    "engine.stream_interval": "[1, inf)",
-    "engine.start_seconds": "(0, inf)",
-    "engine.hang_seconds": "(0, inf)",
-    "engine.max_restarts": "[0, inf)",
-    "weights.full_every": "[1, inf)",
-    "weights.bucket_mb": "[1, inf)",
-    "weights.probe_every": "[0, inf)",
-    "weights.probe_alarm": "[0, inf)",
-    "sft.steps": "[1, inf)",
-    "sft.batch_size": "[1, inf)",
-    "sft.lr": "(0, inf)",
-    "sft.warmup_steps": "[0, inf)",
-    "sft.final_lr_share": "[0, 1]",
-    "batch.groups": "[1, inf)",
-    "batch.group_size": "[1, inf)",
-    "sampling.max_new_tokens": "[1, inf)",
-    "sampling.growth_step": "[0, inf)",
-    "sampling.growth_factor": "[1, inf)",
-    "staleness.max": "[0, inf)",
-    "staleness.max_refusals": "[1, inf)",
-    "learner.steps": "[1, inf)",
-    "learner.ranks": "[1, inf)",
-    "learner.minibatches": "[1, inf)",
-    "learner.optim.lr": "[0, inf)",
-    "learner.optim.eps": "(0, inf)",
-    "learner.optim.weight_decay": "[0, inf)",
-    "learner.optim.grad_clip": "(0, inf)",
-    "learner.optim.warmup_updates": "[0, inf)",
-    "learner.tokens_per_microbatch": "[1, inf)",
-    "learner.threads": "[1, inf)",
-    "learner.checkpoint_every": "[1, inf)",
-    "learner.keep_checkpoints": "[1, inf)",
-    "generator.count": "[1, inf)",
-    "generator.max_in_flight": "[1, inf)",
-    "generator.threads": "[1, inf)",
-    "eval.every": "[0, inf)",
-    "eval.prompts": "[1, inf)",
-    "eval.samples": "[1, inf)",
-    "eval.temperature": "[0, inf)",
-    "eval.threads": "[1, inf)",
-    "broker.port": "[0, 65535]",
-    "broker.heartbeat_seconds": "(0, inf)",
-    "broker.lease_heartbeats": "[1, inf)",
-    "broker.deadline_seconds": "(0, inf)",
-    "serve.port": "[0, 65535]",
-    "serve.temperature": "[0, inf)",
-    "tracking.sample_texts": "[0, inf)",
-}
 
 
 def validate(config: Config) -> None:
@@ -143,30 +38,12 @@ def schema_is_this_one(config: Config) -> None:
 
 
 def numbers_are_in_range(config: Config) -> None:
-    """LIMITS, and no nan or infinity anywhere."""
-    for key, value in flatten(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise refuse(key, value, "must be a finite number")
-        if key in LIMITS and not inside(value, LIMITS[key]):
-            raise refuse(key, value, f"must be {limit_text(LIMITS[key])}")
-    for key, betas in flatten(config).items():
-        if key.endswith(".betas") and not all(0 <= beta < 1 for beta in betas):
-            raise refuse(key, list(betas), "each must lie in [0, 1)")
-
-
-def inside(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval such as `(0, 1]`."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def limit_text(interval: str) -> str:
-    """`≥ 1` for `[1, inf)`; `in [0, 1]` for a bounded interval."""
-    low, high = (end.strip() for end in interval[1:-1].split(","))
-    if high == "inf":
-        return f"{'≥' if interval[0] == '[' else '>'} {low}"
-    return f"in {interval}"
+    """The range that stands at each field, and no nan or infinity anywhere."""
+    for key in keys_of(config).values():
+        if isinstance(key.default, float) and not math.isfinite(key.default):
+            raise refuse(key.path, key.default, "must be a finite number")
+        if complaint := out_of_limits(key.default, key.limits):
+            raise ConfigError(f"{key.path}={complaint}")
 
 
 def run_name_is_a_folder_name(config: Config) -> None:
@@ -195,8 +72,9 @@ def made_model_has_whole_heads(config: Config) -> None:
 
 def model_paths_are_here(config: Config) -> None:
     """A folder with config.json, or a name in the Hugging Face cache: no role downloads, four of them would at once."""
-    for key in ("model.path", "algo.critic.path"):
-        _model_is_here(key, flatten(config).get(key, ""))
+    for key in keys_of(config).values():
+        if key.path_kind == "model" and key.path != "checkpoint":  # which may be a run directory, too
+            _model_is_here(key.path, key.default)
 
 
 def _model_is_here(key: str, given: str, give: str = "a Hugging Face model folder, or leave it empty") -> None:

@@ -414,7 +414,7 @@ def test_one_baseline_is_enough():
         (lambda: VcpoConfig(cap=-1), r"correction\.cap=-1"),
         (lambda: A3poConfig(normalise=True), r"correction\.normalise=true with correction=a3po"),
         (lambda: IcepopConfig(low=1.5), r"correction\.low=1\.5"),
-        (lambda: GeoConfig(high=0.5), r"correction\.low=0\.999: needs"),
+        (lambda: GeoConfig(high=0.5), r"correction\.high=0\.5: must be ≥ 1"),
     ],
 )
 def test_refuses(make, says):

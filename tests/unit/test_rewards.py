@@ -123,9 +123,9 @@ def test_total_is_the_weighted_sum():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"workers": 0}, "reward.workers=0: must be at least 1"),
-        ({"deadline_seconds": 0.0}, "reward.deadline_seconds=0.0: must be above 0"),
-        ({"memory_mb": 1}, "reward.memory_mb=1: must be at least 512"),
+        ({"workers": 0}, "reward.workers=0: must be ≥ 1"),
+        ({"deadline_seconds": 0.0}, "reward.deadline_seconds=0.0: must be > 0"),
+        ({"memory_mb": 1}, "reward.memory_mb=1: must be ≥ 512"),
     ],
 )
 def test_settings_out_of_bounds(settings: dict[str, float], message: str):

@@ -64,7 +64,7 @@ def test_settings_reach_their_family_and_the_share_reaches_all():
             r"task.settings.chain.max_operation: no such key; choose one of held_out_share, .*max_operations",
         ),
         ({"name": "x"}, r"task.settings.chain.name: no such key"),
-        ({"styles": 9}, r"task.settings.chain: task.styles=9: must be from 1 to 3"),
+        ({"styles": 9}, r"task.settings.chain: task.styles=9: must be in \[1, 3\]"),
     ],
 )
 def test_wrong_settings(settings: dict[str, object], message: str):
