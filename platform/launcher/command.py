@@ -1,4 +1,8 @@
-"""The command: flags, then compose → run directory → launch. launch.py calls `main`; nothing here imports torch.
+"""The command: flags, then compose → run directory → launch. Nothing here imports torch.
+
+    python launch.py (a checkout)   ┐
+    offtrail (installed)            ├─► console ─► main
+    python -m offtrail              ┘
 
 Exit codes: 0 done, 2 a mistake of the user or of the environment (one line on stderr), 130 interrupted before the
 start, and whatever `launch` returns.
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +29,14 @@ PACKAGES = (
     "accelerate aiohttp matplotlib msgspec numpy psutil pyarrow rich safetensors tensorboard torch transformers "
     "xxhash zmq"
 )
+
+
+def console() -> int:
+    """The command line of this process; its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # η and · on a terminal that has only ASCII
+    return main(sys.argv[1:])
 
 
 def main(argv: Sequence[str]) -> int:
