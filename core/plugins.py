@@ -1,0 +1,128 @@
+"""Code from outside the tree: `package.module:attribute` in a setting names a function or class of the user's own.
+
+Who calls: the registries of rewards, tasks, drivers, losses and advantages. A module is looked for where Python looks
+(installed packages, PYTHONPATH), and last in the current directory: that of the launch, which every role and every
+verifier process inherits. Last, so that a file of the user's named like a module of Python never takes its place.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+PLUGIN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class PluginError(ValueError):
+    """A plug-in that cannot be loaded; one line that names the key, the value and the way out."""
+
+
+def is_plugin(name: str) -> bool:
+    """Whether a name means code from outside the tree: those of the tree hold no colon."""
+    return ":" in name
+
+
+def load(name: str, *, what: str) -> Any:
+    """The object that ``name``=`package.module:attribute` means; ``what`` is the key that holds it.
+
+    Raises PluginError.
+    """
+    module_name, attribute = _parts(name, what)
+    _look_in_current_directory()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise _no_module(name, module_name, what) from None
+        raise _broken(name, module_name, what, error) from error
+    except Exception as error:
+        raise _broken(name, module_name, what, error) from error
+    if not hasattr(module, attribute):
+        raise _no_attribute(name, module_name, attribute, what, vars(module))
+    return getattr(module, attribute)
+
+
+def check(name: str, *, what: str) -> None:
+    """Raise PluginError when ``load`` would find no such module or attribute; the module itself is not imported.
+
+    For code that imports torch, where nothing else may. Attributes are read from the source, where there is one.
+    """
+    module_name, attribute = _parts(name, what)
+    _look_in_current_directory()
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except ModuleNotFoundError:
+        spec = None
+    except Exception as error:  # of the packages that it stands in
+        raise _broken(name, module_name, what, error) from error
+    if spec is None:
+        raise _no_module(name, module_name, what)
+    defined = _defined(spec)
+    if defined is not None and attribute not in defined:
+        raise _no_attribute(name, module_name, attribute, what, defined)
+
+
+def _parts(name: str, what: str) -> tuple[str, str]:
+    if not PLUGIN.fullmatch(name):
+        raise PluginError(f"{what}={name}: must be package.module:attribute, such as my_code:{what.rpartition('.')[2]}")
+    module_name, _, attribute = name.partition(":")
+    return module_name, attribute
+
+
+def _look_in_current_directory() -> None:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    importlib.invalidate_caches()  # a file written since the last look is found
+
+
+def _defined(spec: ModuleSpec) -> set[str] | None:
+    """Names that a module's source binds at its top level; None where the source cannot tell."""
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    try:
+        tree = ast.parse(Path(spec.origin).read_bytes())
+    except (OSError, SyntaxError):
+        return None  # importing it says it better
+    names: set[str] = set()
+    for node in tree.body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                names |= {alias.asname or alias.name.partition(".")[0] for alias in aliases}
+            case ast.Assign() | ast.AnnAssign():
+                names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+            case ast.Expr():
+                pass
+            case _:  # bound under a condition, in a loop, …
+                return None
+    return None if names & {"*", "__getattr__"} else names
+
+
+def _no_module(name: str, module_name: str, what: str) -> PluginError:
+    return PluginError(
+        f"{what}={name}: no module {module_name} in this Python, on PYTHONPATH or in the current directory "
+        f"({os.getcwd()}): launch from the folder that holds it, or install it"
+    )
+
+
+def _broken(name: str, module_name: str, what: str, error: Exception) -> PluginError:
+    words = " ".join(str(error).split())
+    return PluginError(f"{what}={name}: importing {module_name} raised {type(error).__name__}: {words}; mend it")
+
+
+def _no_attribute(name: str, module_name: str, attribute: str, what: str, names: Iterable[str]) -> PluginError:
+    public = sorted(known for known in names if not known.startswith("_"))
+    near = difflib.get_close_matches(attribute, public, n=3)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    return PluginError(f"{what}={name}: {module_name} has no {attribute}{hint}")
