@@ -1,4 +1,4 @@
-"""The words every room shares: Problem, Sampling, Group, Sample, Batch.
+"""The words every room shares: Problem, Sampling, Channel, Group, Sample, Batch.
 
 Who uses them: tasks/ make Problems; the broker leases them; generators turn a lease into one Group; the broker keeps
 Groups until they are trained; the learner receives Batches of B Groups. Legend of shapes: G samples of a group, P
@@ -22,6 +22,8 @@ UInt8 = npt.NDArray[np.uint8]
 
 FinishReason = Literal["stop", "length", "abort"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
+Axis = Literal["token", "step", "sample", "node"]
+"""What a channel has one value of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,34 @@ class Sample:
     reward: float
 
 
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What a search or a scorer says beside the rewards: ``values`` [T | S | G | N], one for each thing of ``axis``.
+
+    token: T output tokens of the group. step: S steps, which end at Group.step_ends. sample: G samples. node: N nodes
+    of a search tree, the same N in every channel of the group. Values are int32 or float32, and finite.
+    """
+
+    axis: Axis
+    values: Int32 | Float32
+
+
+PARENT = "parent"
+"""The node channel that makes nodes a tree: each node's parent, an earlier node, or −1 for a root."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBy:
+    """Which version of which model made a score."""
+
+    model: str
+    version: int
+
+
+def _no_steps() -> Int32:
+    return np.zeros(0, np.int32)
+
+
 @dataclass(slots=True)
 class Group:
     """G samples of one prompt, columnar: what one lease yields, what the wire carries, what the ledger counts.
@@ -73,9 +103,14 @@ class Group:
     Shapes: ``prompt_tokens`` [P] int32; ``lengths`` [G] int32; ``tokens`` [T] int32, ``logprobs`` [T] float32 (the
     behaviour policy's, at the sampling temperature), ``versions`` [T] int32 (weight version of each token, stamped
     where weights are applied); ``finish`` [G] uint8 indexes FINISH_REASONS; ``rewards`` [G] float32 (the weighted
-    total) and ``components`` name → [G] float32; ``times`` [G, 3] float64, seconds since the epoch at submission,
-    first and last token. ``channels``: name → array, for step or token scores and for a tree's node and parent ids
-    (empty by default).
+    total) and ``components`` name → [G] float32, NaN where a component does not apply to a sample; ``times`` [G, 3]
+    float64, seconds since the epoch at submission, first and last token.
+
+    ``channels``: name → Channel, for step or token scores and for a search tree. ``step_ends`` [S] int32: where steps
+    end, as exclusive offsets in ``tokens``, ascending; a step begins where the one before it or its sample does, so
+    that none spans two samples, and what follows a sample's last step belongs to none. ``scored_by``: component or
+    channel name → the model and version that made it. One model scores a whole group under one version.
+
     ``queued_version`` and ``queued_at`` are the broker's stamp on arrival (−1 before).
     """
 
@@ -94,7 +129,9 @@ class Group:
     rewards: Float32
     components: dict[str, Float32]
     times: Float64
-    channels: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    channels: dict[str, Channel] = field(default_factory=dict)
+    step_ends: Int32 = field(default_factory=_no_steps)
+    scored_by: dict[str, ScoredBy] = field(default_factory=dict)
     queued_version: int = -1
     queued_at: float = 0.0
 
@@ -102,6 +139,11 @@ class Group:
     def size(self) -> int:
         """G, the number of samples."""
         return len(self.lengths)
+
+    @property
+    def step_samples(self) -> Int32:
+        """[S]: the sample that each step is of."""
+        return np.searchsorted(np.cumsum(self.lengths), self.step_ends).astype(np.int32)
 
     def samples(self) -> Iterator[Sample]:
         """The samples in order, as views."""
@@ -114,10 +156,17 @@ class Group:
     def check(self, *, vocab_size: int | None = None) -> None:
         """Raise ValueError, naming the field, unless shapes, counts and values agree with each other."""
         self._check_shapes()
+        if self.step_ends.size or self.channels:
+            self._check_channels()
+        if self.scored_by:
+            self._check_scored_by()
         # Few reductions, one value each: this runs for every group that arrives.
         lowest, highest = _range(self.logprobs)
         if not (-math.inf < lowest <= highest < math.inf and math.isfinite(sum(self.rewards.tolist()))):
             raise ValueError(f"group {self.group}: a reward or log-probability is not finite")
+        for name, column in self.components.items():
+            if any(map(math.isinf, column.tolist())):
+                raise ValueError(f"group {self.group}: component {name} is infinite (NaN says that it does not apply)")
         if highest > 1e-4:
             raise ValueError(f"group {self.group}: a log-probability is above 0 ({highest:.4g})")
         if max(self.finish.tobytes()) >= len(FINISH_REASONS):
@@ -147,6 +196,48 @@ class Group:
         for name, array, shape in arrays:
             if array.shape != shape:
                 raise ValueError(f"group {self.group}: {name} has shape {array.shape}, expected {shape}")
+
+    def _check_channels(self) -> None:
+        ends, T = self.step_ends, self.tokens.size
+        if ends.ndim != 1 or (ends.size and not (ends[0] > 0 and ends[-1] <= T and (ends[1:] > ends[:-1]).all())):
+            raise ValueError(f"group {self.group}: step_ends must ascend within 1…{T}, one offset a step")
+        nodes = next((c.values.size for c in self.channels.values() if c.axis == "node"), 0)
+        sizes = {"token": T, "step": ends.size, "sample": self.size, "node": nodes}
+        for name, channel in self.channels.items():
+            if channel.axis not in sizes:
+                raise ValueError(f"group {self.group}: channel {name} has axis {channel.axis}; there are {[*sizes]}")
+            values, expected = channel.values, sizes[channel.axis]
+            if values.shape != (expected,):
+                what = f"{values.shape}, expected ({expected},), one value a {channel.axis}"
+                raise ValueError(f"group {self.group}: channel {name} has shape {what}")
+            if values.dtype not in (np.int32, np.float32):
+                raise ValueError(f"group {self.group}: channel {name} is {values.dtype}, expected int32 or float32")
+            lowest, highest = _range(values)
+            if not -math.inf < lowest <= highest < math.inf:
+                raise ValueError(f"group {self.group}: channel {name} holds a value that is not finite")
+        if PARENT in self.channels:
+            self._check_tree(self.channels[PARENT])
+
+    def _check_tree(self, parent: Channel) -> None:
+        values = parent.values
+        fits = parent.axis == "node" and values.dtype == np.int32
+        if not fits or (values < -1).any() or (values >= np.arange(values.size)).any():
+            raise ValueError(
+                f"group {self.group}: channel {PARENT} must be int32 on axis node, each value an earlier node or -1"
+            )
+
+    def _check_scored_by(self) -> None:
+        versions: dict[str, int] = {}
+        for name, by in self.scored_by.items():
+            if name not in self.components and name not in self.channels:
+                raise ValueError(f"group {self.group}: scored_by names {name}, no component or channel of the group")
+            if not 0 <= by.version < 1 << 31:
+                raise ValueError(f"group {self.group}: {name} was scored by version {by.version} of {by.model}")
+            if (other := versions.setdefault(by.model, by.version)) != by.version:
+                raise ValueError(
+                    f"group {self.group}: versions {other} and {by.version} of {by.model} scored it, and a group never "
+                    "mixes versions"
+                )
 
 
 def _range(array: npt.NDArray[Any]) -> tuple[float, float]:

@@ -9,7 +9,6 @@ itself. The broker's loop never waits for a shard; it only deletes the payloads 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import queue
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offtrail.core.types import FINISH_REASONS, Group
+from offtrail.core.types import FINISH_REASONS, Channel, Group, Int32
 from offtrail.platform.broker.ledger import read_shard
 from offtrail.platform.wire.groups import unpack_group
 
@@ -58,32 +57,69 @@ SCHEMA = pa.schema(
         ("last_token_at", pa.float64()),
         ("queued_at", pa.float64()),
         ("queued_version", pa.int32()),
-        ("channels", pa.map_(pa.string(), pa.binary())),
+        ("step_ends", pa.list_(pa.int32())),
+        ("scored_by", pa.map_(pa.string(), pa.struct([("model", pa.string()), ("version", pa.int32())]))),
     ]
 )
-"""One row a sample. ``problem`` is JSON; ``batch`` and ``position`` are null for refused groups; ``channels`` (.npy
-bytes by name) belong to the whole group and stand with its sample 0."""
+"""One row a sample. ``problem`` is JSON; ``batch`` and ``position`` are null for refused groups; ``step_ends`` are
+offsets in the sample's own ``tokens``.
+
+Each channel is a further column, ``AXIS/NAME`` of float32 or int32, null for groups without it: ``token/…`` and
+``step/…`` hold a list, ``sample/…`` a number, and ``node/…`` the whole group's nodes, a list that stands with its
+sample 0.
+"""
 
 
 def table(run: str, groups: Sequence[tuple[dict[str, Any], Group]]) -> pa.Table:
-    """Rows of SCHEMA for groups, each with what the ledger says of it (state, reason, batch, …)."""
-    parts = [pa.Table.from_pydict(_columns(run, facts, group), schema=SCHEMA) for facts, group in groups]
-    return pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+    """Rows of SCHEMA and the channels for groups, each with what the ledger says of it (state, reason, batch, …)."""
+    parts = [_rows(run, facts, group) for facts, group in groups]
+    # Permissive: a channel that is int32 in one group and float32 in another becomes float64, which holds both.
+    return pa.concat_tables(parts, promote_options="permissive") if parts else SCHEMA.empty_table()
+
+
+def _rows(run: str, facts: dict[str, Any], group: Group) -> pa.Table:
+    rows = pa.Table.from_pydict(_columns(run, facts, group), schema=SCHEMA)
+    for name, channel in group.channels.items():
+        rows = rows.append_column(f"{channel.axis}/{name}", _by_sample(group, channel))
+    return rows
+
+
+def _by_sample(group: Group, channel: Channel) -> pa.Array:
+    """The channel's values, cut into one row a sample."""
+    values = pa.array(channel.values)
+    if channel.axis == "sample":
+        return values
+    if channel.axis == "node":
+        nodes = pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+        return pa.concat_arrays([nodes, pa.nulls(group.size - 1, nodes.type)])
+    return pa.ListArray.from_arrays(_token_starts(group) if channel.axis == "token" else _step_starts(group), values)
+
+
+def _token_starts(group: Group) -> Int32:
+    """[G + 1]: where each sample's tokens begin, and the last one's end."""
+    return np.concatenate([[0], np.cumsum(group.lengths)]).astype(np.int32)
+
+
+def _step_starts(group: Group) -> Int32:
+    """[G + 1]: where each sample's steps begin, and the last one's end."""
+    counts = np.bincount(group.step_samples, minlength=group.size)
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
 def _columns(run: str, facts: dict[str, Any], group: Group) -> dict[str, Any]:
     G = group.size
     problem = group.problem
     told = {name: problem_value(problem, name) for name in ("task", "index", "prompt", "answer", "meta")}
+    scored_by = [(name, {"model": by.model, "version": by.version}) for name, by in group.scored_by.items()]
     once: dict[str, Any] = {
         "run": run, **facts, "group": group.group, "slot": group.slot, "attempt": group.attempt,
         "generator": group.generator, "temperature": group.temperature, "prompt": problem.prompt,
         "problem": json.dumps(told, ensure_ascii=False), "prompt_tokens": group.prompt_tokens,
-        "queued_at": group.queued_at, "queued_version": group.queued_version,
+        "queued_at": group.queued_at, "queued_version": group.queued_version, "scored_by": scored_by,
     }  # fmt: skip
-    ends = np.concatenate([[0], np.cumsum(group.lengths)]).astype(np.int32)
+    ends = _token_starts(group)
     scores = [[(name, float(column[i])) for name, column in group.components.items()] for i in range(G)]
-    channels = [(name, _npy(array)) for name, array in group.channels.items()]
+    step_ends = group.step_ends - ends[group.step_samples]
     return {name: [value] * G for name, value in once.items()} | {
         "sample": np.arange(G, dtype=np.int32),
         "tokens": pa.ListArray.from_arrays(ends, pa.array(group.tokens)),
@@ -95,7 +131,7 @@ def _columns(run: str, facts: dict[str, Any], group: Group) -> dict[str, Any]:
         "submitted_at": np.ascontiguousarray(group.times[:, 0]),
         "first_token_at": np.ascontiguousarray(group.times[:, 1]),
         "last_token_at": np.ascontiguousarray(group.times[:, 2]),
-        "channels": [channels] + [[]] * (G - 1),
+        "step_ends": pa.ListArray.from_arrays(_step_starts(group), pa.array(step_ends)),
     }
 
 
@@ -103,12 +139,6 @@ def problem_value(problem: Any, name: str) -> Any:
     """A field of a problem as plain JSON."""
     value = getattr(problem, name)
     return dict(value) if name == "meta" else value
-
-
-def _npy(array: np.ndarray[Any, Any]) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue()
 
 
 def write_shard(ledger: Path, folder: Path, run: str, name: str) -> None:

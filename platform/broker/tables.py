@@ -5,7 +5,7 @@
 - The counts by state move with the groups, in the same transaction (triggers `count_admission`, `count_move`).
 """
 
-LEDGER_SCHEMA = 1
+LEDGER_SCHEMA = 2
 """Kept as the file's user_version; another one is refused."""
 
 TABLES = """

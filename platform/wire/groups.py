@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from offtrail.core.types import Group
+from offtrail.core.types import Channel, Group
 from offtrail.platform.wire.codec import Array, Frame, WireError, decode, encode
 from offtrail.platform.wire.messages import GroupHeader, SubmitGroup
 
@@ -27,6 +27,7 @@ FIXED = (
     ("finish", UINT8),
     ("rewards", FLOAT32),
     ("times", FLOAT64),
+    ("step_ends", INT32),
 )
 """Arrays that every group has, in wire order; components and channels follow, in the header's order of names."""
 
@@ -45,20 +46,21 @@ def group_frames(group: Group) -> tuple[GroupHeader, list[Array]]:
         generator=group.generator,
         temperature=group.temperature,
         component_names=list(group.components),
-        channel_names=list(group.channels),
+        channels=[(name, channel.axis) for name, channel in group.channels.items()],
+        scored_by=group.scored_by,
         queued_version=group.queued_version,
         queued_at=group.queued_at,
     )
     fixed: list[Array] = [
         group.prompt_tokens, group.lengths, group.tokens, group.logprobs,
-        group.versions, group.finish, group.rewards, group.times,
+        group.versions, group.finish, group.rewards, group.times, group.step_ends,
     ]  # fmt: skip
-    return header, [*fixed, *group.components.values(), *group.channels.values()]
+    return header, [*fixed, *group.components.values(), *(channel.values for channel in group.channels.values())]
 
 
 def arrays_per_group(header: GroupHeader) -> int:
     """How many arrays of a message belong to this header."""
-    return len(FIXED) + len(header.component_names) + len(header.channel_names)
+    return len(FIXED) + len(header.component_names) + len(header.channels)
 
 
 def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
@@ -74,8 +76,11 @@ def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
     if dtypes != [*_DTYPES, *[FLOAT32] * len(names)]:
         raise WireError(f"group {header.group}: {_wrong_dtype(names, dtypes)}")
     components = dict(zip(names, arrays[n : n + len(names)], strict=True))
-    channels = dict(zip(header.channel_names, arrays[n + len(names) :], strict=True))
-    if len(components) != len(names) or len(channels) != len(header.channel_names):
+    channels = {
+        name: Channel(axis, values)
+        for (name, axis), values in zip(header.channels, arrays[n + len(names) :], strict=True)
+    }
+    if len(components) != len(names) or len(channels) != len(header.channels):
         raise WireError(f"group {header.group}: a component or channel name stands twice")
     group = Group(
         group=header.group,
@@ -93,7 +98,9 @@ def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
         rewards=arrays[6],
         components=components,
         times=arrays[7],
+        step_ends=arrays[8],
         channels=channels,
+        scored_by=header.scored_by,
         queued_version=header.queued_version,
         queued_at=header.queued_at,
     )

@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
-from offtrail.core.types import Lease, Problem
+from offtrail.core.types import Axis, Lease, Problem, ScoredBy
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -58,7 +58,7 @@ class Leases(Message, frozen=True):
 
 
 class GroupHeader(Message, frozen=True):
-    """The scalars of core.types.Group; its arrays stand in frames."""
+    """The scalars of core.types.Group; its arrays stand in frames. ``channels``: (name, axis) of each."""
 
     group: int
     slot: int
@@ -67,7 +67,8 @@ class GroupHeader(Message, frozen=True):
     generator: str
     temperature: float
     component_names: list[str]
-    channel_names: list[str]
+    channels: list[tuple[str, Axis]] = []
+    scored_by: dict[str, ScoredBy] = {}
     queued_version: int = -1
     queued_at: float = 0.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from offtrail.core.types import Group, Problem
+from offtrail.core.types import Channel, Group, Problem, ScoredBy
 from offtrail.platform.broker.archive import SCHEMA, Archive, write_shard
 from offtrail.platform.broker.ledger import FILE, Arrival, Audit, Grant, Ledger
 from offtrail.platform.wire.groups import pack_group
@@ -48,10 +47,20 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     """Batch 0 (groups 1, 0) is trained and checkpointed, batch 1 (2, 3) trained since; 4 and 5 are refused, 5 empty."""
     ledger = Ledger(tmp_path / FILE)
     ledger.grant("generator-0", [Grant(slot, 0) for slot in range(6)], 0.0)
-    channels = {"channels": {"step_scores": np.array([[0.5, 0.25]], np.float32)}}
+    # Three tokens, of which the first is sample 0's: its one step ends with it, the other sample has two.
+    scored = {
+        "step_ends": np.array([1, 2, 3], np.int32),
+        "channels": {
+            "prm": Channel("step", np.array([0.5, 0.25, -1], np.float32)),
+            "value": Channel("token", np.array([7, 8, 9], np.float32)),
+            "leaf": Channel("sample", np.array([1, 2], np.int32)),
+            "parent": Channel("node", np.array([-1, 0, 0], np.int32)),
+        },
+        "scored_by": {"prm": ScoredBy("prm-7b", 12)},
+    }
     for number in range(4):
         versions = [0, 0, number % 2]
-        whole = group(number, versions, **(channels if number == 1 else {}))
+        whole = group(number, versions, **(scored if number == 1 else {}))
         ledger.submit(number, Arrival(pack_group(whole), {0: 3}, 1, 9.5), 0)
     ledger.refuse(4, "stale", "a token of version 0", Arrival(pack_group(group(4, [0, 0])), {0: 2}, 1, 9.5))
     ledger.refuse(5, "failed", "no room")
@@ -84,7 +93,7 @@ def test_a_shard_holds_every_sample_of_its_groups_in_training_order(ledger: Ledg
     batches, refused = seal(ledger, tmp_path)
     assert (batches, refused) == ("000000_batches_000000-000000.parquet", "000001_refused_00000004-00000004.parquet")
     table = pq.read_table(tmp_path / "trajectories" / batches)
-    assert table.schema.equals(SCHEMA)
+    assert table.schema.names == [*SCHEMA.names, "step/prm", "token/value", "sample/leaf", "node/parent"]
     rows = table.to_pylist()
     assert [(row["group"], row["sample"], row["batch"], row["position"]) for row in rows] == [
         (1, 0, 0, 0), (1, 1, 0, 0), (0, 0, 0, 1), (0, 1, 0, 1),
@@ -106,13 +115,26 @@ def test_a_shard_holds_every_sample_of_its_groups_in_training_order(ledger: Ledg
     assert rows[0]["reward"] == pytest.approx(1.1)
 
 
-def test_channels_come_back_as_they_were(ledger: Ledger, tmp_path: Path) -> None:
+def test_channels_are_columns_cut_by_sample_and_say_who_made_them(ledger: Ledger, tmp_path: Path) -> None:
     batches, _ = seal(ledger, tmp_path)
-    rows = pq.read_table(tmp_path / "trajectories" / batches).to_pylist()
-    [(name, data)] = rows[0]["channels"]
-    assert name == "step_scores"
-    np.testing.assert_array_equal(np.load(io.BytesIO(data)), np.array([[0.5, 0.25]], np.float32))
-    assert all(row["channels"] == [] for row in rows[1:])
+    table = pq.read_table(tmp_path / "trajectories" / batches)
+    types = {name: str(table.schema.field(name).type) for name in ("token/value", "sample/leaf", "node/parent")}
+    assert types == {
+        "token/value": "list<element: float>",
+        "sample/leaf": "int32",
+        "node/parent": "list<element: int32>",
+    }
+    first, second, *others = table.to_pylist()
+    assert (first["step/prm"], second["step/prm"]) == ([0.5], [0.25, -1.0])
+    assert (first["step_ends"], second["step_ends"]) == ([1], [1, 2])
+    assert (first["token/value"], second["token/value"]) == ([7.0], [8.0, 9.0])
+    assert (first["sample/leaf"], second["sample/leaf"]) == (1, 2)
+    assert (first["node/parent"], second["node/parent"]) == ([-1, 0, 0], None)
+    made_by = [("prm", {"model": "prm-7b", "version": 12})]
+    assert (first["scored_by"], second["scored_by"]) == (made_by, made_by)
+    for row in others:
+        assert [row[name] for name in row if "/" in name] == [None] * 4
+        assert (row["step_ends"], row["scored_by"]) == ([], [])
 
 
 def test_refused_groups_are_kept_with_their_reason(ledger: Ledger, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from offtrail.core.types import Group, Lease, Problem
+from offtrail.core.types import Channel, Group, Lease, Problem
 from offtrail.platform.broker.broker import HOLD_SECONDS, Broker
 from offtrail.platform.broker.ledger import FILE, LedgerError
 from offtrail.platform.broker.role import main
@@ -866,7 +866,7 @@ def test_a_full_disk_fails_the_run_in_one_line_and_every_beat_says_stop(start: C
     assert run.submit(leases[0], 0).accepted
     ledger = run.broker.ledger
     ledger._rows(f"PRAGMA max_page_count = {ledger._one('PRAGMA page_count')}")
-    header, arrays = group_frames(group(leases[1], 0, channels={"big": np.zeros(1 << 20, np.float32)}))
+    header, arrays = group_frames(group(leases[1], 0, channels={"big": Channel("node", np.zeros(1 << 20, np.float32))}))
     error = run.ask("generator-0", SubmitGroup(header=header), Error, arrays).error
     assert f"{run.run_dir / FILE}: database or disk is full; nothing acknowledged is lost: free space" in error
     assert "\n" not in error
