@@ -113,6 +113,11 @@ class Engine(Protocol):
     def resume(self) -> None:
         """Go on after ``pause``."""
 
+    def cancel(self, requests: Sequence[int]) -> None:
+        """Drop the unfinished samples of these requests, by id, queued or running: neither ``step`` nor ``lost`` names
+        the requests again, and their ids may be used anew. An id that the engine does not hold is passed over.
+        """
+
     def abort(self) -> list[Completion]:
         """Return every unfinished sample as it is, with finish reason ``abort``."""
 

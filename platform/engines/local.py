@@ -164,6 +164,17 @@ class LocalEngine:
         """Go on after ``pause``."""
         self._paused = False
 
+    @torch.inference_mode()
+    def cancel(self, requests: Sequence[int]) -> None:
+        """Drop the unfinished samples of these requests; their slots are free for the next step."""
+        gone = set(requests)
+        if self._waiting and self._waiting[0].request.id in gone:
+            self._kept_prompt = None
+        self._waiting = deque(pending for pending in self._waiting if pending.request.id not in gone)
+        running = [pending.request.id in gone for pending in self._slots.pending[: self._slots.running] if pending]
+        if any(running):
+            self._remove(np.array(running))
+
     def abort(self) -> list[Completion]:
         """Return every unfinished sample as it is; one that never entered has no tokens."""
         now, slots = time.time(), self._slots
@@ -275,10 +286,14 @@ class LocalEngine:
         if not done.any():
             return []
         completions = [slots.completion(row, now) for row in np.flatnonzero(done).tolist()]
-        source, target = slots.remove(done)
-        if len(source):
-            self._cache.move(source, target, int(slots.length[target].max()))
+        self._remove(done)
         return completions
+
+    def _remove(self, gone: npt.NDArray[np.bool_]) -> None:
+        """Take rows out of the slots, and close the holes in the KV cache as the slots close theirs."""
+        source, target = self._slots.remove(gone)
+        if len(source):
+            self._cache.move(source, target, int(self._slots.length[target].max()))
 
     # Helpers
 

@@ -159,12 +159,9 @@ class Engine(LocalEngine):
     @torch.inference_mode()
     def drop(self, keys: set[int]) -> None:
         """Take samples out."""
-        slots = self._slots
-        gone = np.zeros(slots.running, np.bool_)
+        gone = np.zeros(self._slots.running, np.bool_)
         gone[self._rows(keys)] = True
-        source, target = slots.remove(gone)
-        if len(source):
-            self._cache.move(source, target, int(slots.length[target].max()))
+        self._remove(gone)
 
     def _rows(self, keys: set[int]) -> list[int]:
         slots = self._slots

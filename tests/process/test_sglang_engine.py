@@ -363,6 +363,42 @@ def test_unfinished_samples_come_back_as_they_are(kind: str, weights: tuple[Weig
         engine.close()
 
 
+def test_cancelled_requests_are_not_heard_of_again_and_the_others_finish(
+    engine: SglangEngine, weights: tuple[Weights, Weights], start: int
+) -> None:
+    """More samples than decode together, so that some of the cancelled wait inside the server."""
+    requests = ask(10, 4, new=200)
+    run_until_tokens(engine, requests, 1)
+    before = engine.counters["decoded_tokens"]
+    engine.cancel([0, 1, 2, 3, 4, 5, 6, 9, 77])
+    assert engine.unfinished == 2 * 4
+    assert engine.counters["decoded_tokens"] > before, "what was made and thrown away is counted"
+    engine.generate([Request(0, requests[0].prompt_tokens, 2, Sampling(5, temperature=0.7))])  # the id is free again
+    done = drain(engine)
+    assert sorted((c.request, c.index) for c in done) == [(0, 0), (0, 1), *((i, j) for i in (7, 8) for j in range(4))]
+    assert engine.lost() == []
+    assert all(len(c.tokens) == (5 if c.request == 0 else 200) for c in done)
+    assert all(gap(weights[0], requests[c.request], c) < CLOSE for c in done)
+
+
+def test_cancel_before_a_server_is_up_and_after_it_is_gone(weights: tuple[Weights, Weights], tmp_path: Path) -> None:
+    engine = make("fake", weights[0].path, tmp_path, SglangConfig(max_running=32, start_seconds=120.0))
+    try:
+        engine.generate(ask(2, 2))
+        engine.cancel([0])
+        assert engine.unfinished == 2
+        assert {c.request for c in drain(engine)} == {1}
+        run_until_tokens(engine, ask(2, 4, new=LONG), 1)
+        os.kill(main_pid(engine), signal.SIGKILL)
+        engine.cancel([0])
+        drain(engine)
+        assert engine.lost() == [1]
+        engine.cancel([1])
+        assert engine.lost() == []
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_samples_that_the_server_has_not_begun_survive_an_update(
     engine: SglangEngine, weights: tuple[Weights, Weights], start: int, tmp_path: Path, mode: str,

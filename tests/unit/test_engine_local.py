@@ -338,6 +338,67 @@ def test_abort_returns_everything_once_and_leaves_the_engine_usable(models):
         assert_same(again[key], plain[key])
 
 
+def test_cancel_drops_running_and_queued_samples_and_leaves_the_others_as_they_are(models):
+    """Request 0 runs, 1 runs in part, 2 waits whole; the second step lets request 3 into the freed slots."""
+    requests = [Request(i, prompt(5, i), 3, Sampling(20 + i, seed=2)) for i in range(4)]
+    plain = run(engine(models[0], max_running=5), requests)
+    local = engine(models[0], max_running=5)
+    local.generate(requests)
+    local.step()
+    assert local.unfinished == 12
+    local.cancel([1, 2, 77])
+    assert local.unfinished == 6
+    assert local.step() == []
+    assert local._slots.running == 5
+    done = {}
+    while local.unfinished:
+        done |= {(c.request, c.index): c for c in local.step()}
+    assert sorted(done) == [(i, j) for i in (0, 3) for j in range(3)]
+    for key, completion in done.items():
+        assert completion.tokens.tolist() == plain[key].tokens.tolist()
+        np.testing.assert_allclose(completion.logprobs, plain[key].logprobs, atol=5e-6, rtol=0)
+
+
+def test_cancel_of_the_request_whose_prompt_is_kept_forgets_that_prompt(models):
+    """Request 0 has entered in part when it is cancelled; request 1 then enters, with its own prompt."""
+    local = engine(models[0], max_running=2)
+    first, second = Request(0, prompt(9), 4, Sampling(10)), Request(1, prompt(9, 1), 2, Sampling(10))
+    local.generate([first, second])
+    local.step()
+    local.cancel([0])
+    done = {}
+    while local.unfinished:
+        done |= {c.index: c for c in local.step()}
+    for c in done.values():
+        expected = logprobs_of(models[1], second.prompt_tokens, c.tokens)
+        np.testing.assert_allclose(c.logprobs, expected, atol=5e-6, rtol=0)
+    assert local.counters["prefilled_tokens"] == 8 + 8
+
+
+def test_cancel_between_an_update_and_the_next_step_and_under_a_pause(models):
+    folder, first, second = models
+    local = engine(folder, max_running=4)
+    p = [prompt(7, i) for i in range(2)]
+    local.generate([Request(i, p[i], 2, Sampling(12)) for i in range(2)])
+    for _ in range(3):
+        local.step()
+    local.pause()
+    local.load_weights(4, second.state_dict())
+    local.cancel([0])
+    local.generate([Request(0, p[0], 1, Sampling(5))])  # the id is free again
+    local.resume()
+    done = {}
+    while local.unfinished:
+        done |= {(c.request, c.index): c for c in local.step()}
+    assert sorted(done) == [(0, 0), (1, 0), (1, 1)]
+    assert local.counters["reprefilled_tokens"] == 6 + 2 * 3  # of request 1: its prompt once, then its own tokens
+    assert set(done[0, 0].versions.tolist()) == {4}
+    for (request, _), c in done.items():
+        old = c.versions == 0
+        np.testing.assert_allclose(c.logprobs[old], logprobs_of(first, p[request], c.tokens)[old], atol=5e-6, rtol=0)
+        np.testing.assert_allclose(c.logprobs[~old], logprobs_of(second, p[request], c.tokens)[~old], atol=5e-6, rtol=0)
+
+
 def test_times_are_in_order(models):
     done = run(engine(models[0], max_running=2), ragged(4))
     assert all(c.times[0] <= c.times[1] <= c.times[2] for c in done.values())

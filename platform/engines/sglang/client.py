@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +61,11 @@ class Job:
     logprobs: list[float] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     segment: int = 0
+    """How often it was handed back for an update and sent again."""
+    segment_start: int = 0
+    """Tokens before this segment."""
+    report: dict[str, Any] | None = None
+    """The server's last word on this segment, until it is charged."""
     first: float = 0.0
     last: float = 0.0
 
@@ -201,6 +206,10 @@ class Client:
         """Take every unfinished sample back as it is, and tell the servers to forget them."""
         return list(self.loop.run(self._abort()))
 
+    def cancel(self, requests: Set[int]) -> None:
+        """Drop every unfinished sample of these requests, whatever of them is not taken yet, and tell the servers."""
+        self.loop.run(self._cancel(requests))
+
     # --- in the loop ---
 
     def _enqueue(self, groups: list[list[Job]]) -> None:
@@ -261,7 +270,7 @@ class Client:
 
     async def _segment(self, place: Place, job: Job, first: Callable[[], None]) -> str:
         address = self.router or place.address
-        before, own = len(job.tokens), None
+        job.segment_start, job.report, own = len(job.tokens), None, None
         async with self.loop.session.post(
             f"{address.url}/generate", json=self._body(place, job), headers={"Authorization": f"Bearer {address.key}"}
         ) as reply:
@@ -280,12 +289,12 @@ class Client:
                 if job.tokens:
                     first()
                     first = _nothing
-                own = report["meta_info"]
+                own = job.report = report["meta_info"]
         if own is None or own.get("finish_reason") is None:
             raise LostError(f"{address.url}/generate ended before sample {self._rid(job)} did")
         job.last = time.time()
-        self._stamp(job, own, before)
-        self._charge(job, own, before)
+        self._stamp(job, own)
+        self._charge(job)
         first()  # an answer of no token frees its followers too
         reason = own["finish_reason"]
         if reason["type"] == "abort" and reason.get("status_code"):
@@ -328,15 +337,19 @@ class Client:
         job.logprobs += [entry[0] for entry in scored]
 
     @staticmethod
-    def _stamp(job: Job, meta: dict[str, Any], before: int) -> None:
-        spans = meta.get("weight_versions")
+    def _stamp(job: Job, meta: dict[str, Any]) -> None:
+        spans, before = meta.get("weight_versions"), job.segment_start
         if spans is None:  # SGLang < 0.5.19: never updated while it runs, so one version a segment
             spans = [{"version": meta["weight_version"], "end": len(job.tokens) - before}]
         job.spans += [(int(span["version"]), before + int(span["end"])) for span in spans]
 
-    def _charge(self, job: Job, meta: dict[str, Any], before: int) -> None:
-        cached, prompt = int(meta.get("cached_tokens") or 0), len(job.request.prompt_tokens)
-        new = len(job.tokens) - before
+    def _charge(self, job: Job) -> None:
+        """Count what the server has computed in this segment, once, as far as its last report tells."""
+        if job.report is None:
+            return
+        cached, prompt = int(job.report.get("cached_tokens") or 0), len(job.request.prompt_tokens)
+        before = job.segment_start
+        new, job.report = len(job.tokens) - before, None
         self.counters["decoded_tokens"] += new
         self.counters["attended"] += new * (prompt + before) + new * (new + 1) // 2
         if not job.segment:
@@ -398,13 +411,27 @@ class Client:
         aborted = [job.completion("abort") for jobs in self._waiting for job in jobs]
         self._waiting.clear()
         for place in self.places.values():
-            aborted += [job.completion("abort") for job in place.running.values()]
-            for key, task in place.tasks.items():
-                task.cancel()
-                self._tell(place.address, self._rid(place.running[key]))
-            place.running, place.tasks = {}, {}
+            aborted += [self._take_back(place, key).completion("abort") for key in list(place.running)]
         await asyncio.gather(*self._telling, return_exceptions=True)
         return aborted
+
+    async def _cancel(self, requests: Set[int]) -> None:
+        self._waiting = deque(jobs for jobs in self._waiting if jobs[0].request.id not in requests)
+        for place in self.places.values():
+            for key in [key for key, job in place.running.items() if job.request.id in requests]:
+                self._take_back(place, key)
+        with self._lock:
+            self._done = deque(c for c in self._done if c.request not in requests)
+            self._lost = [request for request in self._lost if request not in requests]
+
+    def _take_back(self, place: Place, key: tuple[int, int]) -> Job:
+        """A running sample as it stands; its server is told to forget it, and nothing of it is heard any more."""
+        job, task = place.running.pop(key), place.tasks.pop(key, None)
+        self._charge(job)
+        if task is not None:
+            task.cancel()
+            self._tell(place.address, self._rid(job))
+        return job
 
     async def _forget(self, address: Address, rid: str) -> None:
         with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):

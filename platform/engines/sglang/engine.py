@@ -230,6 +230,15 @@ class SglangEngine:
         """Go on after ``pause``."""
         self._paused = False
 
+    def cancel(self, requests: Sequence[int]) -> None:
+        """Drop the unfinished samples of these requests, and have their servers abort them."""
+        gone = set(requests)
+        self._client.cancel(gone)
+        self._kept = [completion for completion in self._kept if completion.request not in gone]
+        self._lost = [request for request in self._lost if request not in gone]
+        for request in gone:
+            self._remaining.pop(request, None)
+
     def abort(self) -> list[Completion]:
         """Return every unfinished sample as it is."""
         finished = self._kept + self._take(0.0)
