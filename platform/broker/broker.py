@@ -34,6 +34,7 @@ from offtrail.platform.broker.roster import Member, Roster, names
 from offtrail.platform.broker.run_metrics import RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.schema import Config
+from offtrail.platform.runtime.roles import roles_of
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.tracking.summary import write_summary
 from offtrail.platform.wire.auth import needs_keys
@@ -147,6 +148,7 @@ class Broker:
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
         self.archive.seal(self.ledger.unsealed())
+        self.expected = [spec.name for spec in roles_of(config) if spec.role != "broker"]
         self.held: dict[str, LongPoll] = {}
         self.waits: dict[str, Wait] = {}
         self.failures: list[Failure] = []
@@ -275,7 +277,7 @@ class Broker:
         deadline = self.config.broker.deadline_seconds
         if now - self.moved <= deadline:
             return
-        if missing := [name for name in self._expected() if name not in self.roster]:
+        if missing := [name for name in self.expected if name not in self.roster]:
             self.fail(
                 f"the broker waits for {', '.join(missing)} to dial {self.run_dir / 'endpoint.json'}; "
                 f"nothing has moved for broker.deadline_seconds={deadline:g}; see their logs in {self.run_dir / 'logs'}"
@@ -288,9 +290,6 @@ class Broker:
                 f"{peer} waits for {self.held[peer].sentence()}{self._since(peer)}; nothing has moved for "
                 f"broker.deadline_seconds={deadline:g} ({self._doings(now, peer)})"
             )
-
-    def _expected(self) -> list[str]:
-        return ["learner-0", "evaluator-0", *(f"generator-{i}" for i in range(self.config.generator.count))]
 
     def _doings(self, now: float, but: str) -> str:
         others = [m for m in self.roster if m.name != but]

@@ -182,6 +182,8 @@ class GeneratorConfig:
     """Groups leased to all generators together."""
     threads: int = setting(1, "[1, inf)", resumable=True)
     """torch threads of each generator."""
+    max_restarts: int = setting(3, "[0, inf)", resumable=True)
+    """A generator that dies is started again so often in one launch; then the run fails."""
 
 
 @dataclass
@@ -258,6 +260,8 @@ class EvalConfig:
     """0 = greedy."""
     threads: int = setting(1, "[1, inf)", resumable=True)
     """torch threads of the evaluator."""
+    max_restarts: int = setting(3, "[0, inf)", resumable=True)
+    """An evaluator that dies is started again so often in one launch; then the run fails."""
     engine: Literal["same", "local"] = "same"
     """same: the kind of engine that generates. local: the embedded one, also beside SGLang generators."""
 

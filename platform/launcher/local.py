@@ -30,6 +30,7 @@ from offtrail.platform.launcher.start import prepare_start_model, run_sft
 from offtrail.platform.model.start import StartError
 from offtrail.platform.runtime.context import remove_shared_memory
 from offtrail.platform.runtime.host import free_port
+from offtrail.platform.runtime.roles import RoleSpec, roles_of
 from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.progress import Progress
 from offtrail.platform.tracking.recorder import Recorder
@@ -75,33 +76,36 @@ class Run:
     roles: list[Role] = field(default_factory=list)
     client: Client | None = None
 
-    def start(self, role: str, index: int = 0, threads: int = 1, **environment: str) -> None:
+    def start(self, spec: RoleSpec, **environment: str) -> None:
         """Start one role; its output goes to logs/ROLE-INDEX.log."""
-        name = f"{role}-{index}"
-        log = self.run_dir / "logs" / f"{name}.log"
+        log = self.run_dir / "logs" / f"{spec.name}.log"
         log.parent.mkdir(exist_ok=True)
         # Two busy processes on two cores: more threads than asked for make both several times slower.
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | environment
-        command = [sys.executable, "-m", "offtrail.platform.runtime.process", role, str(index), str(self.run_dir)]
+        env = os.environ | {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"} | environment
+        command = [
+            sys.executable,
+            "-m",
+            "offtrail.platform.runtime.process",
+            spec.role,
+            str(spec.index),
+            str(self.run_dir),
+        ]
         command.append(str(os.getpid()))
         with log.open("ab") as out:  # a process group of its own: Ctrl-C on the terminal is the launcher's alone
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, process_group=0
             )
-        self.roles.append(Role(name, process, log))
+        self.roles.append(Role(spec.name, process, log))
 
     def start_all(self) -> None:
         """Broker first: every other role dials its endpoint.json."""
         config = self.config
         (self.run_dir / "endpoint.json").unlink(missing_ok=True)
         make_keys(self.run_dir, config.broker.address)
-        self.start("broker")
-        world = {"WORLD_SIZE": str(config.learner.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        for rank in range(config.learner.ranks):
-            self.start("learner", rank, config.learner.threads, RANK=str(rank), LOCAL_RANK=str(rank), **world)
-        for index in range(config.generator.count):
-            self.start("generator", index, config.generator.threads)
-        self.start("evaluator", 0, config.eval.threads)
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for spec in roles_of(config):
+            rank = {"RANK": str(spec.index), "LOCAL_RANK": str(spec.index), "WORLD_SIZE": str(spec.world)}
+            self.start(spec, **(rank | rendezvous if spec.world else {}))
 
     def dead(self) -> Role | None:
         """A role that left before its time."""

@@ -11,12 +11,14 @@ import logging
 import os
 import signal
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.runtime.context import RoleContext, remove_shared_memory
 from offtrail.platform.runtime.device import require_device
 from offtrail.platform.runtime.host import die_with
+from offtrail.platform.runtime.roles import role_of
 
 log = logging.getLogger("offtrail")
 
@@ -48,10 +50,9 @@ def main(argv: list[str]) -> int:
 
 def check_device(context: RoleContext) -> None:
     """Raise ValueError when the role's device is not on this machine."""
-    config = context.config
-    key = {"learner": "learner.device", "generator": "engine.device", "evaluator": "engine.device"}.get(context.role)
-    if key is not None:
-        require_device(key, config.learner.device if key == "learner.device" else config.engine.device)
+    key = role_of(context.config, context.role, context.index).device
+    if key:
+        require_device(key, attrgetter(key)(context.config))
 
 
 def report_failure(context: RoleContext, error: str) -> None:

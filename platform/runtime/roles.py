@@ -1,0 +1,98 @@
+"""The table of roles: what a job starts and in which order, on which device, and how often it may be started again.
+
+    ROLES, JOBS ──► roles_of(config) ──► launcher (starts, restarts, ends)
+                                     ├─► broker (whom to expect, whose failure ends the run)
+                                     └─► process.py (whether the device is there)
+
+A new role is one row here and its module, platform/ROLE/role.py with `main(context)`. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+
+from offtrail.platform.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Row:
+    """One role; the fields but ``role`` and ``world`` name keys of the configuration, empty = its default."""
+
+    role: str
+    count: str = ""
+    """How many processes; 1."""
+    threads: str = ""
+    """torch threads of each; 1."""
+    device: str = ""
+    """Where it computes; none is needed."""
+    restarts: str = ""
+    """How often one of its processes may be started again; never: its death ends the run."""
+    world: bool = False
+    """Whether its processes are the ranks of one torch.distributed world."""
+
+
+ROLES = (
+    Row("broker"),
+    Row("learner", count="learner.ranks", threads="learner.threads", device="learner.device", world=True),
+    Row(
+        "generator",
+        count="generator.count",
+        threads="generator.threads",
+        device="engine.device",
+        restarts="generator.max_restarts",
+    ),
+    Row("evaluator", threads="eval.threads", device="engine.device", restarts="eval.max_restarts"),
+)
+JOBS = {"rl": ("broker", "learner", "generator", "evaluator")}
+"""Job → its roles in the order in which they start: the broker first, for every other one dials it."""
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One process. ``device`` and ``restarts_key`` are keys; ``world``: how many ranks its world has, 0 = no world."""
+
+    role: str
+    index: int = 0
+    threads: int = 1
+    device: str = ""
+    restarts: int = 0
+    restarts_key: str = ""
+    world: int = 0
+
+    @property
+    def name(self) -> str:
+        """Such as generator-0: under which it dials, logs and is spoken of."""
+        return f"{self.role}-{self.index}"
+
+
+def roles_of(config: Config) -> tuple[RoleSpec, ...]:
+    """The processes of the configuration's job, in the order in which they start; none where it has no roles."""
+    rows = {row.role: row for row in ROLES}
+    return tuple(spec for role in JOBS.get(config.job, ()) for spec in _specs(rows[role], config))
+
+
+def role_of(config: Config, role: str, index: int) -> RoleSpec:
+    """The process of that name. ValueError when the job has none."""
+    for spec in roles_of(config):
+        if (spec.role, spec.index) == (role, index):
+            return spec
+    raise ValueError(
+        f"job={config.job} has no role {role}-{index}: its roles are {', '.join(JOBS.get(config.job, ()))}"
+    )
+
+
+def _specs(row: Row, config: Config) -> list[RoleSpec]:
+    count, threads, restarts = (_number(config, key, default) for key, default in _numbers(row))
+    return [
+        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, count if row.world else 0)
+        for index in range(count)
+    ]
+
+
+def _numbers(row: Row) -> tuple[tuple[str, int], ...]:
+    return (row.count, 1), (row.threads, 1), (row.restarts, 0)
+
+
+def _number(config: Config, key: str, default: int) -> int:
+    return int(attrgetter(key)(config)) if key else default
