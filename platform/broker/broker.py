@@ -472,7 +472,7 @@ class Broker:
 
     def _train(self, message: Commit) -> Outcome:
         step = message.step
-        row = self.numbers.row(self.ledger.ages(step), self.admission.batch * self.config.batch.group_size)
+        row = self.numbers.row(self.ledger.ages(step), self.ledger.samples(step))
         metrics = {**message.metrics, **row}
         outcome = self.scheduler.commit(step, message.checksum, metrics)
         self.ledger.put(self.numbers.remarks())

@@ -70,9 +70,12 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """What the ledger keeps of a finished group. ``versions``: version → tokens. ``body``: the packed group."""
+    """What the ledger keeps of a finished group. ``body``: the packed group of so many ``samples``. ``versions``:
+    version → tokens.
+    """
 
     body: bytes
+    samples: int
     versions: Mapping[int, int]
     queued_version: int
     queued_at: float
@@ -320,9 +323,9 @@ class Ledger:
         high = max(arrival.versions, default=arrival.queued_version)
         db.execute(
             "UPDATE groups SET holder = '', arrival = ?, queued_at = ?, queued_version = ?, min_version = ?, "
-            "max_version = ?, versions = ?, tokens = ?, lineage = ? WHERE id = ?",
+            "max_version = ?, versions = ?, samples = ?, tokens = ?, lineage = ? WHERE id = ?",
             (self._arrivals, arrival.queued_at, arrival.queued_version, low, high, json.dumps(dict(arrival.versions)),
-             sum(arrival.versions.values()), lineage, group),
+             arrival.samples, sum(arrival.versions.values()), lineage, group),
         )  # fmt: skip
         self._arrivals += 1
         db.execute("INSERT INTO payloads VALUES (?, ?)", (group, arrival.body))
@@ -410,6 +413,10 @@ class Ledger:
             *([step] if step is not None else []),
         )
         return Ages(*rows[0])
+
+    def samples(self, step: int) -> int:
+        """Samples of a logged batch: its groups need not all be of one size."""
+        return int(self._one("SELECT COALESCE(SUM(samples), 0) FROM groups WHERE batch = ?", step))
 
     # ------------------------------------------------------------------ versions
 

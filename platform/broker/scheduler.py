@@ -55,14 +55,22 @@ def counted(versions: Int32) -> dict[int, int]:
 class Scheduler:
     """Grants, arrivals, batches and commits of one run.
 
+    ``samples``: those that a lease expects of its group; a ``flexible`` driver may give it another number of them.
     ``version``: the newest one published in this life (−1: none yet). ``handed``: the newest step whose batch was
     handed out in this life.
     """
 
     def __init__(
-        self, ledger: Ledger, admission: AdmissionPolicy, problems: Callable[[int], Problem], samples: int
+        self,
+        ledger: Ledger,
+        admission: AdmissionPolicy,
+        problems: Callable[[int], Problem],
+        samples: int,
+        *,
+        flexible: bool = False,
     ) -> None:
-        self.ledger, self.admission, self.problems, self.samples = ledger, admission, problems, samples
+        self.ledger, self.admission, self.problems = ledger, admission, problems
+        self.samples, self.flexible = samples, flexible
         self.version = -1
         self.replay_until = 0
         self.handed = -1
@@ -185,7 +193,7 @@ class Scheduler:
         if not reason:
             detail = self.admission.without_signal(group)
             reason = "filtered" if detail else ""
-        arrival = Arrival(pack_group(group), versions, group.queued_version, now)
+        arrival = Arrival(pack_group(group), group.size, versions, group.queued_version, now)
         if reason:
             self.ledger.refuse(row.id, reason, detail, arrival, self.ledger.lineage)
             return Verdict(False, f"{reason}: {detail}", changed=True)
@@ -228,7 +236,7 @@ class Scheduler:
         for name, got, expected in (
             ("slot", group.slot, row.slot),
             ("problem", group.problem.index, row.id),
-            ("samples", group.size, self.samples),
+            ("samples", group.size, group.size if self.flexible else self.samples),
         ):
             if got != expected:
                 return "failed", f"{name} is {got}, the lease says {expected}"

@@ -26,6 +26,7 @@ CREATE TABLE groups (
     min_version INTEGER,
     max_version INTEGER,
     versions TEXT,                        -- {version: tokens}
+    samples INTEGER NOT NULL DEFAULT 0,
     tokens INTEGER NOT NULL DEFAULT 0,
     lineage INTEGER NOT NULL DEFAULT 0,
     batch INTEGER,

@@ -61,8 +61,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     for number in range(4):
         versions = [0, 0, number % 2]
         whole = group(number, versions, **(scored if number == 1 else {}))
-        ledger.submit(number, Arrival(pack_group(whole), {0: 3}, 1, 9.5), 0)
-    ledger.refuse(4, "stale", "a token of version 0", Arrival(pack_group(group(4, [0, 0])), {0: 2}, 1, 9.5))
+        ledger.submit(number, Arrival(pack_group(whole), 2, {0: 3}, 1, 9.5), 0)
+    ledger.refuse(4, "stale", "a token of version 0", Arrival(pack_group(group(4, [0, 0])), 2, {0: 2}, 1, 9.5))
     ledger.refuse(5, "failed", "no room")
     for step, groups in enumerate([[1, 0], [2, 3]]):
         ledger.log_batch(step, groups)

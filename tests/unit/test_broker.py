@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from offtrail.core.types import Channel, Group, Lease, Problem
+from offtrail.core.types import Channel, Group, Lease, Problem, ScoredBy
 from offtrail.platform.broker.broker import HOLD_SECONDS, Broker
 from offtrail.platform.broker.ledger import FILE, LedgerError
 from offtrail.platform.broker.role import main
@@ -635,6 +635,52 @@ def test_the_brokers_part_of_a_steps_metrics_by_hand(start: Callable[..., Run]) 
     assert row["time/learner_busy"] == 0.75  # no heartbeat since: the last shares stand
     # 2 groups of 3 tokens trained, and 2 made (slots 4, 5), in 2 seconds
     assert row["throughput/trained_tokens_per_second"] == row["throughput/generated_tokens_per_second"] == 3.0
+
+
+def test_a_group_of_another_size_is_taken_where_the_driver_may_make_one_and_counts_as_it_is(
+    start: Callable[..., Run],
+) -> None:
+    run = start()
+    run.everybody()
+    run.broker.scheduler.flexible = True
+    first, second, *_ = run.lease().leases
+    assert run.submit(first, 0, **three_samples()).accepted
+    assert run.submit(second, 0).accepted
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+    run.clock.now += 4.0
+    run.commit(0, 1)
+    assert run.rows()[-1]["throughput/samples_per_second"] == (3 + 2) / 4
+
+
+def test_a_group_whose_scores_mix_versions_is_refused_and_its_place_is_leased_again(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    lease = run.lease(1).leases[0]
+    channels = {"prm": Channel("sample", np.zeros(G, np.float32))}
+    mixed = {"accuracy": ScoredBy("prm", 2), "prm": ScoredBy("prm", 3)}
+    ack = run.submit(lease, 0, channels=channels, scored_by=mixed)
+    assert not ack.accepted
+    assert ack.reason == "failed: group 0: versions 2 and 3 of prm scored it, and a group never mixes versions"
+    assert run.broker.ledger.tally().refused == {"failed": 1}
+    again = run.lease(1).leases[0]
+    assert (again.group, again.slot) == (1, lease.slot)
+    assert run.submit(again, 0, channels=channels, scored_by={"prm": ScoredBy("prm", 3)}).accepted
+
+
+def test_what_a_scorer_made_reaches_the_learner_as_it_was(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    channels = {"prm": Channel("step", np.array([0.5, -1.0], np.float32))}
+    scored = {
+        "channels": channels, "step_ends": np.array([1, 3], np.int32), "scored_by": {"prm": ScoredBy("prm-7b", 9)},
+    }  # fmt: skip
+    for lease in run.lease(B).leases:
+        assert run.submit(lease, 0, **scored).accepted
+    message, arrays = run.wire.replies[run.send("learner-0", NextBatch(step=0))]
+    assert isinstance(message, BatchReply)
+    arrived = group_from(message.headers[0], [np.asarray(a) for a in arrays[: len(arrays) // B]])
+    assert (arrived.channels["prm"].axis, arrived.channels["prm"].values.tolist()) == ("step", [0.5, -1.0])
+    assert (arrived.step_ends.tolist(), arrived.scored_by) == ([1, 3], {"prm": ScoredBy("prm-7b", 9)})
 
 
 def test_a_busy_share_is_of_time_after_the_first_version_only(start: Callable[..., Run]) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def arrival(versions: dict[int, int] | None = None, *, queued_version: int = 0, body: bytes = b"payload") -> Arrival:
-    return Arrival(body, versions if versions is not None else {0: 3}, queued_version, 1.0)
+    return Arrival(body, 2, versions if versions is not None else {0: 3}, queued_version, 1.0)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ from offtrail.platform.broker.ledger import Arrival, Grant, Ledger
 ledger = Ledger(Path(sys.argv[1]))
 for i in range(int(sys.argv[2])):
     [row] = ledger.grant("generator-0", [Grant(ledger.admitted, 0)], 0.0)
-    ledger.submit(row.id, Arrival(os.urandom(1000) + b"%d" % row.id, {0: 3}, 0, 1.0), 0)
+    ledger.submit(row.id, Arrival(os.urandom(1000) + b"%d" % row.id, 2, {0: 3}, 0, 1.0), 0)
     print(row.id, flush=True)
 sys.stdin.read()
 """
