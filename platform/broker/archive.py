@@ -1,6 +1,6 @@
 """The archive: every sample that left the spool, as sealed Parquet shards in runs/NAME/trajectories/.
 
-    ledger.plan_shards ──► Archive.seal (a thread: read, write, rename) ──► Archive.done ──► ledger.sealed
+    shards.plan ──► Archive.seal (a thread: read, write, rename) ──► Archive.done ──► shards.sealed
 
 Invariant: a payload is deleted only after the file that holds it stands under its final name. A file without a leading
 dot is whole. The plan is durable and decides what a shard holds, so that writing it again after a crash replaces it by
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offtrail.core.types import FINISH_REASONS, Channel, Group, Int32
-from offtrail.platform.broker.ledger import read_shard
+from offtrail.platform.broker.shards import read_shard
 from offtrail.platform.wire.groups import unpack_group
 
 SHARD_BYTES = 32 << 20

@@ -27,8 +27,8 @@ class RunMetrics:
 
     def __post_init__(self) -> None:
         self._began = self._committed_at = self.clock()
-        self._wall_before = float(self.ledger.get("wall_seconds") or 0.0)
-        self._time: dict[str, float] = json.loads(self.ledger.get("time") or "{}")
+        self._wall_before = float(self.ledger.records.get("wall_seconds") or 0.0)
+        self._time: dict[str, float] = json.loads(self.ledger.records.get("time") or "{}")
         self._shares: Row = {}
         self._tokens_at_commit = self.ledger.tally().tokens
 
@@ -73,7 +73,7 @@ class RunMetrics:
         """compute/ROLE_NAME: the compute ledger's totals over all processes and lives."""
         return {
             f"compute/{role}_{slug(name)}": amount
-            for role, amounts in sorted(self.ledger.charges().items())
+            for role, amounts in sorted(self.ledger.records.charges().items())
             for name, amount in sorted(amounts.items())
         }
 
@@ -110,8 +110,8 @@ class RunMetrics:
     def summary(self, status: str, reason: str, seed: int, version: int, audit: Audit) -> dict[str, Any]:
         """The contents of summary.json (versions and git_commit are added where it is written)."""
         ledger, tally, ages = self.ledger, self.ledger.tally(), self.ledger.ages()
-        evals = [scores["eval/accuracy"] for scores in ledger.evals().values() if "eval/accuracy" in scores]
-        first, last = ledger.edge_metrics("reward/accuracy")
+        evals = [scores["eval/accuracy"] for scores in ledger.records.evals().values() if "eval/accuracy" in scores]
+        first, last = ledger.records.edge_metrics("reward/accuracy")
         return {
             "status": status,
             **({"reason": reason} if reason else {}),
@@ -126,12 +126,12 @@ class RunMetrics:
             "groups/lost": max(audit.lost, tally.admitted - tally.accounted),
             "groups/duplicated": audit.duplicated,
             **staleness_row(ages),
-            "archive/unsealed": len(ledger.unsealed()),
+            "archive/unsealed": len(ledger.shards.unsealed()),
             "tokens/generated": tally.tokens,
             "tokens/trained": ages.tokens,
             "learner/busy_fraction": self.busy_fraction("learner"),
             "generator/busy_fraction": self.busy_fraction("generator"),
-            "weights/publish_seconds_mean": ledger.mean_metric("weights/publish_seconds"),
+            "weights/publish_seconds_mean": ledger.records.mean_metric("weights/publish_seconds"),
             "lineage": ledger.lineage,
             "seed": seed,
         }

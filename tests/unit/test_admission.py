@@ -406,9 +406,9 @@ class History(RuleBasedStateMachine):
     @rule(back=st.integers(0, 2), archived=st.booleans())
     def checkpoint(self, back: int, archived: bool) -> None:
         self.ledger.checkpointed(max(self.ledger.checkpoint, self.scheduler.version - back))
-        self.ledger.plan_shards(1 << 20)
-        for name in self.ledger.unsealed() if archived else []:
-            self.ledger.sealed(name)
+        self.ledger.shards.plan(1 << 20, self.ledger.checkpoint)
+        for name in self.ledger.shards.unsealed() if archived else []:
+            self.ledger.shards.sealed(name)
 
     @rule(whole=st.booleans(), differs=st.sampled_from([True, True, False]), after=st.integers(0, 3))
     def restart(self, whole: bool, differs: bool, after: int) -> None:

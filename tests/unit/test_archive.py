@@ -74,9 +74,9 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 def seal(ledger: Ledger, tmp_path: Path) -> list[str]:
     """Through the thread, as the broker does it."""
-    ledger.plan_shards(1 << 20)
-    names, done = ledger.unsealed(), list[str]()
-    archive = Archive(ledger.path, tmp_path / "trajectories", "run")
+    ledger.shards.plan(1 << 20, ledger.checkpoint)
+    names, done = ledger.shards.unsealed(), list[str]()
+    archive = Archive(ledger.file.path, tmp_path / "trajectories", "run")
     archive.seal(names)
     archive.seal(names)  # asked for twice, written once
     limit = time.monotonic() + 30
@@ -85,7 +85,7 @@ def seal(ledger: Ledger, tmp_path: Path) -> list[str]:
         time.sleep(0.005)
     archive.close()
     for name in done:
-        ledger.sealed(name)
+        ledger.shards.sealed(name)
     return done
 
 
@@ -148,9 +148,9 @@ def test_payloads_leave_the_spool_only_when_a_checkpoint_covers_them_and_their_s
     ledger: Ledger, tmp_path: Path
 ) -> None:
     def spooled() -> set[int]:
-        return {i for (i,) in ledger._rows("SELECT id FROM payloads")}
+        return {i for (i,) in ledger.file.rows("SELECT id FROM payloads")}
 
-    ledger.plan_shards(1 << 20)
+    ledger.shards.plan(1 << 20, ledger.checkpoint)
     assert spooled() == {0, 1, 2, 3, 4}
     seal(ledger, tmp_path)
     assert spooled() == {2, 3}  # batch 1 is replayed if the run is restarted
@@ -160,12 +160,12 @@ def test_payloads_leave_the_spool_only_when_a_checkpoint_covers_them_and_their_s
 def test_a_crash_between_the_rename_and_the_clearing_writes_the_same_shard_again(
     ledger: Ledger, tmp_path: Path
 ) -> None:
-    ledger.plan_shards(1 << 20)
-    for name in ledger.unsealed():
-        write_shard(ledger.path, tmp_path / "trajectories", "run", name)
+    ledger.shards.plan(1 << 20, ledger.checkpoint)
+    for name in ledger.shards.unsealed():
+        write_shard(ledger.file.path, tmp_path / "trajectories", "run", name)
     before = {path.name: pq.read_table(path) for path in (tmp_path / "trajectories").iterdir()}
     ledger.close()  # the ledger never learned that they stand
-    again = Ledger(ledger.path)
+    again = Ledger(ledger.file.path)
     again.checkpointed(2)
     done = seal(again, tmp_path)
     after = {path.name: pq.read_table(path) for path in (tmp_path / "trajectories").iterdir()}
@@ -181,6 +181,6 @@ def test_a_folder_that_takes_no_file_is_named_and_nothing_is_lost(ledger: Ledger
     (tmp_path / "trajectories").write_text("a file stands in the way")
     with pytest.raises(OSError, match=r"trajectories/000000_batches_000000-000000\.parquet: .*File exists"):
         seal(ledger, tmp_path)
-    assert len(ledger.unsealed()) == 2
+    assert len(ledger.shards.unsealed()) == 2
     assert ledger.payloads([0, 1])
     assert ledger.audit() == Audit(6, 0, 0)

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from offtrail.core.types import Channel, Group, Lease, Problem, ScoredBy
-from offtrail.platform.broker.broker import HOLD_SECONDS, Broker
-from offtrail.platform.broker.ledger import FILE, LedgerError
+from offtrail.platform.broker.broker import Broker
+from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.ledger import FILE
+from offtrail.platform.broker.polls import HOLD_SECONDS
 from offtrail.platform.broker.role import main
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.context import RoleContext
@@ -187,7 +189,7 @@ class Run:
 
     def finish_archive(self) -> None:
         limit = time.monotonic() + 30
-        while self.broker.ledger.unsealed() and time.monotonic() < limit:
+        while self.broker.ledger.shards.unsealed() and time.monotonic() < limit:
             self.broker.tick()
             time.sleep(0.002)
 
@@ -308,11 +310,11 @@ def test_who_asks_ahead_waits_only_once_it_has_nothing_to_train(start: Callable[
     assert "batch 1: 0 of its 2 groups are here" in ahead.waiting
     assert "since" not in ahead.waiting
     run.send("learner-0", NextBatch(step=1))
-    assert "learner-0" not in run.broker.waits
+    assert "learner-0" not in run.broker.polls.waits
     run.clock.now += 0.5
     run.commit(0, 1)
     run.broker.serve_held()
-    assert run.broker.waits["learner-0"].since == run.clock.now
+    assert run.broker.polls.waits["learner-0"].since == run.clock.now
     run.clock.now += HOLD_SECONDS
     assert "since" in run.ask("learner-0", NextBatch(step=1), BatchReply).waiting
 
@@ -376,7 +378,7 @@ def test_broken_arrays_refuse_the_group_and_not_the_run(start: Callable[..., Run
     ack = run.ask("generator-0", SubmitGroup(header=header), GroupAck, arrays)
     assert not ack.accepted
     assert "log-probability is not finite" in ack.reason
-    assert run.broker.status == ""
+    assert run.broker.ending.status == ""
     assert run.broker.ledger.tally().refused == {"failed": 1}
 
 
@@ -406,10 +408,10 @@ def test_completion_order_drops_stale_groups_at_dequeue_and_starving_fails_by_na
     run.ask("learner-0", NextBatch(step=2), BatchReply)
     assert run.broker.ledger.tally().refused == {"stale": 2}
     run.broker.tick()
-    assert run.broker.status == "failed"
+    assert run.broker.ending.status == "failed"
     assert (
         "staleness.max_refusals=2: 2 groups were refused since the last learner step, 2 of them as stale"
-        in run.broker.reason
+        in run.broker.ending.reason
     )
     assert run.summary()["status"] == "failed"
 
@@ -491,7 +493,7 @@ def test_a_broker_that_was_stopped_itself_blames_nobody(start: Callable[..., Run
     run.clock.now += 3600.0
     run.broker.tick()
     assert {row.holder for row in run.broker.ledger.leased()} == {"generator-0"}
-    assert run.broker.status == ""
+    assert run.broker.ending.status == ""
 
 
 def stand_still(run: Run, seconds: float, *roles: str) -> None:
@@ -509,16 +511,16 @@ def test_a_wait_with_no_progress_fails_the_run_with_who_what_whom_and_since_when
     run.lease()
     run.send("learner-0", NextBatch(step=0))
     stand_still(run, 19, "learner", "generator", "evaluator")
-    assert run.broker.status == ""
+    assert run.broker.ending.status == ""
     run.send("learner-0", NextBatch(step=0))  # a role asks again and again: the wait is one
     stand_still(run, 4, "learner", "generator", "evaluator")
-    assert run.broker.status == "failed"
+    assert run.broker.ending.status == "failed"
     assert (
         "learner-0 waits for batch 0: 0 of its 2 groups are here, 4 in flight (generator-0: 4), since "
-        in run.broker.reason
+        in run.broker.ending.reason
     )
-    assert "broker.deadline_seconds=20" in run.broker.reason
-    assert "generator-0 busy/x" in run.broker.reason
+    assert "broker.deadline_seconds=20" in run.broker.ending.reason
+    assert "generator-0 busy/x" in run.broker.ending.reason
     assert run.ask("learner-0", NextBatch(step=0), BatchReply).stop
 
 
@@ -532,7 +534,7 @@ def test_tokens_that_flow_are_progress(start: Callable[..., Run]) -> None:
         run.beat("generator", compute={"decoded_tokens": float(tokens)})
         run.beat("learner")
         run.broker.tick()
-    assert run.broker.status == ""
+    assert run.broker.ending.status == ""
 
 
 def test_a_role_that_never_dials_is_named(start: Callable[..., Run]) -> None:
@@ -540,7 +542,7 @@ def test_a_role_that_never_dials_is_named(start: Callable[..., Run]) -> None:
     run.hello("learner")
     run.hello("generator")
     stand_still(run, 22, "learner", "generator")
-    assert "the broker waits for evaluator-0 to dial" in run.broker.reason
+    assert "the broker waits for evaluator-0 to dial" in run.broker.ending.reason
 
 
 def test_a_role_that_dies_ends_the_run_with_its_words(start: Callable[..., Run]) -> None:
@@ -569,13 +571,13 @@ def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_score
         run.train(**{"reward/accuracy": 0.25 * step, "weights/publish_seconds": 0.5})
     assert run.ask("learner-0", NextBatch(step=3), BatchReply).stop
     assert "all 6 groups of its 3 steps are admitted" in run.lease().waiting
-    assert run.broker.status == ""
+    assert run.broker.ending.status == ""
     for version in (0, 2, 3):  # eval.every = 2, and the last
-        assert run.broker.status == ""
+        assert run.broker.ending.status == ""
         assert run.ask("evaluator-0", NextEval(), EvalJob).version == version
         result = EvalResult(version=version, metrics={"eval/accuracy": 0.1 * version})
         run.ask("evaluator-0", result, Acknowledged)
-    assert run.broker.status == "completed"
+    assert run.broker.ending.status == "completed"
     assert run.ask("evaluator-0", NextEval(), EvalJob).stop
     assert run.lease().stop
     run.finish_archive()
@@ -727,11 +729,11 @@ def test_a_completed_run_waits_for_its_last_shards_longer_than_for_its_roles(
     monkeypatch.setattr(run.broker.archive, "seal", lambda names: None)
     run.everybody()
     run.train(checkpoint=True)
-    run.broker.end("completed", "")
+    run.broker.ending.end("completed", "")
     run.clock.now += 100.0  # every role is long gone
-    assert not run.broker.may_leave()
+    assert not run.broker.ending.may_leave()
     run.clock.now += 501.0  # but not for ever
-    assert run.broker.may_leave()
+    assert run.broker.ending.may_leave()
 
 
 def test_a_stopped_run_keeps_its_groups_and_goes_on(start: Callable[..., Run], tmp_path: Path) -> None:
@@ -839,14 +841,14 @@ def test_a_completed_run_completes_again_and_can_be_made_longer_but_not_shorter(
     run.train()
     for version in (0, 2):
         run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Acknowledged)
-    assert run.broker.status == "completed"
+    assert run.broker.ending.status == "completed"
     run.finish_archive()
     run.close()
     with pytest.raises(ValueError, match=r"learner\.steps=1: the run run is at step 2 already; raise it"):
         Run(run.run_dir, learner__steps=1)
-    assert run.restarted(learner__steps=2).broker.status == "completed"
+    assert run.restarted(learner__steps=2).broker.ending.status == "completed"
     longer = run.restarted(learner__steps=3)
-    assert longer.broker.status == ""
+    assert longer.broker.ending.status == ""
     longer.train()
     assert (longer.summary()["groups/trained"], longer.summary()["groups/lost"]) == (3 * B, 0)
 
@@ -874,9 +876,9 @@ def test_a_run_is_not_complete_before_its_last_checkpoint(start: Callable[..., R
     run.train(checkpoint=False)
     for version in (0, 1):
         run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Acknowledged)
-    assert run.broker.status == ""
+    assert run.broker.ending.status == ""
     run.ask("learner-0", Checkpointed(step=1, path="step_1"), Acknowledged)
-    assert run.broker.status == "completed"
+    assert run.broker.ending.status == "completed"
 
 
 def test_after_a_restart_leases_go_to_whoever_asks(start: Callable[..., Run]) -> None:
@@ -900,9 +902,9 @@ def test_a_ledger_that_fails_at_a_heartbeat_still_says_stop(
     def full(*_: object) -> None:
         raise LedgerError("disk is full")
 
-    monkeypatch.setattr(run.broker.ledger, "charge", full)
+    monkeypatch.setattr(run.broker.ledger.records, "charge", full)
     assert run.beat("generator").stop
-    assert run.broker.reason == "disk is full"
+    assert run.broker.ending.reason == "disk is full"
 
 
 def test_a_full_disk_fails_the_run_in_one_line_and_every_beat_says_stop(start: Callable[..., Run]) -> None:
@@ -911,12 +913,12 @@ def test_a_full_disk_fails_the_run_in_one_line_and_every_beat_says_stop(start: C
     leases = run.lease().leases
     assert run.submit(leases[0], 0).accepted
     ledger = run.broker.ledger
-    ledger._rows(f"PRAGMA max_page_count = {ledger._one('PRAGMA page_count')}")
+    ledger.file.rows(f"PRAGMA max_page_count = {ledger.file.one('PRAGMA page_count')}")
     header, arrays = group_frames(group(leases[1], 0, channels={"big": Channel("node", np.zeros(1 << 20, np.float32))}))
     error = run.ask("generator-0", SubmitGroup(header=header), Error, arrays).error
     assert f"{run.run_dir / FILE}: database or disk is full; nothing acknowledged is lost: free space" in error
     assert "\n" not in error
-    assert run.broker.status == "failed"
+    assert run.broker.ending.status == "failed"
     assert run.beat("generator", compute={"decoded_tokens": 1.0}).stop
     assert run.ask("launcher-0", StatusRequest(), Status).failures[0].error == error
     assert run.again().broker.ledger.tally().queued == 1
@@ -935,12 +937,12 @@ def test_a_metrics_file_that_cannot_be_written_fails_the_run_and_names_the_direc
 
     monkeypatch.setattr(run.broker.recorder, "step", full)
     run.commit(0, 1, loss=1.0)  # the commit itself is durable
-    [failure] = run.broker.failures
+    [failure] = run.broker.ending.failures
     assert failure.role == "broker"
     assert str(run.run_dir) in failure.error
     assert "No space left on device" in failure.error
     assert run.beat("learner").stop
-    assert [row["loss"] for row in run.broker.ledger.metrics()] == [1.0]
+    assert [row["loss"] for row in run.broker.ledger.records.metrics()] == [1.0]
 
 
 def test_another_broker_on_the_same_run_is_refused(start: Callable[..., Run]) -> None:
@@ -952,13 +954,13 @@ def test_another_broker_on_the_same_run_is_refused(start: Callable[..., Run]) ->
 def test_the_broker_leaves_when_the_roles_are_gone(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()
-    run.broker.end("interrupted", "")
-    assert not run.broker.may_leave()
+    run.broker.ending.end("interrupted", "")
+    assert not run.broker.ending.may_leave()
     run.clock.now += 2.0
     run.beat("generator")
-    assert not run.broker.may_leave()
+    assert not run.broker.ending.may_leave()
     run.clock.now += 3.5  # silent for more than three heartbeats
-    assert run.broker.may_leave()
+    assert run.broker.ending.may_leave()
 
 
 # ---------------------------------------------------------------------- the real wire

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from offtrail.platform.broker.admission import Tally
-from offtrail.platform.broker.ledger import FILE, Arrival, Audit, Grant, Ledger, LedgerError
+from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.ledger import FILE, Arrival, Audit, Grant, Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,7 +120,7 @@ def test_the_schema_itself_refuses_illegal_moves(ledger: Ledger, move: str) -> N
     train(ledger, 0)
     refused, _ = queue(ledger, 2)
     ledger.refuse(refused, "stale")
-    other = sqlite3.connect(ledger.path)
+    other = sqlite3.connect(ledger.file.path)
     with pytest.raises(sqlite3.IntegrityError):
         other.execute(move)
     other.close()
@@ -152,16 +153,16 @@ def test_ages_by_hand(ledger: Ledger) -> None:
 
 def test_a_rewind_trains_the_same_batches_again_and_forgets_later_rows(ledger: Ledger) -> None:
     logged = [train(ledger, step) for step in range(3)]
-    ledger.evaluated(1, {"eval/accuracy": 0.5})
-    ledger.evaluated(3, {"eval/accuracy": 0.7})
+    ledger.records.evaluated(1, {"eval/accuracy": 0.5})
+    ledger.records.evaluated(3, {"eval/accuracy": 0.7})
     ledger.checkpointed(1)
     ledger.rewind()
     assert (ledger.tally().trained, ledger.tally().training) == (2, 4)
     assert [ledger.batch(step) for step in range(3)] == logged
-    assert [row["step"] for row in ledger.metrics()] == [1]
-    assert list(ledger.evals()) == [1]
+    assert [row["step"] for row in ledger.records.metrics()] == [1]
+    assert list(ledger.records.evals()) == [1]
     assert not ledger.commit(1, "c2", {"loss": 9.0})
-    assert [row["step"] for row in ledger.metrics()] == [1, 2]
+    assert [row["step"] for row in ledger.records.metrics()] == [1, 2]
     assert ledger.lineage == 0
 
 
@@ -199,7 +200,7 @@ def test_the_audit_finds_damage(ledger: Ledger, damage: str, lost: int, duplicat
     train(ledger, 1)
     queue(ledger, 2)
     assert ledger.audit() == Audit(6, 0, 0)
-    other = sqlite3.connect(ledger.path)
+    other = sqlite3.connect(ledger.file.path)
     with other:
         other.execute(damage)
     other.close()
@@ -210,20 +211,20 @@ def test_the_audit_finds_damage(ledger: Ledger, damage: str, lost: int, duplicat
 def test_a_full_disk_keeps_what_was_acknowledged_and_names_path_cause_and_way_out(ledger: Ledger) -> None:
     groups = queue(ledger, 3)
     [row] = ledger.grant("generator-0", [Grant(3, 0)], 0.0)
-    pages = ledger._one("PRAGMA page_count")
-    ledger._rows(f"PRAGMA max_page_count = {pages + 2}")
+    pages = ledger.file.one("PRAGMA page_count")
+    ledger.file.rows(f"PRAGMA max_page_count = {pages + 2}")
     with pytest.raises(LedgerError, match=r"ledger\.sqlite: database or disk is full; .*free space.*run\.resume=true"):
         ledger.submit(row.id, arrival(body=b"x" * 1_000_000), 0)
     assert ledger.row(row.id).state == "leased"  # type: ignore[union-attr]
     assert ledger.payloads(groups) == [b"payload"] * 3
-    ledger._rows("PRAGMA max_page_count = 4294967294")
+    ledger.file.rows("PRAGMA max_page_count = 4294967294")
     ledger.submit(row.id, arrival(body=b"x" * 1_000_000), 0)  # space was made: it goes on
     assert ledger.tally().queued == 4
 
 
 def test_a_second_broker_is_refused(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="another broker holds this run"):
-        Ledger(ledger.path)
+        Ledger(ledger.file.path)
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -244,12 +245,12 @@ def test_another_schema_and_another_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_charges_of_several_lives_add_up(ledger: Ledger) -> None:
-    assert ledger.life("generator", 0) == 0
-    ledger.charge([("generator", 0, 0, {"decoded_tokens": 5.0})])
-    ledger.charge([("generator", 0, 0, {"decoded_tokens": 7.0})])  # cumulative: replaces
-    assert ledger.life("generator", 0) == 1
-    ledger.charge([("generator", 0, 1, {"decoded_tokens": 2.0}), ("generator", 1, 0, {"decoded_tokens": 10.0})])
-    assert ledger.charges() == {"generator": {"decoded_tokens": 19.0}}
+    assert ledger.records.life("generator", 0) == 0
+    ledger.records.charge([("generator", 0, 0, {"decoded_tokens": 5.0})])
+    ledger.records.charge([("generator", 0, 0, {"decoded_tokens": 7.0})])  # cumulative: replaces
+    assert ledger.records.life("generator", 0) == 1
+    ledger.records.charge([("generator", 0, 1, {"decoded_tokens": 2.0}), ("generator", 1, 0, {"decoded_tokens": 10.0})])
+    assert ledger.records.charges() == {"generator": {"decoded_tokens": 19.0}}
 
 
 def test_metrics_at_the_edges_and_their_mean(ledger: Ledger) -> None:
@@ -259,10 +260,10 @@ def test_metrics_at_the_edges_and_their_mean(ledger: Ledger) -> None:
         ledger.commit(
             step, f"c{step}", {"reward/accuracy": value} if step != 1 else {"reward/accuracy": value, "x": 3.0}
         )
-    assert ledger.edge_metrics("reward/accuracy") == (0.25, 1.0)
-    assert ledger.mean_metric("reward/accuracy") == pytest.approx(1.75 / 3)
-    assert ledger.mean_metric("x") == 3.0
-    assert ledger.mean_metric("y") is None
+    assert ledger.records.edge_metrics("reward/accuracy") == (0.25, 1.0)
+    assert ledger.records.mean_metric("reward/accuracy") == pytest.approx(1.75 / 3)
+    assert ledger.records.mean_metric("x") == 3.0
+    assert ledger.records.mean_metric("y") is None
 
 
 def test_shards_are_planned_by_size_and_a_batch_is_never_cut(ledger: Ledger) -> None:
@@ -271,15 +272,15 @@ def test_shards_are_planned_by_size_and_a_batch_is_never_cut(ledger: Ledger) -> 
     refused = queue(ledger, 1, body=b"x" * 100)
     ledger.refuse(refused[0], "stale")
     ledger.checkpointed(2)
-    ledger.plan_shards(150)
-    assert ledger.unsealed() == [
+    ledger.shards.plan(150, ledger.checkpoint)
+    assert ledger.shards.unsealed() == [
         "000000_batches_000000-000000.parquet",
         "000001_batches_000001-000001.parquet",
         "000002_refused_00000006-00000006.parquet",
     ]
-    ledger.plan_shards(150)  # nothing is planned twice
-    assert len(ledger.unsealed()) == 3
-    ledger.sealed(ledger.unsealed()[0])
+    ledger.shards.plan(150, ledger.checkpoint)  # nothing is planned twice
+    assert len(ledger.shards.unsealed()) == 3
+    ledger.shards.sealed(ledger.shards.unsealed()[0])
     assert ledger.audit() == Audit(7, 0, 0)
     with pytest.raises(LedgerError, match=r"no payload of groups \[0, 1\]"):
         ledger.payloads([0, 1, 2])
@@ -288,7 +289,7 @@ def test_shards_are_planned_by_size_and_a_batch_is_never_cut(ledger: Ledger) -> 
 def test_the_batch_log_is_plain_json_in_training_order(ledger: Ledger) -> None:
     groups = queue(ledger, 3)
     ledger.log_batch(0, [groups[2], groups[0], groups[1]])
-    reader = sqlite3.connect(ledger.path)
+    reader = sqlite3.connect(ledger.file.path)
     [(ids,)] = reader.execute("SELECT ids FROM batches").fetchall()
     positions = reader.execute("SELECT id FROM groups ORDER BY position").fetchall()
     reader.close()

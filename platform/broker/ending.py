@@ -1,0 +1,147 @@
+"""The end of a run: its status and reason, the summary that says so, and when the broker may leave.
+
+    broker ──► end | fail | broken ──► every reply says stop ──► shards sealed, roles gone ──► may_leave
+
+States: status "" while the run goes on; then completed | failed | interrupted. Only the first end counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offtrail.platform.broker.archive import SHARD_BYTES, Archive
+from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.ledger import Ledger
+from offtrail.platform.broker.roster import Member, Roster
+from offtrail.platform.broker.run_metrics import RunMetrics
+from offtrail.platform.broker.scheduler import Scheduler
+from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking.summary import write_summary
+from offtrail.platform.wire.auth import needs_keys
+from offtrail.platform.wire.messages import Failure
+
+log = logging.getLogger("offtrail.broker")
+
+SEAL_SECONDS = 600.0
+"""A completed run's last shards get so long; what is unsealed then stays in the ledger (archive/unsealed)."""
+LINGER_HEARTBEATS = 30
+"""After the end, roles that still beat are answered for so many heartbeats."""
+
+
+class Ending:
+    """How the run has ended, or stands. ``summary``: the newest contents of summary.json."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        scheduler: Scheduler,
+        archive: Archive,
+        numbers: RunMetrics,
+        roster: Roster,
+        clock: Callable[[], float],
+    ) -> None:
+        self.config, self.run_dir, self.scheduler, self.archive = config, run_dir, scheduler, archive
+        self.numbers, self.roster, self.clock = numbers, roster, clock
+        self.ledger: Ledger = scheduler.ledger
+        self.status = self.reason = ""
+        self.failures: list[Failure] = []
+        self.ended_at = clock()
+        self.audit = self.ledger.audit()
+        self.summary = self._summarise()
+
+    def end(self, status: str, reason: str) -> None:
+        """From here on every reply says stop. Only the first end counts.
+
+        A completed run refuses what is left as `run_ended` and archives everything; any other keeps its groups and
+        payloads, so that run.resume=true goes on from there.
+        """
+        if self.status:
+            return
+        self.status, self.reason, self.ended_at = status, reason, self.clock()
+        log.info("the run is %s %s", status, reason)
+        try:
+            if status == "completed":
+                self.ledger.end()
+                self.seal()
+            self.ledger.records.put(self.numbers.remarks())
+            self.audit = self.ledger.audit()
+            self.write_summary()
+        except (LedgerError, OSError, sqlite3.Error) as error:
+            log.error("the summary could not be written: %s", error)
+
+    def fail(self, line: str) -> None:
+        """End the run by the broker's own finding."""
+        log.error("%s", line)
+        self.failures.append(Failure(role="broker", index=0, error=line))
+        self.end("failed", line)
+
+    def broken(self, error: Exception) -> str:
+        """The disk does not take what must be durable: nothing more is acknowledged, the run fails in one line."""
+        line = (
+            str(error)
+            if isinstance(error, LedgerError)
+            else (
+                f"{self.run_dir}: {error}; nothing acknowledged is lost: free space (or make it writable) "
+                "and go on with run.resume=true"
+            )
+        )
+        if not self.status:
+            self.fail(line)
+        return line
+
+    def seal(self) -> None:
+        """Plan the shards of what may leave the spool, and have them written."""
+        self.ledger.shards.plan(SHARD_BYTES, self.ledger.checkpoint)
+        self.archive.seal(self.ledger.shards.unsealed())
+
+    def recount(self) -> None:
+        """The audit of the summary is as new as the last call."""
+        self.audit = self.ledger.audit()
+
+    def _summarise(self) -> dict[str, Any]:
+        # A run that is killed says nothing any more: until it ends otherwise, it is interrupted.
+        status = self.status or "interrupted"
+        return self.numbers.summary(status, self.reason, self.config.run.seed, self.scheduler.version, self.audit)
+
+    def write_summary(self) -> None:
+        """summary.json as things stand."""
+        self.summary = self._summarise()
+        write_summary(self.run_dir, self.summary)
+
+    def write_last_summary(self) -> None:
+        """Once more when nothing can change any more: shards were sealed since the end."""
+        try:
+            self.write_summary()
+        except (LedgerError, OSError, sqlite3.Error) as error:
+            log.error("the last summary could not be written: %s", error)
+
+    def may_leave(self) -> bool:
+        """The run has ended, its shards are sealed, and nobody is left to be told."""
+        if not self.status:
+            return False
+        waited = self.clock() - self.ended_at
+        if self.status == "completed" and self.ledger.shards.unsealed():
+            return waited > SEAL_SECONDS
+        if waited > LINGER_HEARTBEATS * self.config.broker.heartbeat_seconds:
+            return True
+        return not any(self._present(m) for m in self.roster)
+
+    def _present(self, member: Member) -> bool:
+        """Whether a role may still ask. On one host its process says so, elsewhere its heartbeats."""
+        if self.clock() - member.heard > 3 * self.config.broker.heartbeat_seconds:
+            return False
+        if needs_keys(self.config.broker.address):
+            return True
+        try:
+            os.kill(member.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
