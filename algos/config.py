@@ -53,7 +53,7 @@ class AlgoConfig:
     overlong_penalty: float = setting(1.0, "[0, inf)")
     """Taken from the reward of a sample of sampling.max_new_tokens tokens; needs overlong_share."""
     filter_groups: Literal["none", "accuracy", "variance"] = "none"
-    """Groups without signal give their place back: accuracy 0 or 1 throughout, or all rewards equal."""
+    """Groups without signal give their place back: main component 0 or 1 throughout, or all rewards equal."""
 
     @property
     def needs_ref(self) -> bool:

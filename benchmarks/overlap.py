@@ -39,7 +39,6 @@ from offtrail.core.types import Batch, Group, Lease
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.generator.role import training_sampling
-from offtrail.platform.generator.rollout import totals
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.role import make_trainer
 from offtrail.platform.learner.synchronous import Synchronous
@@ -48,7 +47,8 @@ from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.weights.store import Publisher, remove
-from offtrail.rewards.rule import COMPONENTS, score
+from offtrail.rewards.registry import make_reward
+from offtrail.rewards.total import columns, total
 from offtrail.search.sample import SampleDriver
 from offtrail.tasks.registry import make_task
 
@@ -72,6 +72,7 @@ class Generation:
     def __init__(self, run: Run, first: int, last: int) -> None:
         self.config, self.batches = run.config, run.batches(first, last)
         self.task = make_task(self.config.task, self.config.run.seed)
+        self.reward = make_reward(self.config.reward, self.task.verify)
         self.text = Text(run.start)
         self.engine = LocalEngine(
             run.start,
@@ -106,12 +107,11 @@ class Generation:
 
     def scored(self, group: Group) -> Group:
         """The group with its rewards."""
-        rows = [
-            score(group.problem, self.text.decode(s.tokens), self.task.verify, finished=s.finish == "stop")
-            for s in group.samples()
-        ]
-        group.components = {name: np.array([row[name] for row in rows], np.float32) for name in COMPONENTS}
-        group.rewards = totals(group.components, self.config.reward)
+        texts = [self.text.decode(sample.tokens) for sample in group.samples()]
+        finished = [sample.finish == "stop" for sample in group.samples()]
+        group.components = columns(self.reward.judge(group.problem, texts, finished))
+        step = group.slot // self.config.batch.groups
+        group.rewards = total(self.config.reward, group.components, task=group.problem.task, step=step)
         return group
 
 

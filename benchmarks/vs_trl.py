@@ -46,7 +46,8 @@ from offtrail.platform.evaluator.role import Evaluation
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext
-from offtrail.rewards.rule import score, total
+from offtrail.rewards.registry import make_reward
+from offtrail.rewards.total import columns, total
 from offtrail.tasks.registry import make_task
 
 WARM, TAIL = 5, 6
@@ -110,17 +111,20 @@ class Trl:
         from datasets import Dataset
 
         self.task = make_task(self.config.task, seed)
+        self.ours = make_reward(self.config.reward, self.task.verify)
         count = steps * self.config.batch.groups
         return Dataset.from_list([{"prompt": self.task.train(i).prompt, "index": i} for i in range(count)])
 
     def reward(self, completion_ids: Sequence[list[int]], index: Sequence[int], **_: Any) -> list[float]:
-        """The total reward of each completion, as rewards/rule.py has it."""
+        """The total reward of each completion, as rewards/ has it."""
         stops, rewards = self.text.stop_token_ids, []
         for ids, place in zip(completion_ids, index, strict=True):
             finished = bool(ids) and ids[-1] in stops
             answer = self.text.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
-            components = score(self.task.train(place), answer, self.task.verify, finished=finished)
-            rewards.append(total(components, self.config.reward))
+            problem = self.task.train(place)
+            components = columns(self.ours.judge(problem, [answer], [finished]))
+            [reward] = total(self.config.reward, components, task=problem.task, step=0).tolist()
+            rewards.append(reward)
         return rewards
 
     def accuracy(self, version: int, model: Any) -> float:

@@ -1,1 +1,3 @@
-"""What a score is: pure functions of (problem, text). Processes and deadlines are platform/generator's."""
+"""What a score is: named components of an answer, and the weighted sum of them. Processes and deadlines are
+platform/verifier's.
+"""

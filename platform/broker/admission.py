@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from offtrail.algos.filtering import FilterRule, filtered
 from offtrail.core.types import Group
 from offtrail.platform.config.schema import Config
@@ -71,6 +73,7 @@ class AdmissionPolicy:
     drop: bool = False
     max_refusals: int = 10_000
     filter: FilterRule = "none"
+    main: str = "accuracy"
 
     def __post_init__(self) -> None:
         for key, value, low in (
@@ -100,6 +103,7 @@ class AdmissionPolicy:
             drop=staleness.on_violation == "drop",
             max_refusals=staleness.max_refusals,
             filter=config.algo.filter_groups,
+            main=config.reward.main,
         )
 
     @property
@@ -154,11 +158,14 @@ class AdmissionPolicy:
 
         It is refused as `filtered` and gives its place back (dynamic sampling; its rule: algos/filtering.py).
         """
-        accuracy = group.components.get("accuracy", group.rewards)
-        if not filtered(self.filter, group.rewards, accuracy):
+        scores = group.components.get(self.main, group.rewards)
+        if not filtered(self.filter, group.rewards, scores):
             return ""
-        name, values = ("accuracies", accuracy) if self.filter == "accuracy" else ("rewards", group.rewards)
-        return f"all {group.size} {name} are {values[0]:g} (algo.filter_groups={self.filter})"
+        applies = ~np.isnan(scores)
+        name, values = "rewards", group.rewards
+        if self.filter == "accuracy" and applies.any():
+            name, values = f"scores of {self.main}", scores[applies]
+        return f"all {len(values)} {name} are {values[0]:g} (algo.filter_groups={self.filter})"
 
     def starved(self, refused_since_commit: Mapping[str, int]) -> str:
         """One line that says which filter starves the run, or "" while it does not."""

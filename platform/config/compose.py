@@ -80,7 +80,7 @@ def parse(argv: Sequence[str]) -> tuple[Layer, Layer]:
     file, line, path = Layer(), Layer(), None
     for argument in argv:
         key, equals, value = argument.partition("=")
-        if equals and re.fullmatch(r"[A-Za-z_][\w.-]*", key):
+        if equals and re.fullmatch(r"[A-Za-z_][\w.:-]*", key):
             line.set(key, value)
         elif path is not None:
             raise ConfigError(f"{argument}: {path} is given already; one file is merged, the rest are key=value")
@@ -201,9 +201,16 @@ def _with_entries(values: Mapping[str, Raw], keys: Mapping[str, Key]) -> dict[st
     for path in [path for path in whole if path not in keys]:
         owner = next((key for key in keys.values() if key.is_mapping and path.startswith(f"{key.path}.")), None)
         if owner is not None:
-            names = path.removeprefix(f"{owner.path}.").split(".")
+            names = _names_of(path.removeprefix(f"{owner.path}."))
             whole[owner.path] = _with_entry(whole.get(owner.path, owner.default), names, whole.pop(path))
     return whole
+
+
+def _names_of(entry: str) -> list[str]:
+    """`chain.noise` → [chain, noise]; the dots of a module in `my.code:brevity.longest` part nothing."""
+    module, colon, rest = entry.rpartition(":")
+    first, *others = rest.split(".")
+    return [module + colon + first, *others]
 
 
 def _with_entry(mapping: Raw, names: list[str], value: Raw) -> dict[str, Raw]:

@@ -18,7 +18,6 @@ from typing import Any
 from offtrail.algos.config import ALGOS, CORRECTIONS
 from offtrail.core.settings import PathKind, told
 from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
-from offtrail.rewards.config import REWARDS
 from offtrail.tasks.config import TASKS
 
 # Groups whose keys depend on `name`: the dataclass is chosen here first, so a key of another variant is an error.
@@ -26,11 +25,10 @@ VARIANTS: dict[str, Mapping[str, type[Any]]] = {
     "task": TASKS,
     "algo": ALGOS,
     "correction": CORRECTIONS,
-    "reward": REWARDS,
     "engine": {"local": LocalConfig, "sglang": SglangConfig},
 }
-# Groups with options in configs/; `model` has one dataclass and a free name.
-GROUPS = ("model", *VARIANTS)
+# Groups with options in configs/; `model` and `reward` have one dataclass each and a free name.
+GROUPS = ("model", "reward", *VARIANTS)
 
 
 @dataclass(frozen=True)

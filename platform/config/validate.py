@@ -17,18 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offtrail.algos.config import incompatible
+from offtrail.core.plugins import PluginError, check, is_plugin
 from offtrail.core.settings import out_of_limits
 from offtrail.platform.config.checkpoints import model_folder
-from offtrail.platform.config.errors import ConfigError, refuse
+from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.keys import flatten, keys_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
-from offtrail.tasks.config import JsonlConfig
+from offtrail.tasks.config import JsonlConfig, MixtureConfig
 
 
 def validate(config: Config) -> None:
     """Raise ConfigError for the first broken rule."""
-    for rule in RULES:
-        rule(config)
+    try:
+        for rule in RULES:
+            rule(config)
+    except PluginError as error:
+        raise ConfigError(str(error)) from None
 
 
 def schema_is_this_one(config: Config) -> None:
@@ -212,12 +216,22 @@ def exact_staleness_is_repeatable(config: Config) -> None:
         )
 
 
-def reward_has_a_component(config: Config) -> None:
-    """With all weights 0 every advantage is 0."""
-    if config.reward.accuracy_weight == config.reward.format_weight == 0:
-        raise refuse(
-            "reward.accuracy_weight", 0, "at least one of reward.accuracy_weight, reward.format_weight must be > 0"
-        )
+def code_from_outside_is_here(config: Config) -> None:
+    """`module:function` names something; it is loaded where it is used, and the launcher tries that first."""
+    for name in filter(is_plugin, config.reward.weights):
+        check(name, what="reward.weights")
+
+
+def reward_names_the_tasks_there_are(config: Config) -> None:
+    """A component that is for another task than those of the run would never be asked."""
+    task = config.task
+    known = sorted(task.weights) if isinstance(task, MixtureConfig) else [task.name]
+    for name, limits in config.reward.only.items():
+        for wanted in limits.get("tasks", known):
+            if wanted not in known:
+                near = nearest_text(wanted, known)
+                why = f"task={task.name} has {', '.join(known)}{near}"
+                raise refuse(f"reward.only.{name}.tasks", limits["tasks"], why)
 
 
 def warmup_ends_before_training(config: Config) -> None:
@@ -329,7 +343,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     answers_fit_the_model,
     training_samples_the_policy_itself,
     exact_staleness_is_repeatable,
-    reward_has_a_component,
+    code_from_outside_is_here,
+    reward_names_the_tasks_there_are,
     warmup_ends_before_training,
     devices_are_known,
     head_is_no_wider_than_the_decoder,

@@ -24,7 +24,7 @@ from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
-from offtrail.rewards.rule import COMPONENTS
+from offtrail.rewards.total import means, nothing_earned
 from offtrail.tasks.registry import make_task
 
 log = logging.getLogger("offtrail.evaluator")
@@ -81,7 +81,7 @@ class Evaluation:
         self._charged: dict[str, float] = {}
 
     def run(self, reload: Callable[[], None] = lambda: None) -> tuple[dict[str, float], dict[str, str]]:
-        """Accuracy and format over eval.prompts × eval.samples answers, lengths of these, and a few of them as text.
+        """Mean of each reward component over eval.prompts × eval.samples answers, lengths, and a few of them as text.
 
         A prompt that leaves no room for its answer counts as wrong; ValueError when none does. ``reload`` brings the
         version to a server that was started anew.
@@ -92,14 +92,13 @@ class Evaluation:
         self._charge()
         lengths = np.array([len(c.tokens) for group in answers for c in group])
         stopped = np.array([c.finish == "stop" for group in answers for c in group])
-        metrics = {f"eval/{name}": float(column.mean()) for name, column in components.items()}
-        metrics |= {
+        metrics = means(self.config.reward, "eval", components) | {
             "eval/length_mean": float(lengths.mean()),
             "eval/truncated_share": float(1.0 - stopped.mean()),
             "eval/prompts": float(len(self.problems)),
             "eval/version": float(self.engine.version),
         }
-        log.info("version %d: accuracy %.3f", self.engine.version, metrics["eval/accuracy"])
+        log.info("version %d: accuracy %.3f", self.engine.version, metrics.get("eval/accuracy", np.nan))
         return metrics, self._texts(answers)
 
     def close(self) -> None:
@@ -148,22 +147,23 @@ class Evaluation:
         return fitting
 
     def _verify(self, answers: list[list[Completion]]) -> dict[str, Float32]:
-        """Components by name over all answers. A group without a verdict (its verifier was killed) counts as 0."""
+        """Components by name over all answers. A group without a verdict (its verifier was killed) earns nothing."""
         asked = [i for i, group in enumerate(answers) if group]
         for i in asked:
             group = answers[i]
             texts = [self.text.decode(c.tokens) for c in group]
             self.verifiers.submit(i, self.problems[i], texts, [c.finish == "stop" for c in group])
-        columns = {name: np.zeros((len(answers), self.config.eval.samples), np.float32) for name in COMPONENTS}
+        samples, reward = self.config.eval.samples, self.config.reward
+        earned = [nothing_earned(reward, problem.task, samples) for problem in self.problems]
         pending = len(asked)
         while pending:
             for i, components in self.verifiers.poll(timeout_s=0.05):
                 pending -= 1
                 if components is None:
                     log.warning("problem %d counts as wrong: %s", i, self.verifiers.reason(i))
-                for name, column in (components or {}).items():
-                    columns[name][i] = column
-        return columns
+                else:
+                    earned[i] = components
+        return {name: np.concatenate([one[name] for one in earned]) for name in reward.components}
 
     def _texts(self, answers: list[list[Completion]]) -> dict[str, str]:
         shown: list[tuple[Problem, Completion]] = [

@@ -19,10 +19,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from offtrail.core.protocols import Driver, Engine
-from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease
+from offtrail.core.types import FINISH_REASONS, Group, Int32, Lease
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.channels import Reader
 from offtrail.platform.runtime.context import Connection
@@ -41,8 +39,7 @@ from offtrail.platform.wire.messages import (
     SubmitGroup,
 )
 from offtrail.platform.wire.sockets import WaitError
-from offtrail.rewards.config import RewardConfig
-from offtrail.rewards.rule import total
+from offtrail.rewards.total import total
 
 log = logging.getLogger("offtrail.generator")
 
@@ -148,7 +145,8 @@ class Rollout:
                 self._fail(group.group, group.attempt, self.verifiers.reason(key))
                 continue
             group.components = components
-            group.rewards = totals(components, self.config.reward)
+            step = group.slot // self.config.batch.groups  # in completion order: the likely one
+            group.rewards = total(self.config.reward, components, task=group.problem.task, step=step)
             header, arrays = group_frames(group)
             ticket = self.connection.client.send(SubmitGroup(header=header), arrays)
             self._unacknowledged[ticket] = group.group
@@ -284,10 +282,3 @@ class Rollout:
     def _fail(self, group: int, attempt: int, detail: str) -> None:
         ticket = self.connection.client.send(FailGroup(group=group, attempt=attempt, reason="failed", detail=detail))
         self._unacknowledged[ticket] = group
-
-
-def totals(components: dict[str, Float32], reward: RewardConfig) -> Float32:
-    """The weighted total [G] of the reward components, name → [G]."""
-    size = len(next(iter(components.values())))
-    rows = ({name: float(column[i]) for name, column in components.items()} for i in range(size))
-    return np.array([total(row, reward) for row in rows], np.float32)

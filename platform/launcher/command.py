@@ -67,7 +67,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     require_packages()
     if config.job in ("rl", "sft"):
-        require_task(config)
+        require_task_and_reward(config)
     if config.job == "chat":
         from offtrail.platform.launcher.chat import chat
 
@@ -107,8 +107,13 @@ def require_packages() -> None:
         )
 
 
-def require_task(config: Config) -> None:
-    """Raise ConfigError when the task's files hold a line that cannot be used, or too few held-out problems."""
+def require_task_and_reward(config: Config) -> None:
+    """Raise ConfigError when the task's files hold a line that cannot be used, or too few held-out problems; or a
+    component of the reward cannot be made.
+    """
+    from offtrail.core.plugins import PluginError
+    from offtrail.rewards.base import RewardError
+    from offtrail.rewards.registry import make_reward
     from offtrail.tasks.base import TaskError
     from offtrail.tasks.registry import make_task
 
@@ -116,5 +121,6 @@ def require_task(config: Config) -> None:
         task = make_task(config.task, config.run.seed)
         if config.job == "rl":
             task.held_out(config.eval.prompts)
-    except TaskError as error:
+            make_reward(config.reward, task.verify)
+    except (PluginError, RewardError, TaskError) as error:
         raise ConfigError(str(error)) from None

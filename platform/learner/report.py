@@ -9,12 +9,14 @@ from collections.abc import Callable
 import numpy as np
 
 from offtrail.core.types import FINISH_REASONS, Batch, Group
+from offtrail.rewards.config import RewardConfig
+from offtrail.rewards.total import means
 
 HISTOGRAM_POINTS = 200
 """A histogram travels as so many evenly spaced quantiles of its values."""
 
 
-def batch_metrics(batch: Batch) -> dict[str, float]:
+def batch_metrics(batch: Batch, reward: RewardConfig) -> dict[str, float]:
     """reward/*, length/*, staleness/* and queue/* of one batch; staleness in versions, over tokens.
 
     A token's staleness is step − version; its part in flight is queued_version − version, in the queue
@@ -24,10 +26,8 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     rewards = [g.rewards for g in groups]
     lengths, finish = _all(groups, "lengths"), _all(groups, "finish")
     stale, in_flight = staleness(batch), staleness_in_flight(batch)
-    metrics = {
-        f"reward/{name}": float(np.mean(np.concatenate([g.components[name] for g in groups]))) for name in _names(batch)
-    }
-    metrics |= {
+    components = {name: np.concatenate([g.components[name] for g in groups]) for name in _names(batch)}
+    metrics = means(reward, "reward", components) | {
         "reward/mean": float(np.mean(np.concatenate(rewards))),
         "reward/std_in_group": float(np.mean([r.std() for r in rewards])),
         "reward/zero_variance_share": float(np.mean([r.min() == r.max() for r in rewards])),

@@ -141,7 +141,7 @@ class Learner:
                 version=self.step,
                 checksum=checksum,
                 metrics=report.metrics
-                | batch_metrics(batch)
+                | batch_metrics(batch, self.context.config.reward)
                 | {
                     "weights/publish_seconds": self.publish_seconds,
                     "weights/bytes": float(self.publisher.bytes_last),

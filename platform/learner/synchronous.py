@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from offtrail.core.types import Batch, Group, Lease
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.generator.role import training_sampling
-from offtrail.platform.generator.rollout import totals
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.role import make_trainer
 from offtrail.platform.learner.train import Report, Trainer
@@ -28,7 +26,8 @@ from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.weights.store import checksum
-from offtrail.rewards.rule import COMPONENTS, score
+from offtrail.rewards.registry import make_reward
+from offtrail.rewards.total import columns, total
 from offtrail.search.sample import SampleDriver
 from offtrail.tasks.registry import make_task
 
@@ -50,6 +49,7 @@ class Synchronous:
     def __init__(self, config: Config, start: Path) -> None:
         self.config = config
         self.task = make_task(config.task, config.run.seed)
+        self.reward = make_reward(config.reward, self.task.verify)
         self.text = Text(start, chat=getattr(config.task, "chat", False))
         self.engine = LocalEngine(
             start, config.engine, max_length=config.model.max_length, threads=config.generator.threads
@@ -94,9 +94,9 @@ class Synchronous:
 
     def scored(self, group: Group) -> Group:
         """The group with its reward."""
-        rows = [
-            score(group.problem, self.text.decode(sample.tokens), self.task.verify, finished=sample.finish == "stop")
-            for sample in group.samples()
-        ]
-        components = {name: np.array([row[name] for row in rows], np.float32) for name in COMPONENTS}
-        return replace(group, components=components, rewards=totals(components, self.config.reward))
+        texts = [self.text.decode(sample.tokens) for sample in group.samples()]
+        finished = [sample.finish == "stop" for sample in group.samples()]
+        components = columns(self.reward.judge(group.problem, texts, finished))
+        step = group.slot // self.config.batch.groups
+        rewards = total(self.config.reward, components, task=group.problem.task, step=step)
+        return replace(group, components=components, rewards=rewards)

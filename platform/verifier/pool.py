@@ -29,13 +29,12 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
-import numpy as np
 
 import offtrail
 from offtrail.core.types import Float32, Problem
 from offtrail.platform.config.schema import Config
 from offtrail.platform.verifier.worker import LENGTH, READY, Job, Setup, Verdict, frame_of
-from offtrail.rewards.rule import COMPONENTS
+from offtrail.rewards.total import columns, nothing_earned
 
 log = logging.getLogger("offtrail.verifiers")
 
@@ -63,6 +62,7 @@ class _Group:
 
     key: int
     ticket: int
+    task: str
     size: int
     frame: bytes
     deaths: int = 0
@@ -77,7 +77,8 @@ class VerifierPool:
 
     def __init__(self, config: Config, command: Sequence[str] = COMMAND) -> None:
         self._reward = config.reward
-        setup = Setup(config.task.name, dataclasses.asdict(config.task), config.reward.memory_mb << 20)
+        task, reward = dataclasses.asdict(config.task), dataclasses.asdict(config.reward)
+        setup = Setup(config.task.name, task, reward, config.reward.memory_mb << 20)
         self._waiting: deque[_Group] = deque()
         self._pending: set[int] = set()
         self._done: list[tuple[int, Components | None]] = []
@@ -106,14 +107,15 @@ class VerifierPool:
             raise ValueError(f"group {key}: submitted twice")
         self._submitted += 1
         frame = frame_of(Job(self._submitted, problem, texts, finished))
-        self._waiting.append(_Group(key, self._submitted, len(texts), frame))
+        self._waiting.append(_Group(key, self._submitted, problem.task, len(texts), frame))
         self._pending.add(key)
         self._dispatch()
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Components | None]]:
         """(key, components) of every group decided since the last call; wait up to ``timeout_s`` for the first.
 
-        Components are name → [G] float32, or None where the group must be refused; ``reason(key)`` then says why.
+        Components are name → [G] float32, NaN where one does not apply, or None where the group must be refused;
+        ``reason(key)`` then says why.
         """
         end = time.monotonic() + timeout_s
         while True:
@@ -166,6 +168,8 @@ class VerifierPool:
     def _take(self, worker: _Worker, verdict: Verdict) -> bool:
         """Credit one verdict; False when it is not what this worker owes."""
         if verdict.ticket == READY and not worker.ready:
+            if verdict.error:
+                raise VerifierError(verdict.error)
             worker.report_ready()
             return True
         if not worker.groups or worker.groups[0].ticket != verdict.ticket:
@@ -177,11 +181,10 @@ class VerifierPool:
         self.counters["verifier_seconds"] += verdict.seconds
         if verdict.error:
             self._refuse(group, verdict.error)
-        elif any(len(verdict.components.get(name, ())) != group.size for name in COMPONENTS):
+        elif any(len(verdict.components.get(name, ())) != group.size for name in self._reward.components):
             self._refuse(group, f"verifier gave {sorted(verdict.components)} of another length than the group")
         else:
-            columns = {name: np.array(values, np.float32) for name, values in verdict.components.items()}
-            self._return(group, columns)
+            self._return(group, columns(verdict.components))
         return True
 
     def _time_out(self, worker: _Worker) -> None:
@@ -194,7 +197,7 @@ class VerifierPool:
         if self._reward.on_timeout == "refuse":
             self._refuse(group, what)
         else:
-            self._return(group, {name: np.zeros(group.size, np.float32) for name in COMPONENTS})
+            self._return(group, nothing_earned(self._reward, group.task, group.size))
 
     def _replace_dead(self, worker: _Worker, how: str) -> None:
         """It died, or broke its protocol: one retry for its running group, a bound on deaths before it was ready."""

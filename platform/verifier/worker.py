@@ -17,9 +17,12 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from offtrail.core.plugins import PluginError
 from offtrail.core.types import Problem
 from offtrail.platform.runtime.host import die_with
-from offtrail.rewards.rule import score
+from offtrail.rewards.base import RewardError
+from offtrail.rewards.config import RewardConfig
+from offtrail.rewards.registry import Reward, make_reward
 from offtrail.tasks.config import TASKS
 from offtrail.tasks.registry import make_task
 
@@ -27,14 +30,13 @@ LENGTH = struct.Struct("<I")
 LONGEST_ERROR = 500
 READY = -1
 
-Verify = Callable[[Problem, str], bool]
-
 
 class Setup(msgspec.Struct, frozen=True):
-    """First frame to a worker: from what to rebuild its verifier, and its limit in bytes of address space."""
+    """First frame to a worker: from what to rebuild its reward, and its limit in bytes of address space."""
 
     task: str
-    settings: dict[str, Any]
+    task_settings: dict[str, Any]
+    reward_settings: dict[str, Any]
     memory: int
 
 
@@ -48,16 +50,18 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Components by name, each G long; or ``error`` says what the verifier raised. ``seconds`` of CPU it took."""
+    """Components by name, each G long, None where one does not apply; or ``error`` says what was raised. ``seconds`` of
+    CPU it took.
+    """
 
     ticket: int
-    components: dict[str, list[float]] = {}
+    components: dict[str, list[float | None]] = {}
     error: str = ""
     seconds: float = 0.0
 
 
-def serve(make_verify: Callable[[Setup], Verify]) -> None:
-    """Answer jobs until stdin ends."""
+def serve(make: Callable[[Setup], Reward]) -> None:
+    """Answer jobs until stdin ends; a reward that cannot be made is the one and only verdict's error."""
     die_with(int(os.environ["OFFTRAIL_PARENT"]))
     # Trap: a print() inside a verifier must not land between frames, so fd 1 becomes stderr.
     jobs, verdicts = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -67,28 +71,37 @@ def serve(make_verify: Callable[[Setup], Verify]) -> None:
         return
     setup = msgspec.msgpack.decode(frame, type=Setup)
     resource.setrlimit(resource.RLIMIT_AS, (setup.memory, setup.memory))
-    verify = make_verify(setup)
+    try:
+        reward = make(setup)
+    except Exception as error:
+        write(verdicts, Verdict(READY, {}, said(error)))
+        return
     write(verdicts, Verdict(READY))
     decoder = msgspec.msgpack.Decoder(Job)
     while (frame := read(jobs)) is not None:
-        write(verdicts, judge(decoder.decode(frame), verify))
+        write(verdicts, judge(decoder.decode(frame), reward))
 
 
-def judge(job: Job, verify: Verify) -> Verdict:
-    """Score one group; whatever the verifier raises becomes the verdict's error."""
+def judge(job: Job, reward: Reward) -> Verdict:
+    """Score one group; whatever a component raises becomes the verdict's error."""
     start = time.process_time()
     try:
-        scores = [score(job.problem, t, verify, finished=f) for t, f in zip(job.texts, job.finished, strict=True)]
+        scores = reward.judge(job.problem, job.texts, job.finished)
     except Exception as error:
-        return Verdict(job.ticket, {}, f"verifier raised {type(error).__name__}: {error}"[:LONGEST_ERROR])
-    components = {name: [s[name] for s in scores] for name in (scores[0] if scores else ())}
-    return Verdict(job.ticket, components, "", time.process_time() - start)
+        return Verdict(job.ticket, {}, said(error))
+    return Verdict(job.ticket, scores, "", time.process_time() - start)
 
 
-def task_verifier(setup: Setup) -> Verify:
-    """The task's own verifier, rebuilt from its settings without reading its data."""
-    config = msgspec.convert(setup.settings, TASKS[setup.task])
-    return make_task(config, 0, load=False).verify
+def said(error: Exception) -> str:
+    """An exception in the words of the log; one of ours speaks for itself."""
+    text = str(error) if isinstance(error, RewardError | PluginError) else f"{type(error).__name__}: {error}"
+    return text[:LONGEST_ERROR]
+
+
+def rebuilt(setup: Setup) -> Reward:
+    """The run's reward and task, made from their settings without reading the task's data."""
+    task = make_task(msgspec.convert(setup.task_settings, TASKS[setup.task]), 0, load=False)
+    return make_reward(msgspec.convert(setup.reward_settings, RewardConfig), task.verify)
 
 
 def read(stream: BinaryIO) -> bytes | None:
@@ -110,4 +123,4 @@ def frame_of(message: Setup | Job | Verdict) -> bytes:
 
 
 if __name__ == "__main__":
-    serve(task_verifier)
+    serve(rebuilt)

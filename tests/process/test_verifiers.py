@@ -28,6 +28,8 @@ WORKER = """
 import os, sys, time
 from pathlib import Path
 from offtrail.platform.verifier.worker import serve
+from offtrail.rewards.config import RewardConfig
+from offtrail.rewards.registry import make_reward
 
 def verify(problem, answer):
     flag = Path(problem.answer)
@@ -51,7 +53,7 @@ def verify(problem, answer):
     return answer != "wrong"
 
 LINE = os.dup(1)
-serve(lambda setup: verify)
+serve(lambda setup: make_reward(RewardConfig(), verify))
 """
 
 Result = dict[Hashable, dict[str, np.ndarray[Any, Any]] | None]
@@ -221,8 +223,8 @@ def test_what_a_verifier_raises_is_the_groups_reason(command: tuple[str, ...]):
         put(pool, "fine", "right")
         results = collect(pool)
         assert results["raises"] is results["eats"] is None
-        assert pool.reason("raises") == "verifier raised KeyError: 'no such rule'"
-        assert pool.reason("eats").startswith("verifier raised MemoryError")
+        assert pool.reason("raises") == "reward component accuracy raised KeyError: 'no such rule'"
+        assert pool.reason("eats").startswith("reward component accuracy raised MemoryError")
         assert results["fine"] is not None
     assert pool.counters["verifier_deaths"] == 0
 
@@ -347,3 +349,31 @@ def test_a_worker_imports_no_torch():
     environment = {**os.environ, "PYTHONPATH": str(Path(offtrail.__file__).parents[1])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+MINE = """
+def halves(answered, *, share):
+    return None if answered.parts is None else share * answered.accuracy
+"""
+
+
+def test_a_component_from_the_current_directory_gets_its_settings_in_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    settings = config(weights={"mine:halves": 1.0, "format": 0.1}, settings={"mine:halves": {"share": 0.5}})
+    with VerifierPool(settings) as pool:
+        answers = ["<think></think><answer>4</answer>", "<think></think><answer>5</answer>", "4"]
+        pool.submit(0, Problem("chain", 0, "2;+2;%10=?", "4"), answers, [True, True, True])
+        components = collect(pool)[0]
+    assert components is not None
+    np.testing.assert_array_equal(components["mine:halves"], np.array([0.5, 0, np.nan], np.float32))
+    assert components["format"].tolist() == [1, 1, 0]
+
+
+def test_a_reward_that_cannot_be_made_is_one_line_and_not_three_starts():
+    with VerifierPool(config(weights={"no_such_code:f": 1.0})) as pool:
+        put(pool, 0, "right")
+        with pytest.raises(VerifierError, match=r"reward\.weights=no_such_code:f: no module no_such_code in this"):
+            collect(pool)

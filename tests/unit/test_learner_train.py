@@ -24,6 +24,7 @@ from offtrail.platform.model.head import LossOf, Reference, TokenOutputs
 from offtrail.platform.model.packing import Packed, lay_out
 from offtrail.platform.model.policy import Policy, load_model
 from offtrail.platform.runtime.activity import Activity
+from offtrail.rewards.config import RewardConfig
 
 ALONE = World(0, 1, torch.device("cpu"))
 MakeBatch = Callable[..., Batch]
@@ -254,7 +255,7 @@ def test_what_a_batch_tells_by_itself(make_batch: MakeBatch) -> None:
     batch.groups[1].queued_version = 3
     batch.groups[1].versions[3:] = 3
     # staleness 0 0 0 | 2 1 1 1 1; in flight 0 0 0 | 1 0 0 0 0
-    metrics = batch_metrics(batch)
+    metrics = batch_metrics(batch, RewardConfig())
     assert metrics["staleness/mean"] == pytest.approx(6 / 8)
     assert metrics["staleness/max"] == 2
     assert metrics["staleness/stale_token_share"] == pytest.approx(5 / 8)

@@ -1,0 +1,13 @@
+"""Accuracy (DeepSeek-R1, arXiv:2501.12948, §2.2.2): what the task's verifier says of the answer block."""
+
+from __future__ import annotations
+
+from offtrail.rewards.base import Answered
+
+
+def score(answered: Answered) -> float:
+    """From 0 to 1; 0 where the answer is malformed, so that accuracy cannot be had around the format.
+
+    An answer that was cut off after its closing tag has said all it had to say and keeps its accuracy.
+    """
+    return answered.accuracy

@@ -1,0 +1,117 @@
+"""From settings to a reward: `make_reward` is the only way to one, and `Reward.judge` runs where verifiers run.
+
+A component is found by its name: NAME is rewards/components/NAME.py, `package.module:attribute` is anybody's own. The
+weighted sum is apart (total.py): generators, evaluator and broker need it without loading any component.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from offtrail.core.plugins import is_plugin, load
+from offtrail.core.types import Problem
+from offtrail.rewards.base import Answered, RewardError, Verify
+from offtrail.rewards.config import RewardConfig
+from offtrail.rewards.format import parse
+
+
+class Reward:
+    """The components of ``config``, made with their settings; ``verify`` is the task's. Raises PluginError and
+    RewardError when one of them cannot be made.
+    """
+
+    def __init__(self, config: RewardConfig, verify: Verify) -> None:
+        self._config, self._verify = config, verify
+        self._components = {name: _component(name, config.settings.get(name, {})) for name in config.components}
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Their names, in the order of reward.weights."""
+        return tuple(self._components)
+
+    def judge(self, problem: Problem, texts: Sequence[str], finished: Sequence[bool]) -> dict[str, list[float | None]]:
+        """Name → [G] scores of a prompt's G answers, None where a component does not apply.
+
+        ``texts`` are without their stop token; ``finished``: a stop token ended the answer. Raises RewardError that
+        names the component which raised, gave no number, or when none applies to an answer.
+        """
+        asked = [
+            Answered(problem, text, ended, parse(text), self._verify)
+            for text, ended in zip(texts, finished, strict=True)
+        ]
+        nothing: list[float | None] = [None] * len(asked)
+        scores = {
+            name: ask(asked) if self._config.applies(name, problem.task) else nothing
+            for name, ask in self._components.items()
+        }
+        if any(all(value is None for value in row) for row in zip(*scores.values(), strict=True)):
+            raise RewardError(
+                f"task={problem.task}: no component of reward.weights applies to an answer ({', '.join(scores)}); add "
+                "one that does, or widen reward.only"
+            )
+        return scores
+
+
+def make_reward(config: RewardConfig, verify: Verify) -> Reward:
+    """See Reward."""
+    return Reward(config, verify)
+
+
+Ask = Callable[[Sequence[Answered]], list[float | None]]
+
+
+def _component(name: str, settings: dict[str, Any]) -> Ask:
+    """All answers of a prompt in, as many scores out."""
+    source = name if is_plugin(name) else f"offtrail.rewards.components.{name}:score"
+    target = load(source, what="reward.weights")
+    if not callable(target):
+        raise RewardError(f"reward.weights={name}: is {target!r}, which cannot be called; name a function or a class")
+    _check_settings(name, target, settings)
+    score = target(**settings) if isinstance(target, type) else partial(target, **settings)
+    return partial(_ask, name, score, getattr(target, "whole_group", False))
+
+
+def _ask(name: str, score: Callable[..., Any], together: bool, asked: Sequence[Answered]) -> list[float | None]:
+    try:
+        given = list(score(asked)) if together else [score(one) for one in asked]
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward component {name} raised {type(error).__name__}: {error}") from error
+    if len(given) != len(asked):
+        raise RewardError(f"reward component {name} gave {len(given)} scores for the {len(asked)} answers of a group")
+    return [_number(name, value) for value in given]
+
+
+def _number(name: str, given: Any) -> float | None:
+    if given is None:
+        return None
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise RewardError(f"reward component {name} gave {given!r}: must be a finite number, or None where it has none")
+    return value
+
+
+def _check_settings(name: str, target: Any, settings: dict[str, Any]) -> None:
+    """Settings are a function's parameters after the first, which is the answer, and all of a class's `__init__`."""
+    parameters = list(inspect.signature(target).parameters.values())[0 if isinstance(target, type) else 1 :]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    for key, value in settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            takes = ", ".join(known) or "none"
+            raise RewardError(f"reward.settings.{name}.{key}={value}: no such setting; {name} takes {takes}{hint}")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in settings:
+            raise RewardError(f"reward.settings.{name}.{key}: is needed by {name}; set it")
