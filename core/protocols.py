@@ -30,9 +30,20 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternatives:
+    """The k most likely tokens at each position of an answer, the likeliest first: ``tokens`` [T, k] int32 and their
+    ``logprobs`` [T, k] float32, of the whole distribution at the sampling temperature, as the drawn token's is.
+    """
+
+    tokens: Int32
+    logprobs: Float32
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One finished answer. ``tokens`` [T], ``logprobs`` [T], ``versions`` [T]; the stop token, where one ended it, is
-    the last of ``tokens``. ``times``: seconds since the epoch at submission, first and last token.
+    the last of ``tokens``. ``times``: seconds since the epoch at submission, first and last token. ``alternatives``
+    where ``sampling.alternatives`` asked for them.
     """
 
     request: int
@@ -42,6 +53,7 @@ class Completion:
     versions: Int32
     finish: FinishReason
     times: tuple[float, float, float]
+    alternatives: Alternatives | None = None
 
 
 class Engine(Protocol):

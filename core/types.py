@@ -46,6 +46,7 @@ class Sampling:
 
     ``seed`` and the request's key, the sample's index and the token's position key the random number of each token
     (I3): the same keys under the same weights give the same token, whatever else is in flight.
+    ``alternatives``: how many of the most likely tokens are told at each position, beside the one that was drawn.
     """
 
     max_new_tokens: int
@@ -54,6 +55,7 @@ class Sampling:
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    alternatives: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,10 @@ def check_request(request: Request, *, vocab_size: int, max_length: int) -> None
         raise ValueError(f"{what}: temperature={sampling.temperature}; it is ≥ 0 (0 = greedy)")
     if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
         raise ValueError(f"{what}: top_p={sampling.top_p}, top_k={sampling.top_k}; 0 < top_p ≤ 1 and top_k ≥ 0")
+    if not 0 <= sampling.alternatives <= vocab_size:
+        raise ValueError(
+            f"{what}: alternatives={sampling.alternatives}; 0 ≤ alternatives ≤ {vocab_size}, the vocabulary"
+        )
     if any(not 0 <= token < vocab_size for token in sampling.stop_token_ids):
         raise ValueError(f"{what}: stop_token_ids={sampling.stop_token_ids}, but the vocabulary is {vocab_size}")
 

@@ -29,7 +29,7 @@ from offtrail.platform.engines.cache import Continuation, KVCache, Prefill, Sequ
 from offtrail.platform.engines.decoder import Attend, Decoder, read_spec, read_weights
 from offtrail.platform.engines.limits import check_request, check_tokens
 from offtrail.platform.engines.sampler import draw, keep, log_probabilities
-from offtrail.platform.engines.slots import Pending, Slots, queue
+from offtrail.platform.engines.slots import Pending, Slots, queue, stacked
 
 Int64 = npt.NDArray[np.int64]
 _PASS_TOKENS = {"cpu": 1024}
@@ -184,7 +184,9 @@ class LocalEngine:
             for index in range(pending.entered, pending.request.samples):
                 none, request = np.zeros(0, np.int32), pending.request.id
                 times = (pending.submitted, now, now)
-                partial.append(Completion(request, index, none, none.astype(np.float32), none, "abort", times))
+                alternatives = stacked([], pending.request.sampling.alternatives)
+                values = none.astype(np.float32)
+                partial.append(Completion(request, index, none, values, none, "abort", times, alternatives))
         self._waiting.clear()
         self._kept_prompt, self._kv_stale = None, False
         return partial
@@ -265,6 +267,8 @@ class LocalEngine:
         slots, n = self._slots, self._slots.running
         temperature = self._to_device(slots.temperature[:n, None]) if slots.scaled else None
         logprobs = log_probabilities(logits, temperature)
+        if slots.most_alternatives:
+            self._note_alternatives(logprobs)
         kept = None
         if slots.filtered:
             kept = keep(logprobs, self._to_device(slots.top_p[:n, None]), self._to_device(slots.top_k[:n, None]))
@@ -273,6 +277,12 @@ class LocalEngine:
             tokens = torch.where(self._to_device(slots.greedy[:n, None]), logprobs.argmax(-1, keepdim=True), tokens)
         tokens.clamp_(max=self.vocab_size - 1)  # only rows of NaN end past it, and _advance refuses those
         return tokens, logprobs.gather(1, tokens)
+
+    def _note_alternatives(self, logprobs: Tensor) -> None:
+        slots = self._slots
+        rows = np.flatnonzero(slots.alternatives_count[: slots.running])
+        values, ids = logprobs.index_select(0, self._to_device(rows)).topk(slots.most_alternatives)
+        slots.note_alternatives(rows, ids.cpu().numpy().astype(np.int32), values.cpu().numpy())
 
     def _advance(self, tokens: Tensor, logprobs: Tensor) -> list[Completion]:
         """Note the new tokens; take out and return the samples that they finish."""

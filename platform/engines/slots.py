@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from offtrail.core.protocols import Completion, Request
-from offtrail.core.types import FinishReason
+from offtrail.core.protocols import Alternatives, Completion, Request
+from offtrail.core.types import FinishReason, Float32, Int32
 from offtrail.platform.engines.sampler import uniforms
 
 Int64 = npt.NDArray[np.int64]
@@ -77,11 +77,15 @@ class Slots:
         self.logprobs = np.zeros((capacity, max_length), np.float32)
         self.versions = np.zeros((capacity, max_length), np.int32)
         self._uniforms = np.zeros((capacity, UNIFORM_BLOCK), np.float64)
+        self.alternatives: list[list[tuple[Int32, Float32]]] = [[] for _ in range(capacity)]
+        """Of those that ask for them: ids [k] and log-probabilities [k] of each position so far."""
+        self.alternatives_count = np.zeros(capacity, np.int64)
         self._columns = [v for name, v in vars(self).items() if isinstance(v, np.ndarray) and name != "_numbers"]
         self._stop_sets: dict[tuple[int, ...], int] = {}
         self._stop_table = np.zeros((0, vocab_size), np.bool_)
         self.scaled = self.any_greedy = self.filtered = False
         """Whether any running sample has T ≠ 1, T = 0, or top-p or top-k."""
+        self.most_alternatives = 0
 
     def enter(self, pending: Pending, count: int) -> slice:
         """Give ``count`` more samples of a request the next free rows."""
@@ -97,6 +101,8 @@ class Slots:
         self.top_p[rows], self.top_k[rows] = sampling.top_p, sampling.top_k
         self.stop_set[rows] = self._stop_row(sampling.stop_token_ids)
         self.seed[rows] = sampling.seed % 2**64
+        self.alternatives[rows] = [[] for _ in range(count)]
+        self.alternatives_count[rows] = sampling.alternatives
         self.request[rows] = request.random_key
         self.tokens[rows, :length] = request.prompt_tokens
         self.last[rows] = request.prompt_tokens[-1]
@@ -138,6 +144,13 @@ class Slots:
         length += 1
         return self._stop_table[self.stop_set[:n], tokens] | (length >= self.limit[:n])
 
+    def note_alternatives(self, rows: Int64, ids: Int32, logprobs: Float32) -> None:
+        """Note the likeliest tokens [m, k] at the next position of ``rows`` [m], each row as many as it asked for."""
+        for row, count, tokens, values in zip(
+            rows.tolist(), self.alternatives_count[rows].tolist(), ids, logprobs, strict=True
+        ):
+            self.alternatives[row].append((tokens[:count], values[:count]))
+
     def completion(self, row: int, now: float, *, aborted: bool = False) -> Completion:
         """A copy of what a running sample has made."""
         pending = self.pending[row]
@@ -154,6 +167,7 @@ class Slots:
             versions=self.versions[row, made].copy(),
             finish=finish,
             times=(pending.submitted, float(self.first_token[row]) if len(tokens) else now, now),
+            alternatives=stacked(self.alternatives[row], pending.request.sampling.alternatives),
         )
 
     def remove(self, finished: Bool) -> tuple[Int64, Int64]:
@@ -166,6 +180,7 @@ class Slots:
                 column[target] = column[source]
         for to, row in zip(target.tolist(), source.tolist(), strict=True):
             self.pending[to] = self.pending[row]
+            self.alternatives[to] = self.alternatives[row]
         self.pending[left : self.running] = [None] * (self.running - left)
         self.running = left
         self._note_kinds()
@@ -185,3 +200,13 @@ class Slots:
         self.scaled = bool((self.temperature[:n] != 1).any())
         self.any_greedy = bool(self.greedy[:n].any())
         self.filtered = bool((self.top_p[:n] < 1).any() or (self.top_k[:n] > 0).any())
+        self.most_alternatives = int(self.alternatives_count[:n].max(initial=0))
+
+
+def stacked(noted: list[tuple[Int32, Float32]], count: int) -> Alternatives | None:
+    """[T, count] each; None where none were asked for."""
+    if not count:
+        return None
+    ids, logprobs = [tokens for tokens, _ in noted], [values for _, values in noted]
+    shape = (len(noted), count)
+    return Alternatives(np.array(ids, np.int32).reshape(shape), np.array(logprobs, np.float32).reshape(shape))

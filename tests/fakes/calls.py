@@ -64,6 +64,7 @@ class Item:
     start: int
     extra_key: str
     stream: bool
+    top: int = 0
 
 
 @dataclass(slots=True)
@@ -92,6 +93,7 @@ class Req:
     key: int = -1
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[list[list[Any]]] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     inputs: list[list[Any]] | None = None
     to_finish: Json | None = None
@@ -129,9 +131,11 @@ def read_call(body: Json, encode: Callable[[str], list[int]]) -> Call:
         each(body.get("return_logprob"), False),
         each(body.get("logprob_start_len"), -1),
         each(body.get("extra_key"), ""),
+        each(bool(body.get("stream")), False),
+        each(body.get("top_logprobs_num"), 0),
         strict=True,
     )
-    return Call([Item(*row, stream=bool(body.get("stream"))) for row in rows], single, samples)
+    return Call([Item(*row) for row in rows], single, samples)
 
 
 def _prompts(ids: Any) -> tuple[list[list[int]], bool]:
@@ -196,7 +200,7 @@ def checked(item: Item, options: argparse.Namespace) -> Req:
     req = Req(
         item.rid,
         item.ids,
-        {name: params[name] for name in ("temperature", "top_p", "top_k")},
+        {name: params[name] for name in ("temperature", "top_p", "top_k")} | {"alternatives": item.top},
         # Two tokens of the context are never made; where it was made longer than the model, nor are those beyond that.
         max(0, min(limit, min(longest - 1, options.positions) - length)),
         frozenset() if params["ignore_eos"] else frozenset(params["stop_token_ids"] or ()) | options.eos,

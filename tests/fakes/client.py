@@ -74,9 +74,14 @@ class Weights:
 
     @torch.no_grad()
     def logprobs(self, prompt: list[int], output: list[int], temperature: float = 1.0) -> np.ndarray:
-        ids = torch.tensor([prompt + output])
-        table = (self.model(ids).logits[0] / temperature).log_softmax(-1)
-        return table[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+        ids = torch.tensor(prompt + output)
+        table = self.table(prompt + output, temperature)
+        return table[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])[:, 0].numpy()
+
+    @torch.no_grad()
+    def table(self, tokens: list[int], temperature: float = 1.0) -> Tensor:
+        """Log-probabilities [T, V] of whatever follows each token."""
+        return (self.model(torch.tensor([tokens])).logits[0] / temperature).log_softmax(-1)
 
 
 @dataclass

@@ -137,15 +137,19 @@ class Engine(LocalEngine):
         self.generate([Request(key, prompt, 1, Sampling(room, seed=self._seed, **sampling))])
         return hit
 
-    def advance(self) -> Iterator[tuple[int, int, float]]:
-        """One decode step: (key, token, log-probability) of every running sample."""
+    def advance(self) -> Iterator[tuple[int, int, float, list[list[Any]]]]:
+        """One decode step: (key, token, log-probability, the likeliest tokens) of every running sample."""
         finished = self.step()
         assert not finished, "the scheduler ends samples before they are as long as the engine holds"
         slots = self._slots
         for row in range(slots.running):
             pending, last = slots.pending[row], int(slots.length[row]) - 1
             assert pending is not None
-            yield pending.request.id, int(slots.tokens[row, last]), float(slots.logprobs[row, last])
+            top: list[list[Any]] = []
+            if pending.request.sampling.alternatives:
+                ids, values = slots.alternatives[row].pop()
+                top = [[value, token, None] for value, token in zip(values.tolist(), ids.tolist(), strict=True)]
+            yield pending.request.id, int(slots.tokens[row, last]), float(slots.logprobs[row, last]), top
 
     @torch.inference_mode()
     def remember(self, keys: set[int]) -> None:

@@ -87,6 +87,7 @@ class State:
     ids: list[int] = field(default_factory=list)
     logprobs: list[list[Any]] = field(default_factory=list)
     inputs: list[list[Any]] = field(default_factory=list)
+    top: list[list[list[Any]]] | None = None
     text: str = ""
 
 
@@ -165,6 +166,9 @@ class Manager:
             meta["input_token_logprobs"] = list(state.inputs)
             meta["output_token_logprobs"] = state.logprobs[first if incremental else 0 :]
             meta["output_token_logprobs_length"] = len(state.logprobs)
+        if chunk.top is not None:
+            state.top = (state.top or []) + chunk.top
+            meta |= {"input_top_logprobs": [], "output_top_logprobs": state.top[first if incremental else 0 :]}
         meta |= {"reasoning_tokens": 0, "completion_tokens": chunk.completion_tokens, "cached_tokens": chunk.cached}
         if chunk.spans is not None and self.since >= (0, 5, 19):
             meta |= {"weight_versions": chunk.spans, "weight_version": chunk.spans[-1]["version"]}
@@ -389,9 +393,9 @@ def _coalesced(parts: list[Json]) -> Json:
     if "text" in out:
         out["text"] = "".join(part["text"] for part in parts)
     out["meta_info"] = meta = dict(out["meta_info"])
-    if "output_token_logprobs" in meta:
-        key = "output_token_logprobs"
-        meta[key] = [item for part in parts for item in part["meta_info"].get(key, [])]
+    for key in ("output_token_logprobs", "output_top_logprobs"):
+        if key in meta:
+            meta[key] = [item for part in parts for item in part["meta_info"].get(key, [])]
     return out
 
 

@@ -50,6 +50,7 @@ class Chunk:
     retractions: int = 0
     spans: list[Json] | None = None
     aborted: bool = False
+    top: list[list[list[Any]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +126,8 @@ class Scheduler(threading.Thread):
         if not self.running:
             self._tail = False
             return
-        for key, token, logprob in self.engine.advance():
-            self._append(self.running[key], token, logprob)
+        for key, token, logprob, top in self.engine.advance():
+            self._append(self.running[key], token, logprob, top)
         if self.options.step_seconds:
             time.sleep(self.options.step_seconds)
         done = {key for key, req in self.running.items() if req.finish}
@@ -172,10 +173,11 @@ class Scheduler(threading.Thread):
         ids = [0 if token == last else token for token in tokens.tolist()]
         return [[value, token, None] for value, token in zip([None, *values], ids, strict=True)]
 
-    def _append(self, req: Req, token: int, logprob: float) -> None:
+    def _append(self, req: Req, token: int, logprob: float, top: list[list[Any]]) -> None:
         if req.limit or req.to_finish:
             req.output.append(token)
             req.logprobs.append(logprob)
+            req.top.append(top)
             req.versions.append(self.engine.version)
             self.tokens += 1
         if req.to_finish:
@@ -209,6 +211,7 @@ class Scheduler(threading.Thread):
             req.cached,
             req.retractions,
             self._spans(req) if req.finish else None,
+            top=req.top[part] if req.return_logprob and req.sampling["alternatives"] else None,
         )
 
     def _spans(self, req: Req) -> list[Json]:

@@ -108,6 +108,25 @@ async def test_top_p_and_top_k_leave_logprobs_of_the_whole_distribution(
 
 
 @coroutine_test
+async def test_top_logprobs_are_at_the_sampling_temperature_too_the_likeliest_first(
+    server: Server, weights: tuple[Weights, Weights]
+) -> None:
+    for temperature in (0.7, 0.0):
+        params = {"max_new_tokens": 9, "temperature": temperature, "top_k": 3, "ignore_eos": True}
+        body = {"input_ids": PROMPT, "sampling_params": params, "return_logprob": True, "top_logprobs_num": 4}
+        answer = await server.generate(body)
+        whole, meta = PROMPT + answer["output_ids"], answer["meta_info"]
+        table = weights[0].table(whole, temperature or 1.0)[len(PROMPT) - 1 : -1]
+        assert meta["input_top_logprobs"] == []
+        assert [len(position) for position in meta["output_top_logprobs"]] == [4] * 9
+        ids = [[token for _, token, _ in position] for position in meta["output_top_logprobs"]]
+        assert ids == table.argsort(-1, descending=True)[:, :4].tolist()
+        values = [[value for value, _, _ in position] for position in meta["output_top_logprobs"]]
+        expected = table.sort(-1, descending=True).values[:, :4]
+        np.testing.assert_allclose(values, expected, atol=CLOSE, rtol=0)
+
+
+@coroutine_test
 async def test_score_by_prefill_is_at_temperature_one(server: Server, weights: tuple[Weights, Weights]) -> None:
     tokens = [*PROMPT, 300, 7, 99, VOCAB - 1, 12]
     for start in (0, 4, len(tokens) - 1, len(tokens)):

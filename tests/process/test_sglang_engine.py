@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,23 @@ def test_log_probabilities_are_the_learners_at_the_sampling_temperature(
         assert np.abs(scored - weights[0].logprobs(prompt.tolist(), output.tolist())).max() < CLOSE
     with pytest.raises(ValueError, match=r"temperature=0\.7: SGLang scores given tokens at 1 only"):
         engine.logprobs(prompts, outputs, 0.7)
+
+
+def test_alternatives_are_the_likeliest_tokens_of_each_position(
+    engine: SglangEngine, weights: tuple[Weights, Weights], start: int
+) -> None:
+    prompt = ask()[0].prompt_tokens
+    sampling = Sampling(24, temperature=0.7)
+    engine.generate([Request(0, prompt, 2, replace(sampling, alternatives=5)), Request(1, prompt, 1, sampling)])
+    done = drain(engine)
+    assert [c.alternatives is None for c in sorted(done, key=lambda c: c.request)] == [False, False, True]
+    for c in done:
+        if c.alternatives is not None:
+            table = weights[0].table([*prompt.tolist(), *c.tokens.tolist()], 0.7)[len(prompt) - 1 : -1]
+            likeliest = table.sort(-1, descending=True)
+            assert c.alternatives.tokens.dtype == np.int32
+            assert c.alternatives.tokens.tolist() == likeliest.indices[:, :5].tolist()
+            np.testing.assert_allclose(c.alternatives.logprobs, likeliest.values[:, :5], atol=CLOSE, rtol=0)
 
 
 def test_a_stop_token_ends_an_answer_and_is_its_last(engine: SglangEngine, start: int) -> None:

@@ -399,6 +399,39 @@ def test_cancel_between_an_update_and_the_next_step_and_under_a_pause(models):
         np.testing.assert_allclose(c.logprobs[~old], logprobs_of(second, p[request], c.tokens)[~old], atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_alternatives_are_the_likeliest_tokens_at_the_sampling_temperature(models, temperature):
+    """Beside samples that ask for more, for fewer and for none, in rows that move as others finish."""
+    p = prompt(9)
+    ask = Sampling(12, temperature=temperature, top_k=4, alternatives=3)
+    requests = [
+        Request(0, p, 2, Sampling(5, alternatives=7)), Request(1, p, 1, Sampling(3)), Request(2, p, 2, ask),
+    ]  # fmt: skip
+    done = run(engine(models[0]), requests)
+    assert done[1, 0].alternatives is None
+    for request, index, k in ((0, 0, 7), (0, 1, 7), (2, 0, 3), (2, 1, 3)):
+        c = done[request, index]
+        with torch.no_grad():
+            logits = models[1](torch.from_numpy(np.concatenate((p, c.tokens))).long()[None]).logits[0]
+        scaled = (logits / ((temperature or 1.0) if request == 2 else 1.0)).log_softmax(-1)[len(p) - 1 : -1]
+        likeliest = scaled.sort(-1, descending=True)
+        assert c.alternatives.tokens.dtype == np.int32
+        assert c.alternatives.tokens.tolist() == likeliest.indices[:, :k].tolist()
+        assert c.alternatives.logprobs.dtype == np.float32
+        np.testing.assert_allclose(c.alternatives.logprobs, likeliest.values[:, :k], atol=2e-5, rtol=0)
+        drawn = c.alternatives.tokens == c.tokens[:, None]
+        assert (c.alternatives.logprobs[drawn] == c.logprobs[drawn.any(1)]).all()
+
+
+def test_an_aborted_sample_has_the_alternatives_of_its_tokens(models):
+    local = engine(models[0], max_running=1)
+    local.generate([Request(0, prompt(4), 2, Sampling(9, alternatives=2))])
+    local.step()
+    begun, queued = local.abort()
+    assert begun.alternatives.tokens.shape == begun.alternatives.logprobs.shape == (1, 2)
+    assert queued.alternatives.tokens.shape == queued.alternatives.logprobs.shape == (0, 2)
+
+
 def test_times_are_in_order(models):
     done = run(engine(models[0], max_running=2), ragged(4))
     assert all(c.times[0] <= c.times[1] <= c.times[2] for c in done.values())
@@ -437,6 +470,7 @@ def test_long_samples_cross_the_blocks_of_uniforms(models):
         (Request(3, prompt(3), 1, Sampling(5, top_p=0.0)), r"top_p=0\.0"),
         (Request(3, prompt(3), 1, Sampling(5, top_k=-1)), r"top_k=-1"),
         (Request(3, prompt(3), 1, Sampling(5, stop_token_ids=(VOCAB,))), r"stop_token_ids=\(31,\)"),
+        (Request(3, prompt(3), 1, Sampling(5, alternatives=VOCAB + 1)), r"alternatives=32; 0 ≤ alternatives ≤ 31"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused_whole(models, request_, message):

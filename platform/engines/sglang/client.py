@@ -32,7 +32,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from offtrail.core.protocols import Completion, Request
+from offtrail.core.protocols import Alternatives, Completion, Request
 from offtrail.core.types import FinishReason, Int32
 from offtrail.platform.engines.sglang.servers import Address
 
@@ -59,6 +59,8 @@ class Job:
     submitted: float
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[list[Any]] = field(default_factory=list)
+    """[log-probability, token, …] of each of the likeliest tokens, at each position."""
     spans: list[tuple[int, int]] = field(default_factory=list)
     segment: int = 0
     """How often it was handed back for an update and sent again."""
@@ -80,8 +82,16 @@ class Job:
         times = (self.submitted, self.first or now, self.last or now)
         return Completion(
             self.request.id, self.index, np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32), versions,
-            finish, times,
+            finish, times, self._alternatives(),
         )  # fmt: skip
+
+    def _alternatives(self) -> Alternatives | None:
+        if not (count := self.request.sampling.alternatives):
+            return None
+        shape = len(self.alternatives), count
+        tokens = [[entry[1] for entry in position] for position in self.alternatives]
+        logprobs = [[entry[0] for entry in position] for position in self.alternatives]
+        return Alternatives(np.array(tokens, np.int32).reshape(shape), np.array(logprobs, np.float32).reshape(shape))
 
 
 class LostError(RuntimeError):
@@ -324,6 +334,7 @@ class Client:
             "sampling_params": parameters,
             "return_logprob": True,
             "stream": True,
+            **({"top_logprobs_num": sampling.alternatives} if sampling.alternatives else {}),
             **cache_key(place.version),
         }
 
@@ -333,6 +344,11 @@ class Client:
         new, scored = report["output_ids"], report["meta_info"].get("output_token_logprobs") or []
         if len(new) != len(scored):
             raise LostError(f"sample {job.index}: {len(new)} tokens came with {len(scored)} log-probabilities")
+        if job.request.sampling.alternatives:
+            likeliest = report["meta_info"].get("output_top_logprobs") or []
+            if len(new) != len(likeliest):
+                raise LostError(f"sample {job.index}: {len(new)} tokens came with alternatives to {len(likeliest)}")
+            job.alternatives += likeliest
         job.tokens += new
         job.logprobs += [entry[0] for entry in scored]
 
