@@ -40,7 +40,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.generator.role import training_sampling
 from offtrail.platform.learner.checkpoint import gather
-from offtrail.platform.learner.role import make_trainer
+from offtrail.platform.learner.make import make_trainer
 from offtrail.platform.learner.synchronous import Synchronous
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.policy import load_model
@@ -138,7 +138,7 @@ class Training:
         publisher = Publisher(self.channel)
         for batch in batches:
             self.trainer.step(batch.step, batch)
-            publisher.publish(batch.step + 1, gather(self.trainer.policy))
+            publisher.publish(batch.step + 1, gather(self.trainer.module))
         publisher.close()
         remove(self.channel)
 
@@ -151,13 +151,13 @@ class Loop:
         config.generator.threads = config.learner.threads = threads
         self.batches = run.batches(first, last)
         self.loop = Synchronous(config, run.start)
-        self.loop.engine.load_weights(first, gather(self.loop.trainer.policy))
+        self.loop.engine.load_weights(first, gather(self.loop.trainer.module))
         self(3)
 
     def __call__(self, count: int | None = None) -> Measured:
         """Seconds of all steps, or the first ``count``, and how many groups came out as in the reference."""
         found, seconds = list[Group](), 0.0
-        self.loop.engine.load_weights(self.batches[0].step, gather(self.loop.trainer.policy))
+        self.loop.engine.load_weights(self.batches[0].step, gather(self.loop.trainer.module))
         for batch in self.batches[:count]:
             step = self.loop.step(batch.step)
             seconds += step.generate_seconds + step.train_seconds

@@ -36,7 +36,7 @@ from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.core.types import Batch, Group
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner.objectives import PolicyGradient, StepData
-from offtrail.platform.learner.train import Trainer, adamw, warmup
+from offtrail.platform.learner.train import Trained, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.packing import SampleTable, pack
 from offtrail.platform.model.policy import Policy, load_model
@@ -119,15 +119,14 @@ class Padded:
         return chosen
 
 
-def offtrail(start: Path, config: Config) -> Trainer:
+def offtrail(start: Path, config: Config) -> Trainer[Batch]:
     """The learner's own trainer."""
     policy, optim = Policy(load_model(start)), config.learner.optim
     optimizer = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=0.0)
     alone = World(0, 1, torch.device("cpu"))
     objective, budget = PolicyGradient(config), config.learner.tokens_per_microbatch
-    return Trainer(
-        alone, policy, optimizer, warmup(optim), objective, Activity(), budget=budget, grad_clip=optim.grad_clip
-    )
+    trained = Trained("policy", policy, objective, optimizer, warmup(optim), optim.grad_clip)
+    return Trainer(alone, objective, [trained], Activity(), budget=budget)
 
 
 def cpu_seconds(work: Callable[[], Any]) -> float:

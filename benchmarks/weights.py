@@ -52,7 +52,7 @@ from offtrail.platform.config.schema import Config, SglangConfig
 from offtrail.platform.engines.channels import open_channel, open_reader
 from offtrail.platform.engines.sglang.engine import SglangEngine
 from offtrail.platform.learner.checkpoint import gather
-from offtrail.platform.learner.role import make_trainer
+from offtrail.platform.learner.make import make_trainer
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.policy import load_model
 from offtrail.platform.runtime.activity import Activity
@@ -273,10 +273,10 @@ def versions(run: Run, steps: int, rate: float) -> list[dict[str, Tensor]]:
     torch.set_num_threads(config.learner.threads)
     model = load_model(run.start)
     trainer = make_trainer(config, World(0, 1, torch.device("cpu")), model, run.start, Activity())
-    found = [{n: t.clone() for n, t in gather(trainer.policy).items()}]
+    found = [{n: t.clone() for n, t in gather(trainer.module).items()}]
     for batch in run.batches(0, steps):
         trainer.step(batch.step, batch)
-        found.append({n: t.clone() for n, t in gather(trainer.policy).items()})
+        found.append({n: t.clone() for n, t in gather(trainer.module).items()})
     return found
 
 

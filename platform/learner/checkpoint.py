@@ -1,9 +1,10 @@
 """Checkpoints: runs/NAME/checkpoints/step_N, a Hugging Face directory with the trainer's state beside it.
 
-    model.safetensors, config.json, tokenizer…   opens with AutoModelForCausalLM and AutoTokenizer
+    model.safetensors, config.json, tokenizer…   opens with AutoTokenizer and the AutoModel of its head: ForCausalLM,
+                                                 ForSequenceClassification or ForTokenClassification
     trainer.json                                 step, updates, …
     trainer/optimizer.safetensors                AdamW's moments by parameter name, and torch's random state
-    trainer/critic.safetensors, critic_optim…    algo=ppo: the critic's parameters and moments
+    trainer/value.safetensors, value_optim…      of each further trained module (algo=ppo's critic) the same
     trainer/reference.safetensors                the reference policy, once it is no longer the start model
     window/v00000012.safetensors                 staleness.mode=exact: the versions that a resumed run publishes again
 
@@ -44,20 +45,18 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where training stands: learner steps and optimizer updates done, the update that the reference was refreshed at
-    (0: it is the start model), and the critic's updates.
+    """Where training stands: learner steps done, each trained module's optimizer updates by its name, and the update
+    that the reference was refreshed at (0: it is the start model).
     """
 
     step: int
-    updates: int
+    updates: dict[str, int]
     refreshed: int = 0
-    critic_updates: int = 0
 
     @classmethod
-    def of(cls, step: int, trainer: Trainer) -> TrainerState:
+    def of(cls, step: int, trainer: Trainer[Any]) -> TrainerState:
         """Of a trainer after ``step`` learner steps."""
-        critic = trainer.critic
-        return cls(step, trainer.updates, trainer.refreshed, critic.updates if critic is not None else 0)
+        return cls(step, {name: t.updates for name, t in trainer.trained.items()}, trainer.refreshed)
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -66,7 +65,7 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def parameter_names(policy: nn.Module) -> list[str]:
-    """Names as transformers has them: those of Policy without the ``model.`` that it adds."""
+    """Names as transformers has them: those of PackedModel without the ``model.`` that it adds."""
     return [name.removeprefix("model.") for name, _ in policy.named_parameters()]
 
 
@@ -185,34 +184,39 @@ def read_window(path: Path) -> dict[int, dict[str, Tensor]]:
 
 
 def save(
-    run_dir: Path, world: World, state: TrainerState, model: Any, tokenizer: Any, trainer: Trainer,
+    run_dir: Path, world: World, state: TrainerState, model: Any, tokenizer: Any, trainer: Trainer[Any],
     window: Mapping[int, Path],
 ) -> Path | None:  # fmt: skip
     """Gather on all ranks, write on rank 0: its path there, None elsewhere. A failure to write raises on rank 0."""
-    parameters, moments = gather(trainer.policy), gather_optimizer(trainer.policy, trainer.optimizer)
+    main, *others = trainer.trained.values()
+    parameters, moments = gather(main.module), gather_optimizer(main.module, main.optimizer)
     beside = {}
-    if trainer.critic is not None:
-        beside["critic"] = gather(trainer.critic.critic)
-        beside["critic_optimizer"] = gather_optimizer(trainer.critic.critic, trainer.critic.optimizer)
+    for other in others:
+        beside[other.name] = gather(other.module)
+        beside[f"{other.name}_optimizer"] = gather_optimizer(other.module, other.optimizer)
     if trainer.reference is not None and trainer.refreshed:
         beside["reference"] = gather(trainer.reference)
     return write(run_dir, state, model, tokenizer, parameters, moments, window, beside) if world.main else None
 
 
-def restore(path: Path, trainer: Trainer) -> None:
-    """Everything of a checkpoint but the policy's parameters, which the trainer was made with.
+def restore(path: Path, trainer: Trainer[Any]) -> None:
+    """Everything of a checkpoint but the parameters of the model itself, which the trainer was made with.
 
     Raises CheckpointError where something is missing or unreadable.
     """
     state = read_state(path)
-    trainer.updates, trainer.refreshed = state.updates, state.refreshed
-    restore_optimizer(path / STATE / "optimizer.safetensors", trainer.policy, trainer.optimizer)
-    if trainer.critic is not None:
-        trainer.critic.updates = state.critic_updates
-        restore_parameters(path / STATE / "critic.safetensors", trainer.critic.critic)
-        restore_optimizer(
-            path / STATE / "critic_optimizer.safetensors", trainer.critic.critic, trainer.critic.optimizer
+    if state.updates.keys() != trainer.trained.keys():
+        raise CheckpointError(
+            f"{path} is no checkpoint to go on from: it has {sorted(state.updates)}, but {sorted(trainer.trained)} are "
+            "trained; resume with the configuration that it was written with"
         )
+    main, *others = trainer.trained.values()
+    trainer.refreshed, main.updates = state.refreshed, state.updates[main.name]
+    restore_optimizer(path / STATE / "optimizer.safetensors", main.module, main.optimizer)
+    for other in others:
+        other.updates = state.updates[other.name]
+        restore_parameters(path / STATE / f"{other.name}.safetensors", other.module)
+        restore_optimizer(path / STATE / f"{other.name}_optimizer.safetensors", other.module, other.optimizer)
     if trainer.reference is not None and trainer.refreshed:
         restore_parameters(path / STATE / "reference.safetensors", trainer.reference)
 
@@ -228,7 +232,10 @@ def restore_parameters(file: Path, module: nn.Module) -> None:
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, parameters: Mapping[str, Tensor]) -> None:
-    """What ``save_pretrained`` writes, from gathered tensors; a tied head is written once."""
+    """What ``save_pretrained`` writes, from gathered tensors; a tied head is written once. The class that config.json
+    names is the model's own, which its head decides.
+    """
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

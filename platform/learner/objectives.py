@@ -1,4 +1,4 @@
-"""What a learner step minimises: the policy-gradient objective of job=rl, and likelihood for job=sft.
+"""What a learner step minimises: the policy-gradient objective of job=rl with its critic's, likelihood for job=sft.
 
 train.py asks an objective, once a step, to ``prepare`` the batch (StepData) and, when its scores are in, to ``advance``
 it (advantages); once an update to ``plan_update``; and once a piece of a micro-batch for its ``loss``. What differs
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +26,14 @@ from offtrail.algos.kl import kl_estimate
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.algos.metrics import LossMetrics
 from offtrail.algos.update import Prepared, prepare_update
+from offtrail.algos.value import SUMS as VALUE_SUMS
+from offtrail.algos.value import ValueMetrics, value_loss
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.head import TokenOutputs
-from offtrail.platform.model.packing import Packed, SampleTable, minibatches
+from offtrail.platform.model.packing import Packed, SampleTable, Together, minibatches
+from offtrail.platform.model.scalar import ScalarOutputs
 
 
 class StalenessError(RuntimeError):
@@ -39,17 +42,22 @@ class StalenessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be scored before the first update.
+    """What must be scored before the first update, and how samples are laid out.
 
     ``prox``: the policy's log-probabilities, of the tokens of the later updates or of all. ``ref``: the reference's.
-    ``full_ref``: the reference's whole distribution, micro-batch by micro-batch (exact KL). ``merged``: every rank
-    needs the scores of all ranks, because advantages or the plan of an update are made of them.
+    ``full_ref``: the reference's whole distribution, micro-batch by micro-batch (exact KL). ``values``: the critic's.
+    ``merged``: every rank needs the scores of all ranks, because advantages or the plan of an update are made of them.
+    ``feed_last``: the hidden state at a sample's final token is read. ``together``: what no micro-batch and no rank may
+    cut apart.
     """
 
     prox: Literal["none", "later", "all"] = "none"
     ref: bool = False
     full_ref: bool = False
+    values: bool = False
     merged: bool = False
+    feed_last: bool = False
+    together: Together = "sample"
 
 
 @dataclass(frozen=True)
@@ -108,22 +116,22 @@ class Metrics(Protocol):
         """Named numbers of everything added."""
 
 
-class Objective(Protocol):
-    """One job's loss."""
+B = TypeVar("B", contravariant=True)
+"""A job's batch: what its source gives for one learner step."""
+Out = TypeVar("Out", contravariant=True)
+"""What the head of the trained module says of a micro-batch."""
+
+
+class Loss(Protocol[Out]):
+    """What one module minimises, once a step's data are complete."""
 
     needs: Needs
-
-    def prepare(self, step: int, batch: object) -> StepData:
-        """SampleTable, weights and rewards of one batch. Every rank gets the same."""
-
-    def advance(self, work: StepData) -> StepData:
-        """The work with its advantages, now that it has its scores."""
 
     def plan_update(self, work: StepData, update: int) -> UpdatePlan:
         """What an update decides as a whole."""
 
     def loss(
-        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, scores: TokenOutputs
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, out: Out
     ) -> tuple[Tensor, Metrics]:
         """The part of the update's loss of these rows of a micro-batch (whole samples), and its metrics."""
 
@@ -135,6 +143,38 @@ class Objective(Protocol):
 
     def agreement(self, work: StepData, world: World) -> dict[str, float]:
         """What engine and learner say of the same tokens under the same weights (I5); a collective."""
+
+
+class Objective(Loss[Out], Protocol[B, Out]):
+    """One job's loss, and how its batch becomes a step's data."""
+
+    def prepare(self, step: int, batch: B) -> StepData:
+        """SampleTable, weights and rewards of one batch. Every rank gets the same."""
+
+    def advance(self, work: StepData) -> StepData:
+        """The work with its advantages, now that it has its scores."""
+
+
+class PlainLoss:
+    """What most losses leave empty."""
+
+    needs = Needs()
+
+    def advance(self, work: StepData) -> StepData:
+        """Nothing to add."""
+        return work
+
+    def plan_update(self, work: StepData, update: int) -> UpdatePlan:
+        """Nothing to decide."""
+        return UpdatePlan()
+
+    def histograms(self, metrics: Any) -> dict[str, list[float]]:
+        """None."""
+        return {}
+
+    def agreement(self, work: StepData, world: World) -> dict[str, float]:
+        """No engine made these tokens."""
+        return {}
 
 
 class PolicyGradient:
@@ -150,12 +190,12 @@ class PolicyGradient:
             prox="all" if everywhere else "later" if self.correction.needs_prox else "none",
             ref=self.algo.needs_ref and self.algo.kl != "full",
             full_ref=self.algo.kl == "full",
+            values=self.algo.needs_values,
             merged=everywhere or self.kl_in_reward or self.algo.needs_values,
         )
 
-    def prepare(self, step: int, batch: object) -> StepData:
+    def prepare(self, step: int, batch: Batch) -> StepData:
         """Rewards with their shaping, weights over each update. Raises StalenessError on a forbidden token."""
-        assert isinstance(batch, Batch)
         rows = rows_of_groups(batch)
         staleness = step - np.concatenate([g.versions for g in batch.groups])
         self._check_staleness(step, batch, rows, staleness)
@@ -228,18 +268,21 @@ class PolicyGradient:
         return UpdatePlan(prepared, first)
 
     def loss(
-        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, scores: TokenOutputs
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, out: TokenOutputs
     ) -> tuple[Tensor, LossMetrics]:
-        """See algos/loss.py. In the first update θ itself is the proximal policy."""
+        """See algos/loss.py. In the first update θ itself is the proximal policy, which ``work.prox`` then holds."""
+        assert work.prox is not None
         assert work.behaviour is not None
         assert work.advantages is not None
         assert work.staleness is not None
         at, samples, prepared = packed.tokens[rows], packed.samples[rows], plan.prepared
+        if update == 0 and self.needs.prox != "all":
+            work.prox[at] = out.logprobs.detach()
         prox = work.prox if update > 0 and self.needs.prox != "none" else None
         advantages = work.advantages if prepared.advantages is None else prepared.advantages
         here = at if prepared.advantages is None else at - plan.first
         inputs = LossInput(
-            logprobs=scores.logprobs,
+            logprobs=out.logprobs,
             behaviour_logprobs=work.behaviour.index_select(0, at),
             advantages=advantages.index_select(0, here),
             token_weights=work.weights.index_select(0, samples),
@@ -248,8 +291,8 @@ class PolicyGradient:
             ref_logprobs=None if work.ref is None else work.ref.index_select(0, at),
             staleness=work.staleness.index_select(0, at),
             keep=None if prepared.keep is None else prepared.keep.index_select(0, at - plan.first),
-            entropy=scores.entropy,
-            full_kl=scores.kl,
+            entropy=out.entropy,
+            full_kl=out.kl,
         )
         return policy_loss(inputs, self.algo, self.correction, prepared)
 
@@ -304,6 +347,30 @@ class PolicyGradient:
         )
 
 
+class ValueRegression(PlainLoss):
+    """PPO's critic: the value of the state that each output token is drawn in, regressed on the returns.
+
+    Its values before the batch's first update are the ones that advantages, returns and the value clip are taken from.
+    """
+
+    def __init__(self, clip: float) -> None:
+        self.clip = clip
+
+    def no_metrics(self, device: torch.device) -> ValueMetrics:
+        """Zeros."""
+        return ValueMetrics(torch.zeros(len(VALUE_SUMS), dtype=torch.float64, device=device))
+
+    def loss(
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, out: ScalarOutputs
+    ) -> tuple[Tensor, ValueMetrics]:
+        """See algos/value.py."""
+        assert work.values is not None
+        assert work.returns is not None
+        at, samples = packed.tokens[rows], packed.samples[rows]
+        old, returns = work.values.index_select(0, at), work.returns.index_select(0, at)
+        return value_loss(out.values, old, returns, work.weights.index_select(0, samples), clip=self.clip)
+
+
 def rows_of_groups(batch: Batch) -> SampleTable:
     """The samples of a batch in durable order."""
     groups = batch.groups
@@ -333,45 +400,26 @@ class LikelihoodMetrics:
         return {"loss/sft": loss / updates, "policy/entropy": entropy / max(tokens, 1.0)}
 
 
-class Likelihood:
+class Likelihood(PlainLoss):
     """Mean negative log-likelihood of the answer's tokens; the prompt is not trained."""
 
-    needs = Needs()
-
-    def prepare(self, step: int, batch: object) -> StepData:
-        """``batch`` is the SampleTable of one update; each token weighs the same."""
-        assert isinstance(batch, SampleTable)
+    def prepare(self, step: int, batch: SampleTable) -> StepData:
+        """``batch`` is the table of one update; each token weighs the same."""
         weights = torch.full((batch.size,), 1 / max(1, len(batch.tokens)))
         return StepData(rows=batch, updates=minibatches(len(batch.prompts), 1), weights=weights)
-
-    def advance(self, work: StepData) -> StepData:
-        """Nothing to add."""
-        return work
-
-    def plan_update(self, work: StepData, update: int) -> UpdatePlan:
-        """Nothing to decide."""
-        return UpdatePlan()
 
     def no_metrics(self, device: torch.device) -> LikelihoodMetrics:
         """Zeros."""
         return LikelihoodMetrics(torch.zeros(4, dtype=torch.float64, device=device))
 
     def loss(
-        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, scores: TokenOutputs
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, out: TokenOutputs
     ) -> tuple[Tensor, LikelihoodMetrics]:
         """−Σ log p / tokens of the update."""
-        logprobs = scores.logprobs
+        logprobs = out.logprobs
         loss = -(work.weights.index_select(0, packed.samples[rows]) * logprobs).sum()
-        seen = (loss.detach(), torch.tensor(len(logprobs)), logprobs.detach().sum(), scores.entropy.detach().sum())
+        seen = (loss.detach(), torch.tensor(len(logprobs)), logprobs.detach().sum(), out.entropy.detach().sum())
         return loss, LikelihoodMetrics(torch.stack([v.double().to(logprobs.device) for v in seen]))
-
-    def histograms(self, metrics: LikelihoodMetrics) -> dict[str, list[float]]:
-        """None."""
-        return {}
-
-    def agreement(self, work: StepData, world: World) -> dict[str, float]:
-        """No engine made these tokens."""
-        return {}
 
 
 def rows_of_pairs(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> SampleTable:

@@ -23,21 +23,19 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from offtrail.algos.config import PpoConfig
 from offtrail.core.types import Batch
-from offtrail.platform.config.schema import Config, LearnerConfig
+from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.channels import Channel, open_channel
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.critic import Critic, CriticTrainer
-from offtrail.platform.learner.objectives import PolicyGradient, rows_of_pairs
+from offtrail.platform.learner.make import make_trainer
+from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
-from offtrail.platform.learner.train import Report, Trainer, adamw, warmup
+from offtrail.platform.learner.train import Report, Trainer
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.model.packing import lay_out
-from offtrail.platform.model.policy import Policy, load_model
-from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.model.policy import load_model
 from offtrail.platform.runtime.context import Connection, RoleContext
 from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
@@ -70,7 +68,7 @@ class Learner:
     context: RoleContext
     connection: Connection
     world: World
-    trainer: Trainer
+    trainer: Trainer[Batch]
     source: BrokerSource
     model: Any
     tokenizer: Any
@@ -194,7 +192,7 @@ class Learner:
         """Gather (a collective) and write the version; its checksum on rank 0."""
         with self.connection.activity.busy("publish"):
             probe = self._probe()
-            tensors = checkpoint.gather(self.trainer.policy)
+            tensors = checkpoint.gather(self.trainer.module)
             if self.publisher is None:
                 return ""
             started = time.monotonic()
@@ -212,7 +210,7 @@ class Learner:
         prompt, output = probe_text(vocabulary)
         packed = lay_out(rows_of_pairs([prompt], [output]), [0]).to(self.world.device)
         with torch.no_grad():
-            logprobs, _ = self.trainer.policy(packed)
+            logprobs, _ = self.trainer.module(packed)
         return [float(value) for value in logprobs]
 
     def _commit(self, commit: Commit) -> None:
@@ -243,72 +241,6 @@ class Learner:
         versions = range(max(0, self.step - staleness.max), self.step)
         files = {v: folder / f"v{v:08d}.safetensors" for v in versions}
         return {v: file for v, file in files.items() if file.is_file()}
-
-
-def make_trainer(config: Config, world: World, model: Any, start: Path, activity: Activity) -> Trainer:
-    """Policy, AdamW, schedule and objective of job=rl; the reference policy and the critic where the objective needs
-    them.
-    """
-    objective = PolicyGradient(config)
-    settings = config.learner
-    policy = make_policy(model, settings)
-    optim = settings.optim
-    optimizer = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
-    policy, optimizer = world.prepare(policy, optimizer)
-    reference = None
-    if config.algo.needs_ref:
-        frozen = make_policy(load_model(start, device=settings.device), settings).requires_grad_(False)
-        reference = world.shard(frozen)
-    return Trainer(
-        world,
-        policy,
-        optimizer,
-        warmup(optim),
-        objective,
-        activity,
-        budget=settings.tokens_per_microbatch,
-        grad_clip=optim.grad_clip,
-        reference=reference,
-        critic=make_critic(config, world, start, activity, vocabulary=int(model.config.vocab_size)),
-        ref_refresh=config.algo.ref_refresh,
-        watch_gradients=config.tracking.gradient_cosine,
-    )
-
-
-def make_critic(
-    config: Config, world: World, start: Path, activity: Activity, *, vocabulary: int
-) -> CriticTrainer | None:
-    """The critic of algo=ppo, from algo.critic.path or the start model, in the policy's world.
-
-    Raises ValueError where its vocabulary is smaller than the policy's: it could not read every answer.
-    """
-    algo = config.algo
-    if not isinstance(algo, PpoConfig):
-        return None
-    settings = algo.critic
-    decoder = load_model(settings.path or start, device=config.learner.device)
-    if decoder.config.vocab_size < vocabulary:
-        raise ValueError(
-            f"algo.critic.path={settings.path}: has {decoder.config.vocab_size} tokens, the policy {vocabulary}; take "
-            "a model with the policy's tokenizer, or leave it empty"
-        )
-    critic = Critic(make_policy(decoder, config.learner))
-    optimizer = adamw(
-        critic.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, decay=settings.weight_decay
-    )
-    critic, optimizer = world.prepare(critic, optimizer)
-    return CriticTrainer(world, critic, optimizer, warmup(settings), algo, activity)
-
-
-def make_policy(model: Any, settings: LearnerConfig) -> Policy:
-    """A policy as the learner's config has it."""
-    return Policy(
-        model,
-        dtype=settings.dtype,
-        head_dtype=settings.head_dtype,
-        activation_checkpointing=settings.activation_checkpointing,
-        liger=settings.liger,
-    )
 
 
 def start_model(config: Config, run_dir: Path) -> Path:

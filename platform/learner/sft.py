@@ -22,11 +22,12 @@ from transformers import AutoTokenizer
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner.checkpoint import gather, write_model
-from offtrail.platform.learner.objectives import Likelihood
+from offtrail.platform.learner.make import make_sft_trainer
 from offtrail.platform.learner.sources import TraceSource
-from offtrail.platform.learner.train import Trainer, adamw, cosine
+from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World
-from offtrail.platform.model.policy import Policy, load_model
+from offtrail.platform.model.packing import SampleTable
+from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.start import resolve
 from offtrail.platform.model.tiny import save_start
 from offtrail.platform.runtime.activity import Activity
@@ -57,7 +58,8 @@ def cold_start(config: Config, out_dir: Path, on_progress: Progress | None = Non
             save_start(start, config.model, seed)
         tokenizer = AutoTokenizer.from_pretrained(start)
         model = load_model(start, device=config.learner.device)
-    trainer = make_trainer(config, model)
+    world = World(0, 1, torch.device(config.learner.device))
+    trainer = make_sft_trainer(config, world, model, Activity())
     source = TraceSource(
         make_task(config.task, seed + SFT_SEED),
         tokenizer,
@@ -74,35 +76,18 @@ def cold_start(config: Config, out_dir: Path, on_progress: Progress | None = Non
     return metrics
 
 
-def write(out_dir: Path, model: Any, tokenizer: Any, trainer: Trainer) -> None:
+def write(out_dir: Path, model: Any, tokenizer: Any, trainer: Trainer[SampleTable]) -> None:
     """A Hugging Face directory under another name, then renamed to ``out_dir``."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        write_model(temporary, model, tokenizer, gather(trainer.policy))
+        write_model(temporary, model, tokenizer, gather(trainer.module))
         temporary.chmod(0o755)
         if out_dir.exists() and any(out_dir.iterdir()):
             raise FileExistsError(f"{out_dir} exists and is not empty")
         temporary.replace(out_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def make_trainer(config: Config, model: Any) -> Trainer:
-    """The trainer of job=sft, in one process."""
-    sft = config.sft
-    policy = Policy(model, dtype=config.learner.dtype)
-    optimizer = adamw(policy.parameters(), lr=sft.lr, betas=sft.betas, eps=1e-8, decay=0.0)
-    return Trainer(
-        World(0, 1, torch.device(config.learner.device)),
-        policy,
-        optimizer,
-        cosine(sft),
-        Likelihood(),
-        Activity(),
-        budget=config.learner.tokens_per_microbatch,
-        grad_clip=1.0,
-    )
 
 
 def main(argv: list[str]) -> int:

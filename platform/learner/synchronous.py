@@ -19,7 +19,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.generator.role import training_sampling
 from offtrail.platform.learner.checkpoint import gather
-from offtrail.platform.learner.role import make_trainer
+from offtrail.platform.learner.make import make_trainer
 from offtrail.platform.learner.train import Report, Trainer
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.policy import load_model
@@ -57,7 +57,7 @@ class Synchronous:
         torch.set_num_threads(config.learner.threads)
         world = World(0, 1, torch.device(config.learner.device))
         model = load_model(start, device=config.learner.device)
-        self.trainer: Trainer = make_trainer(config, world, model, start, Activity())
+        self.trainer: Trainer[Batch] = make_trainer(config, world, model, start, Activity())
 
     def run(self, steps: int) -> Iterator[Step]:
         """``steps`` learner steps from version 0."""
@@ -69,7 +69,7 @@ class Synchronous:
         batch = self.generate(step)
         generated = time.perf_counter()
         report = self.trainer.step(step, batch)
-        weights = gather(self.trainer.policy)
+        weights = gather(self.trainer.module)
         self.engine.load_weights(step + 1, weights)
         trained = time.perf_counter()
         return Step(batch, report, checksum(weights), generated - began, trained - generated)

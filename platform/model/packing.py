@@ -4,17 +4,19 @@ Who calls whom: sources.py makes a SampleTable (all samples of one learner step)
 whole groups (`minibatches`), over ranks (`balance`), into token budgets (`pack`), and lays each micro-batch out
 (`lay_out`).
 
-Invariants: every sample with at least one output token stands in exactly one micro-batch of one rank; the same rows and
-settings give the same layout on every rank, so that ranks agree without talking; no layout changes a result beyond
-rounding, because samples never attend to each other and denominators are counted over the whole minibatch.
+Invariants: every sample with at least one output token stands in exactly one micro-batch of one rank, and with
+``together`` = "group" all of its group there with it; the same rows and settings give the same layout on every rank, so
+that ranks agree without talking; no layout changes a result beyond rounding, because samples never attend to each other
+and denominators are counted over the whole minibatch.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,9 @@ import torch
 from offtrail.core.types import Float32, Int32
 
 Int64 = npt.NDArray[np.int64]
+
+Together = Literal["sample", "group"]
+"""What a cut into micro-batches and ranks leaves whole: a loss of pairs or of a whole group needs "group"."""
 
 BUCKET_SHARE = 0.85
 """A sample shorter than this share of its bucket's longest opens a new attention bucket …"""
@@ -55,13 +60,13 @@ class SampleTable:
         """Output tokens of each sample, [N]."""
         return np.diff(self.starts)
 
-    def inputs(self) -> Int64:
-        """Tokens that each sample puts through the model alone, [N]: prompt and output but the last; 0 without
-        output.
+    def inputs(self, *, feed_last: bool = False) -> Int64:
+        """Tokens that each sample puts through the model alone, [N]: prompt and output, but the last unless
+        ``feed_last``; 0 without output.
         """
         prompts = np.array([len(p) for p in self.prompts], dtype=np.int64)[self.group_of]
         lengths = self.lengths
-        return np.where(lengths > 0, prompts + lengths - 1, 0)
+        return np.where(lengths > 0, prompts + lengths - (not feed_last), 0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,9 @@ class Packed:
     prompt's queries are computed once; otherwise each bucket holds whole samples (queries = keys) for a causal kernel.
     ``predict`` [M] are the flat places whose hidden state predicts ``targets`` [M]; ``inverse_temperature`` [M, 1]
     divides the logits (None: all at temperature 1). ``tokens`` [M] are the places in the table's tokens, ``samples``
-    [M] the places in the table of each predicted token, ``lengths`` how many each sample in turn has (Σ = M).
+    [M] the places in the table of each predicted token, ``lengths`` how many each sample in turn has (Σ = M), ``ends``
+    [n] where among the M each of the n samples has its final token. ``own`` [M], only where final tokens are fed: the
+    flat place of each predicted token itself, whose hidden state has seen it.
     """
 
     input_ids: torch.Tensor
@@ -102,6 +109,8 @@ class Packed:
     tokens: torch.Tensor
     samples: torch.Tensor
     lengths: tuple[int, ...]
+    ends: torch.Tensor
+    own: torch.Tensor | None = None
 
     @property
     def longest(self) -> int:
@@ -165,33 +174,52 @@ def pack(items: Sequence[int], costs: Sequence[int], budget: int) -> list[list[i
 
 
 def microbatches(
-    rows: SampleTable, groups: range, ranks: int, budget: int, *, quadratic: float = 0.0
+    rows: SampleTable,
+    groups: range,
+    ranks: int,
+    budget: int,
+    *,
+    quadratic: float = 0.0,
+    feed_last: bool = False,
+    together: Together = "sample",
 ) -> list[list[list[int]]]:
     """Micro-batches [rank][micro-batch] → samples of one minibatch, balanced by Σ L + quadratic·L² over samples.
 
-    L are a sample's tokens, ``quadratic`` what attention costs beside the linear layers (Policy.quadratic): with ΣL
-    alone the rank that got the long samples would be late. Every rank gets the same number of micro-batches, the last
-    perhaps empty, because FSDP2's collectives must pair up; and its heaviest first, because ranks wait for each other
-    in each of them.
+    L are a sample's tokens, ``quadratic`` what attention costs beside the linear layers (PackedModel.quadratic): with
+    ΣL alone the rank that got the long samples would be late. Every rank gets the same number of micro-batches, the
+    last perhaps empty, because FSDP2's collectives must pair up; and its heaviest first, because ranks wait for each
+    other in each of them. What stays ``together``, a sample or a group, is alone in a micro-batch where it is above the
+    budget.
     """
-    inputs = rows.inputs()
+    inputs = rows.inputs(feed_last=feed_last)
     chosen = (rows.group_of >= groups.start) & (rows.group_of < groups.stop)
-    tokens: list[int] = np.where(chosen, inputs, 0).tolist()
-    work: list[float] = [n + quadratic * n * n for n in tokens]
+    each: list[int] = np.where(chosen, inputs, 0).tolist()
+    units = _units(rows, together)
+    tokens = [sum(each[i] for i in unit) for unit in units]
+    work = [sum(each[i] + quadratic * each[i] * each[i] for i in unit) for unit in units]
     packs = [pack(part, tokens, budget) for part in balance(work, ranks)]
     if ranks > 1:
-        packs = [sorted(p, key=lambda items: -sum(work[i] for i in items)) for p in packs]
+        packs = [sorted(p, key=lambda items: -sum(work[u] for u in items)) for p in packs]
     count = max(1, *(len(p) for p in packs))
-    return [p + [[] for _ in range(count - len(p))] for p in packs]
+    samples = [[[i for u in items for i in units[u] if each[i]] for items in p] for p in packs]
+    return [p + [[] for _ in range(count - len(p))] for p in samples]
 
 
-def lay_out(rows: SampleTable, samples: Sequence[int], *, share_up_to: int = 0) -> Packed:
+def _units(rows: SampleTable, together: Together) -> list[list[int]]:
+    """The samples of what is never cut, ascending."""
+    if together == "sample":
+        return [[i] for i in range(rows.size)]
+    bounds = np.searchsorted(rows.group_of, np.arange(len(rows.prompts) + 1)).tolist()
+    return [list(range(start, stop)) for start, stop in itertools.pairwise(bounds)]
+
+
+def lay_out(rows: SampleTable, samples: Sequence[int], *, share_up_to: int = 0, feed_last: bool = False) -> Packed:
     """Lay samples (ascending, each with output) out as one micro-batch; an empty one holds one token to no effect.
 
     ``share_up_to``: sequences no longer than this use the ``shared`` layout, which spares computing a prompt's
-    attention once a sample but holds Lq × Lk scores.
+    attention once a sample but holds Lq × Lk scores. ``feed_last``: the final token of each sample is an input too.
     """
-    layout = _Layout()
+    layout = _Layout(feed_last)
     for i in samples:
         group, start, stop = int(rows.group_of[i]), int(rows.starts[i]), int(rows.starts[i + 1])
         layout.add(group, rows.prompts[group], rows.tokens[start:stop])
@@ -216,24 +244,27 @@ def lay_out(rows: SampleTable, samples: Sequence[int], *, share_up_to: int = 0) 
         tokens=torch.from_numpy(tokens),
         samples=torch.from_numpy(sample_of),
         lengths=tuple(rows.lengths[chosen].tolist()),
+        ends=torch.from_numpy(np.cumsum(rows.lengths[chosen]) - 1),
+        own=torch.from_numpy(layout.own()) if feed_last else None,
     )
 
 
 class _Layout:
     """Flat places of a micro-batch while it is laid out: each prompt once, then the inputs of its samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, feed_last: bool) -> None:
+        self.feed_last = feed_last
         self.flat: list[Int32] = []
         self.positions: list[Int64] = []
         self.prompts: dict[int, Int64] = {}
         self.answers: list[tuple[Int64, Int64]] = []
-        """Flat places of each sample's prompt and of its own inputs (its output but the last token)."""
+        """Flat places of each sample's prompt and of its own inputs (its output, but the last token unless fed)."""
         self.end = 0
 
     def add(self, group: int, prompt: Int32, output: Int32) -> None:
         if group not in self.prompts:
             self.add_prompt(group, prompt)
-        self.answers.append((self.prompts[group], self._place(output[:-1], len(prompt))))
+        self.answers.append((self.prompts[group], self._place(output[: None if self.feed_last else -1], len(prompt))))
 
     def add_prompt(self, group: int, prompt: Int32) -> None:
         self.prompts[group] = self._place(prompt, 0)
@@ -247,8 +278,12 @@ class _Layout:
 
     def predict(self) -> Int64:
         """The places that predict: the prompt's last token predicts the first output token."""
-        parts = [part for prompt, own in self.answers for part in (prompt[-1:], own)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        fed = -1 if self.feed_last else None
+        return _joined([part for prompt, own in self.answers for part in (prompt[-1:], own[:fed])])
+
+    def own(self) -> Int64:
+        """The places of the output tokens themselves, where all of them are fed."""
+        return _joined([own for _, own in self.answers])
 
     def whole_buckets(self) -> list[tuple[Bucket, Int64]]:
         """Whole samples, prompt and answer, right-padded: (bucket, real queries of each sequence [n])."""
@@ -262,6 +297,10 @@ class _Layout:
         answers = [pair for pair in self.answers if len(pair[1])]
         parts = _similar([len(own) for _, own in answers]) if answers else []
         return buckets + [_behind_prompts([answers[i] for i in part]) for part in parts]
+
+
+def _joined(parts: list[Int64]) -> Int64:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:

@@ -1,7 +1,10 @@
-"""The policy as the learner sees it: packed samples in, log-probability and entropy of each output token out.
+"""A transformers model on packed samples; the policy: log-probability and entropy of each output token.
 
-train.py calls ``Policy``; its forward runs transformers' decoder on flat tokens (attention.py) and then the head
-(head.py).
+    PackedModel   the decoder on flat tokens (attention.py): dtype, kernels, checkpointing
+      Policy        and the language model's head (head.py)
+      ScalarModel   and one number a token or a sample (scalar.py)
+
+train.py calls ``loss`` of either, which is all that an update needs to know of a head.
 
 Invariant (I5): log-probabilities are of the logits divided by the group's sampling temperature, in float32, over the
 full vocabulary, so that they are comparable with the engine's.
@@ -9,9 +12,11 @@ full vocabulary, so that they are comparable with the engine's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +51,61 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
     return model.to(device).eval()
 
 
-class Policy(nn.Module):
-    """A causal language model with the log-probability head. ``model`` is transformers' module, names unchanged.
+Out = TypeVar("Out", bound=tuple[Tensor | None, ...])
+"""What a head says: a NamedTuple of tensors, the first with one number a row. A row is a token, or a sample."""
+
+
+class PackedModel(nn.Module, ABC, Generic[Out]):
+    """A transformers model with a head, on packed samples. ``model`` is transformers' module, names unchanged.
 
     The root of the FSDP2 world: its forward gathers embedding, final norm and head, that of a decoder layer its own; so
-    ``scores``, ``loss`` and ``reference`` all go through ``forward``. With ``dtype`` bfloat16 the decoder runs under
-    autocast; ``head_dtype`` is that of the head's products, which are summed in float32 always. In float32 on a CPU the
-    layers that fused.py knows are fused; on CUDA ``liger`` (auto, always, never) decides on Liger's kernels. With
-    ``activation_checkpointing`` a decoder layer keeps only its input and runs again in backward. ``elements``: logits
-    held at a time (head.py).
+    a head is computed inside ``forward``. With ``dtype`` bfloat16 the decoder runs under autocast. In float32 on a CPU
+    the layers that fused.py knows are fused; on CUDA ``liger`` (auto, always, never) decides on Liger's kernels. With
+    ``activation_checkpointing`` a decoder layer keeps only its input and runs again in backward.
+    """
+
+    def __init__(
+        self, model: Any, *, dtype: str = "float32", activation_checkpointing: bool = False, liger: str = "auto"
+    ) -> None:
+        super().__init__()
+        plain = dtype == "float32" and model.device.type == "cpu"
+        apply_liger(model, liger)
+        self.model: Any = fuse(model) if plain else model
+        if activation_checkpointing:
+            for layer in model.base_model.layers:
+                kind: Any = type(layer)
+                layer.__class__ = _checkpointed(kind)
+        self.autocast = dtype == "bfloat16"
+        self.share_up_to = attention.SHARE_UP_TO if plain else 0
+        """Longest sequence for packing's shared layout."""
+        self.quadratic = _quadratic(model)
+        """Attention's operations for a sample of L tokens are ``quadratic``·L² where the linear layers' are L."""
+
+    @abstractmethod
+    def loss(
+        self, packed: Packed, loss: Callable[[slice, Out], Tensor], reference: Reference | None = None
+    ) -> tuple[Tensor, Out]:
+        """The sum of ``loss`` over slices of the micro-batch's rows (whole samples), and what the head said of all of
+        them, without gradient.
+        """
+
+    @abstractmethod
+    def samples_of(self, packed: Packed) -> Tensor:
+        """The sample of each row."""
+
+    def hidden(self, packed: Packed, places: Tensor) -> Tensor:
+        """The decoder's hidden states [M, H] at flat ``places`` [M]; within ``forward`` only."""
+        with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden = self.model.base_model(
+                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
+            ).last_hidden_state[0]
+        rows: Tensor = hidden.index_select(0, places)
+        return rows
+
+
+class Policy(PackedModel[TokenOutputs]):
+    """A causal language model: its rows are the output tokens. ``head_dtype`` is that of the head's products, which are
+    summed in float32 always; ``elements``: logits held at a time (head.py).
     """
 
     def __init__(
@@ -67,21 +118,13 @@ class Policy(nn.Module):
         liger: str = "auto",
         elements: int | None = None,
     ) -> None:
-        super().__init__()
-        plain = dtype == "float32" and model.device.type == "cpu"
-        apply_liger(model, liger)
-        self.model: Any = fuse(model) if plain else model
-        if activation_checkpointing:
-            for layer in model.base_model.layers:
-                kind: Any = type(layer)
-                layer.__class__ = _checkpointed(kind)
-        self.autocast = dtype == "bfloat16"
+        super().__init__(model, dtype=dtype, activation_checkpointing=activation_checkpointing, liger=liger)
         self.products: torch.dtype = getattr(torch, head_dtype)
         self.elements = elements
-        self.share_up_to = attention.SHARE_UP_TO if plain else 0
-        """Longest sequence for packing's shared layout."""
-        self.quadratic = _quadratic(model)
-        """Attention's operations for a sample of L tokens are ``quadratic``·L² where the linear layers' are L."""
+
+    def samples_of(self, packed: Packed) -> Tensor:
+        """The sample of each output token."""
+        return packed.samples
 
     def outputs(self, packed: Packed, reference: Reference | None = None) -> TokenOutputs:
         """Log-probability, full-vocabulary entropy and, with a reference, exact KL(π‖ref) of the micro-batch's output
@@ -114,7 +157,7 @@ class Policy(nn.Module):
         loss: LossOf | None = None,
     ) -> Any:
         """(log-probabilities [M], entropies [M] without gradient); or what ``scores``, ``loss``, ``reference`` say."""
-        rows, head = self._hidden(packed), self._head()
+        rows, head = self.hidden(packed, packed.predict), self._head()
         if task == "reference":
             return Reference(rows, head)
         at = (packed.targets, packed.inverse_temperature)
@@ -123,15 +166,6 @@ class Policy(nn.Module):
             return loss_in_head(rows, head, at[0], loss, at[1], pieces=cut, reference=reference, elements=self.elements)
         scores = token_logprobs(rows, head, *at, reference=reference, elements=self.elements)
         return scores if task == "outputs" else (scores.logprobs, scores.entropy.detach())
-
-    def _hidden(self, packed: Packed) -> Tensor:
-        """The hidden states [M, H] that predict."""
-        with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
-            hidden = self.model.base_model(
-                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
-            ).last_hidden_state[0]
-        rows: Tensor = hidden.index_select(0, packed.predict)
-        return rows
 
     def _head(self) -> Head:
         head = self.model.get_output_embeddings()
@@ -161,7 +195,8 @@ def _checkpointed(kind: Any) -> Any:
 def _quadratic(model: Any) -> float:
     """Forward operations of L tokens: 2PL in P weights, and 2·layers·heads·D·L² in causal attention."""
     config, table = model.config, model.get_input_embeddings().weight
-    tied = table is model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and table is head.weight
     weights = sum(p.numel() for p in model.parameters()) - (0 if tied else table.numel())
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

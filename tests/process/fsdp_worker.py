@@ -21,7 +21,8 @@ from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.role import layer_classes, make_trainer
+from offtrail.platform.learner.make import make_trainer
+from offtrail.platform.learner.role import layer_classes
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.model.policy import load_model
 from offtrail.platform.runtime.activity import Activity
@@ -53,23 +54,24 @@ def run(world: World, model: Any, job: dict[str, Any]) -> None:
     trainer = make_trainer(config_of(world.size, job["algo"]), world, model, Path(job["start"]), Activity())
     if (origin / "trainer.json").is_file():
         checkpoint.restore(origin, trainer)
-    sharded = [isinstance(p, DTensor) for p in trainer.policy.parameters()]
+    sharded = [isinstance(p, DTensor) for p in trainer.module.parameters()]
     metrics: dict[str, float] = {}
     for step in job["steps"]:
         metrics = trainer.step(step, read_batch(Path(job["batches"]), step)).metrics
         if step + 1 == job.get("save"):
             tokenizer = AutoTokenizer.from_pretrained(job["start"])
             checkpoint.save(out, world, TrainerState.of(step + 1, trainer), model, tokenizer, trainer, {})
-    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.policy.parameters())
-    parameters = checkpoint.gather(trainer.policy)
-    if trainer.critic is not None:
-        parameters |= {f"critic.{name}": value for name, value in checkpoint.gather(trainer.critic.critic).items()}
-        sharded += [isinstance(p, DTensor) for p in trainer.critic.critic.parameters()]
+    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.module.parameters())
+    parameters = checkpoint.gather(trainer.module)
+    if "value" in trainer.trained:
+        critic = trainer.trained["value"].module
+        parameters |= {f"critic.{name}": value for name, value in checkpoint.gather(critic).items()}
+        sharded += [isinstance(p, DTensor) for p in critic.parameters()]
     told = {
         "dtensor": all(sharded),
         "plain": not any(sharded),
         "local": local,
-        "size": trainer.size,
+        "size": trainer.main.size,
         "metrics": metrics,
     }
     (out / f"rank_{world.rank}.json").write_text(json.dumps(told))

@@ -48,7 +48,7 @@ def test_staleness_zero_is_the_synchronous_loop_bit_for_bit(launch: Any) -> None
     steps = list(plain.run(config.learner.steps))
     assert checksums(run.run_dir)[1:] == [(i + 1, step.checksum) for i, step in enumerate(steps)]
     trained = load_file(run.run_dir / "checkpoints" / "step_4" / "model.safetensors")
-    for name, tensor in gather(plain.trainer.policy).items():
+    for name, tensor in gather(plain.trainer.module).items():
         assert (trained[name] == tensor).all(), name
     rows = [row for row in run.rows if row["step"] > 0]
     assert [row["loss/policy"] for row in rows] == [step.report.metrics["loss/policy"] for step in steps]

@@ -21,7 +21,7 @@ from offtrail.platform.config.compose import compose, options_of
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.role import make_trainer
+from offtrail.platform.learner.make import make_trainer
 from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.policy import load_model
@@ -38,22 +38,22 @@ def settings(*argv: str) -> Config:
     return compose([*argv, *(s for s in small if s.split("=")[0] not in given)])
 
 
-def trainer_of(config: Config, start: Path) -> Trainer:
+def trainer_of(config: Config, start: Path) -> Trainer[Batch]:
     return make_trainer(config, ALONE, load_model(start), start, Activity())
 
 
-def parameters(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.parameters])
+def parameters(trainer: Trainer[Batch]) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.main.parameters])
 
 
-def near_policy(batch: Batch, trainer: Trainer, spread: float = 0.2) -> Batch:
+def near_policy(batch: Batch, trainer: Trainer[Batch], spread: float = 0.2) -> Batch:
     """The batch with behaviour log-probabilities near the policy's own, as a recent version's are."""
     config = settings("correction=none", f"batch.groups={len(batch.groups)}", "learner.minibatches=1")
-    probe = trainer_of(config, Path(trainer.policy.model.config._name_or_path))
+    probe = trainer_of(config, Path(trainer.module.model.config._name_or_path))
     work = probe.objective.prepare(batch.step, batch)
     packs = [probe._lay_out(work, groups) for groups in work.updates]
     scores = torch.zeros(len(work.rows.tokens))
-    probe._score(trainer.policy, [packed for micro in packs for packed in micro], scores, "prox_flops")
+    probe._score(trainer.module, [packed for micro in packs for packed in micro], scores, "prox", "prox_flops")
     rng = np.random.default_rng(7)
     ends = np.cumsum([len(g.tokens) for g in batch.groups])[:-1]
     noisy = np.minimum(scores.numpy() + rng.normal(0, spread, len(scores)).astype(np.float32), 0)
@@ -143,17 +143,16 @@ def ppo(*argv: str) -> Config:
     return settings("algo=ppo", "algo.kl=none", "algo.kl_in=loss", "algo.kl_coef=0", "algo.critic.lr=1e-2", *argv)
 
 
-def scored(trainer: Trainer, step: int, batch: Batch) -> Any:
+def scored(trainer: Trainer[Batch], step: int, batch: Batch) -> Any:
     work = trainer.objective.prepare(step, batch)
     packs = [trainer._lay_out(work, groups) for groups in work.updates]
-    return trainer.objective.advance(trainer._scored(work, packs, True))
+    return trainer.objective.advance(trainer._scored(work, packs, trains_main=True))
 
 
-def set_head(trainer: Trainer, seed: int = 1) -> None:
+def set_head(trainer: Trainer[Batch], seed: int = 1) -> None:
     """A critic that says something."""
-    assert trainer.critic is not None
     with torch.no_grad():
-        head = trainer.critic.critic.head.weight
+        head = trainer.trained["value"].module.model.score.weight
         head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(seed)) / 4)
 
 
@@ -217,16 +216,15 @@ def test_the_critic_learns_the_returns(start_dir: Path, make_batch: MakeBatch) -
 
 def test_a_critic_is_trained_first_while_the_policy_stands_still(start_dir: Path, make_batch: MakeBatch) -> None:
     trainer = trainer_of(ppo("algo.critic.pretrain_steps=2"), start_dir)
-    assert trainer.critic is not None
     before = parameters(trainer)
     for step in (0, 1):
         metrics = trainer.step(step, make_batch(step)).metrics
         assert "loss/policy" not in metrics
         assert metrics["value/loss"] > 0
     assert torch.equal(parameters(trainer), before)
-    assert (trainer.updates, trainer.critic.updates) == (0, 4)
+    assert tuple(t.updates for t in trainer.trained.values()) == (0, 4)
     assert "loss/policy" in trainer.step(2, make_batch(2)).metrics
-    assert (trainer.updates, trainer.critic.updates) == (2, 6)
+    assert tuple(t.updates for t in trainer.trained.values()) == (2, 6)
     assert not torch.equal(parameters(trainer), before)
 
 

@@ -17,7 +17,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import CheckpointError, TrainerState
 from offtrail.platform.learner.objectives import PolicyGradient
-from offtrail.platform.learner.train import Trainer, adamw, warmup
+from offtrail.platform.learner.train import Trained, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.policy import Policy, load_model
 from offtrail.platform.runtime.activity import Activity
@@ -26,20 +26,21 @@ ALONE = World(0, 1, torch.device("cpu"))
 MakeBatch = Callable[..., Batch]
 
 
-def build(path: Path) -> tuple[Any, Trainer]:
+def build(path: Path) -> tuple[Any, Trainer[Batch]]:
     model, config = load_model(path), Config(correction=TisConfig())
     policy = Policy(model)
     optimizer = adamw(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, decay=0.0)
     config.learner.optim.warmup_updates = 100
     objective = PolicyGradient(config)
-    return model, Trainer(ALONE, policy, optimizer, warmup(config.learner.optim), objective, Activity(), budget=500)
+    trained = Trained("policy", policy, objective, optimizer, warmup(config.learner.optim))
+    return model, Trainer(ALONE, objective, [trained], Activity(), budget=500)
 
 
 class Saved(NamedTuple):
     run_dir: Path
     path: Path
     model: Any
-    trainer: Trainer
+    trainer: Trainer[Batch]
 
     def save(self, step: int, window: dict[int, Path] | None = None) -> Path | None:
         state = TrainerState.of(step, self.trainer)
@@ -57,8 +58,8 @@ def saved(tmp_path: Path, start_dir: Path, make_batch: MakeBatch) -> Saved:
     return run._replace(path=checkpoint.path_of(tmp_path, 1))
 
 
-def state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in checkpoint.gather(trainer.policy).items()}
+def state(trainer: Trainer[Batch]) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in checkpoint.gather(trainer.module).items()}
 
 
 def test_transformers_opens_it(saved: Saved, start_dir: Path) -> None:
@@ -75,7 +76,7 @@ def test_transformers_opens_it(saved: Saved, start_dir: Path) -> None:
 
 def test_going_on_from_it_gives_the_same_bits(saved: Saved, make_batch: MakeBatch) -> None:
     state_of = checkpoint.read_state(saved.path)
-    assert state_of == TrainerState(step=1, updates=2)
+    assert state_of == TrainerState(step=1, updates={"policy": 2})
     _, resumed = build(saved.path)
     checkpoint.restore(saved.path, resumed)
     drawn = torch.rand(3)
@@ -91,7 +92,7 @@ def test_going_on_from_it_gives_the_same_bits(saved: Saved, make_batch: MakeBatc
 
 def test_without_its_moments_the_way_would_differ(saved: Saved, make_batch: MakeBatch) -> None:
     _, forgetful = build(saved.path)
-    forgetful.updates = 2
+    forgetful.main.updates = 2
     saved.trainer.step(1, make_batch(1))
     forgetful.step(1, make_batch(1))
     ours, others = state(saved.trainer), state(forgetful)
@@ -127,7 +128,7 @@ def test_the_newest_are_kept(saved: Saved) -> None:
 def test_a_step_written_again_replaces_the_old(saved: Saved, make_batch: MakeBatch) -> None:
     saved.trainer.step(1, make_batch(1))
     saved.save(1)
-    assert checkpoint.read_state(saved.path).updates == 4
+    assert checkpoint.read_state(saved.path).updates == {"policy": 4}
     assert [p.name for p in saved.path.parent.iterdir()] == ["step_1"]
 
 

@@ -18,7 +18,7 @@ from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
 from offtrail.platform.learner.objectives import PolicyGradient, StalenessError
 from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts
-from offtrail.platform.learner.train import DivergedError, Trainer, adamw, cosine, warmup
+from offtrail.platform.learner.train import DivergedError, Trained, Trainer, adamw, cosine, warmup
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.head import LossOf, Reference, TokenOutputs
 from offtrail.platform.model.packing import Packed, lay_out
@@ -37,23 +37,15 @@ def settings(**learner: Any) -> Config:
     return config
 
 
-def trainer_of(config: Config, start: Path, **extra: Any) -> Trainer:
-    policy, optim = Policy(load_model(start)), config.learner.optim
-    return Trainer(
-        ALONE,
-        policy,
-        adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay),
-        warmup(optim),
-        PolicyGradient(config),
-        Activity(),
-        budget=config.learner.tokens_per_microbatch,
-        grad_clip=optim.grad_clip,
-        **extra,
-    )
+def trainer_of(config: Config, start: Path, **extra: Any) -> Trainer[Batch]:
+    policy, optim, objective = Policy(load_model(start)), config.learner.optim, PolicyGradient(config)
+    adam = adamw(policy.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
+    trained = Trained("policy", policy, objective, adam, warmup(optim), optim.grad_clip)
+    return Trainer(ALONE, objective, [trained], Activity(), budget=config.learner.tokens_per_microbatch, **extra)
 
 
-def parameters(trainer: Trainer) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.parameters])
+def parameters(trainer: Trainer[Batch]) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.main.parameters])
 
 
 def on_policy(batch: Batch, policy: Policy) -> Batch:
@@ -106,7 +98,10 @@ def test_one_update_by_hand(make_batch: MakeBatch) -> None:
     config.algo = GrpoConfig(std_eps=0.0)
     table: Any = Table()
     sgd = torch.optim.SGD(table.parameters(), lr=1.0)
-    trainer = Trainer(ALONE, table, sgd, lambda _: 1.0, PolicyGradient(config), Activity(), budget=100)
+    objective = PolicyGradient(config)
+    trainer = Trainer(
+        ALONE, objective, [Trained("policy", table, objective, sgd, lambda _: 1.0)], Activity(), budget=100
+    )
     report = trainer.step(0, Batch(0, (group,)))
     step = 1 / (2 * math.sqrt(2))
     assert table.logits.tolist() == pytest.approx([-step, step])
@@ -149,7 +144,7 @@ def test_proximal_passes_only_where_they_are_needed(
     compute = trainer.activity.snapshot().compute
     later = batch.groups[len(batch.groups) - round(share * 4) :] if share else ()
     tokens = sum(len(g.prompt_tokens) + int((g.lengths - 1).sum()) for g in later)
-    assert compute.get("prox_flops", 0.0) == 2.0 * trainer.size * tokens
+    assert compute.get("prox_flops", 0.0) == 2.0 * trainer.main.size * tokens
     assert compute["trained_tokens"] == sum(len(g.tokens) for g in batch.groups)
 
 
@@ -158,7 +153,7 @@ def test_proximal_is_the_policy_before_the_first_update(start_dir: Path, make_ba
     config = settings()
     config.learner.optim = OptimConfig(lr=0.05)
     trainer = trainer_of(config, start_dir)
-    metrics = trainer.step(0, on_policy(make_batch(0), trainer.policy)).metrics
+    metrics = trainer.step(0, on_policy(make_batch(0), trainer.module)).metrics
     assert metrics["offpolicy/abs_dlogp_max"] < 1e-5
     assert metrics["mismatch/k3"] == pytest.approx(0, abs=1e-9)
     assert metrics["policy/ratio_max"] > 1.01
@@ -166,7 +161,7 @@ def test_proximal_is_the_policy_before_the_first_update(start_dir: Path, make_ba
 
 def test_mismatch_counts_groups_of_the_current_version_only(start_dir: Path, make_batch: MakeBatch) -> None:
     trainer = trainer_of(settings(), start_dir)
-    batch = on_policy(make_batch(3, versions=3), trainer.policy)
+    batch = on_policy(make_batch(3, versions=3), trainer.module)
     batch.groups[1].versions[0] = 2
     batch.groups[2].logprobs[:] -= np.float32(0.5)
     metrics = trainer.step(3, batch).metrics
@@ -197,14 +192,16 @@ def test_what_is_not_finite_stops_the_run_and_names_its_group(start_dir: Path, m
         group.tokens[:] = np.minimum(group.tokens, 59)
     with torch.no_grad():
         # tied head: every softmax would see it, so only the input of group 1 is poisoned
-        trainer.policy.model.model.embed_tokens.register_forward_hook(
+        trainer.module.model.model.embed_tokens.register_forward_hook(
             lambda module, inputs, output: output.masked_fill((inputs[0] == 60).unsqueeze(-1), math.nan)
         )
     before = parameters(trainer)
-    with pytest.raises(DivergedError, match=r"step 0, update 1 of 2: the loss is nan on groups \[1\]; no version"):
+    with pytest.raises(
+        DivergedError, match=r"step 0, update 1 of 2: the policy's loss is nan on groups \[1\]; no version"
+    ):
         trainer.step(0, batch)
     assert torch.equal(before, parameters(trainer))
-    assert trainer.updates == 0
+    assert trainer.main.updates == 0
 
 
 def test_kl_to_the_reference_is_zero_at_the_start_and_grows(start_dir: Path, make_batch: MakeBatch) -> None:
@@ -220,11 +217,11 @@ def test_kl_to_the_reference_is_zero_at_the_start_and_grows(start_dir: Path, mak
 def test_gradients_are_clipped_to_the_norm(start_dir: Path, make_batch: MakeBatch) -> None:
     config = settings(minibatches=1)
     trainer = trainer_of(config, start_dir)
-    trainer.grad_clip = 1e-4
+    trainer.main.grad_clip = 1e-4
     seen: list[float] = []
-    trainer.optimizer.register_step_pre_hook(
+    trainer.main.optimizer.register_step_pre_hook(
         lambda *_: seen.append(
-            float(torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None]).norm())
+            float(torch.cat([p.grad.flatten() for p in trainer.main.parameters if p.grad is not None]).norm())
         )
     )
     report = trainer.step(0, make_batch(0))

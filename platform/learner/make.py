@@ -1,0 +1,102 @@
+"""From a configuration to a Trainer: what each job trains, with which optimizer, on which objective.
+
+role.py, synchronous.py ──► make_trainer. Each module is made by ``trained``: optimizer, shards, schedule, one Trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from offtrail.algos.config import CriticConfig, PpoConfig
+from offtrail.core.types import Batch
+from offtrail.platform.config.schema import Config, LearnerConfig, OptimConfig
+from offtrail.platform.learner.objectives import Likelihood, Loss, PolicyGradient, ValueRegression
+from offtrail.platform.learner.train import Schedule, Trained, Trainer, adamw, cosine, warmup
+from offtrail.platform.learner.world import World
+from offtrail.platform.model.packing import SampleTable
+from offtrail.platform.model.policy import PackedModel, Policy, load_model
+from offtrail.platform.model.scalar import ScalarModel, load_scalar
+from offtrail.platform.runtime.activity import Activity
+
+
+def make_trainer(config: Config, world: World, model: Any, start: Path, activity: Activity) -> Trainer[Batch]:
+    """job=rl: the policy ``model``; the reference policy and the critic, from ``start``, where the objective needs
+    them.
+    """
+    objective, optim, settings = PolicyGradient(config), config.learner.optim, config.learner
+    policy = trained(world, "policy", make_policy(model, settings), objective, optim, warmup(optim))
+    policy.watch_gradient = config.tracking.gradient_cosine
+    modules = [policy]
+    if isinstance(config.algo, PpoConfig):
+        modules.append(make_critic(config, config.algo, world, start, vocabulary=int(model.config.vocab_size)))
+        policy.first_step = config.algo.critic.pretrain_steps
+    reference = None
+    if config.algo.needs_ref:
+        frozen = make_policy(load_model(start, device=settings.device), settings).requires_grad_(False)
+        reference = world.shard(frozen)
+    return Trainer(
+        world,
+        objective,
+        modules,
+        activity,
+        budget=settings.tokens_per_microbatch,
+        reference=reference,
+        ref_refresh=config.algo.ref_refresh,
+    )
+
+
+def make_sft_trainer(config: Config, world: World, model: Any, activity: Activity) -> Trainer[SampleTable]:
+    """job=sft: ``model`` on the likelihood of answers."""
+    objective, settings, sft = Likelihood(), config.learner, config.sft
+    optim = OptimConfig(lr=sft.lr, betas=sft.betas, grad_clip=settings.optim.grad_clip)
+    policy = trained(world, "policy", make_policy(model, settings), objective, optim, cosine(sft))
+    policy.lr_key = "sft.lr"
+    return Trainer(world, objective, [policy], activity, budget=settings.tokens_per_microbatch)
+
+
+def make_critic(config: Config, algo: PpoConfig, world: World, start: Path, *, vocabulary: int) -> Trained:
+    """The critic of algo=ppo, from algo.critic.path or the start model, in the policy's world. Its head begins at 0, so
+    that at first advantages are returns.
+
+    Raises ValueError where its vocabulary is smaller than the policy's: it could not read every answer.
+    """
+    settings, learner = algo.critic, config.learner
+    model = load_scalar(settings.path or start, "before", device=learner.device)
+    if model.config.vocab_size < vocabulary:
+        raise ValueError(
+            f"algo.critic.path={settings.path}: has {model.config.vocab_size} tokens, the policy {vocabulary}; take "
+            "a model with the policy's tokenizer, or leave it empty"
+        )
+    module = ScalarModel(
+        model, "before", dtype=learner.dtype, activation_checkpointing=learner.activation_checkpointing,
+        liger=learner.liger,
+    )  # fmt: skip
+    critic = trained(world, "value", module, ValueRegression(algo.value_clip), settings, warmup(settings))
+    critic.charges, critic.lr_key = ("value_tokens", "value_flops"), "algo.critic.lr"
+    return critic
+
+
+def trained(
+    world: World,
+    name: str,
+    module: PackedModel[Any],
+    objective: Loss[Any],
+    optim: OptimConfig | CriticConfig,
+    schedule: Schedule,
+) -> Trained:
+    """A module with an AdamW of its own, sharded over the world."""
+    optimizer = adamw(module.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
+    module, optimizer = world.prepare(module, optimizer)
+    return Trained(name, module, objective, optimizer, schedule, optim.grad_clip)
+
+
+def make_policy(model: Any, settings: LearnerConfig) -> Policy:
+    """A policy as the learner's config has it."""
+    return Policy(
+        model,
+        dtype=settings.dtype,
+        head_dtype=settings.head_dtype,
+        activation_checkpointing=settings.activation_checkpointing,
+        liger=settings.liger,
+    )
