@@ -68,7 +68,8 @@ class StepData:
     also ``rewards`` [N] (shaping included), ``behaviour`` [T] log-probabilities and ``staleness`` [T]; train.py fills
     in the scores [T] that the objective needs (``prox`` from before the first update, ``ref``, ``values``), NaN where
     they are not computed, and ``mine`` [T], which are of this rank's tokens; ``advance`` then ``advantages`` [T] and
-    ``returns`` [T]. ``metrics``: what is known before the first update.
+    ``returns`` [T]. For reward models ``rewards`` [N] or ``labels`` [T] are what is to be learned. ``metrics``: what is
+    known before the first update.
     """
 
     rows: SampleTable
@@ -83,6 +84,7 @@ class StepData:
     mine: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    labels: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> StepData:

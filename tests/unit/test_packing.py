@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -105,6 +107,58 @@ def test_shared_layout_sees_prompt_and_own_answer_only() -> None:
     assert answers.keys.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0], [0, 0, 6, 7, 0]]
     assert answers.bias is not None
     assert np.isneginf(answers.bias.numpy()).tolist() == [[False] * 5, [False] * 5, [True, True, False, False, False]]
+
+
+@pytest.mark.parametrize("share", [0, 100])
+def test_final_tokens_are_fed_where_they_are_read(share: int) -> None:
+    r = rows([[50, 51], [60]], [[[1, 2, 3], [4]], [[5, 6]]])
+    packed = lay_out(r, [0, 1, 2], share_up_to=share, feed_last=True)
+    # prompt 50 51 at 0-1, then 1 2 3 at 2-4, 4 at 5, prompt 60 at 6, 5 6 at 7-8
+    assert packed.input_ids.tolist() == [[50, 51, 1, 2, 3, 4, 60, 5, 6]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2]]
+    assert packed.predict.tolist() == [1, 2, 3, 1, 6, 7]  # as without
+    assert packed.own is not None
+    assert packed.own.tolist() == [2, 3, 4, 5, 7, 8]
+    assert packed.ends.tolist() == [2, 3, 5]
+    assert lay_out(r, [0, 1, 2], share_up_to=share).own is None
+    # samples of 5, 3 and 3 tokens through the model; without their last 4, 2 and 2
+    assert r.inputs(feed_last=True).tolist() == [5, 3, 3]
+    assert r.inputs().tolist() == [4, 2, 2]
+
+
+def test_a_fed_final_token_sees_its_own_answer_and_prompt_only() -> None:
+    r = rows([[50, 51]], [[[1, 2], [4]]])
+    prompts, own = lay_out(r, [0, 1], share_up_to=100, feed_last=True).buckets
+    assert prompts.queries.tolist() == [[0, 1]]
+    assert own.queries.tolist() == [[2, 3], [4, 0]]
+    assert own.keys.tolist() == [[0, 1, 2, 3], [0, 1, 4, 0]]
+
+
+def test_groups_stay_whole_by_hand() -> None:
+    # one prompt token and T answer tokens, all fed: groups of (2+3, 4+2, 2+2, 5+5) = 5, 6, 4, 10 tokens
+    r = rows([[1]] * 4, [[[4], [4] * 2], [[4] * 3, [4]], [[4], [4]], [[4] * 4, [4] * 4]])
+    kept: Any = {"feed_last": True, "together": "group"}
+    # budget 10: 10 alone, 6 + 4, 5
+    assert microbatches(r, range(4), 1, 10, **kept) == [[[0, 1], [2, 3, 4, 5], [6, 7]]]
+    # ranks: 10 to rank 0; 6, 5 and 4 to rank 1 until it has more
+    assert microbatches(r, range(4), 2, 11, **kept) == [[[6, 7], [4, 5]], [[0, 1, 2, 3], []]]
+    # a group above the budget stands alone, whole
+    assert microbatches(r, range(4), 1, 9, **kept)[0].count([6, 7]) == 1
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=5), min_size=1, max_size=12), st.integers(1, 4),
+       st.integers(6, 60), st.booleans())  # fmt: skip
+def test_no_cut_parts_a_group(lengths: list[list[int]], ranks: int, budget: int, fed: bool) -> None:
+    r = rows([[1, 2]] * len(lengths), [[[4] * n for n in group] for group in lengths])
+    parts = microbatches(r, range(len(lengths)), ranks, budget, feed_last=fed, together="group")
+    assert len({len(p) for p in parts}) == 1
+    held = [micro for rank in parts for micro in rank]
+    assert sorted(i for micro in held for i in micro) == [i for i in range(r.size) if r.lengths[i] > 0]
+    places = [{int(r.group_of[i]) for i in micro} for micro in held]
+    assert sum(len(p) for p in places) == len(set().union(*places))
+    tokens = r.inputs(feed_last=fed)
+    assert all(len(p) <= 1 or sum(tokens[i] for i in micro) <= budget for p, micro in zip(places, held, strict=True))
 
 
 def test_temperatures_come_with_each_token() -> None:
