@@ -32,6 +32,7 @@ from offtrail.core.settings import PathKind
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
 from offtrail.platform.config.files import Raw, guess, read_file, read_text, yaml_problem
 from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys
+from offtrail.platform.config.recipe import Stage, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
 
@@ -63,11 +64,30 @@ def compose(argv: Sequence[str]) -> Config:
     file, line = parse(argv)
     run = _run_settings(file, line)
     if not run.resume:
-        return _composed([file, line])
-    saved = file_layer(saved_config(run.dir, run.name))
-    config = _composed([saved, file, line])
-    _refuse_new_science(_composed([saved]), config)
+        config = _composed([file, line])
+    else:
+        saved = file_layer(saved_config(run.dir, run.name))
+        config = _composed([saved, file, line])
+        refuse_new_science(_composed([saved]), config)
+    for stage in stages_of(config):  # a mistake in the last one shows before the first has run for hours
+        stage_config(config, stage, {})
     return config
+
+
+def stage_config(config: Config, stage: Stage, handed: Mapping[str, Raw]) -> Config:
+    """The configuration of one stage: the recipe's, under the stage's own settings, under what earlier stages hand on.
+
+    Raises ConfigError that names the stage.
+    """
+    base, own = Layer(), Layer(values={})
+    tree = read_text(to_yaml(config))
+    del tree["recipe"]
+    _take_tree(base, tree, "")
+    try:
+        _take_tree(own, stage.settings, "")
+        return _composed([base, own, Layer(values={"job": stage.job, **handed})])
+    except ConfigError as error:
+        raise ConfigError(f"recipe.stages.{stage.name}: {error}") from None
 
 
 def load_config(path: Path) -> Config:
@@ -340,7 +360,7 @@ def saved_config(folder: str, name: str) -> Path:
     return path
 
 
-def _refuse_new_science(started: Config, wanted: Config) -> None:
+def refuse_new_science(started: Config, wanted: Config) -> None:
     """Only keys that do not decide a learner step's numbers may change (places, patience, views, speed: `resumable` at
     their fields), nothing that an arm of a comparison could differ in; and a run may grow longer, never shorter.
     """

@@ -27,8 +27,8 @@ VARIANTS: dict[str, Mapping[str, type[Any]]] = {
     "correction": CORRECTIONS,
     "engine": {"local": LocalConfig, "sglang": SglangConfig},
 }
-# Groups with options in configs/; `model` and `reward` have one dataclass each and a free name.
-GROUPS = ("model", "reward", *VARIANTS)
+# Groups with options in configs/; `recipe`, `model` and `reward` have one dataclass each and a free name.
+GROUPS = ("recipe", "model", "reward", *VARIANTS)
 
 
 @dataclass(frozen=True)

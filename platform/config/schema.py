@@ -7,7 +7,7 @@ with OmegaConf.to_object, so that each `__post_init__` below has run before anyt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from offtrail.algos.config import AlgoConfig, CorrectionConfig, DecoupledConfig, GrpoConfig
 from offtrail.core.settings import section, setting
@@ -29,6 +29,17 @@ class RunConfig:
     """Keys everything that is drawn: start weights, data order, every sampled token."""
     resume: bool = setting(False, resumable=True)
     """Go on with the run of that name from its last checkpoint."""
+
+
+@dataclass
+class RecipeConfig:
+    """A list of stages, each an ordinary run in runs/NAME/stages/, which hands on its checkpoint and its data."""
+
+    name: str = "none"
+    """Label of the recipe; none = one job, that of `job`."""
+    stages: dict[str, dict[str, Any]] = setting({})
+    """Stage → its job, start_from and data_from (earlier stages), and the keys and options that it alone has, as
+    {rl: {job: rl, start_from: sft, algo: cispo, learner: {steps: 20}}}."""
 
 
 @dataclass
@@ -341,6 +352,7 @@ class Config:
     checkpoint: str = setting("", path="model")
     """job=serve, chat: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
     run: RunConfig = section(RunConfig)
+    recipe: RecipeConfig = section(RecipeConfig)
     model: ModelConfig = section(ModelConfig)
     task: TaskConfig = section(ChainConfig)
     algo: AlgoConfig = section(GrpoConfig)

@@ -28,7 +28,7 @@ MISTAKES = [
     # unknown names
     (["batch.grups=8"], "batch.grups=8: unknown key", ["nearest: batch.groups"]),
     (["steps=10"], "steps=10: unknown key", ["learner.steps", "sft.steps"]),
-    (["recipe=r1_zero"], "recipe=r1_zero: unknown key", ["--help"]),
+    (["recipe=r2"], "recipe=r2: unknown option; options: cold_start", []),
     (["task=adition"], "task=adition: unknown option", ["addition, chain", "nearest: addition"]),
     (["model=/data/qwen"], "model=/data/qwen: unknown option", ["options: tiny", "model.path=/data/qwen"]),
     (["engine.name=vllm"], "engine.name=vllm: must be one of local, sglang", []),

@@ -1,0 +1,67 @@
+"""The stages of a recipe as configurations: what a stage sets lies over what the whole recipe has.
+
+    the recipe's configuration < the stage's own keys and options < what earlier stages hand on (start_from, data_from)
+
+Called by compose.py, which checks every stage before the first one starts, and by launcher/recipe.py, which runs them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offtrail.platform.config.errors import nearest_text, refuse
+from offtrail.platform.config.schema import Config
+
+Raw = Any
+
+JOBS = ("rl", "sft")
+"""The jobs that a stage can have: those that end by themselves with a checkpoint or data."""
+DATA_KEYS = {"sft": "sft.path", "rl": "task.path"}
+"""Where a job reads the data that an earlier stage has made."""
+DATA_FILE = "data.jsonl"
+"""What a stage that makes data leaves in its run directory: one JSON object a line."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: ``number`` counts from 1, ``settings`` are its own keys and options as a tree."""
+
+    number: int
+    name: str
+    job: str
+    start_from: str
+    data_from: str
+    settings: Mapping[str, Raw]
+
+    @property
+    def folder(self) -> str:
+        """Its run directory below runs/NAME/stages/."""
+        return f"{self.number}_{self.name}"
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages in their order. ConfigError, one line, on a name, a job or a reference that cannot be."""
+    stages: list[Stage] = []
+    for number, (name, given) in enumerate(config.recipe.stages.items(), 1):
+        key = f"recipe.stages.{name}"
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+            raise refuse("recipe.stages", name, "a stage's name is a folder's: small letters, digits, _ and - only")
+        if not isinstance(given, dict):
+            raise refuse(key, given, "must be a mapping of keys, such as {job: sft}")
+        own = dict(given)
+        job, start_from, data_from = own.pop("job", ""), own.pop("start_from", ""), own.pop("data_from", "")
+        if job not in JOBS:
+            raise refuse(f"{key}.job", job or "(empty)", f"must be one of {', '.join(JOBS)}{nearest_text(job, JOBS)}")
+        for reference, stage in (("start_from", start_from), ("data_from", data_from)):
+            earlier = [stage.name for stage in stages]
+            if stage and stage not in earlier:
+                near = f"one of {', '.join(earlier)}" if earlier else "none: it is the first"
+                raise refuse(f"{key}.{reference}", stage, f"must be an earlier stage, {near}")
+        for section in ("run", "recipe"):
+            if section in own:
+                raise refuse(f"{key}.{section}", own[section], "belongs to the whole recipe; leave it out of the stage")
+        stages.append(Stage(number, name, job, start_from, data_from, own))
+    return stages
