@@ -45,7 +45,7 @@ from offtrail.core.types import Int32, Sampling
 from offtrail.platform.config.schema import LocalConfig, ModelConfig
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.model.tiny import build_model, build_tokenizer
-from offtrail.tasks.config import ChainConfig
+from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.text import encode_prompt
 

@@ -8,12 +8,14 @@ prompt tokens, T output tokens of the whole group (samples one after another), B
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from offtrail.core.problem import Problem as Problem
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -24,20 +26,6 @@ FinishReason = Literal["stop", "length", "abort"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 Axis = Literal["token", "step", "sample", "node"]
 """What a channel has one value of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One prompt and what its verifier needs. Plain JSON values only, so that it travels in a lease.
-
-    ``index`` is its place in the data order of its split; ``meta`` is the family's own (start value, operations, …).
-    """
-
-    task: str
-    index: int
-    prompt: str
-    answer: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,30 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
 
-from offtrail.core.types import Problem
+from offtrail.core.problem import Problem
+from offtrail.core.settings import setting
 from offtrail.tasks.base import Draw, GeneratedTask
-from offtrail.tasks.config import AdditionConfig
+from offtrail.tasks.config import GeneratedConfig, check
+
+
+@dataclass
+class AdditionConfig(GeneratedConfig):
+    """Addition of two numbers, digit by digit with carry."""
+
+    name: str = "addition"
+    min_digits: int = setting(3, "[1, inf)")
+    """The shortest operand."""
+    max_digits: int = setting(4, "[1, inf)")
+    """Difficulty: the longest operand. A worked digit takes at most 9 tokens."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds."""
+        super().__post_init__()
+        low, high = self.min_digits, self.max_digits
+        check(1 <= low <= high, "min_digits", low, f"from 1 to task.max_digits={high}")
+
 
 STEP = re.compile(r"(?P<a>\d)\+(?P<b>\d)(?P<carry>\+1)?=(?P<sum>\d{1,2})", re.ASCII)
 
@@ -24,6 +44,8 @@ def columns(numbers: list[int]) -> list[tuple[int, int]]:
 
 class AdditionTask(GeneratedTask[AdditionConfig]):
     """See the module's docstring; ``meta`` holds the two numbers. a+b and b+a fall on the same side of the split."""
+
+    Config = AdditionConfig
 
     def draw(self, rng: random.Random) -> Draw:
         """The digits of each number, then the number, uniform."""
@@ -59,3 +81,6 @@ class AdditionTask(GeneratedTask[AdditionConfig]):
     def _number(self, rng: random.Random) -> int:
         digits = rng.randint(self.config.min_digits, self.config.max_digits)
         return rng.randrange(10 ** (digits - 1), 10**digits)
+
+
+TASK = AdditionTask

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
-from offtrail.core.types import Problem
+from offtrail.core.problem import Problem
 from offtrail.tasks.config import GeneratedConfig
 from offtrail.tasks.split import is_held_out, stream
 
@@ -46,8 +46,10 @@ class Task(Protocol):
     def trace(self, problem: Problem, rng: random.Random) -> str:
         """A cold-start answer, `<think>…</think><answer>…</answer>` without the stop token: worked or guessed."""
 
-    def verify(self, problem: Problem, answer_text: str) -> bool:
-        """Whether the text inside the answer tags is right. Exact: no false positives, no near misses."""
+    def verify(self, problem: Problem, answer_text: str) -> float:
+        """How right the text inside the answer tags is: a bool, or partial credit from 0 to 1. Exact: no false
+        positives, no near misses.
+        """
 
     def check_steps(self, problem: Problem, text: str) -> list[bool]:
         """One bool for each reasoning step that ``text`` (an answer or its beginning) holds, in order.
@@ -70,13 +72,14 @@ class Draw:
 class GeneratedTask(ABC, Generic[C]):
     """A family made by program: subclasses draw a problem, work it, check it. Random access by redraws.
 
+    ``load`` means nothing where no data is read.
     A problem at (seed, index) is the first draw keyed (seed, index, 0), (seed, index, 1), … that is not held out.
     """
 
     name: str
     config: C
 
-    def __init__(self, config: C, seed: int) -> None:
+    def __init__(self, config: C, seed: int, *, load: bool = True) -> None:
         self.config, self.seed, self.name = config, seed, config.name
 
     @abstractmethod
@@ -129,7 +132,7 @@ class GeneratedTask(ABC, Generic[C]):
         steps, answer = self.work(problem, rng)
         return tagged(";".join(steps), answer)
 
-    def verify(self, problem: Problem, answer_text: str) -> bool:
+    def verify(self, problem: Problem, answer_text: str) -> float:
         """See Task.verify: the very text of the answer, but for surrounding blanks."""
         return answer_text.strip() == problem.answer
 

@@ -8,10 +8,40 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
 
-from offtrail.core.types import Problem
+from offtrail.core.problem import Problem
+from offtrail.core.settings import setting
 from offtrail.tasks.base import Draw, GeneratedTask
-from offtrail.tasks.config import ChainConfig
+from offtrail.tasks.config import GeneratedConfig, check
+
+
+@dataclass
+class ChainConfig(GeneratedConfig):
+    """Arithmetic chain: start value, a run of operations from left to right, the result modulo `modulus`."""
+
+    name: str = "chain"
+    min_operations: int = setting(3, "[1, inf)")
+    """The shortest chain."""
+    max_operations: int = setting(6, "[1, inf)")
+    """Difficulty: the longest chain. A worked step takes 5 tokens (9 at most with styles=3)."""
+    modulus: int = setting(10, "[2, 100]")
+    """Results are taken modulo this."""
+    max_operand: int = setting(5, "[1, 99]")
+    """Difficulty too, the largest operand: 3 × modulus × max_operand facts to learn (9 needs twice the cold start)."""
+    styles: int = setting(1, "[1, 3]")
+    """Cold start: ways to write worked steps, mixed evenly (1…3): `7*5=5;5-2=3`, `7*5=5;-2=3`, `7*5=35>5;5-2=3`."""
+    worked_share: float = 0.55
+    """Cold start: share of answers that work the problem step by step; the others guess directly."""
+    noise: float = 0.02
+    """Cold start: chance that a worked step goes wrong (and its error is carried on)."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds."""
+        super().__post_init__()
+        low, high = self.min_operations, self.max_operations
+        check(1 <= low <= high, "min_operations", low, f"from 1 to task.max_operations={high}")
+
 
 STEP = re.compile(r"(?P<left>\d*)(?P<operation>[-+*]\d+)=(?P<raw>-?\d+)(?:>(?P<reduced>\d+))?", re.ASCII)
 
@@ -30,6 +60,8 @@ def apply(value: int, operation: str) -> int:
 
 class ChainTask(GeneratedTask[ChainConfig]):
     """See the module's docstring; ``meta`` holds start, operations and modulus."""
+
+    Config = ChainConfig
 
     def draw(self, rng: random.Random) -> Draw:
         """Length, start, operations and operands, all uniform."""
@@ -80,3 +112,6 @@ class ChainTask(GeneratedTask[ChainConfig]):
             verdicts.append(known and left and shown)
             value = match["reduced"] or str(int(match["raw"]) % modulus)
         return verdicts
+
+
+TASK = ChainTask

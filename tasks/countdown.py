@@ -8,11 +8,33 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 
-from offtrail.core.types import Problem
+from offtrail.core.problem import Problem
+from offtrail.core.settings import setting
 from offtrail.tasks.base import Draw, GeneratedTask
-from offtrail.tasks.config import CountdownConfig
+from offtrail.tasks.config import GeneratedConfig, check
+
+
+@dataclass
+class CountdownConfig(GeneratedConfig):
+    """Combine all given numbers, each once, with + − × to reach the target. A noisy step takes another operation."""
+
+    name: str = "countdown"
+    numbers: int = setting(3, "[2, 5]")
+    """Difficulty: how many numbers are given."""
+    max_number: int = setting(15, "[1, 999]")
+    """The largest given number."""
+    max_target: int = setting(100, "[1, inf)")
+    """The largest target."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds."""
+        super().__post_init__()
+        low = self.numbers * self.max_number
+        check(self.max_target >= low, "max_target", self.max_target, f"at least numbers × max_number = {low}")
+
 
 STEP = re.compile(r"(-?\d{1,12})([-+*])(-?\d{1,12})=(-?\d{1,24})", re.ASCII)
 TOKEN = re.compile(r"\s*(?:(\d{1,12})|([-+*()]))", re.ASCII)
@@ -106,6 +128,8 @@ class CountdownTask(GeneratedTask[CountdownConfig]):
     The plan lists steps [i, operation, j]: take the i-th and j-th of the numbers at hand, put the result at the end.
     """
 
+    Config = CountdownConfig
+
     def draw(self, rng: random.Random) -> Draw:
         """Numbers uniform, then random operations, drawn again until the result is from 1 to ``config.max_target``."""
         config = self.config
@@ -192,3 +216,6 @@ def without(hand: list[int], taken: list[int]) -> list[int] | None:
             return None
         rest.remove(number)
     return rest if taken else None
+
+
+TASK = CountdownTask

@@ -16,10 +16,38 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from offtrail.core.types import Problem
+from offtrail.core.problem import Problem
+from offtrail.core.settings import setting
 from offtrail.tasks.base import TaskError, tagged
-from offtrail.tasks.config import JsonlConfig
+from offtrail.tasks.config import TaskConfig, check
 from offtrail.tasks.split import is_held_out, place, stream
+
+
+@dataclass
+class JsonlConfig(TaskConfig):
+    """A local JSON-lines file, one problem a line: GSM8K's question/answer fields by default."""
+
+    name: str = "jsonl"
+    path: str = setting("", path="file")
+    """Training problems."""
+    eval_path: str = setting("", path="file")
+    """Held-out problems; empty = held_out_share of `path`, by hash of the prompt."""
+    prompt_field: str = "question"
+    """Field of the problem's text."""
+    answer_field: str = "answer"
+    """Field of the worked answer."""
+    answer_after: str = "####"
+    """The gold answer is what follows this mark in the answer field; empty = the whole field."""
+    template: str = "{prompt}"
+    """How a prompt is put to the model; {prompt} is the problem's text."""
+    chat: bool = False
+    """Wrap the prompt with the tokenizer's chat template."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value cannot work whatever the file holds."""
+        super().__post_init__()
+        check("{prompt}" in self.template, "template", repr(self.template), "a text that contains {prompt}")
+
 
 NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*\$?\s*(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*))?(?:\s*/\s*(?P<below>\d+))?",
@@ -40,6 +68,8 @@ class Record:
 
 class JsonlTask:
     """The two sides of the split, read and checked at once; ``load=False`` reads no file and can only verify."""
+
+    Config = JsonlConfig
 
     def __init__(self, config: JsonlConfig, seed: int, *, load: bool = True) -> None:
         self.name, self.config, self.seed = config.name, config, seed
@@ -180,3 +210,6 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
     order = list(range(n))
     stream("jsonl", seed, epoch).shuffle(order)
     return order
+
+
+TASK = JsonlTask

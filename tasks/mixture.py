@@ -8,24 +8,55 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
-from offtrail.core.types import Problem
+from offtrail.core.plugins import is_plugin
+from offtrail.core.problem import Problem
 from offtrail.tasks.base import Task
-from offtrail.tasks.config import MixtureConfig
+from offtrail.tasks.config import TaskConfig, check
+from offtrail.tasks.registry import families, family_config, make_task
 from offtrail.tasks.split import stream
+
+
+@dataclass
+class MixtureConfig(TaskConfig):
+    """Several families at given shares."""
+
+    name: str = "mixture"
+    weights: dict[str, float] = field(default_factory=lambda: {"chain": 0.5, "addition": 0.5})
+    """Family name → share, scaled to sum 1."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Family name → its keys that differ from its defaults, as {chain: {max_operations: 8}}."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds or a family is unknown."""
+        super().__post_init__()
+        known = [name for name in families() if name != self.name]
+        for key in (*self.weights, *self.settings):
+            where = "weights" if key in self.weights else "settings"
+            check(key in known or is_plugin(key), where, key, f"one of {', '.join(known)}, or module:class")
+        for key in self.settings:
+            check(key in self.weights, "settings", key, "a family that task.weights names")
+        check(bool(self.weights), "weights", self.weights, "at least one family")
+        check(all(w > 0 for w in self.weights.values()), "weights", self.weights, "shares above 0")
+
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / φ, odd: whole-number arithmetic keeps far places exact
 WHOLE = 2**64
 
 
 class MixtureTask:
-    """Deals each place to one of ``families``, whose own data order is read at that same place."""
+    """Deals each place to one of its families, whose own data order is read at that same place."""
 
-    def __init__(self, config: MixtureConfig, seed: int, families: Mapping[str, Task]) -> None:
-        self.name, self.families = config.name, dict(families)
+    Config = MixtureConfig
+
+    def __init__(self, config: MixtureConfig, seed: int, *, load: bool = True) -> None:
+        self.name, self.families = config.name, dict[str, Task]()
+        for name in config.weights:
+            settings = family_config(name, config.settings.get(name, {}), config.held_out_share)
+            self.families[name] = make_task(settings, seed, load=load)
         total = sum(config.weights.values())
         self._ends = list(accumulate(share / total for share in config.weights.values()))
         self._names = list(config.weights)
@@ -50,10 +81,13 @@ class MixtureTask:
         """See Task.trace."""
         return self.families[problem.task].trace(problem, rng)
 
-    def verify(self, problem: Problem, answer_text: str) -> bool:
+    def verify(self, problem: Problem, answer_text: str) -> float:
         """See Task.verify."""
         return self.families[problem.task].verify(problem, answer_text)
 
     def check_steps(self, problem: Problem, text: str) -> list[bool]:
         """See Task.check_steps."""
         return self.families[problem.task].check_steps(problem, text)
+
+
+TASK = MixtureTask

@@ -1,57 +1,118 @@
-"""From settings to a task: the one place that knows every family."""
+"""From settings to a task. A family is found by its name, and by nothing else.
+
+    chain              tasks/chain.py, whose TASK is the family's class
+    my_code:Reverse    anybody's own class, in a module outside the tree
+
+A family's class has its settings beside it (`Config = ChainConfig`, a dataclass derived from TaskConfig) and is made by
+`ChainTask(config, seed, load=True)`; what it must keep to stands in base.py.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import difflib
+import functools
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
-from offtrail.tasks.addition import AdditionTask
+from offtrail.core.plugins import is_plugin, load
+from offtrail.core.problem import Problem
 from offtrail.tasks.base import Task, TaskError
-from offtrail.tasks.chain import ChainTask
-from offtrail.tasks.config import (
-    TASKS,
-    AdditionConfig,
-    ChainConfig,
-    CountdownConfig,
-    JsonlConfig,
-    MixtureConfig,
-    TaskConfig,
-)
-from offtrail.tasks.countdown import CountdownTask
-from offtrail.tasks.jsonl import JsonlTask
-from offtrail.tasks.mixture import MixtureTask
+from offtrail.tasks.config import TaskConfig
+
+LOOKED_AT = 256
+"""Training problems of a family from outside the tree that are compared with the held-out ones before a run."""
+
+
+class Family(Protocol):
+    """A family's class."""
+
+    Config: type[TaskConfig]
+
+    def __call__(self, config: Any, seed: int, *, load: bool = True) -> Task:
+        """The task of ``config``; ``load=False`` reads no data and only verifies."""
+
+
+@functools.cache
+def families() -> Mapping[str, Family]:
+    """Every family of the tree by name: the modules of tasks/ that end with `TASK = …`; the others stay unread."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    names = [source.stem for source in sources if re.search(r"^TASK = ", source.read_text("utf-8"), re.MULTILINE)]
+    return {name: importlib.import_module(f"offtrail.tasks.{name}").TASK for name in names}
+
+
+def family(name: str, key: str = "task") -> Family:
+    """The class of a family. ``key`` holds the name. Raises PluginError and TaskError, one line that names the key."""
+    if not is_plugin(name):
+        if name not in families():
+            near = difflib.get_close_matches(name, families(), n=3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise TaskError(f"{key}={name}: no such task; choose one of {', '.join(families())}, or module:class{hint}")
+        return families()[name]
+    found = load(name, what=key)
+    config = getattr(found, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, TaskConfig) and dataclasses.is_dataclass(config)):
+        raise TaskError(
+            f"{key}={name}: needs `Config = …` in the class, a dataclass derived from offtrail.tasks.config.TaskConfig"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def make_task(config: TaskConfig, seed: int, *, load: bool = True) -> Task:
     """The task of ``config``, its data order keyed by ``seed``. Files are read and checked here, so that a mistake in
     them shows before anything starts; ``load=False`` reads none and makes a task that only verifies and checks steps.
 
-    Raises TaskError.
+    Raises TaskError and PluginError.
     """
-    match config:
-        case ChainConfig():
-            return ChainTask(config, seed)
-        case AdditionConfig():
-            return AdditionTask(config, seed)
-        case CountdownConfig():
-            return CountdownTask(config, seed)
-        case JsonlConfig():
-            return JsonlTask(config, seed, load=load)
-        case MixtureConfig():
-            families = {name: make_task(family_config(name, config), seed, load=load) for name in config.weights}
-            return MixtureTask(config, seed, families)
-        case _:
-            raise TaskError(f"task={config.name}: no such task; choose one of {', '.join(TASKS)}")
+    return family(config.name)(config, seed, load=load)
 
 
-def family_config(name: str, config: MixtureConfig) -> TaskConfig:
-    """A family's settings within a mixture; the mixture's held_out_share holds for all. Raises TaskError."""
-    settings: dict[str, Any] = {"held_out_share": config.held_out_share, **config.settings.get(name, {})}
-    known = TASKS[name].__dataclass_fields__
+def family_config(name: str, settings: Mapping[str, Any], held_out_share: float) -> TaskConfig:
+    """A family's settings within a mixture, whose held_out_share holds for all. Raises TaskError and PluginError."""
+    kind = family(name, "task.weights").Config
+    known = [field.name for field in dataclasses.fields(kind) if field.name != "name"]
     for key in settings:
-        if key not in known or key == "name":
-            allowed = ", ".join(k for k in known if k != "name")
-            raise TaskError(f"task.settings.{name}.{key}: no such key; choose one of {allowed}")
+        if key not in known:
+            raise TaskError(f"task.settings.{name}.{key}: no such key; choose one of {', '.join(known)}")
     try:
-        return TASKS[name](**settings)
+        return kind(**{"held_out_share": held_out_share, **settings, "name": name})
     except (TypeError, ValueError) as error:
         raise TaskError(f"task.settings.{name}: {error}") from error
+
+
+def from_outside(task: Task) -> list[Task]:
+    """What of a task is from outside the tree: itself, or some of a mixture's families."""
+    members: Mapping[str, Task] = getattr(task, "families", {task.name: task})
+    return [member for name, member in members.items() if is_plugin(name)]
+
+
+def check_promises(task: Task, n: int) -> None:
+    """Look at the first problems of a task from outside the tree for what every task promises; not a proof.
+
+    Raises TaskError when a training problem is drawn anew each time, is a held-out prompt, names another task than
+    itself or holds what is no JSON; or when held-out prompts repeat or change with their number ``n``.
+    """
+    held_out, training = task.held_out(n), [task.train(i) for i in range(LOOKED_AT)]
+    prompts = {problem.prompt for problem in held_out}
+    if len(prompts) < n or (n > 1 and task.held_out(n - 1) != held_out[:-1]):
+        raise TaskError(f"task={task.name}: held_out({n}) must be {n} distinct prompts that begin as held_out({n - 1})")
+    for index, problem in enumerate(training):
+        if problem.prompt in prompts:
+            raise TaskError(f"task={task.name}: train({index}) is a held-out prompt, {problem.prompt[:60]!r}")
+        if problem != task.train(index):
+            raise TaskError(f"task={task.name}: train({index}) changes from call to call; key it by seed and index")
+    for problem in (*training, *held_out):
+        _check_problem(task.name, problem)
+
+
+def _check_problem(name: str, problem: Problem) -> None:
+    if problem.task != name:
+        raise TaskError(f"task={name}: its problems must say so, not task={problem.task}: Problem(self.name, …)")
+    try:
+        json.dumps(dict(problem.meta))
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"task={name}: meta of a problem must hold plain JSON values only ({error})") from None

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import offtrail
+from offtrail.core.plugins import is_plugin
 from offtrail.core.settings import PathKind
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
 from offtrail.platform.config.files import Raw, guess, read_file, read_text, yaml_problem
@@ -35,6 +36,8 @@ from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flat
 from offtrail.platform.config.recipe import Stage, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
+from offtrail.tasks.config import TaskConfig
+from offtrail.tasks.registry import family
 
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
 IMPLIED: dict[str, dict[str, Raw]] = {"serve": {"engine.name": "sglang"}}
@@ -158,6 +161,8 @@ def options_of(group: str) -> list[str]:
 def _option_values(group: str, option: str) -> tuple[dict[str, Raw], dict[str, Raw]]:
     """(its own section's values, its defaults in other sections), by dotted key."""
     options = options_of(group)
+    if group == "task" and is_plugin(option):
+        return {"task.name": option}, {}
     if option not in options:
         hint = f"; a folder or a name is model.path={option}" if group == "model" and "/" in option else ""
         raise refuse(
@@ -199,6 +204,9 @@ def build(values: Mapping[str, Raw]) -> Config:
     values = {**(IMPLIED.get(job, {}) if isinstance(job, str) else {}), **values}
     for group, variants in VARIANTS.items():
         name = values.get(f"{group}.name", getattr(base, group).name)
+        if group == "task" and isinstance(name, str) and is_plugin(name):
+            base.task = _task_from_outside(name)
+            continue
         if not isinstance(name, str) or name not in variants:
             near = nearest_text(str(name), variants)
             raise refuse(f"{group}.name", name, f"must be one of {', '.join(variants)}{near}")
@@ -213,6 +221,14 @@ def build(values: Mapping[str, Raw]) -> Config:
         return cast(Config, OmegaConf.to_object(tree))
     except (ValueError, OmegaConfBaseException) as error:  # a __post_init__ speaks in our form already
         raise ConfigError(str(error).split("\n", maxsplit=1)[0]) from None
+
+
+def _task_from_outside(name: str) -> TaskConfig:
+    """The defaults of `task=module:class`: its keys are keys of this run like any other's."""
+    try:
+        return family(name).Config(name=name)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def _with_entries(values: Mapping[str, Raw], keys: Mapping[str, Key]) -> dict[str, Raw]:

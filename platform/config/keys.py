@@ -18,11 +18,11 @@ from typing import Any
 from offtrail.algos.config import ALGOS, CORRECTIONS
 from offtrail.core.settings import PathKind, told
 from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
-from offtrail.tasks.config import TASKS
+from offtrail.tasks.registry import families
 
 # Groups whose keys depend on `name`: the dataclass is chosen here first, so a key of another variant is an error.
 VARIANTS: dict[str, Mapping[str, type[Any]]] = {
-    "task": TASKS,
+    "task": {name: family.Config for name, family in families().items()},
     "algo": ALGOS,
     "correction": CORRECTIONS,
     "engine": {"local": LocalConfig, "sglang": SglangConfig},

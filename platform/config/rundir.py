@@ -39,11 +39,14 @@ def prepare(config: Config) -> tuple[Path, TextIO]:
 
 
 def default_name(config: Config) -> str:
-    """JOB-TASK-ALGO and the time; supervised jobs have no algorithm, and serving has no task either."""
+    """JOB-TASK-ALGO and the time; supervised jobs have no algorithm, and serving has no task either.
+
+    A task from outside the tree, `my_code:Reverse`, becomes my_code.Reverse.
+    """
     parts: list[str] = [config.job]
     parts += [config.task.name] if config.job in ("rl", "sft") else []
     parts += [config.algo.name] if config.job == "rl" else []
-    return "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+    return "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")]).replace(":", ".")
 
 
 def _make(config: Config) -> Path:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 from offtrail.algos.config import AlgoConfig, CorrectionConfig, DecoupledConfig, GrpoConfig
 from offtrail.core.settings import section, setting
 from offtrail.rewards.config import RewardConfig
-from offtrail.tasks.config import ChainConfig, TaskConfig
+from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.config import TaskConfig
 
 SCHEMA_VERSION = 1
 

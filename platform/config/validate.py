@@ -23,7 +23,8 @@ from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.keys import flatten, keys_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
-from offtrail.tasks.config import JsonlConfig, MixtureConfig
+from offtrail.tasks.jsonl import JsonlConfig
+from offtrail.tasks.mixture import MixtureConfig
 
 
 def validate(config: Config) -> None:

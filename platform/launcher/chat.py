@@ -36,7 +36,7 @@ from offtrail.platform.launcher.serve import LOOK_SECONDS, make_server, position
 from offtrail.platform.model.start import StartError
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.device import require_device
-from offtrail.tasks.config import JsonlConfig
+from offtrail.tasks.jsonl import JsonlConfig
 
 LOCAL_LENGTH = 8192
 """The longest conversation, in tokens, that the embedded engine keeps room for."""

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 import offtrail
@@ -115,12 +116,14 @@ def require_task_and_reward(config: Config) -> None:
     from offtrail.rewards.base import RewardError
     from offtrail.rewards.registry import make_reward
     from offtrail.tasks.base import TaskError
-    from offtrail.tasks.registry import make_task
+    from offtrail.tasks.registry import check_promises, from_outside, make_task
 
     try:
         task = make_task(config.task, config.run.seed)
         if config.job == "rl":
-            task.held_out(config.eval.prompts)
+            shares = Counter(problem.task for problem in task.held_out(config.eval.prompts))
+            for one in from_outside(task):
+                check_promises(one, shares[one.name])
             make_reward(config.reward, task.verify)
     except (PluginError, RewardError, TaskError) as error:
         raise ConfigError(str(error)) from None

@@ -23,8 +23,7 @@ from offtrail.platform.runtime.host import die_with
 from offtrail.rewards.base import RewardError
 from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.registry import Reward, make_reward
-from offtrail.tasks.config import TASKS
-from offtrail.tasks.registry import make_task
+from offtrail.tasks.registry import family, make_task
 
 LENGTH = struct.Struct("<I")
 LONGEST_ERROR = 500
@@ -100,7 +99,7 @@ def said(error: Exception) -> str:
 
 def rebuilt(setup: Setup) -> Reward:
     """The run's reward and task, made from their settings without reading the task's data."""
-    task = make_task(msgspec.convert(setup.task_settings, TASKS[setup.task]), 0, load=False)
+    task = make_task(msgspec.convert(setup.task_settings, family(setup.task).Config), 0, load=False)
     return make_reward(msgspec.convert(setup.reward_settings, RewardConfig), task.verify)
 
 

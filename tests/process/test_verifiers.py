@@ -20,7 +20,10 @@ from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
 from offtrail.platform.verifier.pool import VerifierError, VerifierPool
 from offtrail.rewards.config import RewardConfig
-from offtrail.tasks.config import ChainConfig, CountdownConfig, JsonlConfig, MixtureConfig
+from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.countdown import CountdownConfig
+from offtrail.tasks.jsonl import JsonlConfig
+from offtrail.tasks.mixture import MixtureConfig
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.split import stream
 

@@ -18,7 +18,10 @@ from offtrail.platform.config.files import read_file
 from offtrail.platform.config.keys import GROUPS, VARIANTS, all_paths, flatten, variant_keys
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.validate import RULES
-from offtrail.tasks.config import AdditionConfig, ChainConfig, JsonlConfig, MixtureConfig
+from offtrail.tasks.addition import AdditionConfig
+from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.jsonl import JsonlConfig
+from offtrail.tasks.mixture import MixtureConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,7 +20,7 @@ from offtrail.platform.launcher.start import (
     run_sft,
 )
 from offtrail.platform.model.start import StartError, resolve
-from offtrail.tasks.config import AdditionConfig
+from offtrail.tasks.addition import AdditionConfig
 
 
 def test_cache_key_is_decided_by_what_decides_the_weights():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from offtrail.core.types import Problem
-from offtrail.tasks.addition import AdditionTask
-from offtrail.tasks.config import AdditionConfig
+from offtrail.tasks.addition import AdditionConfig, AdditionTask
 from offtrail.tasks.split import stream
 
 PROBLEM = Problem("addition", 0, "347+5821=?", "6168", {"numbers": [347, 5821]})

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from offtrail.core.types import Problem
-from offtrail.tasks.chain import ChainTask
-from offtrail.tasks.config import ChainConfig
+from offtrail.tasks.chain import ChainConfig, ChainTask
 from offtrail.tasks.split import stream
 
 PROBLEM = Problem("chain", 0, "7;+5;*3;-2;%10=?", "4", {"start": 7, "operations": ["+5", "*3", "-2"], "modulus": 10})

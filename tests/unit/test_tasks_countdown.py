@@ -10,8 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from offtrail.core.types import Problem
-from offtrail.tasks.config import CountdownConfig
-from offtrail.tasks.countdown import CountdownTask, evaluate, reachable
+from offtrail.tasks.countdown import CountdownConfig, CountdownTask, evaluate, reachable
 from offtrail.tasks.split import stream
 
 TASK = CountdownTask(CountdownConfig(), 0)

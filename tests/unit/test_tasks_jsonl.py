@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from offtrail.core.types import Problem
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.config import JsonlConfig
-from offtrail.tasks.jsonl import JsonlTask, number
+from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, number
 from offtrail.tasks.split import is_held_out, stream
 
 

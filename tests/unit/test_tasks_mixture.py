@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.config import ChainConfig, MixtureConfig
-from offtrail.tasks.mixture import MixtureTask
+from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.mixture import MixtureConfig, MixtureTask
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.split import stream
 

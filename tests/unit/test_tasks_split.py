@@ -13,15 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import offtrail
+from offtrail.tasks.addition import AdditionConfig
 from offtrail.tasks.base import GeneratedTask, Task, TaskError
-from offtrail.tasks.config import (
-    AdditionConfig,
-    ChainConfig,
-    CountdownConfig,
-    GeneratedConfig,
-    MixtureConfig,
-    TaskConfig,
-)
+from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.config import GeneratedConfig, TaskConfig
+from offtrail.tasks.countdown import CountdownConfig
+from offtrail.tasks.mixture import MixtureConfig
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.split import is_held_out, place, stream
 
@@ -91,7 +88,7 @@ def test_the_default_evaluation_fits_every_family(config: TaskConfig):
 def test_another_process_draws_the_same_problems():
     """Python's hash() differs between processes; nothing may depend on it."""
     code = (
-        "from offtrail.tasks.registry import make_task; from offtrail.tasks.config import MixtureConfig\n"
+        "from offtrail.tasks.registry import make_task; from offtrail.tasks.mixture import MixtureConfig\n"
         "t = make_task(MixtureConfig(), 5)\n"
         "print([t.train(i).prompt for i in range(20)], [p.prompt for p in t.held_out(20)])"
     )

@@ -10,8 +10,9 @@ import pytest
 
 from offtrail.core.types import Problem
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.config import TASKS, JsonlConfig, TaskConfig
-from offtrail.tasks.registry import make_task
+from offtrail.tasks.config import TaskConfig
+from offtrail.tasks.jsonl import JsonlConfig
+from offtrail.tasks.registry import families, make_task
 from offtrail.tasks.text import encode_prompt
 
 
@@ -56,9 +57,9 @@ def test_an_empty_prompt_is_an_error():
 
 
 def test_every_task_name_makes_a_task():
-    for name, kind in TASKS.items():
-        assert make_task(kind(), 0, load=False).name == name
+    for name, kind in families().items():
+        assert make_task(kind.Config(), 0, load=False).name == name
     with pytest.raises(TaskError, match=r"task\.path is empty"):
         make_task(JsonlConfig(), 0)
-    with pytest.raises(TaskError, match=r"task=chess: no such task; choose one of chain, addition"):
+    with pytest.raises(TaskError, match=r"task=chess: no such task; choose one of addition, chain"):
         make_task(TaskConfig(name="chess"), 0)
