@@ -43,7 +43,8 @@ class Alternatives:
 class Completion:
     """One finished answer. ``tokens`` [T], ``logprobs`` [T], ``versions`` [T]; the stop token, where one ended it, is
     the last of ``tokens``. ``times``: seconds since the epoch at submission, first and last token. ``alternatives``
-    where ``sampling.alternatives`` asked for them.
+    where ``sampling.alternatives`` asked for them. ``stopped_by``: the stop string that the last token completed, the
+    first in ``sampling.stop`` where it completed several; empty where no string has stopped it.
     """
 
     request: int
@@ -54,6 +55,7 @@ class Completion:
     finish: FinishReason
     times: tuple[float, float, float]
     alternatives: Alternatives | None = None
+    stopped_by: str = ""
 
 
 class Engine(Protocol):
@@ -95,7 +97,8 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> None:
         """Queue requests; their samples enter in order as room allows. ValueError on a token id ≥ vocabulary, on a
-        prompt that leaves no room for ``max_new_tokens``, or on a sampling parameter the engine does not honour.
+        prompt that leaves no room for ``max_new_tokens``, or on a sampling parameter that the engine does not honour: a
+        stop string too, where the model's folder has no tokenizer.
         """
 
     def step(self) -> list[Completion]:

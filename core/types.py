@@ -35,6 +35,10 @@ class Sampling:
     ``seed`` and the request's key, the sample's index and the token's position key the random number of each token
     (I3): the same keys under the same weights give the same token, whatever else is in flight.
     ``alternatives``: how many of the most likely tokens are told at each position, beside the one that was drawn.
+
+    An answer ends with a token of ``stop_token_ids``, or with the token whose text completes one of the strings of
+    ``stop``, be it in the middle of that token. Either token is kept whole, text beyond the string included, and
+    nothing is tokenised again. Where both happen at once, it is the string that has stopped it.
     """
 
     max_new_tokens: int
@@ -44,6 +48,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     alternatives: int = 0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ tests/process/test_sglang_contract.py holds it to what a real server does. In sh
 - prefixes come from a radix cache, whose keys and values are those of the weights that made them, until it is flushed;
 - who leaves a call without `stream` is noticed at once, where SGLang takes up to 4 s.
 
-Not here: text beyond a tokenizer.json, stop strings, penalties, min_p, grammars, chat endpoints, weights from IPC,
-memory release.
+Not here: text beyond a tokenizer.json, its trimming at stop strings, penalties, min_p, grammars, chat endpoints,
+weights from IPC, memory release.
 """
 
 from __future__ import annotations

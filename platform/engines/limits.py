@@ -7,6 +7,9 @@ import numpy as np
 from offtrail.core.protocols import Request
 from offtrail.core.types import Int32
 
+MOST_STOP_STRINGS = 32
+"""What an SGLang server takes."""
+
 
 def check_request(request: Request, *, vocab_size: int, max_length: int) -> None:
     """Raise ValueError, one line with the request, the value and what is allowed."""
@@ -23,6 +26,11 @@ def check_request(request: Request, *, vocab_size: int, max_length: int) -> None
     if not 0 <= sampling.alternatives <= vocab_size:
         raise ValueError(
             f"{what}: alternatives={sampling.alternatives}; 0 ≤ alternatives ≤ {vocab_size}, the vocabulary"
+        )
+    if len(sampling.stop) > MOST_STOP_STRINGS or any(not string or "\ufffd" in string for string in sampling.stop):
+        raise ValueError(
+            f"{what}: stop={sampling.stop}; at most {MOST_STOP_STRINGS} strings, none empty, none with U+FFFD, which "
+            f"stands for bytes that are no text"
         )
     if any(not 0 <= token < vocab_size for token in sampling.stop_token_ids):
         raise ValueError(f"{what}: stop_token_ids={sampling.stop_token_ids}, but the vocabulary is {vocab_size}")

@@ -30,6 +30,7 @@ from offtrail.platform.engines.decoder import Attend, Decoder, read_spec, read_w
 from offtrail.platform.engines.limits import check_request, check_tokens
 from offtrail.platform.engines.sampler import draw, keep, log_probabilities
 from offtrail.platform.engines.slots import Pending, Slots, queue, stacked
+from offtrail.platform.engines.stops import StopStrings
 
 Int64 = npt.NDArray[np.int64]
 _PASS_TOKENS = {"cpu": 1024}
@@ -75,6 +76,7 @@ class LocalEngine:
         self._decoder.load(read_weights(model_dir))
         self._cache = KVCache(spec, config.max_running, max_length, dtype, self._device)
         self._slots = Slots(config.max_running, max_length, spec.vocab_size)
+        self._stops = StopStrings(model_dir)
         self._waiting: deque[Pending] = deque()
         self._kept_prompt: Tensor | None = None
         """Prompt KV of the first waiting request, where some of its samples have entered already."""
@@ -97,6 +99,8 @@ class LocalEngine:
         """Queue requests; all are checked before any is queued."""
         for request in requests:
             check_request(request, vocab_size=self.vocab_size, max_length=self._max_length)
+            if request.sampling.stop:
+                self._stops.load()
         self._waiting.extend(queue(requests, time.time()))
 
     @torch.inference_mode()
@@ -293,6 +297,8 @@ class LocalEngine:
                 f"the weights of version {self.version} give log-probabilities that are not finite"
             )
         done = slots.append(tokens[:, 0].cpu().numpy().astype(np.int32), values, self.version, now)
+        if slots.any_stop_strings:
+            done |= slots.stop_at_strings(self._stops)
         if not done.any():
             return []
         completions = [slots.completion(row, now) for row in np.flatnonzero(done).tolist()]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from offtrail.core.protocols import Alternatives, Completion, Request
 from offtrail.core.types import FinishReason, Float32, Int32
 from offtrail.platform.engines.sampler import uniforms
+from offtrail.platform.engines.stops import StopStrings
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -80,12 +81,15 @@ class Slots:
         self.alternatives: list[list[tuple[Int32, Float32]]] = [[] for _ in range(capacity)]
         """Of those that ask for them: ids [k] and log-probabilities [k] of each position so far."""
         self.alternatives_count = np.zeros(capacity, np.int64)
+        self.has_stop_strings = np.zeros(capacity, np.bool_)
+        self.stopped_by = [""] * capacity
         self._columns = [v for name, v in vars(self).items() if isinstance(v, np.ndarray) and name != "_numbers"]
         self._stop_sets: dict[tuple[int, ...], int] = {}
         self._stop_table = np.zeros((0, vocab_size), np.bool_)
         self.scaled = self.any_greedy = self.filtered = False
         """Whether any running sample has T ≠ 1, T = 0, or top-p or top-k."""
         self.most_alternatives = 0
+        self.any_stop_strings = False
 
     def enter(self, pending: Pending, count: int) -> slice:
         """Give ``count`` more samples of a request the next free rows."""
@@ -103,6 +107,7 @@ class Slots:
         self.seed[rows] = sampling.seed % 2**64
         self.alternatives[rows] = [[] for _ in range(count)]
         self.alternatives_count[rows] = sampling.alternatives
+        self.has_stop_strings[rows], self.stopped_by[rows] = bool(sampling.stop), [""] * count
         self.request[rows] = request.random_key
         self.tokens[rows, :length] = request.prompt_tokens
         self.last[rows] = request.prompt_tokens[-1]
@@ -144,6 +149,15 @@ class Slots:
         length += 1
         return self._stop_table[self.stop_set[:n], tokens] | (length >= self.limit[:n])
 
+    def stop_at_strings(self, stops: StopStrings) -> Bool:
+        """Whether the newest token of each running sample [n] completes one of its stop strings."""
+        for row in np.flatnonzero(self.has_stop_strings[: self.running]).tolist():
+            pending = self.pending[row]
+            assert pending is not None
+            answer = self.tokens[row, self.prompt_length[row] : self.length[row]]
+            self.stopped_by[row] = stops.completed(answer, pending.request.sampling.stop)
+        return np.array([bool(string) for string in self.stopped_by[: self.running]])
+
     def note_alternatives(self, rows: Int64, ids: Int32, logprobs: Float32) -> None:
         """Note the likeliest tokens [m, k] at the next position of ``rows`` [m], each row as many as it asked for."""
         for row, count, tokens, values in zip(
@@ -157,7 +171,8 @@ class Slots:
         assert pending is not None
         made = slice(int(self.prompt_length[row]), int(self.length[row]))
         tokens = self.tokens[row, made].copy()
-        stopped = len(tokens) > 0 and bool(self._stop_table[self.stop_set[row], tokens[-1]])
+        string = self.stopped_by[row]
+        stopped = bool(string) or (len(tokens) > 0 and bool(self._stop_table[self.stop_set[row], tokens[-1]]))
         finish: FinishReason = "abort" if aborted else "stop" if stopped else "length"
         return Completion(
             request=pending.request.id,
@@ -168,6 +183,7 @@ class Slots:
             finish=finish,
             times=(pending.submitted, float(self.first_token[row]) if len(tokens) else now, now),
             alternatives=stacked(self.alternatives[row], pending.request.sampling.alternatives),
+            stopped_by=string,
         )
 
     def remove(self, finished: Bool) -> tuple[Int64, Int64]:
@@ -180,7 +196,7 @@ class Slots:
                 column[target] = column[source]
         for to, row in zip(target.tolist(), source.tolist(), strict=True):
             self.pending[to] = self.pending[row]
-            self.alternatives[to] = self.alternatives[row]
+            self.alternatives[to], self.stopped_by[to] = self.alternatives[row], self.stopped_by[row]
         self.pending[left : self.running] = [None] * (self.running - left)
         self.running = left
         self._note_kinds()
@@ -201,6 +217,7 @@ class Slots:
         self.any_greedy = bool(self.greedy[:n].any())
         self.filtered = bool((self.top_p[:n] < 1).any() or (self.top_k[:n] > 0).any())
         self.most_alternatives = int(self.alternatives_count[:n].max(initial=0))
+        self.any_stop_strings = bool(self.has_stop_strings[:n].any())
 
 
 def stacked(noted: list[tuple[Int32, Float32]], count: int) -> Alternatives | None:

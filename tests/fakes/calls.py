@@ -25,15 +25,15 @@ DEFAULTS: Json = {
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
     "no_stop_trim": False,
+    "stop": None,
 }
-NULLABLE = ("max_new_tokens", "stop_token_ids", "sampling_seed", "stream_interval")
+NULLABLE = ("max_new_tokens", "stop", "stop_token_ids", "sampling_seed", "stream_interval")
 UNSUPPORTED: Json = {
     "min_p": 0.0,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
     "min_new_tokens": 0,
-    "stop": None,
     "stop_regex": None,
     "json_schema": None,
     "regex": None,
@@ -90,6 +90,8 @@ class Req:
     return_logprob: bool
     start: int
     extra_key: str = ""
+    strings: tuple[str, ...] = ()
+    window: int = 0
     key: int = -1
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -188,7 +190,25 @@ def sampling_params(given: Json) -> Json:
     return params | {"top_k": max(0, top_k), "temperature": temperature if temperature >= 1e-6 else 0.0}
 
 
-def checked(item: Item, options: argparse.Namespace) -> Req:
+def stop_strings(params: Json, encode: Callable[[str], list[int]] | None) -> tuple[tuple[str, ...], int]:
+    """The strings, and how many of the last tokens SGLang looks for them in: as many as it would cut the longest into,
+    and one. Trap: of a string that the model has cut otherwise it may see a part only.
+    """
+    given = params["stop"] or []
+    strings = (given,) if isinstance(given, str) else tuple(given)
+    if strings and encode is None:
+        raise RefusedError(
+            f"stop={list(strings)!r} is unavailable when skip_tokenizer_init=True (requires tokenizer to decode tokens "
+            f"to text for matching)."
+        )
+    if len(strings) > 32:
+        raise RefusedError(f"at most 32 stop strings are allowed, got {len(strings)}")
+    if strings and not params["no_stop_trim"]:
+        raise RefusedError("the fake server does not trim stop strings off the text")
+    return strings, 1 + max((len(encode(string)) for string in strings if encode), default=0)
+
+
+def checked(item: Item, options: argparse.Namespace, encode: Callable[[str], list[int]] | None) -> Req:
     """The scheduler's request. RefusedError where SGLang's manager refuses it; where its scheduler does, a request
     that ends as aborted.
     """
@@ -209,6 +229,7 @@ def checked(item: Item, options: argparse.Namespace) -> Req:
         item.return_logprob,
         length if item.start == -1 else item.start,
         item.extra_key,
+        *stop_strings(params, encode),
     )
     if refused := _refused(req, longest - 5):
         req.prompt, req.return_logprob, req.start = [0], False, 1

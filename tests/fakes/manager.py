@@ -104,7 +104,7 @@ class Manager:
         self.last_receive = time.time()
         self.leaving = self.unhealthy = False
         self.tokenizer = read_tokenizer(options)
-        self.scheduler = Scheduler(options, self._heard, die)
+        self.scheduler = Scheduler(options, self._heard, die, self.decode)
         self.scheduler.start()
 
     # To and from the scheduler
@@ -242,6 +242,9 @@ class Manager:
                 self._release(rid)
             raise
 
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
     def encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise RefusedError(
@@ -256,7 +259,7 @@ class Manager:
         self.states[item.rid] = State(item.stream, item.return_logprob)
 
     def _send(self, item: Item) -> None:
-        req = checked(item, self.options)
+        req = checked(item, self.options, self.encode if self.tokenizer else None)
         self.tell(lambda: self.scheduler.submit(req))
         self.states[item.rid].dispatched = True
 

@@ -62,7 +62,8 @@ class Update:
 
 
 class Scheduler(threading.Thread):
-    """Runs commands between steps, in their order; ``deliver`` hands chunks on, ``die`` takes a traceback.
+    """Runs commands between steps, in their order; ``deliver`` hands chunks on, ``die`` takes a traceback, ``decode``
+    makes text of tokens.
 
     A command that raises is the end of the server, as an exception in SGLang's scheduler is.
     """
@@ -72,6 +73,7 @@ class Scheduler(threading.Thread):
         options: argparse.Namespace,
         deliver: Callable[[list[Chunk]], None],
         die: Callable[[str], None],
+        decode: Callable[[list[int]], str],
     ) -> None:
         super().__init__(name="fake-sglang", daemon=True)
         self.options, self.since = options, parse_version(options.sglang_version)
@@ -88,7 +90,7 @@ class Scheduler(threading.Thread):
         self.paused = self.stopped = self.session = False
         self.versions = [options.weight_version]
         self.tokens = self.retracted = 0
-        self._deliver, self._die = deliver, die
+        self._deliver, self._die, self._decode = deliver, die, decode
         self._tail = False
         """The last request has ended in the last turn: to SGLang it is there until the next, and whatever comes between
         finds the server busy. ``--linger-seconds`` makes that long enough to be seen.
@@ -182,10 +184,16 @@ class Scheduler(threading.Thread):
             self.tokens += 1
         if req.to_finish:
             req.finish = req.to_finish
+        elif req.output and (string := self._stopped_by(req)):
+            req.finish = {"type": "stop", "matched": string}
         elif req.output and token in req.stops:
             req.finish = {"type": "stop", "matched": token}
         elif len(req.output) >= req.limit:
             req.finish = {"type": "length", "length": req.limit}
+
+    def _stopped_by(self, req: Req) -> str:
+        text = self._decode(req.output[-req.window :]) if req.strings else ""
+        return next((string for string in req.strings if string in text), "")
 
     def _due(self, req: Req) -> bool:
         made = len(req.output)

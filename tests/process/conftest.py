@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fakes.client import Weights, build
+from fakes.client import VOCAB, Weights, build
+from fakes.text import save_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -14,5 +15,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, Weights]
     for seed in (0, 1):
         model = build(seed)
         model.save_pretrained(folder / str(seed))
+        save_tokenizer(folder / str(seed), VOCAB)
         made.append(Weights(folder / str(seed), model))
     return made[0], made[1]

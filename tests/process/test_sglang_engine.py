@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -15,12 +16,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from fakes.client import VOCAB, Weights
-from offtrail.core.protocols import Completion, Request
+from fakes.client import PROMPT, VOCAB, Server, Weights
+from fakes.text import first_with, strings_of
+from offtrail.core.protocols import Completion, Engine, Request
 from offtrail.core.types import Sampling
-from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
 from offtrail.platform.engines.channels import open_channel, open_reader
+from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.engines.sglang.engine import SglangEngine
 from offtrail.platform.weights.store import Publisher, Subscriber
 
@@ -164,6 +168,62 @@ def test_alternatives_are_the_likeliest_tokens_of_each_position(
             assert c.alternatives.tokens.dtype == np.int32
             assert c.alternatives.tokens.tolist() == likeliest.indices[:, :5].tolist()
             np.testing.assert_allclose(c.alternatives.logprobs, likeliest.values[:, :5], atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string(
+    engine: SglangEngine, weights: tuple[Weights, Weights], start: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The local engine's tokens, greedily, whatever the string: of several tokens, or ending in the middle of one. Also
+    where the server does not see it itself, and makes more tokens.
+    """
+    monkeypatch.setattr(engine._client, "decodes", told)
+    local = LocalEngine(weights[0].path, LocalConfig(max_running=4), max_length=512, threads=1)
+    prompt = ask()[0].prompt_tokens
+    greedy = Sampling(60, temperature=0.0)
+    plain = collect(local, [Request(0, prompt, 1, greedy)])[0]
+    requests = [
+        Request(i, prompt, 1, replace(greedy, stop=("never", string), alternatives=2))
+        for i, string in enumerate(strings_of(weights[0].path, plain.tokens.tolist()))
+    ]
+    requests.append(Request(len(requests), prompt, 1, replace(greedy, stop=("never",), alternatives=2)))
+    ours, theirs = collect(local, requests), collect(engine, requests)
+    assert len(requests) > 5
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other.tokens.tolist() == mine.tokens.tolist()
+        assert (other.finish, other.stopped_by) == (mine.finish, mine.stopped_by)
+        assert len(other.logprobs) == len(other.versions) == len(other.alternatives.tokens) == len(mine.tokens)
+        assert set(other.versions.tolist()) == {start}
+        np.testing.assert_allclose(other.logprobs, mine.logprobs, atol=CLOSE, rtol=0)
+    assert (theirs[-1].finish, theirs[-1].stopped_by) == ("length", "")
+    assert all(c.finish == "stop" and c.stopped_by for c in theirs[:-1])
+
+
+def test_a_server_with_a_tokenizer_stops_at_strings_itself_and_leaves_the_tokens_whole(
+    engine: SglangEngine, weights: tuple[Weights, Weights], start: int
+) -> None:
+    address = engine.servers.address(0)
+    server = Server("", address.url, address.key, address.admin_key)
+    tokenizer = Tokenizer.from_file(str(weights[0].path / "tokenizer.json"))
+    body = {"input_ids": PROMPT, "return_logprob": True}
+    greedy = {"max_new_tokens": 40, "temperature": 0.0, "ignore_eos": True, "no_stop_trim": True}
+    plain = asyncio.run(server.generate(body | {"sampling_params": greedy}))["output_ids"]
+    pairs = [tokenizer.decode(plain[i : i + 2], skip_special_tokens=False) for i in range(1, 39)]
+    string = next(text for text in pairs if text.isascii())
+    count, _ = first_with(tokenizer, plain, (string,))
+    answer = asyncio.run(server.generate(body | {"sampling_params": greedy | {"stop": ["never", string]}}))
+    assert answer["output_ids"] == plain[:count]
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": string}
+    assert len(answer["meta_info"]["output_token_logprobs"]) == count < 40
+
+
+def collect(engine: Engine, requests: list[Request]) -> list[Completion]:
+    done, limit = list[Completion](), time.monotonic() + 60
+    engine.generate(requests)
+    while engine.unfinished:
+        done += engine.step()
+        assert time.monotonic() < limit, f"{engine.unfinished} samples never came"
+    return sorted(done, key=lambda completion: completion.request)
 
 
 def test_a_stop_token_ends_an_answer_and_is_its_last(engine: SglangEngine, start: int) -> None:

@@ -30,11 +30,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-import numpy as np
 
-from offtrail.core.protocols import Alternatives, Completion, Request
+from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import FinishReason, Int32
+from offtrail.platform.engines.sglang.job import Job, LostError
 from offtrail.platform.engines.sglang.servers import Address
+from offtrail.platform.engines.stops import StopStrings
 
 log = logging.getLogger("offtrail.generator")
 
@@ -44,58 +45,6 @@ COUNTERS = ("decoded_tokens", "prefilled_tokens", "prefix_hit_tokens", "reprefil
 """``attended``: positions attended to, by all decoded and first prefilled tokens."""
 LONGEST_LINE = 1 << 26
 """Bytes of one streamed report; aiohttp's own limit, 64 KiB, is a few thousand tokens."""
-
-
-@dataclass
-class Job:
-    """One sample on its way. ``tokens`` and ``logprobs`` grow as the server reports; ``spans`` are (version, end).
-
-    ``serial`` is the client's own number of the request: the same request may come again after it was lost.
-    """
-
-    request: Request
-    serial: int
-    index: int
-    submitted: float
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    alternatives: list[list[Any]] = field(default_factory=list)
-    """[log-probability, token, …] of each of the likeliest tokens, at each position."""
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    segment: int = 0
-    """How often it was handed back for an update and sent again."""
-    segment_start: int = 0
-    """Tokens before this segment."""
-    report: dict[str, Any] | None = None
-    """The server's last word on this segment, until it is charged."""
-    first: float = 0.0
-    last: float = 0.0
-
-    def completion(self, finish: FinishReason) -> Completion:
-        """As it stands."""
-        versions = np.full(len(self.tokens), -1, np.int32)  # the server tells them with its last report
-        start = 0
-        for version, end in self.spans:
-            versions[start:end] = version
-            start = end
-        now = time.time()
-        times = (self.submitted, self.first or now, self.last or now)
-        return Completion(
-            self.request.id, self.index, np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32), versions,
-            finish, times, self._alternatives(),
-        )  # fmt: skip
-
-    def _alternatives(self) -> Alternatives | None:
-        if not (count := self.request.sampling.alternatives):
-            return None
-        shape = len(self.alternatives), count
-        tokens = [[entry[1] for entry in position] for position in self.alternatives]
-        logprobs = [[entry[0] for entry in position] for position in self.alternatives]
-        return Alternatives(np.array(tokens, np.int32).reshape(shape), np.array(logprobs, np.float32).reshape(shape))
-
-
-class LostError(RuntimeError):
-    """The server of a sample is gone, or broke off: what it made is not known whole."""
 
 
 @dataclass
@@ -171,11 +120,13 @@ class Client:
     """Samples on their way. Called from the engine's thread, except where a name begins with an underscore.
 
     ``prefix_tokens``: prompts at least so long send one sample ahead. ``keyed``: the servers take a seed a sample.
-    ``recomputes``: an update has the servers prefill unfinished samples again. ``counters`` are cumulative.
+    ``recomputes``: an update has the servers prefill unfinished samples again. ``decodes``: every server has a
+    tokenizer. ``counters`` are cumulative.
     """
 
-    def __init__(self, loop: Loop, *, prefix_tokens: int, keyed: bool, recomputes: bool) -> None:
+    def __init__(self, loop: Loop, *, prefix_tokens: int, keyed: bool, recomputes: bool, stops: StopStrings) -> None:
         self.loop, self.prefix_tokens, self.keyed, self.recomputes = loop, prefix_tokens, keyed, recomputes
+        self.stops, self.decodes = stops, True
         self._name, self._serials = uuid.uuid4().hex[:8], itertools.count()
         self.places: dict[int, Place] = {}
         self.counters = dict.fromkeys(COUNTERS, 0.0)
@@ -271,7 +222,7 @@ class Client:
             finally:
                 place.open_requests -= 1
             left = job.request.sampling.max_new_tokens - len(job.tokens)
-            if reason == "stop":
+            if reason == "stop" or job.stopped_by:
                 return "stop"
             if reason == "length" or left < 1:
                 return "length"
@@ -280,7 +231,7 @@ class Client:
 
     async def _segment(self, place: Place, job: Job, first: Callable[[], None]) -> str:
         address = self.router or place.address
-        job.segment_start, job.report, own = len(job.tokens), None, None
+        job.segment_start, job.report, own, told = len(job.tokens), None, None, False
         async with self.loop.session.post(
             f"{address.url}/generate", json=self._body(place, job), headers={"Authorization": f"Bearer {address.key}"}
         ) as reply:
@@ -295,18 +246,23 @@ class Client:
                 if not job.tokens:
                     job.first = time.time()
                 place.heard = time.monotonic()
-                self._grow(job, report)
+                job.grow(report, self.stops)
                 if job.tokens:
                     first()
                     first = _nothing
                 own = job.report = report["meta_info"]
+                if job.stopped_by and not told and own.get("finish_reason") is None:  # the server may cut it otherwise
+                    self._tell(place.address, self._rid(job))
+                    told = True
         if own is None or own.get("finish_reason") is None:
             raise LostError(f"{address.url}/generate ended before sample {self._rid(job)} did")
         job.last = time.time()
-        self._stamp(job, own)
+        job.stamp(own)
         self._charge(job)
         first()  # an answer of no token frees its followers too
         reason = own["finish_reason"]
+        if not job.stopped_by and reason.get("matched") in job.request.sampling.stop:
+            job.stopped_by = reason["matched"]
         if reason["type"] == "abort" and reason.get("status_code"):
             raise LostError(f"{address.url}/generate: {reason.get('message', reason)}")
         return str(reason["type"])
@@ -326,6 +282,8 @@ class Client:
             parameters["stop_token_ids"] = list(sampling.stop_token_ids)
         else:  # the server would stop at the model's own end-of-text
             parameters["ignore_eos"] = True
+        if sampling.stop and self.decodes:  # it knows a stop string only as it would cut it: Job.grow knows all
+            parameters |= {"stop": list(sampling.stop), "no_stop_trim": True}
         if self.keyed:
             parameters["sampling_seed"] = hash((sampling.seed, job.request.random_key, job.index)) & 0x7FFFFFFF
         return {
@@ -338,34 +296,14 @@ class Client:
             **cache_key(place.version),
         }
 
-    @staticmethod
-    def _grow(job: Job, report: dict[str, Any]) -> None:
-        """Take the new tokens of one report (servers run with --incremental-streaming-output)."""
-        new, scored = report["output_ids"], report["meta_info"].get("output_token_logprobs") or []
-        if len(new) != len(scored):
-            raise LostError(f"sample {job.index}: {len(new)} tokens came with {len(scored)} log-probabilities")
-        if job.request.sampling.alternatives:
-            likeliest = report["meta_info"].get("output_top_logprobs") or []
-            if len(new) != len(likeliest):
-                raise LostError(f"sample {job.index}: {len(new)} tokens came with alternatives to {len(likeliest)}")
-            job.alternatives += likeliest
-        job.tokens += new
-        job.logprobs += [entry[0] for entry in scored]
-
-    @staticmethod
-    def _stamp(job: Job, meta: dict[str, Any]) -> None:
-        spans, before = meta.get("weight_versions"), job.segment_start
-        if spans is None:  # SGLang < 0.5.19: never updated while it runs, so one version a segment
-            spans = [{"version": meta["weight_version"], "end": len(job.tokens) - before}]
-        job.spans += [(int(span["version"]), before + int(span["end"])) for span in spans]
-
     def _charge(self, job: Job) -> None:
         """Count what the server has computed in this segment, once, as far as its last report tells."""
         if job.report is None:
             return
         cached, prompt = int(job.report.get("cached_tokens") or 0), len(job.request.prompt_tokens)
         before = job.segment_start
-        new, job.report = len(job.tokens) - before, None
+        # Of a sample that a stop string ended, the server may have made more than was taken.
+        new, job.report = int(job.report.get("completion_tokens") or len(job.tokens) - before), None
         self.counters["decoded_tokens"] += new
         self.counters["attended"] += new * (prompt + before) + new * (new + 1) // 2
         if not job.segment:

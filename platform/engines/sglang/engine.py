@@ -35,7 +35,7 @@ from offtrail.platform.config.schema import SglangConfig
 from offtrail.platform.engines.cost import Cost
 from offtrail.platform.engines.limits import check_request, check_tokens
 from offtrail.platform.engines.sglang import versions
-from offtrail.platform.engines.sglang.client import Client, Loop, LostError, logprobs_of
+from offtrail.platform.engines.sglang.client import Client, Loop, logprobs_of
 from offtrail.platform.engines.sglang.control import (
     LOADER,
     AnsweredError,
@@ -50,7 +50,9 @@ from offtrail.platform.engines.sglang.control import (
     Transfer,
     swap,
 )
+from offtrail.platform.engines.sglang.job import LostError
 from offtrail.platform.engines.sglang.servers import SERVER, Address, ServerError, Servers
+from offtrail.platform.engines.stops import StopStrings
 from offtrail.platform.weights.memory import Handles, Pushed
 from offtrail.platform.weights.store import Published, copy_whole
 
@@ -112,6 +114,7 @@ class SglangEngine:
             run_dir=run_dir,
             command=command,
         )
+        self._stops = StopStrings(model_dir)
         self._loop = Loop(f"sglang-{owner}")
         self._loop.run(self._start())  # the kernel kills servers when the thread ends that started them
         self._client = Client(
@@ -119,6 +122,7 @@ class SglangEngine:
             prefix_tokens=config.prefix_tokens,
             keyed="--enable-deterministic-inference" in config.flags,
             recomputes=config.kv_on_update == "recompute",
+            stops=self._stops,
         )
         self._watching = self._loop.submit(self._watch())
 
@@ -163,6 +167,8 @@ class SglangEngine:
         self._raise_failure()
         for request in requests:
             check_request(request, vocab_size=self.vocab_size, max_length=self.max_length)
+            if request.sampling.stop:
+                self._stops.load()
         for request in requests:
             self._remaining[request.id] += request.samples
         self._client.generate(requests)
@@ -409,6 +415,7 @@ class SglangEngine:
             if about is None:
                 continue
             self._about[address] = about
+            self._client.decodes &= not about.get("skip_tokenizer_init")
             # One that was here before may hold another run's version under the same number.
             self._note(address, -1 if self._config.urls else _number(about.get("weight_version")))
         for address in set(self._held) - set(up.values()):
