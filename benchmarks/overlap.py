@@ -96,13 +96,15 @@ class Generation:
                 group = todo.pop()
                 step = group.slot // self.config.batch.groups
                 sampling = training_sampling(self.config, self.text.stop_token_ids, step)
-                drivers[group.group] = driver = SampleDriver(sampling, "alone")
                 lease = Lease(group.group, group.slot, 1, group.problem, group.size, min_version=0)
-                self.engine.generate(driver.start(lease, self.text.encode(group.problem)))
+                drivers[group.group] = driver = SampleDriver(lease, sampling, "alone")
+                [ask] = driver.start(self.text.encode(group.problem))
+                self.engine.generate([ask.request(group.group, group.group)])
             for completion in self.engine.step():
-                _, done = drivers[completion.request].finished(completion)
-                if done is not None:
-                    made.append(self.scored(done))
+                driver = drivers[completion.request]
+                driver.answered(0, completion)
+                if driver.group is not None:
+                    made.append(self.scored(driver.group))
         return made
 
     def scored(self, group: Group) -> Group:

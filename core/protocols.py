@@ -1,4 +1,6 @@
-"""The three seams: Engine (makes tokens), Driver (turns a lease into requests and back), Scorer (neural scores)."""
+"""The seams: Engine (makes tokens), Driver (turns a lease into asks, and their answers into a group), and who judges
+text beside generation: Verifier (by rule) and Scorer (neural).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from offtrail.core.types import FinishReason, Float32, Group, Int32, Lease, Sampling
+from offtrail.core.types import Channel, FinishReason, Float32, Group, Int32, Lease, Problem, Sampling, ScoredBy
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,27 +142,147 @@ class Engine(Protocol):
         """Give back what the engine holds."""
 
 
-class Driver(Protocol):
-    """Turns one lease into engine requests, and their completions into one group."""
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Ask for ``samples`` answers to a prompt: the lease's own, or one that goes on from it with tokens of an earlier
+    answer. Each comes back as one Completion. The number ``ask`` keys the randomness, so number asks by what they are
+    (a round, a node), never by what came first: then a run in exact mode repeats.
+    """
 
-    def start(self, lease: Lease, prompt_tokens: Int32) -> list[Request]:
-        """The requests to queue now."""
+    ask: int
+    prompt_tokens: Int32
+    samples: int
+    sampling: Sampling
 
-    def finished(self, completion: Completion) -> tuple[list[Request], Group | None]:
-        """Take a completion of one of this lease's requests: more requests, and the group once it is whole."""
+    def request(self, id: int, group: int) -> Request:
+        """The engine's request: ask 0 draws by the group's id alone, any other by a number of its own."""
+        return Request(id, self.prompt_tokens, self.samples, self.sampling, key=group + (self.ask << 40))
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Ask for the rule rewards of n ``outputs``, tokens after the lease's prompt; one Verdict comes back. ``finished``
+    [n]: where the output ended by itself, with its stop token.
+    """
+
+    ask: int
+    outputs: tuple[Int32, ...]
+    finished: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Ask the scorer of that name about n ``outputs``, finished or not, tokens after the lease's prompt; one Scores
+    comes back.
+    """
+
+    ask: int
+    scorer: str
+    outputs: tuple[Int32, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Give up an earlier ask: what is left of it is stopped and answers nothing."""
+
+    ask: int
+
+
+Ask = Generate | Verify | Score | Cancel
+LAST_ASK = (1 << 23) - 1
+"""The highest number of an ask: with the group's id it makes 64 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Rule rewards of n outputs: ``components`` name → [n], NaN where one does not apply, and their weighted total
+    ``rewards`` [n].
+    """
+
+    components: Mapping[str, Float32]
+    rewards: Float32
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of one group by one version of a scorer: a group never mixes versions."""
+    """What one version of a scorer says of n outputs. ``components`` name → [n] enter the reward; ``channels`` stand
+    beside it, with the axes that a group of these outputs would have, and ``step_ends`` [S] where one is by steps.
+    """
 
-    version: int
-    scalar: Float32 | None = None
-    channels: Mapping[str, Float32] = field(default_factory=dict)
+    by: ScoredBy
+    components: Mapping[str, Float32] = field(default_factory=dict)
+    channels: Mapping[str, Channel] = field(default_factory=dict)
+    step_ends: Int32 | None = None
+
+
+Answer = Completion | Verdict | Scores
+
+
+class Driver(Protocol):
+    """Turns one lease into asks, and their answers into one group. Sans I/O: it knows neither engine nor clock.
+
+    It may have any number of asks in flight, each under a number of its own from 0 to LAST_ASK, never used again.
+    A ValueError that it raises, or an ask that does not fit (a prompt too long, a scorer that is not there), fails its
+    group and nothing else.
+    """
+
+    @property
+    def lease(self) -> Lease:
+        """What it was made for."""
+
+    @property
+    def width(self) -> int:
+        """The most samples that it keeps in flight: how much of an engine it fills."""
+
+    @property
+    def group(self) -> Group | None:
+        """The group, once it is whole: then what is still in flight is cancelled. Rewards may be left zero, and
+        components empty: verifiers and scorers are asked about every group before it is submitted.
+        """
+
+    def start(self, prompt_tokens: Int32) -> Sequence[Ask]:
+        """What to ask first."""
+
+    def answered(self, ask: int, answer: Answer) -> Sequence[Ask]:
+        """Take an answer to the ask of that number (a Completion's ``request`` is that number too); what to ask now."""
+
+
+class Verifier(Protocol):
+    """Rule rewards beside generation. Every submitted key comes back from ``poll`` once, within a deadline of its own;
+    nothing blocks.
+    """
+
+    counters: dict[str, float]
+
+    def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+        """Queue n answers to a problem. Keys are the caller's, unique among those that have not come back."""
+
+    def poll(self) -> list[tuple[int, dict[str, Float32] | None]]:
+        """(key, components name → [n], or None where they must be refused) of what was decided since the last call."""
+
+    def reason(self, key: int) -> str:
+        """Why ``poll`` gave None for the key; asked once."""
+
+    def close(self) -> None:
+        """End it; what has not come back is given up."""
 
 
 class Scorer(Protocol):
-    """Neural scores (reward model, PRM, search value) asked for before a group is submitted."""
+    """Neural scores beside generation (reward model, PRM, search value), under the rules of a Verifier."""
 
-    def score(self, group: Group) -> Scores:
-        """Score all samples of the group under one version."""
+    counters: dict[str, float]
+
+    def applies(self, group: Group) -> bool:
+        """Whether it must score this whole group before the group is submitted; drivers may ask it at any time."""
+
+    def submit(self, key: int, problem: Problem, prompt_tokens: Int32, outputs: Sequence[Int32]) -> None:
+        """Queue n outputs, tokens after the prompt. ValueError where they do not fit the model."""
+
+    def poll(self) -> list[tuple[int, Scores | None]]:
+        """(key, scores, or None where they must be refused) of what was decided since the last call."""
+
+    def reason(self, key: int) -> str:
+        """Why ``poll`` gave None for the key; asked once."""
+
+    def close(self) -> None:
+        """End it; what has not come back is given up."""

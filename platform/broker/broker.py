@@ -103,7 +103,10 @@ class Broker:
         except ValueError:
             self.ledger.close()
             raise
-        self.scheduler = Scheduler(self.ledger, self.admission, problems, config.batch.group_size)
+        samples, search = config.batch.group_size, config.search
+        self.scheduler = Scheduler(
+            self.ledger, self.admission, problems, samples, driver=search.name, flexible=search.flexible
+        )
         self.ledger.release()
         self.scheduler.rewind()
         self.roster = Roster()

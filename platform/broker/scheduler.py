@@ -55,7 +55,8 @@ def counted(versions: Int32) -> dict[int, int]:
 class Scheduler:
     """Grants, arrivals, batches and commits of one run.
 
-    ``samples``: those that a lease expects of its group; a ``flexible`` driver may give it another number of them.
+    ``samples``: those that a lease expects of its group; its ``driver`` may give it another number where it is
+    ``flexible``.
     ``version``: the newest one published in this life (−1: none yet). ``handed``: the newest step whose batch was
     handed out in this life.
     """
@@ -67,10 +68,11 @@ class Scheduler:
         problems: Callable[[int], Problem],
         samples: int,
         *,
+        driver: str = "sample",
         flexible: bool = False,
     ) -> None:
         self.ledger, self.admission, self.problems = ledger, admission, problems
-        self.samples, self.flexible = samples, flexible
+        self.samples, self.driver, self.flexible = samples, driver, flexible
         self.version = -1
         self.replay_until = 0
         self.handed = -1
@@ -152,6 +154,7 @@ class Scheduler:
             min_version=row.needs,
             exact_version=row.needs if exact else -1,
             wave=wave,
+            driver=self.driver,
         )
 
     def why_no_lease(self, holder: str, generators: int) -> str:

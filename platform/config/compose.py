@@ -28,11 +28,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import offtrail
-from offtrail.core.plugins import is_plugin
+from offtrail.core.plugins import OUTSIDE, is_plugin
 from offtrail.core.settings import PathKind
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
 from offtrail.platform.config.files import Raw, guess, read_file, read_text, yaml_problem
-from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys
+from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys, variant_of
 from offtrail.platform.config.recipe import Stage, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
@@ -161,8 +161,8 @@ def options_of(group: str) -> list[str]:
 def _option_values(group: str, option: str) -> tuple[dict[str, Raw], dict[str, Raw]]:
     """(its own section's values, its defaults in other sections), by dotted key."""
     options = options_of(group)
-    if group == "task" and is_plugin(option):
-        return {"task.name": option}, {}
+    if is_plugin(option) and (group == "task" or OUTSIDE in VARIANTS.get(group, {})):
+        return {f"{group}.name": option}, {}
     if option not in options:
         hint = f"; a folder or a name is model.path={option}" if group == "model" and "/" in option else ""
         raise refuse(
@@ -207,10 +207,11 @@ def build(values: Mapping[str, Raw]) -> Config:
         if group == "task" and isinstance(name, str) and is_plugin(name):
             base.task = _task_from_outside(name)
             continue
-        if not isinstance(name, str) or name not in variants:
+        variant = variant_of(group, name)
+        if variant is None:
             near = nearest_text(str(name), variants)
             raise refuse(f"{group}.name", name, f"must be one of {', '.join(variants)}{near}")
-        setattr(base, group, variants[name]())
+        setattr(base, group, variant())
     keys = keys_of(base)
     tree = OmegaConf.structured(base)
     for path, value in _with_entries(values, keys).items():
@@ -270,7 +271,9 @@ def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
         raise refuse(key.path, value, "must be UTF-8 text")
     if isinstance(value, str):
         value = _path(key.path_kind, value)
-    if key.type_text == "{name: {name: value}}":  # no declared type to go by
+    if key.type_text == "{name: value}":  # no declared type to go by
+        value = guess(value)
+    if key.type_text == "{name: {name: value}}":
         value = _paths_within(key, guess(value))
     try:
         OmegaConf.update(tree, key.path, _literal(value), merge=False)

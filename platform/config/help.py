@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import offtrail
+from offtrail.core.plugins import OUTSIDE
 from offtrail.core.settings import limits_text
 from offtrail.platform.config.compose import options_of
 from offtrail.platform.config.errors import show
@@ -35,7 +36,7 @@ def help_text() -> str:
     lines = [USAGE.format(version=offtrail.__version__), "Groups and their options (configs/GROUP/OPTION.yaml):"]
     for group in GROUPS:
         default = getattr(config, group).name
-        lines.append(f"  {group + '=':<12} {' | '.join(options_of(group))}   (default {default})")
+        lines.append(f"  {group + '=':<12} {' | '.join(_options(group))}   (default {default})")
     lines += ["", "Keys, with type = default:"]
     own = {key: value for key, value in keys_of(config).items() if "." not in key}
     lines += [*_rows(own.values()), ""]
@@ -48,6 +49,10 @@ def help_text() -> str:
             lines.append(f"{title}: {_summary(variant)}")
             lines += [*_rows(keys_of(variant(), f"{field.name}.").values()), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _options(group: str) -> list[str]:
+    return options_of(group) + [OUTSIDE] * (OUTSIDE in VARIANTS.get(group, {}))
 
 
 def _rows(keys: Iterable[Key]) -> Iterable[str]:

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from offtrail.algos.config import ALGOS, CORRECTIONS
+from offtrail.core.plugins import OUTSIDE, is_plugin
 from offtrail.core.settings import PathKind, told
 from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
+from offtrail.search.config import SEARCHES
 from offtrail.tasks.registry import families
 
 # Groups whose keys depend on `name`: the dataclass is chosen here first, so a key of another variant is an error.
@@ -26,9 +28,17 @@ VARIANTS: dict[str, Mapping[str, type[Any]]] = {
     "algo": ALGOS,
     "correction": CORRECTIONS,
     "engine": {"local": LocalConfig, "sglang": SglangConfig},
+    "search": SEARCHES,
 }
 # Groups with options in configs/; `recipe`, `model` and `reward` have one dataclass each and a free name.
 GROUPS = ("recipe", "model", "reward", *VARIANTS)
+
+
+def variant_of(group: str, name: object) -> type[Any] | None:
+    """The dataclass of a group's variant; where a group takes code from outside, `module:function` has one for all."""
+    variants = VARIANTS[group]
+    outside = isinstance(name, str) and is_plugin(name)
+    return variants.get(OUTSIDE if outside else str(name))
 
 
 @dataclass(frozen=True)

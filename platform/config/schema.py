@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from offtrail.algos.config import AlgoConfig, CorrectionConfig, DecoupledConfig, GrpoConfig
 from offtrail.core.settings import section, setting
 from offtrail.rewards.config import RewardConfig
+from offtrail.search.config import SearchConfig
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.config import TaskConfig
 
@@ -360,6 +361,7 @@ class Config:
     correction: CorrectionConfig = section(DecoupledConfig)
     reward: RewardConfig = section(RewardConfig)
     engine: EngineConfig = section(LocalConfig)
+    search: SearchConfig = section(SearchConfig)
     sft: SftConfig = section(SftConfig)
     batch: BatchConfig = section(BatchConfig)
     sampling: SamplingConfig = section(SamplingConfig)

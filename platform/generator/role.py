@@ -6,15 +6,20 @@ learner (versions), and waits only while the engine is empty.
 
 from __future__ import annotations
 
-from offtrail.core.types import Int32, Lease, Sampling
+from collections.abc import Mapping
+
+from offtrail.core.protocols import Driver
+from offtrail.core.types import Float32, Int32, Lease, Sampling
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.channels import open_reader
 from offtrail.platform.engines.make import make_engine
+from offtrail.platform.generator.judges import Judges
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import Connection, RoleContext
 from offtrail.platform.verifier.pool import VerifierPool
-from offtrail.search.sample import SampleDriver
+from offtrail.rewards.total import total
+from offtrail.search.registry import make_driver
 
 
 def main(context: RoleContext) -> None:
@@ -31,7 +36,7 @@ def main(context: RoleContext) -> None:
                 rollout.decode()
             else:
                 rollout.wait()
-            rollout.submit_scored()
+            rollout.submit_judged()
             rollout.charge()
     finally:
         rollout.close()
@@ -46,19 +51,25 @@ def open_rollout(context: RoleContext, connection: Connection) -> Rollout:
     def encode(lease: Lease) -> Int32:
         return text.encode(lease.problem)
 
-    def driver(lease: Lease) -> SampleDriver:
+    def step_of(slot: int) -> int:
         # A slot belongs to one batch; in completion order (on_violation=drop) to the one it is likely to enter.
-        return SampleDriver(training_sampling(config, text.stop_token_ids, lease.slot // config.batch.groups), name)
+        return slot // config.batch.groups
+
+    def driver(lease: Lease) -> Driver:
+        sampling = training_sampling(config, text.stop_token_ids, step_of(lease.slot))
+        return make_driver(config.search, lease, sampling, name)
+
+    def rewards(components: Mapping[str, Float32], task: str, slot: int) -> Float32:
+        return total(config.reward, components, task=task, step=step_of(slot))
 
     return Rollout(
         config=config,
         connection=connection,
         engine=make_engine(context),
         weights=open_reader(config, context.weights_folder),
-        verifiers=VerifierPool(config),
+        judges=Judges(VerifierPool(config), {}, text.decode, rewards),
         make_driver=driver,
         encode=encode,
-        decode_text=text.decode,
     )
 
 

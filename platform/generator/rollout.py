@@ -1,11 +1,12 @@
 """The rollout loop's parts. One Rollout owns one engine and everything between a lease and its acknowledged group.
 
-    leases ──► waiting ──(version applied)──► engine ──► driver ──► verifiers ──► submitted ──(ack)──► forgotten
-                                                └─ its server died: the lease goes back, to be issued again
+    leases ──► waiting ──(version applied)──► drivers ⇄ engine ──► judges ──► submitted ──(ack)──► forgotten
+                                                 └─ a server died: the lease goes back, to be issued again
 
 Invariants kept here
 - I2: a group enters the engine only when the engine's version is ≥ its lease's ``min_version``.
-- I2b, I3: in exact mode a wave enters whole, in slot order, into an empty engine that holds exactly its version.
+- I2b, I3: in exact mode a wave enters whole, in slot order, into an empty engine that holds exactly its version, and
+  weights and the next wave wait until all drivers of this one have ended.
 - I1: a group is forgotten only after the broker's acknowledgement, which comes after the group is durable.
 Nothing here blocks while the engine has work: replies, verdicts and weights are looked for between decode steps.
 """
@@ -20,11 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from offtrail.core.protocols import Driver, Engine
-from offtrail.core.types import FINISH_REASONS, Group, Int32, Lease
+from offtrail.core.types import Int32, Lease
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.channels import Reader
+from offtrail.platform.generator.drivers import Drivers
+from offtrail.platform.generator.judges import Judges
 from offtrail.platform.runtime.context import Connection
-from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.probe import compare, probe_text
 from offtrail.platform.wire.groups import group_frames
 from offtrail.platform.wire.messages import (
@@ -39,7 +41,6 @@ from offtrail.platform.wire.messages import (
     SubmitGroup,
 )
 from offtrail.platform.wire.sockets import WaitError
-from offtrail.rewards.total import total
 
 log = logging.getLogger("offtrail.generator")
 
@@ -52,26 +53,32 @@ class Rollout:
     connection: Connection
     engine: Engine
     weights: Reader
-    verifiers: VerifierPool
+    judges: Judges
     make_driver: Callable[[Lease], Driver]
     encode: Callable[[Lease], Int32]
-    decode_text: Callable[[Int32], str]
     stopping: bool = False
     waiting_for: str = "broker"
     newest: int = -1
     _lease_ticket: int | None = None
-    _waiting: list[Lease] = field(default_factory=list)
-    _running: dict[int, tuple[Lease, Driver]] = field(default_factory=dict)
-    _scoring: dict[int, Group] = field(default_factory=dict)
+    _waiting: list[Driver] = field(default_factory=list)
+    _running: Drivers = field(init=False)
+    _judging: set[int] = field(default_factory=set)
+    _width: int = 1
+    """Samples that the next lease is thought to bring: as many as the last one."""
     _unacknowledged: dict[int, int] = field(default_factory=dict)
     _returned: set[int] = field(default_factory=set)
     _attempts: dict[int, int] = field(default_factory=dict)
     _charged: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """No driver runs yet."""
+        self._width = self.config.batch.group_size
+        self._running = Drivers(self.engine, self.judges, rounds=self._exact)
+
     @property
     def held(self) -> int:
         """Groups between lease and acknowledgement."""
-        return len(self._waiting) + len(self._running) + len(self._scoring) + len(self._unacknowledged)
+        return len(self._waiting) + len(self._running) + len(self._judging) + len(self._unacknowledged)
 
     # --- the verbs ---
 
@@ -100,84 +107,75 @@ class Rollout:
                 with self.weights.open(version) as weights:
                     self.engine.load_weights(version, weights)
             except FileNotFoundError:
-                if self.config.staleness.mode == "exact":
+                if self._exact:
                     raise
                 return  # retired while we looked: a newer one is out, the next turn takes it
             self._probe(version)
 
     def start_ready(self) -> None:
-        """Hand the engine every lease whose version rule is met."""
-        for lease in self._ready():
-            self._waiting.remove(lease)
-            driver = self.make_driver(lease)
+        """Start every driver whose lease's version rule is met."""
+        for driver in self._ready():
+            self._waiting.remove(driver)
             try:
-                requests = driver.start(lease, self.encode(lease))
-                self.engine.generate(requests)
-            except ValueError as error:  # a prompt that does not fit: the group's fault, not the generator's
-                log.warning("group %d failed: %s", lease.group, error)
-                self._fail(lease.group, self._attempts.pop(lease.group), str(error))
-                continue
-            self._running[lease.group] = (lease, driver)
+                prompt_tokens = self.encode(driver.lease)
+            except ValueError as error:
+                self._give_up(driver.lease, str(error))
+            else:
+                self._running.start(driver, prompt_tokens)
+        self._take_ended()
 
     def decode(self) -> None:
-        """One decode step; finished samples go to their driver, finished groups to the verifiers."""
+        """One decode step; finished samples go to their drivers."""
         activity, server = self.connection.activity, self.engine.waiting_for
         with activity.waiting("server", on=server) if server else activity.busy("decode"):
             completions = self.engine.step()
         self._return_lost()
-        for completion in completions:
-            if completion.request not in self._running:  # lost since
-                continue
-            _, driver = self._running[completion.request]
-            requests, group = driver.finished(completion)
-            if requests:
-                self.engine.generate(requests)
-            if group is not None:
-                del self._running[completion.request]
-                self._verify(group)
+        self._running.completed(completions)
+        self._take_ended()
 
-    def submit_scored(self) -> None:
-        """Send every group whose verdict is in; a verifier that was killed may fail its group (reward.on_timeout)."""
-        for key, components in self.verifiers.poll():
-            group = self._scoring.pop(key)
-            group.attempt = self._attempts.pop(key)
-            if components is None:
-                self._fail(group.group, group.attempt, self.verifiers.reason(key))
+    def submit_judged(self) -> None:
+        """Take verdicts and scores to the drivers that asked, and send every group that all have judged; one that they
+        refuse (reward.on_timeout) fails.
+        """
+        answers, groups = self.judges.poll()
+        self._running.judged(answers)
+        self._take_ended()
+        for group, refused in groups:
+            self._judging.remove(group.group)
+            group.attempt = self._attempts.pop(group.group)
+            if refused:
+                self._fail(group.group, group.attempt, refused)
                 continue
-            group.components = components
-            step = group.slot // self.config.batch.groups  # in completion order: the likely one
-            group.rewards = total(self.config.reward, components, task=group.problem.task, step=step)
             header, arrays = group_frames(group)
             ticket = self.connection.client.send(SubmitGroup(header=header), arrays)
             self._unacknowledged[ticket] = group.group
 
     def charge(self) -> None:
-        """The cumulative counters of engine and verifiers into the compute ledger (I6)."""
+        """The cumulative counters of engine and judges into the compute ledger (I6)."""
         activity = self.connection.activity
-        for name, value in {**self.engine.counters, **self.verifiers.counters}.items():
+        for name, value in {**self.engine.counters, **self.judges.counters}.items():
             activity.charge(name, value - self._charged.get(name, 0.0))
             self._charged[name] = value
         activity.gauge("running_samples", float(self.engine.unfinished))
         activity.gauge("version", float(self.engine.version))
 
     def wait(self) -> None:
-        """Nothing to decode: wait for the broker, the verifiers or a version, whichever the held groups need.
+        """Nothing to decode: wait for the broker, the judges or a version, whichever the held groups need.
 
         Raises WaitError (I4) when the broker has answered no heartbeat for broker.deadline_seconds.
         """
         heartbeat, server = self.connection.heartbeat, self.engine.waiting_for
-        what, on = ("verdicts", "verifiers") if self._scoring else ("leases", self.waiting_for)
-        if server and not self._scoring:
-            what, on = "server", server
+        judges = self.judges.waiting_on
+        what, on = ("verdicts", judges) if judges else ("server", server) if server else ("leases", self.waiting_for)
         with self.connection.activity.waiting(what, on=on):
-            self.take_replies(timeout_s=0.001 if self._scoring else 0.02)
+            self.take_replies(timeout_s=0.001 if judges else 0.02)
         self.stopping = self.stopping or heartbeat.stop
         if heartbeat.lost > self.config.broker.deadline_seconds:
             raise WaitError.passed(what, f"the broker ({on})", time.time() - heartbeat.lost, heartbeat.lost)
 
     def close(self) -> None:
         """Let go of unfinished work: the broker re-issues or refuses what was not acknowledged."""
-        self.verifiers.close()
+        self.judges.close()
         self.engine.close()
         self.connection.close()
 
@@ -185,12 +183,7 @@ class Rollout:
 
     def _return_lost(self) -> None:
         """Give the leases back whose samples died with a server: nothing is lost, another attempt makes them."""
-        returned = []
-        for request in self.engine.lost():
-            if request not in self._running:
-                continue
-            lease, _ = self._running.pop(request)
-            returned.append((lease.group, self._attempts.pop(lease.group)))
+        returned = [(lease.group, self._attempts.pop(lease.group)) for lease in self._running.lost(self.engine.lost())]
         if returned:
             detail = f"a server died or broke off: {self.engine.waiting_for or 'others go on'}"
             log.warning("%d leases go back: %s", len(returned), detail)
@@ -201,9 +194,11 @@ class Rollout:
         if isinstance(message, Leases):
             self._lease_ticket = None
             granted = {lease.group for lease in message.leases}
-            self._waiting = [lease for lease in self._waiting if lease.group not in granted]
-            self._waiting += [lease for lease in message.leases if not self._already_held(lease)]
-            self._waiting.sort(key=lambda lease: (lease.wave, lease.slot, lease.group))
+            self._waiting = [driver for driver in self._waiting if driver.lease.group not in granted]
+            for lease in message.leases:
+                if not self._already_held(lease):
+                    self._wait_with(lease)
+            self._waiting.sort(key=lambda driver: (driver.lease.wave, driver.lease.slot, driver.lease.group))
             self.newest = max(self.newest, message.version)
             self.stopping = self.stopping or message.stop
             self.waiting_for = message.waiting or "broker"
@@ -238,46 +233,72 @@ class Rollout:
 
     def _already_held(self, lease: Lease) -> bool:
         """A group leased to us again (our heartbeats were lost for a while) goes on under the new attempt's number."""
-        held = lease.group in self._running or lease.group in self._scoring
         self._attempts[lease.group] = lease.attempt
-        return held
+        return lease.group in self._running or lease.group in self._judging
+
+    def _wait_with(self, lease: Lease) -> None:
+        try:
+            driver = self.make_driver(lease)
+        except ValueError as error:
+            self._give_up(lease, str(error))
+        else:
+            self._waiting.append(driver)
+            self._width = driver.width
+
+    def _take_ended(self) -> None:
+        """What drivers came to: a whole group goes to the judges, anything else fails its group."""
+        ended, self._running.ended = self._running.ended, []
+        for lease, outcome in ended:
+            if isinstance(outcome, str):
+                self._give_up(lease, outcome)
+            else:
+                self._judging.add(lease.group)
+                self.judges.judge(outcome)
+
+    @property
+    def _exact(self) -> bool:
+        return self.config.staleness.mode == "exact"
+
+    @property
+    def _idle(self) -> bool:
+        """Whether nothing is under way that a change of weights or a new wave would disturb, in exact mode."""
+        return not self._running and not self.engine.unfinished
 
     def _room(self) -> int:
         """Groups to ask for: enough waiting samples to fill the engine once over; in exact mode whole waves."""
-        if self.config.staleness.mode == "exact":
+        if self._exact:
             return self.config.batch.groups * (self.config.staleness.max + 1) - self.held
-        waiting = sum(lease.samples for lease in self._waiting) + self.engine.unfinished
-        return math.ceil((2 * self.engine.capacity - waiting) / self.config.batch.group_size)
+        waiting = sum(driver.width for driver in self._waiting) + self._running.samples
+        return math.ceil((2 * self.engine.capacity - waiting) / self._width)
 
     def _wanted_version(self) -> int | None:
-        if self.config.staleness.mode == "exact":
+        if self._exact:
             wave = self._next_wave()
-            return wave[0].exact_version if wave and not self.engine.unfinished else None
+            return wave[0].lease.exact_version if wave and self._idle else None
         return self.newest if self.newest > self.engine.version else None
 
-    def _next_wave(self) -> list[Lease]:
-        """The leases of the oldest wave. The broker grants a wave whole in one reply, so they are all here or none."""
-        return [lease for lease in self._waiting if lease.wave == self._waiting[0].wave]
+    def _next_wave(self) -> list[Driver]:
+        """Those of the oldest wave. The broker grants a wave whole in one reply, so they are all here or none."""
+        return [driver for driver in self._waiting if driver.lease.wave == self._waiting[0].lease.wave]
 
-    def _ready(self) -> list[Lease]:
-        if self.config.staleness.mode == "exact":
+    def _ready(self) -> list[Driver]:
+        if self._exact:
             wave = self._next_wave()
-            ready = bool(wave) and not self.engine.unfinished and self.engine.version == wave[0].exact_version
+            ready = wave and self._idle and self.engine.version == wave[0].lease.exact_version
             return wave if ready else []
         limit = 2 * self.engine.capacity
-        fitting: list[Lease] = []
-        samples = self.engine.unfinished
-        for lease in self._waiting:
-            if lease.min_version <= self.engine.version and samples < limit:
-                fitting.append(lease)
-                samples += lease.samples
+        fitting: list[Driver] = []
+        samples = self._running.samples
+        for driver in self._waiting:
+            if driver.lease.min_version <= self.engine.version and samples < limit:
+                fitting.append(driver)
+                samples += driver.width
         return fitting
 
-    def _verify(self, group: Group) -> None:
-        stop = FINISH_REASONS.index("stop")
-        texts = [self.decode_text(sample.tokens) for sample in group.samples()]
-        self.verifiers.submit(group.group, group.problem, texts, (group.finish == stop).tolist())
-        self._scoring[group.group] = group
+    def _give_up(self, lease: Lease, detail: str) -> None:
+        """The group's fault, not the generator's: a prompt that does not fit, a driver that is not there."""
+        log.warning("group %d failed: %s", lease.group, detail)
+        self._fail(lease.group, self._attempts.pop(lease.group), detail)
 
     def _fail(self, group: int, attempt: int, detail: str) -> None:
         ticket = self.connection.client.send(FailGroup(group=group, attempt=attempt, reason="failed", detail=detail))

@@ -68,7 +68,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     require_packages()
     if config.job in ("rl", "sft"):
-        require_task_and_reward(config)
+        require_task_reward_and_driver(config)
     if config.job == "chat":
         from offtrail.platform.launcher.chat import chat
 
@@ -108,13 +108,15 @@ def require_packages() -> None:
         )
 
 
-def require_task_and_reward(config: Config) -> None:
+def require_task_reward_and_driver(config: Config) -> None:
     """Raise ConfigError when the task's files hold a line that cannot be used, or too few held-out problems; or a
-    component of the reward cannot be made.
+    component of the reward, or the driver, cannot be made.
     """
     from offtrail.core.plugins import PluginError
     from offtrail.rewards.base import RewardError
     from offtrail.rewards.registry import make_reward
+    from offtrail.search.registry import SearchError
+    from offtrail.search.registry import check as check_driver
     from offtrail.tasks.base import TaskError
     from offtrail.tasks.registry import check_promises, from_outside, make_task
 
@@ -125,5 +127,6 @@ def require_task_and_reward(config: Config) -> None:
             for one in from_outside(task):
                 check_promises(one, shares[one.name])
             make_reward(config.reward, task.verify)
-    except (PluginError, RewardError, TaskError) as error:
+            check_driver(config.search)
+    except (PluginError, RewardError, SearchError, TaskError) as error:
         raise ConfigError(str(error)) from None

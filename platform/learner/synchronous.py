@@ -81,15 +81,17 @@ class Synchronous:
         drivers: dict[int, SampleDriver] = {}
         for slot in range(step * B, (step + 1) * B):
             problem = self.task.train(slot)
-            drivers[slot] = SampleDriver(sampling, "synchronous")
             lease = Lease(slot, slot, 1, problem, self.config.batch.group_size, min_version=step)
-            self.engine.generate(drivers[slot].start(lease, self.text.encode(problem)))
+            drivers[slot] = driver = SampleDriver(lease, sampling, "synchronous")
+            [ask] = driver.start(self.text.encode(problem))
+            self.engine.generate([ask.request(slot, slot)])
         groups: dict[int, Group] = {}
         while self.engine.unfinished:
             for completion in self.engine.step():
-                _, group = drivers[completion.request].finished(completion)
-                if group is not None:
-                    groups[group.group] = self.scored(group)
+                driver = drivers[completion.request]
+                driver.answered(0, completion)
+                if driver.group is not None:
+                    groups[completion.request] = self.scored(driver.group)
         return Batch(step, tuple(groups[i] for i in sorted(groups)))
 
     def scored(self, group: Group) -> Group:

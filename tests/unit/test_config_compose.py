@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from offtrail.core.plugins import OUTSIDE
 from offtrail.core.settings import inside, limits_text
 from offtrail.platform.config import compose as module
 from offtrail.platform.config.compose import OPTIONS_DIR, compose, load_config, options_of, to_yaml
@@ -106,7 +107,7 @@ def test_answers_grow_at_their_step():
 def test_every_variant_has_an_option():
     for group, variants in VARIANTS.items():
         named = {read_file(OPTIONS_DIR / group / f"{o}.yaml").get("name", o) for o in options_of(group)}
-        assert named == set(variants)
+        assert named == set(variants) - {OUTSIDE}
 
 
 def test_the_command_line_wins_over_the_file_in_any_order(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Lease, Problem, Sampling
 from offtrail.platform.config.schema import Config
+from offtrail.platform.generator.judges import Judges
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.weights.probe import MismatchError
@@ -29,6 +30,7 @@ from offtrail.platform.wire.messages import (
     SubmitGroup,
 )
 from offtrail.platform.wire.sockets import WaitError
+from offtrail.rewards.total import total
 from offtrail.search.sample import SampleDriver
 
 SAMPLING = Sampling(max_new_tokens=4)
@@ -83,7 +85,7 @@ class FakeEngine:
         if any(len(request.prompt_tokens) > 3 for request in requests):
             raise ValueError("prompt of 4 tokens: model.max_length is 7")
         self.queue += requests
-        self.seen += [request.id for request in requests]
+        self.seen += [request.random_key for request in requests]
 
     def step(self) -> list[Completion]:
         done = [(request, i) for request in self.queue for i in range(request.samples)]
@@ -99,6 +101,9 @@ class FakeEngine:
     def lost(self) -> list[int]:
         dead, self.dead = self.dead, []
         return dead
+
+    def cancel(self, requests: Sequence[int]) -> None:
+        self.queue = [request for request in self.queue if request.id not in requests]
 
     def die(self) -> None:
         """Its server dies with all that runs on it."""
@@ -141,7 +146,7 @@ class FakeVerifiers:
         return [(key, self.verdict) for key in done]
 
     def reason(self, key: int) -> str:
-        return f"no verdict on {key}"
+        return "no verdict: killed"
 
 
 @dataclass
@@ -164,11 +169,14 @@ def make(config: Config | None = None, prompt: int = 2) -> Rollout:
         connection=FakeConnection(),  # type: ignore[arg-type]
         engine=FakeEngine(),  # type: ignore[arg-type]
         weights=FakeWeights(),  # type: ignore[arg-type]
-        verifiers=FakeVerifiers(),  # type: ignore[arg-type]
-        make_driver=lambda lease: SampleDriver(SAMPLING, "generator-0"),
+        judges=Judges(FakeVerifiers(), {}, lambda tokens: "".join(str(t) for t in tokens), rewards),
+        make_driver=lambda lease: SampleDriver(lease, SAMPLING, "generator-0"),
         encode=lambda lease: np.ones(prompt, np.int32),
-        decode_text=lambda tokens: "".join(str(t) for t in tokens),
     )
+
+
+def rewards(components: Mapping[str, Any], task: str, slot: int) -> Any:
+    return total(Config().reward, components, task=task, step=0)
 
 
 def exact(groups: int = 2, staleness: int = 1) -> Config:
@@ -194,7 +202,7 @@ def turn(rollout: Rollout) -> None:
     rollout.start_ready()
     if rollout.engine.unfinished:
         rollout.decode()
-    rollout.submit_scored()
+    rollout.submit_judged()
 
 
 def test_a_group_waits_for_its_version_and_then_carries_it() -> None:
@@ -212,12 +220,11 @@ def test_a_group_waits_for_its_version_and_then_carries_it() -> None:
 def test_rewards_are_the_weighted_total_of_the_verdict() -> None:
     rollout = make()
     grant(rollout, lease(1))
-    group = None
     rollout.apply_weights()
     rollout.start_ready()
     rollout.decode()
-    group = rollout._scoring[1]
-    rollout.submit_scored()
+    [(group, refused)] = rollout.judges.poll()[1]
+    assert refused == ""
     assert group.rewards.tolist() == pytest.approx([1.1, 0.1])  # 1.0·accuracy + 0.1·format
     assert group.tokens.tolist() == [7, 8, 9, 7, 8, 9]
     assert group.versions.tolist() == [0] * 6
@@ -308,10 +315,10 @@ def test_a_prompt_that_does_not_fit_fails_its_group_with_the_numbers() -> None:
 
 def test_a_killed_verifier_fails_the_group_where_the_config_says_refuse() -> None:
     rollout = make()
-    rollout.verifiers.verdict = None  # type: ignore[attr-defined]
+    rollout.judges._verifiers.verdict = None  # type: ignore[attr-defined]
     grant(rollout, lease(1))
     turn(rollout)
-    assert [(m.group, m.detail) for m in sent(rollout, FailGroup)] == [(1, "no verdict on 1")]
+    assert [(m.group, m.detail) for m in sent(rollout, FailGroup)] == [(1, "no verdict: killed")]
 
 
 def test_a_refused_request_ends_the_generator_with_the_brokers_words() -> None:
@@ -349,7 +356,7 @@ def test_engine_and_verifiers_charge_what_was_added_since_the_last_time() -> Non
     charged = rollout.connection.activity
     for decoded, seconds in ((10.0, 0.5), (10.0, 0.5), (25.0, 0.75)):
         rollout.engine.counters["decoded_tokens"] = decoded
-        rollout.verifiers.counters["verifier_seconds"] = seconds
+        rollout.judges._verifiers.counters["verifier_seconds"] = seconds
         rollout.charge()
         assert charged.snapshot().compute == {"decoded_tokens": decoded, "verifier_seconds": seconds}
 
@@ -374,9 +381,9 @@ def test_an_answer_of_a_lost_group_counts_for_nothing() -> None:
     grant(rollout, lease(1), lease(2))
     rollout.apply_weights()
     rollout.start_ready()
-    rollout.engine.dead = [1]  # type: ignore[attr-defined]  # and yet its samples are among the finished ones
+    rollout.engine.dead = [rollout.engine.queue[0].id]  # type: ignore[attr-defined]  # and yet its samples are among the finished ones
     rollout.decode()
-    rollout.submit_scored()
+    rollout.submit_judged()
     assert [m.header.group for m in sent(rollout, SubmitGroup)] == [2]
 
 

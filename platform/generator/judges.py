@@ -1,0 +1,189 @@
+"""Who judges text beside generation: the rule verifiers and the neural scorers, behind one door.
+
+    ask   a driver's question about some outputs ──► answer, by the question's number
+    judge a whole group ──► verifiers and every scorer that applies ──► the group with its rewards, or why it fails
+
+Nothing here blocks. Invariant: what is asked comes back from ``poll`` once, and a group only when all have answered.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from offtrail.core.protocols import Score, Scorer, Scores, Verdict, Verifier, Verify
+from offtrail.core.types import Float32, Group, Int32, Lease, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No answer, and why: the group of the question fails."""
+
+    reason: str
+
+
+@dataclass(eq=False)
+class _Judged:
+    """A whole group before it is submitted, the questions about it that are open, and why it is refused."""
+
+    group: Group
+    open: set[int] = field(default_factory=set)
+    refused: str = ""
+
+
+Components = dict[str, Float32]
+Total = Callable[[Mapping[str, Float32], str, int], Float32]
+"""(components name → [n], the problem's task, the slot) → rewards [n]."""
+
+
+class Judges:
+    """``verifiers``, and ``scorers`` by name; each is told what it is asked under a number of its own."""
+
+    def __init__(
+        self,
+        verifiers: Verifier,
+        scorers: Mapping[str, Scorer],
+        decode_text: Callable[[Int32], str],
+        total: Total,
+    ) -> None:
+        self._verifiers, self._scorers, self._decode_text, self._total = verifiers, scorers, decode_text, total
+        self._all: list[Verifier | Scorer] = [verifiers, *scorers.values()]
+        self._asked: dict[int, Lease] = {}
+        self._groups: dict[int, _Judged] = {}
+        self._open: dict[int, str] = {}
+        """Question → the scorer that it was put to, or "verifiers"."""
+        self._numbers = itertools.count()
+        self._ready: list[_Judged] = []
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What all of them have done, cumulative."""
+        return {k: v for judge in self._all for k, v in judge.counters.items()}
+
+    @property
+    def waiting_on(self) -> str:
+        """Whose answers are open (I4); empty while nobody is asked."""
+        return ", ".join(sorted(set(self._open.values())))
+
+    @property
+    def groups(self) -> int:
+        """Whole groups that are not judged yet."""
+        return len({id(judged) for judged in (*self._groups.values(), *self._ready)})
+
+    def ask(self, lease: Lease, prompt_tokens: Int32, ask: Verify | Score) -> int:
+        """Put a driver's question; its number. ValueError on a scorer that is not there, or outputs that do not fit."""
+        number = next(self._numbers)
+        if isinstance(ask, Verify):
+            self._verify(number, lease.problem, ask.outputs, ask.finished)
+        elif ask.scorer in self._scorers:
+            self._scorers[ask.scorer].submit(number, lease.problem, prompt_tokens, ask.outputs)
+            self._open[number] = ask.scorer
+        else:
+            names = ", ".join(self._scorers) or "none"
+            raise ValueError(f"driver {lease.driver} asks the scorer {ask.scorer}; this generator has: {names}")
+        self._asked[number] = lease
+        return number
+
+    def judge(self, group: Group) -> None:
+        """Ask about a whole group. Components that its driver has filled from verdicts are not asked for again."""
+        judged = _Judged(group)
+        samples = list(group.samples())
+        outputs = [sample.tokens for sample in samples]
+        if not group.components:
+            number = self._of(judged)
+            self._verify(number, group.problem, outputs, [sample.finish == "stop" for sample in samples])
+        for name, scorer in self._scorers.items():
+            if scorer.applies(group):
+                self._score(judged, name, outputs)
+        self._settle(judged)
+
+    def poll(self) -> tuple[list[tuple[int, Verdict | Scores | Refused]], list[tuple[Group, str]]]:
+        """What was decided since the last call: answers to drivers' questions by number, and the groups that all have
+        judged, each with why it is refused, or "".
+        """
+        answers: list[tuple[int, Verdict | Scores | Refused]] = []
+        for number, answer in self._decided():
+            del self._open[number]
+            if (judged := self._groups.get(number)) is not None:
+                self._take(judged, number, answer)
+                self._settle(judged)
+            else:
+                answers.append((number, self._answer(self._asked.pop(number), answer)))
+        ready, self._ready = self._ready, []
+        return answers, [(judged.group, judged.refused) for judged in ready]
+
+    def close(self) -> None:
+        """End all of them."""
+        for judge in self._all:
+            judge.close()
+
+    # --- one question ---
+
+    def _verify(self, number: int, problem: Problem, outputs: Sequence[Int32], finished: Sequence[bool]) -> None:
+        texts = [self._decode_text(output) for output in outputs]
+        self._verifiers.submit(number, problem, texts, list(finished))
+        self._open[number] = "verifiers"
+
+    def _score(self, judged: _Judged, name: str, outputs: Sequence[Int32]) -> None:
+        number, group = self._of(judged), judged.group
+        try:
+            self._scorers[name].submit(number, group.problem, group.prompt_tokens, outputs)
+            self._open[number] = name
+        except ValueError as error:
+            self._take(judged, number, Refused(str(error)))
+
+    def _of(self, judged: _Judged) -> int:
+        number = next(self._numbers)
+        self._groups[number] = judged
+        judged.open.add(number)
+        return number
+
+    def _decided(self) -> list[tuple[int, Components | Scores | Refused]]:
+        decided: list[tuple[int, Components | Scores | Refused]] = []
+        for judge in self._all:
+            for number, answer in judge.poll():
+                decided.append((number, Refused(judge.reason(number)) if answer is None else answer))
+        return decided
+
+    def _answer(self, lease: Lease, answer: Components | Scores | Refused) -> Verdict | Scores | Refused:
+        if isinstance(answer, dict):
+            return Verdict(answer, self._total(answer, lease.problem.task, lease.slot))
+        return answer
+
+    def _take(self, judged: _Judged, number: int, answer: Components | Scores | Refused) -> None:
+        """One of the answers about a whole group."""
+        del self._groups[number]
+        judged.open.remove(number)
+        try:
+            if isinstance(answer, Refused):
+                raise ValueError(answer.reason)
+            if isinstance(answer, Scores):
+                _add(judged.group, answer)
+            else:
+                judged.group.components |= answer
+        except ValueError as error:
+            judged.refused = judged.refused or str(error)
+
+    def _settle(self, judged: _Judged) -> None:
+        """Once all have answered, the group has its rewards."""
+        if judged.open:
+            return
+        group = judged.group
+        if not judged.refused:
+            group.rewards = self._total(group.components, group.problem.task, group.slot)
+        self._ready.append(judged)
+
+
+def _add(group: Group, scores: Scores) -> None:
+    """Put a scorer's answer into the group. ValueError where it does not fit the group, or what others said of it."""
+    if scores.step_ends is not None:
+        if group.step_ends.size and not np.array_equal(group.step_ends, scores.step_ends):
+            raise ValueError(f"{scores.by.model} cuts the samples into other steps than those that the group has")
+        group.step_ends = scores.step_ends
+    group.components |= scores.components
+    group.channels |= scores.channels
+    group.scored_by |= dict.fromkeys((*scores.components, *scores.channels), scores.by)
+    group.check()
