@@ -25,6 +25,7 @@ import numpy as np
 from offtrail.algos.filtering import FilterRule, filtered
 from offtrail.core.types import Group
 from offtrail.platform.config.schema import Config
+from offtrail.platform.runtime.roles import JOBS
 
 REASONS = ("stale", "filtered", "failed", "superseded", "run_ended")
 STARVING = ("stale", "filtered", "failed")
@@ -60,7 +61,8 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionPolicy:
-    """The numbers that admission goes by. B = ``batch``, η = ``staleness``; ``exact`` implies slot order.
+    """The numbers that admission goes by. B = ``batch``, η = ``staleness``; ``exact`` implies slot order. B = 0: the
+    job has no groups, its learner has data of its own; a step's batch is then empty, and nothing is admitted.
 
     ValueError when no run could ever go on under them.
     """
@@ -77,7 +79,7 @@ class AdmissionPolicy:
 
     def __post_init__(self) -> None:
         for key, value, low in (
-            ("batch.groups", self.batch, 1),
+            ("batch.groups", self.batch, 0),
             ("staleness.max", self.staleness, 0),
             ("generator.max_in_flight", self.max_in_flight, 1),
             ("staleness.max_refusals", self.max_refusals, 1),
@@ -95,8 +97,8 @@ class AdmissionPolicy:
         """The policy of a run's configuration."""
         staleness = config.staleness
         return cls(
-            batch=config.batch.groups,
-            steps=config.learner.steps,
+            batch=config.batch.groups if "generator" in JOBS[config.job] else 0,
+            steps=config.steps,
             staleness=staleness.max,
             max_in_flight=config.generator.max_in_flight,
             exact=staleness.mode == "exact",

@@ -341,7 +341,7 @@ class Broker:
 
     def _train(self, message: Commit) -> Outcome:
         step = message.step
-        row = self.numbers.row(self.ledger.ages(step), self.ledger.samples(step))
+        row = self.numbers.row(self.ledger.ages(step), self.ledger.samples(step), message.tokens)
         metrics = {**message.metrics, **row}
         outcome = self.scheduler.commit(step, message.checksum, metrics)
         self.ledger.records.put(self.numbers.remarks())

@@ -107,7 +107,7 @@ class Ending:
     def _summarise(self) -> dict[str, Any]:
         # A run that is killed says nothing any more: until it ends otherwise, it is interrupted.
         status = self.status or "interrupted"
-        return self.numbers.summary(status, self.reason, self.config.run.seed, self.scheduler.version, self.audit)
+        return self.numbers.summary(status, self.reason, self.config.seed, self.scheduler.version, self.audit)
 
     def write_summary(self) -> None:
         """summary.json as things stand."""

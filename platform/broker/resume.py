@@ -21,6 +21,7 @@ def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
         "staleness.mode": config.staleness.mode,
         "staleness.on_violation": config.staleness.on_violation,
         "task": asdict(config.task),
+        **({"sft": asdict(config.sft)} if config.job == "sft" else {}),
     }
     now = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
     before = ledger.records.get("settings")
@@ -29,9 +30,9 @@ def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
             raise ValueError(
                 f"{key}={now[key]}: the run {run} began with {value}; resume it with that, or choose another run.name"
             )
-    if (done := ledger.checkpoint) > config.learner.steps:
+    if (done := ledger.checkpoint) > config.steps:
         raise ValueError(
-            f"learner.steps={config.learner.steps}: the run {run} is at step {done} already; "
+            f"{config.steps_key}={config.steps}: the run {run} is at step {done} already; "
             "raise it, or choose another run.name"
         )
     ledger.records.put({"run": run, "settings": json.dumps(now)})

@@ -44,21 +44,26 @@ class RunMetrics:
         for member in self.roster:
             member.mark = None  # the next heartbeat begins its window: this one's time is partly start-up
 
-    def row(self, ages: Ages, samples: int) -> Row:
-        """The broker's metrics of one commit; ``ages`` of its batch, ``samples`` in it. Moves the marks."""
+    def row(self, ages: Ages, samples: int, tokens: int) -> Row:
+        """The broker's metrics of one commit; ``ages`` of its batch, ``samples`` in it (0: it is no batch of groups,
+        and ``tokens`` says how many were trained). Moves the marks.
+        """
         now, tally = self.clock(), self.ledger.tally()
         seconds = max(1e-9, now - self._committed_at)
         generated = tally.tokens - self._tokens_at_commit
         self._committed_at, self._tokens_at_commit = now, tally.tokens
         self._spend()
-        return {
+        of_groups = {
             **queue_row(tally),
             **staleness_row(ages),
             "staleness/in_flight_mean": ages.flight_sum / max(1, ages.tokens),
             "staleness/in_queue_mean": ages.queue_sum / max(1, ages.tokens),
-            "throughput/trained_tokens_per_second": ages.tokens / seconds,
             "throughput/generated_tokens_per_second": generated / seconds,
             "throughput/samples_per_second": samples / seconds,
+        }
+        return {
+            **(of_groups if samples else {}),
+            "throughput/trained_tokens_per_second": (ages.tokens or tokens) / seconds,
             "time/step_seconds": seconds,
             **self._shares,
             **self.mismatch(),
@@ -112,6 +117,8 @@ class RunMetrics:
         ledger, tally, ages = self.ledger, self.ledger.tally(), self.ledger.ages()
         evals = [scores["eval/accuracy"] for scores in ledger.records.evals().values() if "eval/accuracy" in scores]
         first, last = ledger.records.edge_metrics("reward/accuracy")
+        loss_first, loss_last = ledger.records.edge_metrics("loss/sft")
+        of_sft = {} if loss_first is None else {"loss/sft_first": loss_first, "loss/sft_last": loss_last}
         return {
             "status": status,
             **({"reason": reason} if reason else {}),
@@ -121,6 +128,7 @@ class RunMetrics:
             "eval/accuracy_last": evals[-1] if evals else None,
             "reward/accuracy_first": first,
             "reward/accuracy_last": last,
+            **of_sft,
             **group_counts(tally),
             # The counters are exact at every moment, the recount is as new as the last checkpoint.
             "groups/lost": max(audit.lost, tally.admitted - tally.accounted),
@@ -128,7 +136,7 @@ class RunMetrics:
             **staleness_row(ages),
             "archive/unsealed": len(ledger.shards.unsealed()),
             "tokens/generated": tally.tokens,
-            "tokens/trained": ages.tokens,
+            "tokens/trained": ages.tokens or int(ledger.records.charges().get("learner", {}).get("trained_tokens", 0)),
             "learner/busy_fraction": self.busy_fraction("learner"),
             "generator/busy_fraction": self.busy_fraction("generator"),
             "weights/publish_seconds_mean": ledger.records.mean_metric("weights/publish_seconds"),

@@ -259,7 +259,9 @@ class Scheduler:
             raise RequestError(f"the batch of step {step} was asked for, but the newest version is {self.version}")
         if ahead and self.version < self.ledger.newest:
             return None
-        groups = self.ledger.batch(step) or self._form(step, self.version if ahead else None)
+        groups = self.ledger.batch(step)
+        if groups is None:
+            groups = self._form(step, self.version if ahead else None)
         if groups is not None:
             self.handed = step
         return groups

@@ -70,7 +70,18 @@ class ModelConfig:
 
 @dataclass
 class SftConfig:
-    """Supervised fine-tuning on the task's worked answers (job=sft; also the cold start of job=rl)."""
+    """Supervised fine-tuning (job=sft; also the cold start of job=rl). What it shares with other jobs, such as ranks,
+    dtype, gradient norm and checkpoints, stands under learner.
+    """
+
+    path: str = setting("", path="file")
+    """JSON lines to imitate, each a prompt (text or messages) and an answer; empty = the task's worked answers."""
+    prompt_field: str = "prompt"
+    """Field of a line's prompt; a line without it may have `messages`, whose last is the assistant's answer."""
+    answer_field: str = "answer"
+    """Field of its answer."""
+    long: Literal["refuse", "drop"] = "refuse"
+    """What becomes of examples above model.max_length: an error, or they are left out and counted."""
 
     seed: int = setting(0, "[0, 4294967295]")
     """Of the start weights and worked problems; apart from run.seed, so that runs of several seeds share a start."""
@@ -349,8 +360,8 @@ class Config:
     schema_version: int = SCHEMA_VERSION
     """Version of these keys; a configuration of another one is refused."""
     job: Literal["rl", "sft", "serve", "chat"] = "rl"
-    """rl: the asynchronous loop. sft: supervised fine-tuning on the task's worked answers. serve: a checkpoint behind
-    an OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
+    """rl: the asynchronous loop. sft: supervised fine-tuning on worked answers or a file. serve: a checkpoint behind an
+    OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
     checkpoint: str = setting("", path="model")
     """job=serve, chat: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
     run: RunConfig = section(RunConfig)
@@ -373,3 +384,18 @@ class Config:
     broker: BrokerConfig = section(BrokerConfig, resumable=True)
     serve: ServeConfig = section(ServeConfig)
     tracking: TrackingConfig = section(TrackingConfig, resumable=True)
+
+    @property
+    def steps_key(self) -> str:
+        """The key that says how many learner steps the job has."""
+        return "sft.steps" if self.job == "sft" else "learner.steps"
+
+    @property
+    def steps(self) -> int:
+        """Learner steps of the job."""
+        return self.sft.steps if self.job == "sft" else self.learner.steps
+
+    @property
+    def seed(self) -> int:
+        """What keys the job's randomness: runs of several run.seed share one cold start."""
+        return self.sft.seed if self.job == "sft" else self.run.seed

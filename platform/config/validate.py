@@ -149,6 +149,11 @@ def groups_can_have_a_signal(config: Config) -> None:
 
 def every_rank_has_samples(config: Config) -> None:
     """Each of the K updates is split over the ranks, sample by sample."""
+    if config.job == "sft":
+        if config.learner.ranks > config.sft.batch_size:
+            only = f"an update has only sft.batch_size={config.sft.batch_size} samples to split"
+            raise refuse("learner.ranks", config.learner.ranks, only)
+        return
     samples = config.batch.groups * config.batch.group_size // config.learner.minibatches
     if config.learner.ranks > samples:
         raise refuse(

@@ -44,7 +44,7 @@ ROLES = (
     ),
     Row("evaluator", threads="eval.threads", device="engine.device", restarts="eval.max_restarts"),
 )
-JOBS = {"rl": ("broker", "learner", "generator", "evaluator")}
+JOBS = {"rl": ("broker", "learner", "generator", "evaluator"), "sft": ("broker", "learner")}
 """Job → its roles in the order in which they start: the broker first, for every other one dials it."""
 
 

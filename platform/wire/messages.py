@@ -122,7 +122,8 @@ class BatchReply(Message, frozen=True):
 class Commit(Message, frozen=True):
     """The batch of ``step`` is trained and version ``step + 1`` is published under ``checksum``.
 
-    ``metrics`` are the scalars of the step; ``histograms`` name → values; ``texts`` name → markdown for TensorBoard.
+    ``metrics`` are the scalars of the step; ``histograms`` name → values; ``texts`` name → markdown for TensorBoard;
+    ``tokens``: output tokens trained.
     Step −1 publishes the start: version 0 with no batch, or after a restart the checkpoint's version again.
     """
 
@@ -132,6 +133,7 @@ class Commit(Message, frozen=True):
     metrics: dict[str, float]
     histograms: dict[str, list[float]] = {}
     texts: dict[str, str] = {}
+    tokens: int = 0
 
 
 class Committed(Message, frozen=True):
