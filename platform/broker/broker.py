@@ -31,6 +31,7 @@ from offtrail.platform.broker.roster import Member, Roster, names
 from offtrail.platform.broker.run_metrics import RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.schema import Config
+from offtrail.platform.runtime.roles import roles_of
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.groups import group_frames, group_from, unpack_group
@@ -117,6 +118,7 @@ class Broker:
         self.ending = Ending(config, run_dir, self.scheduler, self.archive, self.numbers, self.roster, clock)
         self.polls = Polls(clock, wire.reply, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
+        self.restartable = {spec.name for spec in roles_of(config) if spec.restarts}
         self.later: list[Callable[[], None]] = []
         self.first_version = self.ledger.checkpoint
         self._restore_rows()
@@ -425,9 +427,17 @@ class Broker:
         return Beat(version=self.scheduler.version, stop=bool(self.ending.status)), NO_ARRAYS
 
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
-        """A role says why it dies: the run fails with its words."""
-        self.ending.failures.append(failure)
-        self.ending.end("failed", f"{failure.role}-{failure.index}: {failure.error}")
+        """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words."""
+        name = f"{failure.role}-{failure.index}"
+        if failure.final or name not in self.restartable:
+            self.ending.failures.append(failure)
+            self.ending.end("failed", f"{name}: {failure.error}")
+            return Acknowledged(), NO_ARRAYS
+        self.roster.remove(name)
+        self.polls.forget(name)
+        returned = self.ledger.return_leases(name)
+        log.warning("%s is lost, %d leases returned: %s", name, len(returned), failure.error)
+        self.deadlines.progress()
         return Acknowledged(), NO_ARRAYS
 
     def on_status_request(self, request: StatusRequest, envelope: Envelope) -> Answer:

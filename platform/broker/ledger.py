@@ -7,7 +7,8 @@ payloads are kept until a checkpoint covers them; *trained once* holds in the li
     admit          submit           log_batch           commit
     ─────► leased ───────► queued ◄───────────► training ◄──────► trained
              │ ▲              │      (un-log)      │     (rewind)
-   attempt+1 └─┘              ▼                    ▼
+             │ └──────────────┤                    │
+   attempt+1 └─┘   attempt+1  ▼                    ▼
                            refused  ◄──────────────┘  superseded
 
 The schema (tables.py) itself refuses any other move, and counts inside the transaction of the move. `audit` recounts
@@ -185,7 +186,10 @@ class Ledger:
         return {s for (s,) in self.file.rows("SELECT slot FROM groups WHERE state <> 'refused' AND slot >= ?", first)}
 
     def grant(self, holder: str, grants: Sequence[Grant], now: float) -> list[GroupRow]:
-        """Admit a fresh group for each open slot, and issue returned groups again, all to ``holder``; rows in order."""
+        """Admit a fresh group for each open slot, and issue returned groups again, all to ``holder``; rows in order.
+
+        A queued group among them is given up for another attempt: its payload goes.
+        """
         ids: list[int] = []
         with self.file.change() as db:
             fresh = self.admitted
@@ -199,6 +203,9 @@ class Ledger:
                     ids.append(fresh)
                     fresh += 1
                 else:
+                    again = "state = 'leased', attempt = attempt + 1 WHERE id = ? AND state = 'queued'"
+                    if db.execute(f"UPDATE groups SET {again}", (grant.group,)).rowcount:
+                        db.execute("DELETE FROM payloads WHERE id = ?", (grant.group,))
                     db.execute(
                         "UPDATE groups SET holder = ?, leased_at = ? WHERE id = ? AND state = 'leased' AND holder = ''",
                         (holder, now, grant.group),
@@ -277,6 +284,12 @@ class Ledger:
         """The queued groups of slots first…first+count−1, in slot order."""
         query = f"SELECT {ROW} FROM groups WHERE state = 'queued' AND slot >= ? AND slot < ? ORDER BY slot"
         return [GroupRow(*r) for r in self.file.rows(query, first, first + count)]
+
+    def queued_beside(self, returned: Sequence[int]) -> list[GroupRow]:
+        """The queued groups that were issued in one grant with any of the returned ones."""
+        granted = f"SELECT leased_at FROM groups WHERE id IN ({','.join(map(str, returned))})"
+        rows = self.file.rows(f"SELECT {ROW} FROM groups WHERE state = 'queued' AND leased_at IN ({granted})")
+        return [GroupRow(*row) for row in rows]
 
     def batch(self, step: int) -> list[int] | None:
         """The ordered ids of a logged batch."""

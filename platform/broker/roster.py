@@ -7,6 +7,7 @@ first version is out: start-up is in none of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -55,6 +56,9 @@ class Roster:
     """The members by name, such as generator-0."""
 
     members: dict[str, Member] = field(default_factory=dict)
+    starts: Counter[str] = field(default_factory=Counter)
+    """Processes that have said Hello, by name."""
+    _pids: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members.values())
@@ -68,7 +72,18 @@ class Roster:
 
     def add(self, member: Member) -> None:
         """A role process begins; it takes the place of an earlier one of its name."""
+        self.starts[member.name] += member.pid != self._pids.get(member.name)
+        self._pids[member.name] = member.pid
         self.members[member.name] = member
+
+    def remove(self, name: str) -> None:
+        """Its process has died; another one may begin under its name."""
+        self.members.pop(name, None)
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How often a role was started again, by name."""
+        return {name: starts - 1 for name, starts in sorted(self.starts.items()) if starts > 1}
 
     def alive(self, role: str) -> list[Member]:
         """The members of a role whose heartbeats come."""

@@ -6,6 +6,7 @@ Called by broker.py with what the ledger counts and the roster has heard.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class RunMetrics:
         self._began = self._committed_at = self.clock()
         self._wall_before = float(self.ledger.records.get("wall_seconds") or 0.0)
         self._time: dict[str, float] = json.loads(self.ledger.records.get("time") or "{}")
+        self._restarts_before = Counter[str](json.loads(self.ledger.records.get("restarts") or "{}"))
         self._shares: Row = {}
         self._tokens_at_commit = self.ledger.tally().tokens
 
@@ -36,6 +38,11 @@ class RunMetrics:
     def wall_seconds(self) -> float:
         """Of all lives of the run's broker, up to now or (earlier lives) their last commit."""
         return self._wall_before + self.clock() - self._began
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """Role process by name → how often it was started again, in all launches of the run."""
+        return dict(self._restarts_before + Counter(self.roster.restarts))
 
     def mark(self) -> None:
         """The training clock starts now: the first version is out."""
@@ -72,7 +79,11 @@ class RunMetrics:
 
     def remarks(self) -> dict[str, str]:
         """What the next life needs to go on with these sums."""
-        return {"wall_seconds": str(self.wall_seconds), "time": json.dumps(self._time)}
+        return {
+            "wall_seconds": str(self.wall_seconds),
+            "time": json.dumps(self._time),
+            "restarts": json.dumps(self.restarts),
+        }
 
     def compute(self) -> Row:
         """compute/ROLE_NAME: the compute ledger's totals over all processes and lives."""
@@ -140,6 +151,7 @@ class RunMetrics:
             "learner/busy_fraction": self.busy_fraction("learner"),
             "generator/busy_fraction": self.busy_fraction("generator"),
             "weights/publish_seconds_mean": ledger.records.mean_metric("weights/publish_seconds"),
+            "restarts": self.restarts,
             "lineage": ledger.lineage,
             "seed": seed,
         }

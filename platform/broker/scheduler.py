@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -120,6 +121,8 @@ class Scheduler:
     def _wave(self) -> tuple[int, list[Grant]]:
         """Exact mode: all of the lowest batch that is open and of which nothing is in flight, in slot order.
 
+        Where a part of a wave was returned, all that was granted with it goes out again together, arrived or not: who
+        decodes together decides the rounding, and a run that was disturbed repeats the numbers of one that was not.
         Refused slots of a wave are refilled together, once the rest of it has arrived: which problems a wave gets does
         not depend on when its refusals came. Where a filter refuses as a matter of course, no wave goes out before the
         ones below it are full: problems are numbered in the order of grants, which timing must not decide.
@@ -137,10 +140,15 @@ class Scheduler:
                 break
             if in_flight or not (mine or fresh):
                 continue
+            if mine:
+                beside = [row for row in self.ledger.queued_beside([row.id for row in mine]) if row.slot in slots]
+                again = sorted([*mine, *beside], key=attrgetter("slot"))
+                if sum(row.holder != "" for row in leased) + len(again) > admission.max_in_flight:
+                    break
+                return wave, [Grant(row.slot, row.needs, row.id) for row in again]
             if len(fresh) > capacity:
                 break
-            whole = [*fresh, *(Grant(row.slot, row.needs, row.id) for row in mine)]
-            return wave, sorted(whole, key=lambda grant: grant.slot)
+            return wave, fresh
         return -1, []
 
     def _lease(self, row: GroupRow, wave: int) -> Lease:

@@ -5,7 +5,7 @@
 - The counts by state move with the groups, in the same transaction (triggers `count_admission`, `count_move`).
 """
 
-LEDGER_SCHEMA = 2
+LEDGER_SCHEMA = 3
 """Kept as the file's user_version; another one is refused."""
 
 TABLES = """
@@ -70,9 +70,10 @@ CREATE TRIGGER legal_start BEFORE INSERT ON groups WHEN NEW.state <> 'leased' BE
     SELECT RAISE(ABORT, 'a group is admitted as leased');
 END;
 CREATE TRIGGER legal_move BEFORE UPDATE OF state ON groups WHEN OLD.state || ' to ' || NEW.state NOT IN (
-    'leased to queued', 'leased to refused', 'queued to training', 'queued to refused', 'training to trained',
-    'trained to training', 'training to queued', 'training to refused'
-) OR (NEW.state = 'refused') <> (NEW.reason <> '') BEGIN
+    'leased to queued', 'leased to refused', 'queued to leased', 'queued to training', 'queued to refused',
+    'training to trained', 'trained to training', 'training to queued', 'training to refused'
+) OR OLD.state = 'queued' AND NEW.state = 'leased' AND NEW.attempt <= OLD.attempt
+OR (NEW.state = 'refused') <> (NEW.reason <> '') BEGIN
     SELECT RAISE(ABORT, 'illegal move of a group');
 END;
 """

@@ -13,6 +13,10 @@ class ConfigError(Exception):
         super().__init__(one_line(message))
 
 
+class FinalError(RuntimeError):
+    """A failure of a role that another start of it would not cure; so is every ValueError."""
+
+
 def refuse(key: str, value: object, why: str) -> ConfigError:
     """The error for `key=value`, in the form that every message has."""
     return ConfigError(f"{key}={show(value)}: {why}")

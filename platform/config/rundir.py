@@ -17,6 +17,9 @@ from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.schema import Config
 
+REAP_SECONDS = 30.0
+"""The longest that what a killed launch has left may take to go."""
+
 
 def prepare(config: Config) -> tuple[Path, TextIO]:
     """(run directory with its config.yaml, its lock to keep open); sets config.run.name when it is empty.
@@ -72,13 +75,42 @@ def _make(config: Config) -> Path:
 
 
 def _lock(config: Config, run_dir: Path) -> TextIO:
-    lock = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115  (held until the launch ends)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise refuse("run.name", config.run.name, f"{run_dir} is still running; wait for it or stop it first") from None
+    """Held by the launcher, and where it was killed by its reaper, until nothing of its launch is left: that is waited
+    for. The file holds the launcher's pid, and is inheritable, for the reaper.
+    """
+    lock = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (held until the launch ends)
+    deadline = time.monotonic() + REAP_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if _holder_lives(lock) or time.monotonic() > deadline:
+                lock.close()
+                raise refuse(
+                    "run.name", config.run.name, f"{run_dir} is still running; wait for it or stop it first"
+                ) from None
+            time.sleep(0.1)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    os.set_inheritable(lock.fileno(), True)
     return lock
+
+
+def _holder_lives(lock: TextIO) -> bool:
+    """Whether the launcher that took the lock is there: else only its reaper holds it, and not for long."""
+    lock.seek(0)
+    pid = lock.read().strip()
+    if not pid:  # it has the lock, and has yet to say so
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _write(path: Path, text: str) -> None:

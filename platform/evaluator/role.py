@@ -50,9 +50,9 @@ def main(context: RoleContext) -> None:
                 load = partial(load_version, evaluation.engine, connection.activity, weights, job.version)
                 load()
                 metrics, texts = evaluation.run(load)
-                weights.unpin(job.version)
                 result = EvalResult(version=job.version, metrics=metrics, texts=texts)
                 connection.client.request(result, what="an acknowledged evaluation", deadline_s=deadline)
+                weights.unpin(job.version)  # not before: another process would have to evaluate it again
     finally:
         evaluation.close()
         connection.close()

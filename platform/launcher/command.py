@@ -75,7 +75,7 @@ def _run(argv: Sequence[str]) -> int:
         return chat(config)
     run_dir, lock = prepare(config)
     with lock:
-        from offtrail.platform.launcher.local import launch
+        from offtrail.platform.launcher.jobs import launch
 
         return launch(config, run_dir)
 

@@ -86,6 +86,15 @@ def weights_folder(config: Config, run_dir: Path) -> Path:
     return Path(config.weights.dir or "/dev/shm") / f"offtrail-{os.getuid()}-{tag}"
 
 
+def remove_leftovers(config: Config, run_dir: Path) -> None:
+    """Give back what the processes of a run shared: shared memory, sockets in it, and the addresses of servers.
+
+    Called when none of them is left: by the launcher, or by its reaper where it was killed.
+    """
+    remove_shared_memory(config, run_dir)
+    shutil.rmtree(run_dir / "servers", ignore_errors=True)
+
+
 def remove_shared_memory(config: Config, run_dir: Path) -> None:
     """Give a run's shared memory back; what a reader has mapped stays valid. A folder on disk stays for a resume.
 

@@ -1,24 +1,28 @@
 """One role process, started by the launcher: `python -m offtrail.platform.runtime.process ROLE INDEX RUN_DIR PARENT`.
 
-A role leaves with 0 when the broker says stop. Anything else ends the run: an exception is written to the role's log in
-full and told to the broker in one line (Failure) before the process exits with 1.
+A role leaves with 0 when the broker says stop. An exception is written to the role's log in full and told to the broker
+in one line (Failure) before the process exits: with 2 where it would come again in every process (`is_final`), so that
+the run ends at once; else with 1, and a role whose row says so (roles.py) is started again.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-import os
 import signal
 import sys
 from operator import attrgetter
 from pathlib import Path
 
 from offtrail.platform.config.compose import load_config
-from offtrail.platform.runtime.context import RoleContext, remove_shared_memory
+from offtrail.platform.config.errors import FinalError
+from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.runtime.device import require_device
 from offtrail.platform.runtime.host import die_with
 from offtrail.platform.runtime.roles import role_of
+
+FINAL_STATUS = 2
+"""Exit status of a role that no other start would cure."""
 
 log = logging.getLogger("offtrail")
 
@@ -40,12 +44,14 @@ def main(argv: list[str]) -> int:
         importlib.import_module(f"offtrail.platform.{role}.role").main(context)
     except Exception as error:
         log.exception("%s-%d failed", role, index)
-        report_failure(context, f"{type(error).__name__}: {error}")
-        return 1
-    finally:
-        if os.getppid() != parent:  # the launcher was killed and cannot do it
-            remove_shared_memory(context.config, run_dir)
+        report_failure(context, f"{type(error).__name__}: {error}", final=is_final(error))
+        return FINAL_STATUS if is_final(error) else 1
     return 0
+
+
+def is_final(error: Exception) -> bool:
+    """Whether another start would fail in the same way: a mistake in the settings, the data or the installation."""
+    return isinstance(error, FinalError | ValueError | ImportError)
 
 
 def check_device(context: RoleContext) -> None:
@@ -55,7 +61,7 @@ def check_device(context: RoleContext) -> None:
         require_device(key, attrgetter(key)(context.config))
 
 
-def report_failure(context: RoleContext, error: str) -> None:
+def report_failure(context: RoleContext, error: str, final: bool) -> None:
     """Best effort: the launcher sees the exit status anyway, the broker's word only says why sooner."""
     from offtrail.platform.wire.messages import Failure
     from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
@@ -65,7 +71,7 @@ def report_failure(context: RoleContext, error: str) -> None:
     try:
         endpoint = Endpoint.read(context.run_dir / "endpoint.json", 1.0)
         client = Client(endpoint, f"{context.role}-{context.index}-failure", ClientKeys.read(context.run_dir))
-        failure = Failure(role=context.role, index=context.index, error=error)
+        failure = Failure(role=context.role, index=context.index, error=error, final=final)
         client.request(failure, what="an acknowledged failure", deadline_s=2.0)
         client.close()
     except Exception:

@@ -64,6 +64,11 @@ class Progress:
         elif self.mode == "plain" and fresh and step > 0:
             self._console.print(self.line(status), highlight=False, soft_wrap=True)
 
+    def tell(self, line: str) -> None:
+        """Say something that happened once, such as a restart: above what is redrawn, and on plain terminals too."""
+        if self.mode != "off":
+            self._console.print(line, style="yellow", highlight=False, soft_wrap=True)
+
     def _note(self, step: int, status: Status) -> None:
         self._step = step
         if self._first is None and step > 0:

@@ -32,6 +32,7 @@ import msgspec
 
 import offtrail
 from offtrail.core.types import Float32, Problem
+from offtrail.platform.config.errors import FinalError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.verifier.worker import LENGTH, READY, Job, Setup, Verdict, frame_of
 from offtrail.rewards.total import columns, nothing_earned
@@ -52,7 +53,7 @@ Components = dict[str, Float32]
 _decoder = msgspec.msgpack.Decoder(Verdict)
 
 
-class VerifierError(RuntimeError):
+class VerifierError(FinalError):
     """No verifier can be started: nothing could ever be scored."""
 
 

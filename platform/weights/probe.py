@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from offtrail.core.types import Float32, Int32
+from offtrail.platform.config.errors import FinalError
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 8, 24
 
 
-class MismatchError(RuntimeError):
+class MismatchError(FinalError):
     """Engine and learner disagree by more than weights.probe_alarm: training on such data would be off by as much."""
 
 

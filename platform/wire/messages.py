@@ -196,11 +196,12 @@ class Beat(Message, frozen=True):
 
 
 class Failure(Message, frozen=True):
-    """A role says why it dies."""
+    """A role says why it dies, or the launcher how one has died. ``final``: another start would not cure it."""
 
     role: str
     index: int
     error: str
+    final: bool = False
 
 
 class StatusRequest(Message, frozen=True):

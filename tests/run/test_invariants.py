@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.synchronous import Synchronous
 from offtrail.platform.runtime.context import weights_folder
 
+ROLE_NAMES = ("broker", "learner", "generator", "evaluator")
 NUMBERS = ("loss/policy", "policy/grad_norm", "policy/entropy", "reward/mean", "reward/accuracy", "length/mean")
 
 
@@ -56,7 +58,7 @@ def test_staleness_zero_is_the_synchronous_loop_bit_for_bit(launch: Any) -> None
     assert len({digest for _, digest in checksums(run.run_dir)}) == config.learner.steps + 1
 
 
-def test_an_exact_run_repeats_bit_for_bit_and_survives_a_kill_of_its_learner(
+def test_an_exact_run_repeats_bit_for_bit_and_survives_kills_of_its_learner_and_generator(
     launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
     exact = ("staleness.mode=exact", "staleness.max=2", "learner.steps=8")
@@ -82,6 +84,15 @@ def test_an_exact_run_repeats_bit_for_bit_and_survives_a_kill_of_its_learner(
     assert resumed.summary["groups/trained"] == 8 * 4
     assert resumed.summary["lineage"] == 0
 
+    # Its generator killed in the middle of a wave: started again, it makes the same versions.
+    process = subprocess.Popen(command("again", *exact), env=environment, cwd=tmp_path)
+    for step in (2, 5):
+        wait_until(f"step {step}", lambda step=step: reached(tmp_path / "again", step))
+        os.kill(pid_of("generator", tmp_path / "again"), signal.SIGKILL)
+    assert process.wait(60) == 0
+    assert checksums(tmp_path / "again") == checksums(first.run_dir)
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["restarts"] == {"generator-0": 2}
+
 
 def test_every_wait_drop_and_rank_goes_through_two_of_each(launch: Any) -> None:
     run = launch(
@@ -100,8 +111,30 @@ def test_every_wait_drop_and_rank_goes_through_two_of_each(launch: Any) -> None:
     assert summary["groups/admitted"] == summary["groups/trained"] + summary["groups/in_flight"] + refused
 
 
-@pytest.mark.parametrize("role", ["generator", "broker", "evaluator"])
-def test_a_dead_role_ends_the_run_with_its_name_and_how_it_died(
+@pytest.mark.parametrize("role", ["generator", "evaluator"])
+def test_a_killed_generator_or_evaluator_is_started_again_and_the_run_completes(
+    role: str, command: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    line = command("killed", "learner.steps=8", "eval.every=2", "eval.prompts=64", "tracking.progress=plain")
+    process = subprocess.Popen(line, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run_dir = tmp_path / "killed"
+    wait_until("step 2", lambda: reached(run_dir, 2))
+    killed = pid_of(role, run_dir)
+    os.kill(killed, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert f"{role}-0 was killed by SIGKILL" in stdout.decode()
+    assert not alive(killed)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["restarts"]) == ("completed", {f"{role}-0": 1})
+    assert [summary[f"groups/{name}"] for name in ("trained", "lost", "duplicated")] == [8 * 4, 0, 0]
+    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4, 6, 8]
+    assert not weights_folder(load_config(run_dir / "config.yaml"), run_dir).exists()
+
+
+@pytest.mark.parametrize("role", ["learner", "broker"])
+def test_a_dead_broker_or_learner_ends_the_run_with_its_name_and_how_it_died(
     role: str, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
     line = command("dead", "learner.steps=100000", "sft.steps=150")
@@ -121,17 +154,41 @@ def test_a_dead_role_ends_the_run_with_its_name_and_how_it_died(
     assert not weights_folder(load_config(run_dir / "config.yaml"), run_dir).exists()
 
 
-def test_no_role_and_no_shared_memory_outlives_a_killed_launcher(
-    command: Any, environment: dict[str, str], tmp_path: Path
+def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal(
+    launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(command("orphan", "learner.steps=100000"), env=environment, cwd=tmp_path)
+    """One role is stopped (it stands for one that hangs in native code) when the launcher is killed, and resumed after
+    the next launch has begun: by then it is gone, so that it can take nothing of its successor's.
+    """
+    process = subprocess.Popen(command("orphan", "learner.steps=6"), env=environment, cwd=tmp_path)
     run_dir = tmp_path / "orphan"
     wait_until("step 1", lambda: reached(run_dir, 1))
-    pids = [pid_of(name, run_dir) for name in ("broker", "learner", "generator", "evaluator")]
+    everybody = psutil.Process(process.pid).children(recursive=True)
+    assert {pid_of(name, run_dir) for name in ROLE_NAMES} < {child.pid for child in everybody}
+    (run_dir / "servers").mkdir()
+    (run_dir / "servers" / "generator-0.json").write_text("{}")
+    stopped = psutil.Process(pid_of("learner", run_dir))
+    stopped.suspend()
     process.kill()
     process.wait()
-    wait_until("an end of all roles", lambda: not any(alive(pid) for pid in pids))
-    assert not weights_folder(load_config(run_dir / "config.yaml"), run_dir).exists()
+    resumed = launch("orphan", "run.resume=true", "learner.steps=6")  # waits for what the first one left
+    assert resumed.code == 0, resumed.output
+    assert not [child for child in everybody if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert (resumed.summary["groups/trained"], resumed.summary["groups/lost"]) == (24, 0)
+
+    process = subprocess.Popen(command("orphan2", "learner.steps=100000"), env=environment, cwd=tmp_path)
+    run_dir = tmp_path / "orphan2"
+    wait_until("step 1", lambda: reached(run_dir, 1))
+    folder = weights_folder(load_config(run_dir / "config.yaml"), run_dir)
+    everybody = psutil.Process(process.pid).children(recursive=True)
+    stopped = psutil.Process(pid_of("generator", run_dir))
+    stopped.suspend()
+    assert folder.exists()
+    process.kill()
+    process.wait()
+    wait_until("an end of every process", lambda: not [c for c in everybody if c.is_running() and alive(c.pid)], 30)
+    assert not folder.exists()
+    assert not (run_dir / "servers").exists()
 
 
 def test_an_interrupted_run_says_so_and_goes_on(

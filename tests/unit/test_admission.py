@@ -262,7 +262,7 @@ class History(RuleBasedStateMachine):
         leases = self.scheduler.grant(holder, room, 2, 0.0)
         fresh = [lease for lease in leases if lease.group >= before.admitted]
         assert len(fresh) <= capacity
-        assert self.ledger.tally().leased <= self.admission.max_in_flight
+        assert sum(row.holder != "" for row in self.ledger.leased()) <= self.admission.max_in_flight
         assert all(lease.min_version <= version for lease in leases)
         if self.admission.exact and leases:
             [wave] = {lease.wave for lease in leases}
@@ -318,7 +318,7 @@ class History(RuleBasedStateMachine):
         before, row = self.ledger.tally(), self.ledger.row(group.group)
         assert row is not None
         verdict = self.scheduler.arrive(group, holder, 2.0)
-        assert verdict.accepted == (row.state != "refused")
+        assert verdict.accepted == (row.state != "refused" and row.attempt == group.attempt)
         assert self.ledger.tally() == before
 
     @precondition(lambda self: self.out)

@@ -435,6 +435,25 @@ def test_exact_mode_grants_whole_waves_in_slot_order(start: Callable[..., Run]) 
     assert {(lease.wave, lease.exact_version) for lease in third} == {(2, 1)}
 
 
+def test_exact_mode_makes_an_interrupted_wave_again_whole(start: Callable[..., Run]) -> None:
+    """Of wave 0 one group had arrived when its generator was killed: it is made again too, as another attempt."""
+    run = start(staleness__mode="exact", staleness__max=1)
+    run.everybody()
+    wave, other = run.lease().leases, run.lease().leases
+    assert run.submit(wave[0], 0).accepted
+    run.ask("launcher-0", Failure(role="generator", index=0, error="was killed by SIGKILL"), Acknowledged)
+    run.hello("generator", pid=os.getpid() + 1)
+    again = run.lease().leases
+    assert [(lease.group, lease.slot, lease.wave, lease.attempt) for lease in again] == [(0, 0, 0, 2), (1, 1, 0, 2)]
+    assert [(lease.group, lease.attempt) for lease in run.lease().leases] == [(lease.group, 2) for lease in other]
+    assert not run.submit(wave[0], 0).accepted  # of the attempt that is over
+    assert all(run.submit(lease, 0).accepted for lease in again)
+    batch = run.ask("learner-0", NextBatch(step=0), BatchReply)
+    assert [header.attempt for header in batch.headers] == [2, 2]
+    audit = run.broker.ledger.audit()
+    assert (audit.admitted, audit.lost, audit.duplicated) == (4, 0, 0)
+
+
 def test_exact_mode_never_cuts_a_wave_in_two(start: Callable[..., Run]) -> None:
     run = start(staleness__mode="exact", staleness__max=1, generator__max_in_flight=3)
     run.everybody()
@@ -545,18 +564,57 @@ def test_a_role_that_never_dials_is_named(start: Callable[..., Run]) -> None:
     assert "the broker waits for evaluator-0 to dial" in run.broker.ending.reason
 
 
-def test_a_role_that_dies_ends_the_run_with_its_words(start: Callable[..., Run]) -> None:
+def test_a_killed_generators_leases_go_to_the_next_one_and_its_restart_is_counted(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()
+    first = run.lease().leases
+    assert len(first) == 4
+    run.ask("launcher-0", Failure(role="generator", index=0, error="was killed by SIGKILL"), Acknowledged)
+    assert (run.broker.ending.status, run.broker.ending.failures) == ("", [])
+    assert "has not said Hello" in run.ask("generator-0", LeaseRequest(room=1), Error).error
+    for _ in range(2):  # its welcome was lost: the same process says Hello again
+        run.hello("generator", pid=os.getpid() + 1)
+    second = run.lease().leases
+    assert [(lease.group, lease.attempt) for lease in second] == [(lease.group, 2) for lease in first]
+    assert run.submit(second[0], 0).accepted
+    late = run.submit(first[1], 0)
+    assert not late.accepted
+    assert late.reason.startswith("late: attempt 1")
+    run.ask("launcher-0", StopRun(status="interrupted", reason=""), Acknowledged)
+    assert run.summary()["restarts"] == {"generator-0": 1}
+    again = run.again()
+    again.everybody()
+    again.hello("evaluator", pid=os.getpid() + 1)
+    again.ask("launcher-0", StopRun(status="interrupted", reason=""), Acknowledged)
+    assert again.summary()["restarts"] == {"generator-0": 1, "evaluator-0": 1}
+
+
+def test_a_killed_evaluators_version_is_given_to_the_next_one(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    assert run.ask("evaluator-0", NextEval(), EvalJob).version == 0
+    run.ask("launcher-0", Failure(role="evaluator", index=0, error="was killed by SIGKILL"), Acknowledged)
+    run.hello("evaluator", pid=os.getpid() + 1)
+    assert run.ask("evaluator-0", NextEval(), EvalJob).version == 0
+
+
+@pytest.mark.parametrize(
+    ("role", "final", "restarts"), [("generator", True, 3), ("generator", False, 0), ("learner", False, 3)]
+)
+def test_a_role_that_no_start_would_cure_or_that_has_none_ends_the_run_with_its_words(
+    role: str, final: bool, restarts: int, start: Callable[..., Run]
+) -> None:
+    run = start(generator__max_restarts=restarts)
+    run.everybody()
     run.make()
-    run.ask("x", Failure(role="generator", index=0, error="ValueError: no"), Acknowledged)
+    run.ask("x", Failure(role=role, index=0, error="ValueError: no", final=final), Acknowledged)
     assert run.beat("learner").stop
     status = run.ask("launcher-0", StatusRequest(), Status)
     assert (status.failures[0].error, status.finished) == ("ValueError: no", False)
     summary = run.summary()
     assert (summary["status"], summary["reason"], summary["groups/in_flight"]) == (
         "failed",
-        "generator-0: ValueError: no",
+        f"{role}-0: ValueError: no",
         4,
     )
 

@@ -1,6 +1,10 @@
 """The run directory: one launch makes it, one launch holds it, its config.yaml repeats the run."""
 
+import fcntl
+import os
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -107,3 +111,24 @@ def test_a_full_disk_leaves_no_half_run(where, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
         prepare(compose([where, "run.name=a"]))
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_what_a_killed_launch_left_is_waited_for_and_a_living_one_is_not(where, tmp_path, monkeypatch):
+    """The reaper of a killed launch holds the lock under the pid of a process that is gone."""
+    launched(where, "run.name=a")
+    path = tmp_path / "runs" / "a" / ".lock"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    again = compose([where, "run.name=a", "run.resume=true"])
+    with path.open("w") as reaper:
+        fcntl.flock(reaper, fcntl.LOCK_EX)
+        reaper.write(str(gone.pid))
+        reaper.flush()
+        waits = []
+        monkeypatch.setattr(rundir.time, "sleep", lambda seconds: waits.append(fcntl.flock(reaper, fcntl.LOCK_UN)))
+        _, lock = prepare(again)
+    assert len(waits) == 1
+    assert path.read_text() == str(os.getpid())
+    with pytest.raises(ConfigError, match="is still running"):
+        prepare(again)
+    lock.close()

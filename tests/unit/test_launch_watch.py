@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.local import Role, Run, watch
+from offtrail.platform.launcher.hosts import LocalHandle
+from offtrail.platform.launcher.run import Role, Run, watch
+from offtrail.platform.runtime.roles import RoleSpec
 from offtrail.platform.tracking.summary import write_summary
 
 
@@ -17,10 +19,11 @@ from offtrail.platform.tracking.summary import write_summary
 def test_a_role_may_leave_by_itself_only_after_the_broker_said_completed(tmp_path, code, status, expected):
     config = Config()
     config.tracking.progress = "off"
-    run = Run(config, tmp_path)  # no endpoint.json: the broker has left too
+    run = Run(config, tmp_path, hosts=None)  # no endpoint.json: the broker has left too
     process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
     process.wait()
-    run.roles.append(Role("generator-0", process, tmp_path / "generator-0.log"))
+    handle = LocalHandle("generator-0", process, tmp_path / "generator-0.log")
+    run.roles.append(Role(RoleSpec("generator"), handle))
     write_summary(tmp_path, {"status": status})
     found, reason = watch(run, [])
     assert found == expected

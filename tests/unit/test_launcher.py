@@ -7,19 +7,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher import local
-from offtrail.platform.launcher.local import Role, Run, watch
+from offtrail.platform.engines.sglang.lifecycle import ServerError
+from offtrail.platform.launcher import jobs
+from offtrail.platform.launcher import run as running
+from offtrail.platform.launcher.hosts import Handle, LocalHandle
+from offtrail.platform.launcher.run import Role, Run, watch
 from offtrail.platform.runtime.context import RoleContext, remove_shared_memory, weights_folder
-from offtrail.platform.runtime.process import check_device
+from offtrail.platform.runtime.process import FINAL_STATUS, check_device, is_final
+from offtrail.platform.runtime.roles import RoleSpec
 from offtrail.platform.tracking.recorder import read_rows
 from offtrail.platform.tracking.summary import read_summary
+from offtrail.platform.weights.probe import MismatchError
 from offtrail.platform.weights.store import Publisher
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.messages import Acknowledged, Failure, Status
@@ -101,8 +106,8 @@ def test_a_full_disk_costs_a_line_and_hides_no_reason(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    monkeypatch.setattr(local, function, full)
-    assert local.finish(tmp_path, "failed", "learner-0 exited with status 1", 1.0) == 1
+    monkeypatch.setattr(jobs, function, full)
+    assert jobs.finish(tmp_path, "failed", "learner-0 exited with status 1", 1.0) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "offtrail: error: learner-0 exited with status 1"
     assert len(lines) == (1 if function == "report" else 2)
@@ -111,7 +116,7 @@ def test_a_full_disk_costs_a_line_and_hides_no_reason(
 
 def test_a_summary_that_was_cut_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "summary.json").write_text('{"status": ')
-    assert local.finish(tmp_path, "failed", "why", 1.0) == 1
+    assert jobs.finish(tmp_path, "failed", "why", 1.0) == 1
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
@@ -121,8 +126,8 @@ def test_a_disk_that_fills_at_the_start_is_a_failed_run(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "start"))
 
-    monkeypatch.setattr(local, "prepare_start_model", full)
-    assert local.launch(config, tmp_path) == 1
+    monkeypatch.setattr(jobs, "prepare_start_model", full)
+    assert jobs.launch(config, tmp_path) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert read_summary(tmp_path)["status"] == "failed"
 
@@ -150,15 +155,45 @@ def process(code: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code])
 
 
+class Scripts:
+    """Hosts on which every role is a Python script, that sleeps unless ``scripts`` says otherwise."""
+
+    def __init__(self) -> None:
+        self.scripts: list[str] = []
+        self.started: list[str] = []
+        self.closed = False
+
+    def start(self, spec: RoleSpec, command: Sequence[str], log: Path) -> Handle:
+        self.started.append(spec.name)
+        code = self.scripts.pop(0) if self.scripts else "import time; time.sleep(300)"
+        with log.open("ab") as out:
+            return LocalHandle(spec.name, subprocess.Popen([sys.executable, "-c", code], stderr=out), log)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def child(role: Role) -> subprocess.Popen[bytes]:
+    """The process of a role that these hosts started."""
+    assert isinstance(role.handle, LocalHandle)
+    return role.handle.process
+
+
 @pytest.fixture
-def run(config: Config, tmp_path: Path) -> Iterator[Run]:
+def hosts() -> Scripts:
+    return Scripts()
+
+
+@pytest.fixture
+def run(config: Config, tmp_path: Path, hosts: Scripts) -> Iterator[Run]:
     """A run whose broker and learner sleep until they are ended."""
-    run = Run(config, tmp_path)
-    for name in ("broker-0", "learner-0"):
-        run.roles.append(Role(name, process("import time; time.sleep(300)"), tmp_path / f"{name}.log"))
+    run = Run(config, tmp_path, hosts)
+    for spec in (RoleSpec("broker"), RoleSpec("learner")):
+        run.roles.append(Role(spec, hosts.start(spec, [], tmp_path / f"{spec.name}.log")))
     yield run
     run.close()
-    assert all(role.process.poll() is not None for role in run.roles)
+    assert hosts.closed
+    assert all(role.handle.poll() is not None for role in run.roles)
 
 
 @pytest.mark.parametrize("answer", [WireError("not a message"), RefusedError("a damaged ledger"), Acknowledged()])
@@ -184,35 +219,35 @@ def test_a_damaged_endpoint_fails_the_run(run: Run) -> None:
 
 
 def test_before_the_broker_is_up_the_roles_are_terminated_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "LEAVE_SECONDS", 1e9)  # would run into the test's own limit
+    monkeypatch.setattr(running, "LEAVE_SECONDS", 1e9)  # would run into the test's own limit
     status, reason = watch(run, [signal.SIGINT])
     assert (status, reason) == ("interrupted", "stopped by SIGINT")
     told = run.stop(status, reason)
     assert not told
     run.leave(told, completed=False)
-    assert [role.process.returncode for role in run.roles] == [-signal.SIGTERM] * 2
+    assert [child(role).returncode for role in run.roles] == [-signal.SIGTERM] * 2
 
 
 def test_a_dead_broker_is_not_asked_and_the_others_are_terminated(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "LEAVE_SECONDS", 1e9)
+    monkeypatch.setattr(running, "LEAVE_SECONDS", 1e9)
     line = Line(WaitError("nobody there"))
     run.client = line  # type: ignore[assignment]
-    run.roles[0].process.kill()
-    run.roles[0].process.wait()
+    child(run.roles[0]).kill()
+    child(run.roles[0]).wait()
     status, reason = watch(run, [])
     assert status == "failed"
     assert "broker-0 was killed by SIGKILL" in reason
     told = run.stop(status, reason)
     run.leave(told, completed=False)
     assert (told, line.asked) == (False, [])
-    assert run.roles[1].process.returncode == -signal.SIGTERM
+    assert child(run.roles[1]).returncode == -signal.SIGTERM
 
 
 def test_a_broker_that_dies_while_it_is_told_is_not_waited_for(run: Run) -> None:
     class Dying(Line):
         def request(self, message: object, **_: object) -> tuple[object, list[object]]:
-            run.roles[0].process.kill()
-            run.roles[0].process.wait()
+            child(run.roles[0]).kill()
+            child(run.roles[0]).wait()
             return super().request(message)
 
     line = Dying(WaitError("silent"))
@@ -224,8 +259,8 @@ def test_a_broker_that_dies_while_it_is_told_is_not_waited_for(run: Run) -> None
 def test_what_a_role_said_before_it_died_is_the_reason(run: Run) -> None:
     failure = Failure(role="learner", index=0, error="ValueError: no room")
     run.client = Line(Status({}, [], {}, [failure], finished=False))  # type: ignore[assignment]
-    run.roles[1].process.kill()
-    run.roles[1].process.wait()
+    child(run.roles[1]).kill()
+    child(run.roles[1]).wait()
     assert watch(run, []) == ("failed", "learner-0: ValueError: no room")
 
 
@@ -233,8 +268,8 @@ def test_a_completed_run_waits_for_its_archive_as_long_as_the_broker_answers(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broker needs several times LEAVE_SECONDS, and leaves by itself."""
-    monkeypatch.setattr(local, "LEAVE_SECONDS", 0.2)
-    monkeypatch.setattr(local, "STATUS_PERIOD_S", 0.05)
+    monkeypatch.setattr(running, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(running, "STATUS_PERIOD_S", 0.05)
     turns = []
 
     class Sealing(Line):
@@ -245,20 +280,113 @@ def test_a_completed_run_waits_for_its_archive_as_long_as_the_broker_answers(
             return super().request(message)
 
     code = f"import pathlib, time\nwhile not pathlib.Path({str(run.run_dir / 'sealed')!r}).exists(): time.sleep(.01)"
-    run.roles[0].process.kill()
-    run.roles[0].process.wait()
-    run.roles[0].process = process(code)
+    child(run.roles[0]).kill()
+    child(run.roles[0]).wait()
+    run.roles[0].handle = LocalHandle("broker-0", process(code), run.run_dir / "broker-0.log")
     run.client = Sealing(Status({}, [], {}, [], finished=False))  # type: ignore[assignment]
     run.leave(told=True, completed=True)
-    assert run.roles[0].process.returncode == 0
+    assert child(run.roles[0]).returncode == 0
     assert len(turns) >= 20
 
 
 def test_a_broker_that_falls_silent_over_its_archive_is_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(running, "LEAVE_SECONDS", 0.2)
     run.client = Line(WaitError("silent"))  # type: ignore[assignment]
     run.leave(told=True, completed=True)
-    assert run.roles[0].process.returncode == -signal.SIGTERM
+    assert child(run.roles[0]).returncode == -signal.SIGTERM
+
+
+# Restarts
+
+GENERATOR = RoleSpec("generator", restarts=2, restarts_key="generator.max_restarts")
+
+
+def dead_generator(run: Run, code: str) -> Role:
+    """A generator that has ended by ``code``, in the run."""
+    log = run.run_dir / "generator-0.log"
+    run.hosts.scripts.append(code)  # type: ignore[attr-defined]
+    role = Role(GENERATOR, run.hosts.start(GENERATOR, [], log))
+    child(role).wait()
+    run.roles.append(role)
+    return role
+
+
+def script(code: int) -> str:
+    return f"raise SystemExit({code})"
+
+
+def test_a_killed_generator_is_started_again_and_the_broker_hears_of_it_first(
+    run: Run, hosts: Scripts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(running, "STATUS_PERIOD_S", 0.0)
+    run.config.tracking.progress = "plain"
+    role = dead_generator(run, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    before = len(hosts.started)
+
+    class Broker(Line):
+        def request(self, message: object, **_: object) -> tuple[object, list[object]]:
+            if isinstance(message, Failure):
+                assert len(hosts.started) == before  # its leases are back before another process can ask for any
+            super().request(message)
+            return Status({}, [], {}, [], finished=role.restarts == 1), []
+
+    line = Broker(None)
+    run.client = line  # type: ignore[assignment]
+    assert watch(run, []) == ("completed", "")
+    [death] = [message for message in line.asked if isinstance(message, Failure)]
+    assert (death.role, death.index, death.final) == ("generator", 0, False)
+    assert death.error.startswith("generator-0 was killed by SIGKILL")
+    assert (hosts.started[before:], role.handle.poll()) == (["generator-0"], None)
+    assert "started again (1 of generator.max_restarts=2)" in capsys.readouterr().out
+
+
+def test_a_generator_that_always_dies_ends_the_run_after_its_restarts_with_its_last_words(
+    run: Run, hosts: Scripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "STATUS_PERIOD_S", 0.05)
+    dies = "raise RuntimeError('no memory left')"
+    role = dead_generator(run, dies)
+    hosts.scripts += [dies] * 5
+    run.client = Line(Status({}, [], {}, [], finished=False))  # type: ignore[assignment]
+    status, reason = watch(run, [])
+    assert (status, role.restarts, hosts.started.count("generator-0")) == ("failed", 2, 3)
+    assert "last words: RuntimeError: no memory left" in reason
+    assert reason.endswith("after 2 restarts (generator.max_restarts=2)")
+
+
+@pytest.mark.parametrize("code", [0, FINAL_STATUS])
+def test_who_leaves_before_the_end_or_by_a_mistake_of_the_user_is_not_started_again(
+    code: int, run: Run, hosts: Scripts
+) -> None:
+    dead_generator(run, script(code))
+    run.client = Line(Status({}, [], {}, [], finished=False))  # type: ignore[assignment]
+    status, reason = watch(run, [])
+    assert (status, hosts.started.count("generator-0")) == ("failed", 1)
+    assert reason.startswith(f"generator-0 exited with status {code}")
+
+
+def test_a_dead_broker_ends_the_run_though_a_generator_could_be_started_again(run: Run, hosts: Scripts) -> None:
+    dead_generator(run, script(1))
+    child(run.roles[0]).kill()
+    child(run.roles[0]).wait()
+    status, reason = watch(run, [])
+    assert (status, hosts.started.count("generator-0")) == ("failed", 1)
+    assert reason.startswith("broker-0 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (ValueError("engine.device=cuda: no such device"), True),
+        (MismatchError("the probe alarms"), True),
+        (ServerError("a server does not start"), True),
+        (ImportError("no module named sglang"), True),
+        (RuntimeError("out of memory"), False),
+        (OSError("a disk that went away"), False),
+    ],
+)
+def test_what_would_come_again_in_every_process_is_final(error: Exception, final: bool) -> None:
+    assert is_final(error) is final
 
 
 # Signals
@@ -273,8 +401,8 @@ def test_the_first_signal_is_noted_and_said_and_the_second_ends_at_once(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the second signal was lost")
 
-    monkeypatch.setitem(local.JOBS, "rl", job)
-    assert local.launch(config, tmp_path) == 130
+    monkeypatch.setitem(jobs.JOBS, "rl", job)
+    assert jobs.launch(config, tmp_path) == 130
     assert capfd.readouterr().err.startswith("stopping")
     assert read_summary(tmp_path)["reason"] == "stopped at once by a second signal, SIGTERM"
 
@@ -301,9 +429,9 @@ def supervised(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *
             raise KeyboardInterrupt("stopped by SIGINT in the sft, after step 2")
         target.mkdir(parents=True)
 
-    monkeypatch.setattr(local, "run_sft", train)
+    monkeypatch.setattr(jobs, "run_sft", train)
     config.job, config.sft.steps = "sft", 2
-    assert local.launch(config, run_dir) == (130 if fails else 0)
+    assert jobs.launch(config, run_dir) == (130 if fails else 0)
     return asked
 
 

@@ -155,8 +155,8 @@ def test_no_import_inside_the_platform_runs_back_up():
 
 def test_the_floor_test_sees_an_import_inside_a_function(tmp_path):
     file = tmp_path / "module.py"
-    file.write_text("def f():\n    from offtrail.platform.launcher.local import launch\n")
-    assert list(imports_of(file)) == [("offtrail", "platform", "launcher", "local")]
+    file.write_text("def f():\n    from offtrail.platform.launcher.jobs import launch\n")
+    assert list(imports_of(file)) == [("offtrail", "platform", "launcher", "jobs")]
 
 
 def test_only_the_platform_knows_processes_and_sockets():

@@ -100,6 +100,18 @@ def test_off_prints_nothing():
     assert shown("off", status(1), status(2)) == ""
 
 
+@pytest.mark.parametrize("mode", ["plain", "live"])
+def test_a_restart_is_told_once_and_stays(mode):
+    console = Console(width=120, record=True, file=io.StringIO(), force_terminal=mode == "live")
+    config = Config()
+    config.tracking.progress = mode
+    with Progress(config, console) as progress:
+        progress.update(status(1))
+        progress.tell("generator-0 was killed by SIGKILL; started again (1 of generator.max_restarts=3)")
+        progress.update(status(2))
+    assert console.export_text().count("started again (1 of generator.max_restarts=3)") == 1
+
+
 def test_the_live_view_says_what_each_role_does_or_waits_for():
     roles = [
         beat("learner", "busy/update"),

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
+from offtrail.platform.config.errors import FinalError
 from offtrail.platform.config.schema import SglangConfig
 from offtrail.platform.engines.sglang.child import Child
 from offtrail.platform.engines.sglang.flags import url_of
@@ -31,7 +32,7 @@ ATTACH_SECONDS = 30.0
 """The longest that a server of engine.urls may take to answer first: it is said to run already."""
 
 
-class ServerError(RuntimeError):
+class ServerError(FinalError):
     """A server cannot be had: it does not start, has died too often, or is not offtrail's to start. One line."""
 
 

@@ -1,0 +1,127 @@
+"""Where roles run: the protocol that run.py starts them by, and its first backend, the processes of this host.
+
+    Run ── start(spec, command, log) ──► Hosts ──► Handle: poll, end, exit_report
+                                           └─ local: Popen, and a reaper that outlives a killed launcher
+
+A backend knows processes and addresses and nothing of a run: neither order, nor restarts, nor the broker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from offtrail.platform.runtime.host import free_port
+from offtrail.platform.runtime.roles import RoleSpec
+
+
+class Handle(Protocol):
+    """One role process that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit status, −N where signal N ended it; None while it runs."""
+
+    def end(self, kill: bool) -> None:
+        """Ask it to leave (SIGTERM), or ``kill`` it; nothing where it has left. Does not wait."""
+
+    def exit_report(self) -> str:
+        """How it died, in one line: its exit status or signal, and the last line of its log."""
+
+
+class Hosts(Protocol):
+    """A place where roles can be started."""
+
+    def start(self, spec: RoleSpec, command: Sequence[str], log: Path) -> Handle:
+        """Start a role by ``command``, its output appended to ``log``; where the kernel can, it ends with its starter,
+        whose pid the backend appends to the command.
+        """
+
+    def close(self) -> None:
+        """Every role has left, and what the run shared is gone."""
+
+
+@dataclass
+class LocalHandle:
+    """A child process."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def poll(self) -> int | None:
+        """See Handle."""
+        return self.process.poll()
+
+    def end(self, kill: bool) -> None:
+        """See Handle."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+
+    def exit_report(self) -> str:
+        """See Handle."""
+        code = self.process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
+        words = f"; last words: {lines[-1].strip()}" if lines and code >= 0 else ""
+        return f"{self.name} {how}{words} (log: {self.log})"
+
+
+class LocalHosts:
+    """Processes of this host; a reaper beside them cleans up after a launcher that was killed (reaper.py)."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        # A session of its own: no signal of the terminal reaches it. Trap: close_fds=False hands it the one inheritable
+        # file, the lock of the run directory, and is what keeps a successor out until it has cleaned up.
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-m", "offtrail.platform.launcher.reaper", str(run_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            close_fds=False,
+            start_new_session=True,
+        )
+
+    def start(self, spec: RoleSpec, command: Sequence[str], log: Path) -> LocalHandle:
+        """See Hosts. A process group of its own: Ctrl-C on the terminal is the launcher's alone."""
+        # Two busy processes on two cores: more threads than asked for make both several times slower.
+        env = os.environ | {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"} | self._rank(spec)
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [*command, str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=env,
+                process_group=0,
+            )
+        self._tell(f"{process.pid}\n")
+        return LocalHandle(spec.name, process, log)
+
+    def close(self) -> None:
+        """See Hosts."""
+        self._tell("done\n")
+        assert self._reaper.stdin is not None
+        with contextlib.suppress(OSError):
+            self._reaper.stdin.close()
+        self._reaper.wait()
+
+    def _rank(self, spec: RoleSpec) -> dict[str, str]:
+        """What torch.distributed asks of the environment, as torchrun sets it."""
+        if not spec.world:
+            return {}
+        rank = str(spec.index)
+        return self._rendezvous | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(spec.world)}
+
+    def _tell(self, line: str) -> None:
+        assert self._reaper.stdin is not None
+        with contextlib.suppress(OSError):  # it was killed: then it can clean up nothing, and all else goes on
+            self._reaper.stdin.write(line.encode())
+            self._reaper.stdin.flush()

@@ -1,0 +1,172 @@
+"""What the launcher does for each job, and how it ends: `launch(config, run_dir)`.
+
+launch ─► start model (cold start if it is not in the cache) ─► the roles of the job (run.py) ─► summary, learning.png
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.hosts import LocalHosts
+from offtrail.platform.launcher.run import Run, watch
+from offtrail.platform.launcher.serve import run_serve
+from offtrail.platform.launcher.start import prepare_start_model, run_sft
+from offtrail.platform.model.start import StartError
+from offtrail.platform.tracking.plot import learning_curve
+from offtrail.platform.tracking.recorder import Recorder
+from offtrail.platform.tracking.summary import read_summary, write_summary
+
+EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
+
+
+def launch(config: Config, run_dir: Path) -> int:
+    """Run one job to its end in a run directory that exists; the exit status of the command."""
+    started = time.monotonic()
+    try:
+        with interrupts() as interrupted:
+            status, reason = JOBS[config.job](config, run_dir, interrupted)
+    except KeyboardInterrupt as stopped:
+        status, reason = "interrupted", str(stopped)
+    except (StartError, OSError) as error:
+        status, reason = "failed", str(error)
+    return finish(run_dir, status, reason, time.monotonic() - started)
+
+
+def run_rl(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """job=rl: the start model, then every role until the end; how it ended, and why."""
+    prepare_start_model(config, run_dir, interrupted)
+    run = Run(config, run_dir, LocalHosts(run_dir))
+    try:
+        run.start_all()
+        status, reason = watch(run, interrupted)
+        run.leave(run.stop(status, reason), status == "completed")
+    finally:
+        run.close()
+    return status, reason
+
+
+def run_supervised(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """job=sft: one process, one checkpoint, which is there whole when the training has ended.
+
+    A resumed run whose checkpoint is there is completed at once; any other begins again, with its records.
+    """
+    target = run_dir / "checkpoints" / f"step_{config.sft.steps}"
+    if target.is_dir():
+        return "completed", ""
+    started = time.monotonic()
+    recorder = Recorder(run_dir, config)
+    recorder.restore([])
+    try:
+        run_sft(run_dir, target, "sft", config, interrupted, lambda row: recorder.step(supervised_row(row)))
+    finally:
+        recorder.close()
+        summary: dict[str, Any] = {"steps": 0, "seed": config.sft.seed, "wall_seconds": time.monotonic() - started}
+        if rows := recorder.rows:
+            ends = {"loss/sft_first": rows[0]["loss/sft"], "loss/sft_last": rows[-1]["loss/sft"]}
+            summary |= {"steps": rows[-1]["step"]} | ends
+        write_summary(run_dir, summary)
+    return "completed", ""
+
+
+def supervised_row(row: dict[str, float]) -> dict[str, float]:
+    """The metrics row of a row of progress."""
+    return {"step": row["step"], "loss/sft": row["loss"]}
+
+
+JOBS = {"rl": run_rl, "sft": run_supervised, "serve": run_serve}
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted and end the run in order; the second one raises KeyboardInterrupt."""
+    seen: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        seen.append(signum)
+        if len(seen) == 1:
+            say("stopping… (once more: at once)")
+        if len(seen) == 2:  # a third one must not break into the end of the processes
+            raise KeyboardInterrupt(f"stopped at once by a second signal, {signal.Signals(signum).name}")
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def say(text: str) -> None:
+    """A line on stderr from a signal handler, which must not enter a stream that it has interrupted."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
+
+
+def finish(run_dir: Path, status: str, reason: str, seconds: float) -> int:
+    """Say what happened, set the final status (the broker may have died before it could), draw the curves.
+
+    The reason comes first: a disk that is full may have been it, and takes no summary either.
+    """
+    if status == "failed":
+        print(f"offtrail: error: {reason}", file=sys.stderr, flush=True)
+    summary: dict[str, Any] = {"status": status, "launch_seconds": round(seconds, 3)}
+    if reason:
+        summary["reason"] = reason
+    try:
+        before = read_summary(run_dir)
+        before.pop("reason", None)  # of an earlier launch
+        summary = before | summary
+        write_summary(run_dir, summary)
+        if (run_dir / "metrics.jsonl").is_file():
+            learning_curve(run_dir)
+    except (OSError, ValueError) as error:  # ValueError: a file that was cut where the disk was full
+        words = " ".join(str(error).split())
+        print(f"offtrail: error: summary.json or learning.png could not be written: {words}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        report(run_dir, summary)
+    return EXIT_CODES[status]
+
+
+def report(run_dir: Path, summary: dict[str, Any]) -> None:
+    """The last words of a run on the terminal: what its summary says, and where to look."""
+    shown = {
+        "status": summary["status"],
+        "learner steps": summary.get("steps"),
+        "loss": _between(summary, "loss/sft"),
+        "held-out accuracy": _between(summary, "eval/accuracy"),
+        "training reward accuracy": _between(summary, "reward/accuracy"),
+        "staleness mean / max": _pair(summary, "staleness/mean", "staleness/max"),
+        "stale tokens": summary.get("staleness/stale_token_share"),
+        "groups trained / lost / twice": _pair(summary, "groups/trained", "groups/lost", "groups/duplicated"),
+        "busy learner / generator": _pair(summary, "learner/busy_fraction", "generator/busy_fraction"),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in shown.items():
+        if value is not None:
+            table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    for name in ("learning.png", "summary.json", "logs"):
+        if (run_dir / name).exists():
+            table.add_row("" if name != "learning.png" else "see", str(run_dir / name))
+    Console().print(table, highlight=False)
+
+
+def _between(summary: dict[str, Any], name: str) -> str | None:
+    first, last = summary.get(f"{name}_first"), summary.get(f"{name}_last")
+    return None if first is None or last is None else f"{first:.3f} → {last:.3f}"
+
+
+def _pair(summary: dict[str, Any], *names: str) -> str | None:
+    values = [summary.get(name) for name in names]
+    shown = ("–" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values)
+    return None if all(v is None for v in values) else " / ".join(shown)
