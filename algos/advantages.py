@@ -14,14 +14,21 @@ import torch
 from torch import Tensor
 
 from offtrail.algos.config import AlgoConfig, PpoConfig, Std
+from offtrail.algos.group import Groups, check_rewards, grpo_advantages, rloo_advantages
+from offtrail.algos.process import StepScores, process_advantages, process_token_rewards
+from offtrail.algos.samples import per_group, returns_to_go
 
 
 @dataclass(frozen=True, slots=True)
 class Advantages:
-    """``tokens`` [T]: the advantage of each token. ``returns`` [T]: what the critic learns, None without one."""
+    """``tokens`` [T]: the advantage of each token. ``returns`` [T]: what the critic learns, None without one.
+    ``process`` [T]: the part of ``tokens`` that step or token scores made, None where there are none or a critic is
+    between.
+    """
 
     tokens: Tensor
     returns: Tensor | None = None
+    process: Tensor | None = None
 
 
 def estimate(
@@ -32,8 +39,13 @@ def estimate(
     *,
     kl: Tensor | None = None,
     values: Tensor | None = None,
+    steps: StepScores | None = None,
 ) -> Advantages:
     """The configured estimator (algo.advantage), with the KL penalty in the reward where algo.kl_in says so.
+
+    Where algo.process names a channel, its part is added: A = A of the rewards + weight·A of the scores, each made by
+    itself, so that neither's scale moves the other's. With a critic (gae) the scores are rewards of the tokens that end
+    their steps instead, and the critic learns them.
 
     Args:
         algo: the algorithm.
@@ -43,12 +55,13 @@ def estimate(
         kl: [T] estimates lp_prox against lp_ref (``kl_estimate``), for algo.kl_in=reward. Estimators that look at whole
             samples (group, rloo, reward) take each sample's sum, as RLOO does (arXiv:2402.14740).
         values: [T] the critic's values before the update, for gae.
+        steps: step or token scores, for algo.process.
 
     Returns:
         float32, detached. A sample without tokens counts in its group.
 
     Raises:
-        ValueError: shapes differ, a reward is not finite, or kl or values are missing.
+        ValueError: shapes differ, a reward is not finite, or kl, values or steps are missing.
     """
     coef = 0.0
     if algo.kl_in == "reward" and algo.kl != "none":
@@ -57,17 +70,31 @@ def estimate(
         coef = algo.kl_coef
     penalty = torch.zeros(int(lengths.sum())) if kl is None else kl.detach() * coef
     penalty = penalty.double().to(rewards.device)
+    if algo.process.channel and steps is None:
+        raise ValueError(f"algo.process.channel={algo.process.channel}: the advantages need its scores")
+    steps = steps if algo.process.channel else None
     if algo.advantage == "gae":
         assert isinstance(algo, PpoConfig)
         if values is None:
             raise ValueError("algo.advantage=gae: the advantages need the critic's values")
-        return _critic(algo, rewards, lengths, penalty, values)
+        step_rewards = terminal_rewards(rewards, lengths) - penalty
+        if steps is not None:
+            step_rewards += process_token_rewards(algo.process, steps, lengths)
+        return _critic(algo, step_rewards, lengths, values)
+    tokens = _outcome(algo, rewards, group_of, lengths, penalty)
+    if steps is None:
+        return Advantages(tokens)
+    process = algo.process.weight * process_advantages(algo.process, steps, group_of, lengths, eps=algo.std_eps)
+    return Advantages(tokens + process, process=process)
+
+
+def _outcome(algo: AlgoConfig, rewards: Tensor, group_of: Tensor, lengths: Tensor, penalty: Tensor) -> Tensor:
+    """[T] float32: the advantages of the samples' rewards, without a critic."""
     if algo.advantage in ("reinforce_pp", "reinforce_pp_baseline"):
         baseline = algo.advantage == "reinforce_pp_baseline"
-        tokens = reinforce_pp_advantages(
+        return reinforce_pp_advantages(
             rewards, group_of, lengths, penalty=penalty, baseline=baseline, std=algo.std, eps=algo.std_eps
         )
-        return Advantages(tokens)
     total = rewards.double() - _per_sample(penalty, lengths)
     if algo.advantage == "group":
         each = grpo_advantages(total, group_of, std=algo.std, eps=algo.std_eps)
@@ -75,56 +102,15 @@ def estimate(
         each = rloo_advantages(total, group_of)
     else:
         each = total.float()
-    return Advantages(each.repeat_interleave(lengths))
+    return each.repeat_interleave(lengths)
 
 
-def _critic(algo: PpoConfig, rewards: Tensor, lengths: Tensor, penalty: Tensor, values: Tensor) -> Advantages:
+def _critic(algo: PpoConfig, step_rewards: Tensor, lengths: Tensor, values: Tensor) -> Advantages:
     lam = adaptive_lambda(lengths, algo.gae_alpha) if algo.gae_alpha else algo.gae_lambda
-    step_rewards = terminal_rewards(rewards, lengths) - penalty
     advantages = gae(step_rewards, values, lengths, gamma=algo.gamma, lam=lam)
     learnt = gae(step_rewards, values, lengths, gamma=algo.gamma, lam=algo.value_lambda)
     # Trap: returns are A + V of the advantages *before* whitening.
     return Advantages(whiten(advantages, std=algo.std, eps=algo.std_eps), (learnt + values.detach()).float())
-
-
-def grpo_advantages(rewards: Tensor, group_of: Tensor, *, std: Std = "sample", eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i − mean) / (std + eps) within the group of sample i (GRPO, arXiv:2402.03300, §4.1.2).
-
-    Invariant: A is exactly 0 in every group whose rewards are all equal, and in a group of one.
-
-    Args:
-        rewards: [N] floats, finite.
-        group_of: [N] integers; samples with equal values form a group, in any order.
-        std: divisor: over G − 1 (sample), over G (population), or none (Dr. GRPO, arXiv:2503.20783).
-        eps: added to the standard deviation; unused with ``std="none"``.
-
-    Returns:
-        [N] float32, detached.
-
-    Raises:
-        ValueError: shapes differ, a reward is not finite, or ``std`` is unknown.
-    """
-    _check(rewards, group_of, std)
-    if rewards.numel() == 0:
-        return torch.zeros(0, dtype=torch.float32, device=rewards.device)
-    groups = _Groups(rewards, group_of)
-    if std == "none":
-        return groups.centred.float()
-    divisor = (groups.size - 1).clamp_min(1) if std == "sample" else groups.size
-    scale = (groups.sum(groups.centred.square()) / divisor).sqrt() + eps
-    return torch.where(groups.signal, groups.centred / scale[groups.place], 0.0).float()
-
-
-def rloo_advantages(rewards: Tensor, group_of: Tensor) -> Tensor:
-    """A_i = R_i − mean of the *other* samples' rewards = G/(G − 1)·(R_i − mean) (RLOO, arXiv:2402.14740, eq. 8).
-
-    [N], [N] → [N] float32; exactly 0 where a group's rewards are equal, and in a group of one. ValueError as above.
-    """
-    _check(rewards, group_of, "none")
-    if rewards.numel() == 0:
-        return torch.zeros(0, dtype=torch.float32, device=rewards.device)
-    groups = _Groups(rewards, group_of)
-    return (groups.centred * (groups.size / (groups.size - 1).clamp_min(1))[groups.place]).float()
 
 
 def reinforce_pp_advantages(
@@ -153,44 +139,13 @@ def reinforce_pp_advantages(
     Returns:
         [T] float32. Exactly 0 where all tokens of the batch have the same return.
     """
-    _check(rewards, group_of, std)
-    R = _Groups(rewards, group_of).centred if baseline and rewards.numel() else rewards.double()
+    check_rewards(rewards, group_of, std)
+    R = Groups(rewards, group_of).centred if baseline and rewards.numel() else rewards.double()
     tokens = terminal_rewards(R, lengths)
     if penalty is not None:
         tokens = tokens - penalty.double()
-    returns = _backwards(tokens, lengths, torch.ones(len(lengths), dtype=torch.float64, device=rewards.device))
+    returns = returns_to_go(tokens, lengths, torch.ones(len(lengths), dtype=torch.float64, device=rewards.device))
     return whiten(returns, std=std, eps=eps, centre=not baseline)
-
-
-def step_leave_one_out(step_rewards: Tensor, step_sample: Tensor, group_of: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Leave-one-out over steps: Σ_{s ≥ t} γ^{s−t}·(r_s − mean of the other samples' mean step reward).
-
-    PRIME's process part (arXiv:2502.01456, eq. 5); the outcome part is ``rloo_advantages``, added by the caller.
-
-    Args:
-        step_rewards: [P] of the steps, sample by sample, in order.
-        step_sample: [P] int64 ascending: the sample of each step, a place in ``group_of``.
-        group_of: [N] integers.
-        gamma: discount from one step to the next.
-
-    Returns:
-        [P] float32. Exactly 0 in a group whose step rewards are all equal, and in a group of one. Samples without steps
-        do not count as others.
-    """
-    r = step_rewards.detach().double()
-    N = len(group_of)
-    counts = torch.bincount(step_sample, minlength=N)
-    mean = torch.zeros(N, dtype=r.dtype, device=r.device).scatter_add(0, step_sample, r) / counts.clamp_min(1)
-    _, group = torch.unique(group_of, return_inverse=True)
-    groups = int(group.max()) + 1 if N else 0
-    has = (counts > 0).double()
-    total, size = _per_group(mean * has, group, groups), _per_group(has, group, groups)
-    others = size[group] - has
-    baseline = ((total[group] - mean * has) / others.clamp_min(1))[step_sample]
-    place = group[step_sample]
-    signal = (_spread(r, place, groups)[place] > 0) & (others[step_sample] > 0)
-    centred = torch.where(signal, r - baseline, 0.0)
-    return _backwards(centred, counts, torch.full((N,), gamma, dtype=r.dtype, device=r.device)).float()
 
 
 def optimal_baseline(rewards: Tensor, weights: Tensor, square_norms: Tensor, group_of: Tensor) -> Tensor:
@@ -211,8 +166,8 @@ def optimal_baseline(rewards: Tensor, weights: Tensor, square_norms: Tensor, gro
     groups = int(group.max()) + 1 if len(R) else 0
     # Centred first: R − b must vanish exactly where rewards are equal.
     first = torch.full((groups,), torch.inf, dtype=R.dtype, device=R.device).scatter_reduce(0, group, R, "amin")[group]
-    total = _per_group(share, group, groups).clamp_min(torch.finfo(R.dtype).tiny)
-    return (first + (_per_group(share * (R - first), group, groups) / total)[group]).float()
+    total = per_group(share, group, groups).clamp_min(torch.finfo(R.dtype).tiny)
+    return (first + (per_group(share * (R - first), group, groups) / total)[group]).float()
 
 
 def terminal_rewards(rewards: Tensor, lengths: Tensor) -> Tensor:
@@ -234,7 +189,7 @@ def gae(step_rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, 
     following[ends] = 0.0
     delta = step_rewards.double() + gamma * following - V
     decay = gamma * torch.as_tensor(lam, dtype=torch.float64, device=V.device).expand(len(lengths))
-    return _backwards(delta, lengths, decay)
+    return returns_to_go(delta, lengths, decay)
 
 
 def adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
@@ -268,59 +223,7 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
     return ((max_length - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0).float()
 
 
-class _Groups:
-    """Rewards by group, in float64: ``centred`` [N] is exactly 0 where ``signal`` [N] is False.
-
-    Trap: the mean of equal rewards that are not dyadic (.1, 1/3) is off by an ulp, and dividing that by eps makes a
-    gradient out of nothing. Equality is decided on the rewards themselves, not on the standard deviation.
-    """
-
-    def __init__(self, rewards: Tensor, group_of: Tensor) -> None:
-        R = rewards.detach().double()
-        _, self.place = torch.unique(group_of, return_inverse=True)
-        self.count = int(self.place.max()) + 1
-        self.size = self.sum(torch.ones_like(R))
-        self.signal = _spread(R, self.place, self.count)[self.place] > 0
-        self.centred = torch.where(self.signal, R - (self.sum(R) / self.size)[self.place], 0.0)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """[N] → [groups]."""
-        return _per_group(values, self.place, self.count)
-
-
-def _check(rewards: Tensor, group_of: Tensor, std: str) -> None:
-    if rewards.shape != group_of.shape or rewards.dim() != 1:
-        raise ValueError(f"rewards {tuple(rewards.shape)} and group_of {tuple(group_of.shape)} must both be [N]")
-    if std not in ("sample", "population", "none"):
-        raise ValueError(f"std={std!r}: allowed are sample, population, none")
-    if not bool(torch.isfinite(rewards).all()):
-        raise ValueError("a reward is not finite")
-
-
-def _spread(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    infinity = torch.full((groups,), torch.inf, dtype=values.dtype, device=values.device)
-    high = (-infinity).scatter_reduce(0, group, values, "amax")
-    return high - infinity.scatter_reduce(0, group, values, "amin")
-
-
-def _per_group(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    return torch.zeros(groups, dtype=values.dtype, device=values.device).scatter_add(0, group, values)
-
-
 def _per_sample(tokens: Tensor, lengths: Tensor) -> Tensor:
     """[T] → [N] sums over each sample."""
     index = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
-    return _per_group(tokens, index, len(lengths))
-
-
-def _backwards(tokens: Tensor, lengths: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + decay·y_{t+1} within each sample, 0 after its end; [T], [N], [N] → [T] float64.
-
-    One vector operation a position, all samples at once, from the last position to the first.
-    """
-    out = tokens.double().clone()
-    starts = lengths.cumsum(0) - lengths
-    for t in range(int(lengths.max()) - 2 if len(lengths) else -1, -1, -1):
-        place = (starts + t)[lengths > t + 1]
-        out[place] += decay[lengths > t + 1] * out[place + 1]
-    return out
+    return per_group(tokens, index, len(lengths))

@@ -17,6 +17,28 @@ Advantage = Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "r
 KlKind = Literal["none", "k1", "k2", "k3", "k3_weighted", "full"]
 Std = Literal["sample", "population", "none"]
 Level = Literal["token", "sequence"]
+ProcessForm = Literal["sum", "min", "clip", "delta", "clip_delta", "shaping"]
+ProcessBaseline = Literal["leave_one_out", "group", "group_std", "none"]
+
+
+@dataclass
+class ProcessConfig:
+    """Scores along the way in the advantage: A = A of the rewards + weight·A of the scores (algos/process.py)."""
+
+    channel: str = ""
+    """The groups' channel, of axis step or token, that holds the scores; empty = rewards alone."""
+    weight: float = setting(1.0, "[0, inf)")
+    """Of the scores' advantages beside the rewards'."""
+    form: ProcessForm = "sum"
+    """What a step's score is worth as a reward: itself, the weakest step's alone, or bounded in the number of steps."""
+    baseline: ProcessBaseline = "leave_one_out"
+    """Taken from each step's reward: the other samples' mean, the mean of the group's steps (_std: divided too)."""
+    gamma: float = setting(1.0, "[0, 1]")
+    """Discount from one step to the next; with a critic only form=shaping reads it, and algo.gamma the tokens'."""
+    temperature: float = setting(0.1, "(0, inf)")
+    """form=min: the smaller, the more the weakest step alone counts."""
+    threshold: float = setting(0.0, "(-inf, inf)")
+    """form=clip, clip_delta: what lies above it earns nothing."""
 
 
 @dataclass
@@ -54,6 +76,8 @@ class AlgoConfig:
     """Taken from the reward of a sample of sampling.max_new_tokens tokens; needs overlong_share."""
     filter_groups: Literal["none", "accuracy", "variance"] = "none"
     """Groups without signal give their place back: main component 0 or 1 throughout, or all rewards equal."""
+    process: ProcessConfig = section(ProcessConfig)
+    """Step or token scores."""
 
     @property
     def needs_ref(self) -> bool:
@@ -84,6 +108,11 @@ class AlgoConfig:
             raise ValueError(
                 f"algo.advantage={self.advantage} with algo={self.name}: gae and its critic belong to algo=ppo, and "
                 "algo=ppo without them is algo=grpo"
+            )
+        if self.process.channel and self.needs_values and self.process.baseline != "none":
+            raise ValueError(
+                f"algo.process.baseline={self.process.baseline} with algo={self.name}: the critic is the baseline of "
+                "step scores too; take algo.process.baseline=none"
             )
 
 
@@ -494,6 +523,11 @@ def incompatible(algo: AlgoConfig, correction: CorrectionConfig) -> str | None:
         return f"correction=m2po with algo={algo.name}: its mask takes the place of PPO's clip; take algo=grpo"
     if isinstance(correction, VcpoConfig) and correction.baseline != "none" and algo.advantage == "gae":
         return f"correction.baseline={correction.baseline} with algo={algo.name}: the critic is the baseline; take none"
+    if isinstance(correction, VcpoConfig) and correction.baseline != "none" and algo.process.channel:
+        return (
+            f"correction.baseline={correction.baseline} with algo.process.channel={algo.process.channel}: it makes the "
+            "advantages of the rewards alone; take correction.baseline=none"
+        )
     return None
 
 

@@ -41,3 +41,28 @@ class Samples:
     def any(self, flags: Tensor) -> Tensor:
         """[N] bool → [S] bool."""
         return self.sum(flags.to(torch.int64)) > 0
+
+
+def per_group(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """[N] → [groups]: sums; ``group`` [N] is each one's place."""
+    return torch.zeros(groups, dtype=values.dtype, device=values.device).scatter_add(0, group, values)
+
+
+def spread(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """[N] → [groups]: largest minus smallest value, exactly 0 where all are equal; ``group`` as above."""
+    infinity = torch.full((groups,), torch.inf, dtype=values.dtype, device=values.device)
+    high = (-infinity).scatter_reduce(0, group, values, "amax")
+    return high - infinity.scatter_reduce(0, group, values, "amin")
+
+
+def returns_to_go(tokens: Tensor, lengths: Tensor, decay: Tensor) -> Tensor:
+    """y_t = x_t + decay·y_{t+1} within each sample, 0 after its end; [T], [N], [N] → [T] float64.
+
+    One vector operation a position, all samples at once, from the last position to the first.
+    """
+    out = tokens.double().clone()
+    starts = lengths.cumsum(0) - lengths
+    for t in range(int(lengths.max()) - 2 if len(lengths) else -1, -1, -1):
+        place = (starts + t)[lengths > t + 1]
+        out[place] += decay[lengths > t + 1] * out[place + 1]
+    return out

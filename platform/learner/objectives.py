@@ -25,6 +25,7 @@ from offtrail.algos.config import needs_whole_update
 from offtrail.algos.kl import kl_estimate
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.algos.metrics import LossMetrics
+from offtrail.algos.process import StepScores
 from offtrail.algos.update import Prepared, prepare_update
 from offtrail.algos.value import SUMS as VALUE_SUMS
 from offtrail.algos.value import ValueMetrics, value_loss
@@ -38,6 +39,10 @@ from offtrail.platform.model.scalar import ScalarOutputs
 
 class StalenessError(RuntimeError):
     """A batch holds a token that I2 forbids; nothing was trained."""
+
+
+class ChannelError(RuntimeError):
+    """A group has no such channel as the algorithm takes its scores from; nothing of its batch was trained."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,12 @@ class StepData:
     """One learner step laid out: N samples, T output tokens, K updates.
 
     ``updates``: the groups of each. ``weights`` [N]: loss weight of every token of a sample within its update. For rl
-    also ``rewards`` [N] (shaping included), ``behaviour`` [T] log-probabilities and ``staleness`` [T]; train.py fills
-    in the scores [T] that the objective needs (``prox`` from before the first update, ``ref``, ``values``), NaN where
-    they are not computed, and ``mine`` [T], which are of this rank's tokens; ``advance`` then ``advantages`` [T] and
-    ``returns`` [T]. For reward models ``rewards`` [N] or ``labels`` [T] are what is to be learned. ``metrics``: what is
-    known before the first update.
+    also ``rewards`` [N] (shaping included), ``behaviour`` [T] log-probabilities, ``staleness`` [T], and of the P steps
+    or tokens that algo.process names ``step_scores`` [P] and where they end among the T tokens, ``step_ends`` [P];
+    train.py fills in the scores [T] that the objective needs (``prox`` from before the first update, ``ref``,
+    ``values``), NaN where they are not computed, and ``mine`` [T], which are of this rank's tokens; ``advance`` then
+    ``advantages`` [T] and ``returns`` [T]. For reward models ``rewards`` [N] or ``labels`` [T] are what is to be
+    learned. ``metrics``: what is known before the first update.
     """
 
     rows: SampleTable
@@ -78,6 +84,8 @@ class StepData:
     rewards: Tensor | None = None
     behaviour: Tensor | None = None
     staleness: Tensor | None = None
+    step_scores: Tensor | None = None
+    step_ends: Tensor | None = None
     prox: Tensor | None = None
     ref: Tensor | None = None
     values: Tensor | None = None
@@ -197,7 +205,9 @@ class PolicyGradient:
         )
 
     def prepare(self, step: int, batch: Batch) -> StepData:
-        """Rewards with their shaping, weights over each update. Raises StalenessError on a forbidden token."""
+        """Rewards with their shaping, weights over each update. Raises StalenessError on a forbidden token, and
+        ChannelError where a group lacks the scores of algo.process.
+        """
         rows = rows_of_groups(batch)
         staleness = step - np.concatenate([g.versions for g in batch.groups])
         self._check_staleness(step, batch, rows, staleness)
@@ -213,11 +223,15 @@ class PolicyGradient:
             buffer = round(self.algo.overlong_share * longest)
             shaping = self.algo.overlong_penalty * overlong_penalty(lengths, max_length=longest, buffer=buffer)
             rewards, metrics = rewards + shaping, {"reward/overlong": float(shaping.mean())}
+        channel = self.algo.process.channel
+        scores, ends = steps_of_groups(batch, channel) if channel else (None, None)
         return StepData(
             rows=rows,
             updates=updates,
             weights=weights,
             rewards=rewards,
+            step_scores=scores,
+            step_ends=ends,
             behaviour=torch.from_numpy(np.concatenate([g.logprobs for g in batch.groups])),
             staleness=torch.from_numpy(staleness.astype(np.int64)),
             metrics=metrics,
@@ -242,7 +256,13 @@ class PolicyGradient:
             kl = kl_estimate(self.algo.kl, made_by, work.ref)
             penalty = self.algo.kl_coef * float(kl.double().sum()) / work.rows.size
             metrics = metrics | {"reward/kl_penalty": -penalty, "policy/kl_ref": float(kl.double().mean())}
-        made = estimate(self.algo, work.rewards, group_of, lengths, kl=kl, values=work.values)
+        steps = None
+        if work.step_scores is not None and work.step_ends is not None:
+            steps = StepScores(work.step_scores, work.step_ends)
+        made = estimate(self.algo, work.rewards, group_of, lengths, kl=kl, values=work.values, steps=steps)
+        if made.process is not None:
+            process, outcome = (float(part.abs().sum()) for part in (made.process, made.tokens - made.process))
+            metrics = metrics | {"policy/process_share": process / max(process + outcome, 1e-12)}
         return replace(work, advantages=made.tokens, returns=made.returns, metrics=metrics)
 
     def plan_update(self, work: StepData, update: int) -> UpdatePlan:
@@ -385,6 +405,26 @@ def rows_of_groups(batch: Batch) -> SampleTable:
         temperatures=np.array([g.temperature for g in groups], np.float32),
         ids=np.array([g.group for g in groups], np.int64),
     )
+
+
+def steps_of_groups(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+    """Scores [P] float32 of the batch's steps (axis step) or tokens (axis token), and where each ends among its tokens
+    [P] int64. Raises ChannelError, naming the group.
+    """
+    values, ends, start = [], [], 0
+    for group in batch.groups:
+        channel = group.channels.get(name)
+        if channel is None or channel.axis not in ("step", "token"):
+            found = {other: made.axis for other, made in group.channels.items()}
+            raise ChannelError(
+                f"algo.process.channel={name}: group {group.group} has no such channel of axis step or token, but "
+                f"{found or 'none at all'}; name one that the run's driver or scorer makes, or leave it empty"
+            )
+        tokens = len(group.tokens)
+        values.append(channel.values.astype(np.float32))
+        ends.append(start + (np.arange(1, tokens + 1) if channel.axis == "token" else group.step_ends.astype(np.int64)))
+        start += tokens
+    return torch.from_numpy(np.concatenate(values)), torch.from_numpy(np.concatenate(ends))
 
 
 @dataclass

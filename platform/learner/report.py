@@ -5,6 +5,7 @@ step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -26,8 +27,9 @@ def batch_metrics(batch: Batch, reward: RewardConfig) -> dict[str, float]:
     rewards = [g.rewards for g in groups]
     lengths, finish = _all(groups, "lengths"), _all(groups, "finish")
     stale, in_flight = staleness(batch), staleness_in_flight(batch)
-    components = {name: np.concatenate([g.components[name] for g in groups]) for name in _names(batch)}
-    metrics = means(reward, "reward", components) | {
+    components = {name: np.concatenate([g.components[name] for g in groups]) for name in _names(groups, "components")}
+    metrics = means(reward, "reward", components) | _channel_means(groups)
+    metrics |= {
         "reward/mean": float(np.mean(np.concatenate(rewards))),
         "reward/std_in_group": float(np.mean([r.std() for r in rewards])),
         "reward/zero_variance_share": float(np.mean([r.min() == r.max() for r in rewards])),
@@ -94,6 +96,19 @@ def _all(groups: tuple[Group, ...], name: str) -> np.ndarray:
     return np.concatenate([getattr(g, name) for g in groups])
 
 
-def _names(batch: Batch) -> list[str]:
-    """Components that every group has."""
-    return sorted(set.intersection(*(set(g.components) for g in batch.groups)))
+def _names(groups: tuple[Group, ...], field: Literal["components", "channels"]) -> list[str]:
+    """Those that every group has."""
+    return sorted(set.intersection(*(set(getattr(g, field)) for g in groups)))
+
+
+def _channel_means(groups: tuple[Group, ...]) -> dict[str, float]:
+    """Over tokens, steps or samples, of the scores (float32) that every group has; and how many steps a sample has."""
+    scores = {name: [g.channels[name] for g in groups] for name in _names(groups, "channels")}
+    means = {
+        f"channel/{name}": float(np.mean(values))
+        for name, channels in scores.items()
+        if all(c.axis != "node" and c.values.dtype == np.float32 for c in channels)
+        and len(values := np.concatenate([c.values for c in channels]))
+    }
+    steps = sum(len(g.step_ends) for g in groups)
+    return means | ({"length/steps": steps / sum(g.size for g in groups)} if steps else {})

@@ -10,17 +10,16 @@ from offtrail.algos.advantages import (
     adaptive_lambda,
     estimate,
     gae,
-    grpo_advantages,
     optimal_baseline,
     overlong_penalty,
     reinforce_pp_advantages,
-    rloo_advantages,
-    step_leave_one_out,
     terminal_rewards,
     whiten,
 )
 from offtrail.algos.config import GrpoConfig, PpoConfig
 from offtrail.algos.filtering import filtered
+from offtrail.algos.group import grpo_advantages, rloo_advantages
+from offtrail.algos.process import step_leave_one_out
 
 
 def groups(G: int, count: int = 1) -> torch.Tensor:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offtrail.algos.config import CorrectionConfig, GrpoConfig, TisConfig
-from offtrail.core.types import Batch
+from offtrail.algos.config import Aggregation, CorrectionConfig, GrpoConfig, ProcessConfig, TisConfig
+from offtrail.core.types import Axis, Batch, Channel, Group
 from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
-from offtrail.platform.learner.objectives import PolicyGradient, StalenessError
+from offtrail.platform.learner.objectives import ChannelError, PolicyGradient, StalenessError
 from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts
 from offtrail.platform.learner.train import DivergedError, Trained, Trainer, adamw, cosine, warmup
 from offtrail.platform.learner.world import World
@@ -110,6 +110,103 @@ def test_one_update_by_hand(make_batch: MakeBatch) -> None:
     assert report.metrics["loss/policy"] == pytest.approx(0.0)
     assert report.metrics["mismatch/tokens"] == 2
     assert report.metrics["mismatch/abs_dlogp_max"] == 0
+
+
+def scored(group: Group, *, axis: Axis = "step") -> Group:
+    """Two answers of two tokens, 1 0 and 0 1, which the engine drew at p = ½; rewards 1 and 0. The first answer's two
+    tokens are a step each, of scores 2 and 1, the second answer is one step of score −1.
+    """
+    return dataclasses.replace(
+        group, lengths=np.full(2, 2, np.int32), tokens=np.array([1, 0, 0, 1], np.int32),
+        logprobs=np.full(4, math.log(0.5), np.float32), versions=np.zeros(4, np.int32),
+        rewards=np.array([1, 0], np.float32), step_ends=np.array([1, 2, 4], np.int32),
+        channels={"prm": Channel(axis, np.array([2, 1, -1] if axis == "step" else [2, 1, 0, -1], np.float32))},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("axis", ["step", "token"])
+def test_one_update_on_step_and_token_scores_by_hand(axis: Axis, make_batch: MakeBatch) -> None:
+    """Of the rewards A = ±½; of the scores, half of the sums to come: (3, 1, −1, −1)/2. Together (2, 1, −1, −1).
+
+    As token scores 0 and −1 stand at the second answer's tokens: the sums to come are the same.
+    ∇loss = −¼·Σ A·∇log p with u = ∇log p(1) = (−½, ½) = −∇log p(0): −¼·(2 − 1 + 1 − 1)·u = (1, −1)/8.
+    Of Σ|A| by part, the scores have 3 of 3 + 2.
+    """
+    config = settings(minibatches=1)
+    config.algo = GrpoConfig(std="none", process=ProcessConfig(channel="prm", weight=0.5, baseline="none"))
+    table: Any = Table()
+    objective = PolicyGradient(config)
+    sgd = torch.optim.SGD(table.parameters(), lr=1.0)
+    trained = [Trained("policy", table, objective, sgd, lambda _: 1.0)]
+    trainer = Trainer(ALONE, objective, trained, Activity(), budget=100)
+    report = trainer.step(0, Batch(0, (scored(make_batch(0, B=1, G=2).groups[0], axis=axis),)))
+    assert table.logits.tolist() == pytest.approx([-1 / 8, 1 / 8])
+    assert report.metrics["policy/process_share"] == pytest.approx(3 / 5)
+
+
+def test_scores_find_their_tokens_in_every_group_of_a_batch(make_batch: MakeBatch) -> None:
+    config = settings(minibatches=1)
+    config.algo = GrpoConfig(std="none", process=ProcessConfig(channel="prm", baseline="none"))
+    objective = PolicyGradient(config)
+    groups = tuple(scored(group) for group in make_batch(0, B=2, G=2).groups)
+    work = objective.prepare(0, Batch(0, groups))
+    assert work.step_ends is not None
+    assert work.step_ends.tolist() == [1, 2, 4, 5, 6, 8]
+    advantages = objective.advance(work).advantages
+    assert advantages is not None
+    assert advantages.tolist() == [3.5, 1.5, -1.5, -1.5] * 2
+
+
+def test_a_group_without_the_channel_of_the_algorithm_is_named(make_batch: MakeBatch) -> None:
+    config = settings(minibatches=1)
+    config.algo = GrpoConfig(process=ProcessConfig(channel="prm"))
+    batch = make_batch(0, B=2, G=2)
+    batch.groups[0].channels["prm"] = Channel("token", np.zeros(len(batch.groups[0].tokens), np.float32))
+    with pytest.raises(ChannelError, match=r"algo.process.channel=prm: group 1 has no such channel .* none at all"):
+        PolicyGradient(config).prepare(0, batch)
+    batch.groups[1].channels["prm"] = Channel("sample", np.zeros(2, np.float32))
+    with pytest.raises(ChannelError, match=r"group 1 has no such channel of axis step or token, but .*'prm': 'sample'"):
+        PolicyGradient(config).prepare(0, batch)
+
+
+def of_sizes(make_batch: MakeBatch, *sizes: int) -> Batch:
+    """A batch whose groups have these numbers of samples."""
+    made = [make_batch(0, B=1, G=G, seed=place).groups[0] for place, G in enumerate(sizes)]
+    return Batch(0, tuple(dataclasses.replace(group, group=place) for place, group in enumerate(made)))
+
+
+def test_groups_of_different_sizes_weigh_by_their_own_samples(make_batch: MakeBatch) -> None:
+    """One sample of 2 tokens; three of 1, 2, 3 tokens with rewards 1, 0, 0: leave-one-out gives 0 | 1, −½, −½."""
+    batch = of_sizes(make_batch, 1, 3)
+    for group, lengths, rewards in zip(batch.groups, ([2], [1, 2, 3]), ([1.0], [1.0, 0, 0]), strict=True):
+        T = sum(lengths)
+        group.lengths, group.tokens = np.array(lengths, np.int32), np.zeros(T, np.int32)
+        group.logprobs, group.versions = np.full(T, -1, np.float32), np.zeros(T, np.int32)
+        group.rewards = np.array(rewards, np.float32)
+
+    def weights(aggregation: Aggregation, minibatches: int) -> list[float]:
+        config = settings(minibatches=minibatches)
+        config.algo = GrpoConfig(aggregation=aggregation, advantage="rloo")
+        objective = PolicyGradient(config)
+        work = objective.advance(objective.prepare(0, batch))
+        assert work.advantages is not None
+        assert work.advantages.tolist() == [0, 0, 1, -0.5, -0.5, -0.5, -0.5, -0.5]
+        return work.weights.tolist()
+
+    assert weights("token_mean", 1) == pytest.approx([1 / 8] * 4)
+    assert weights("token_mean", 2) == pytest.approx([1 / 2] + [1 / 6] * 3)
+    assert weights("seq_mean_token_mean", 1) == pytest.approx([1 / 8, 1 / 4, 1 / 8, 1 / 12])
+    assert weights("prompt_mean", 1) == pytest.approx([1 / 4] + [1 / 12] * 3)
+
+
+def test_groups_of_different_sizes_train_whatever_the_cut(start_dir: Path, make_batch: MakeBatch) -> None:
+    whole, cut = (trainer_of(settings(tokens_per_microbatch=n), start_dir) for n in (16_384, 40))
+    batch = of_sizes(make_batch, 1, 5, 2, 3)
+    before = parameters(whole)
+    a, b = whole.step(0, batch).metrics, cut.step(0, batch).metrics
+    assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    assert (parameters(whole) - before).abs().max() > 1e-5
+    torch.testing.assert_close(parameters(whole), parameters(cut), rtol=0, atol=5e-5)  # Adam moves by 1e-3
 
 
 def test_the_cut_into_microbatches_changes_nothing(start_dir: Path, make_batch: MakeBatch) -> None:
@@ -263,6 +360,21 @@ def test_what_a_batch_tells_by_itself(make_batch: MakeBatch) -> None:
     assert metrics["reward/zero_variance_share"] == 0.5
     assert metrics["length/mean"] == 2
     assert metrics["length/truncated_share"] == 0.25
+
+
+def test_what_scores_and_steps_tell_by_themselves(make_batch: MakeBatch) -> None:
+    batch = Batch(0, tuple(scored(group) for group in make_batch(0, B=2, G=2).groups))
+    batch.groups[0].channels["value"] = batch.groups[0].channels["prm"]  # the other group has none
+    for group in batch.groups:
+        group.channels["leaf"] = Channel("sample", np.zeros(2, np.int32))
+        group.channels["visits"] = Channel("node", np.ones(5, np.float32))
+    metrics = batch_metrics(batch, RewardConfig())
+    # scores 2, 1, −1 in each group; three steps for two samples
+    assert {name: value for name, value in metrics.items() if name.startswith("channel/")} == {
+        "channel/prm": pytest.approx(2 / 3)
+    }
+    assert metrics["length/steps"] == 1.5
+    assert "length/steps" not in batch_metrics(make_batch(0), RewardConfig())
 
 
 def test_a_histogram_is_made_of_values() -> None:

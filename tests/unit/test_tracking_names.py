@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 AREAS = ("archive", "reward", "length", "loss", "policy", "offpolicy", "mismatch", "staleness", "queue", "throughput",
-         "time", "compute", "weights", "eval", "groups", "tokens", "learner", "generator", "value",
+         "time", "compute", "channel", "weights", "eval", "groups", "tokens", "learner", "generator", "value",
          "memory")  # fmt: skip
 NAME = re.compile(rf"(?:{'|'.join(AREAS)})(?:/[a-z0-9_*]+)+")
 
