@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     ContinuousBatchingConfig,
     GenerationConfig,
     StoppingCriteria,
@@ -44,10 +43,10 @@ from offtrail.core.protocols import Request
 from offtrail.core.types import Int32, Sampling
 from offtrail.platform.config.schema import LocalConfig, ModelConfig
 from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.model.text import Text
 from offtrail.platform.model.tiny import build_model, build_tokenizer
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.registry import make_task
-from offtrail.tasks.text import encode_prompt
 
 IN_FLIGHT = (64, 256)
 PLACES = 8
@@ -217,7 +216,8 @@ def main() -> None:
 
 def report(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All figures; one line of text for each as it comes."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = Text(folder)
+    tokenizer = text.tokenizer
     task, rng = make_task(ChainConfig(), 0), np.random.default_rng(0)
     result: dict[str, Any] = {
         "benchmark": "local_engine",
@@ -225,7 +225,7 @@ def report(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "clock": "wall" if args.device.startswith("cuda") else "cpu",
     }
     for in_flight in IN_FLIGHT:
-        prompts = [encode_prompt(tokenizer, task.train(i)) for i in range(PLACES * in_flight)]
+        prompts = text.encode_all([task.train(i) for i in range(PLACES * in_flight)])
         drawn = np.clip(rng.lognormal(np.log(32), 0.4, len(prompts)).round(), 1, MAX_NEW).astype(int).tolist()
         works = {"ragged": None if args.model else drawn, "equal": [MAX_NEW] * len(prompts)}
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -12,6 +12,8 @@ class Problem:
     """One prompt and what its verifier needs. Plain JSON values only, so that it travels in a lease.
 
     ``index`` is its place in the data order of its split; ``meta`` is the family's own (start value, operations, …).
+    ``messages``, where there are any, are put to the model instead of ``prompt`` ({"role": …, "content": …}, the
+    user's last); ``prompt`` is then for people to read.
     """
 
     task: str
@@ -19,3 +21,4 @@ class Problem:
     prompt: str
     answer: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, str], ...] = ()

@@ -39,14 +39,19 @@ class JsonlConfig(TaskConfig):
     answer_after: str = "####"
     """The gold answer is what follows this mark in the answer field; empty = the whole field."""
     template: str = "{prompt}"
-    """How a prompt is put to the model; {prompt} is the problem's text."""
-    chat: bool = False
-    """Wrap the prompt with the tokenizer's chat template."""
+    """How a prompt is put to the model; {prompt} is the problem's text, or its last message's."""
+    messages_field: str = ""
+    """Field of a list of messages, {role, content} each and the user's last, instead of prompt_field; empty = none."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value cannot work whatever the file holds."""
         super().__post_init__()
         check("{prompt}" in self.template, "template", repr(self.template), "a text that contains {prompt}")
+
+
+def task_template(config: TaskConfig) -> str:
+    """How a task writes its problems: its template, or each as it stands."""
+    return config.template if isinstance(config, JsonlConfig) else "{prompt}"
 
 
 NUMBER = re.compile(
@@ -59,11 +64,15 @@ CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One usable line: the question as it stands, the worked solution before the mark, the gold answer after it."""
+    """One usable line: the question as it stands, the worked solution before the mark, the gold answer after it.
+
+    With ``messages`` (the user's last) ``prompt`` is all of them, a line each: what the split and people go by.
+    """
 
     prompt: str
     solution: str
     answer: str
+    messages: tuple[dict[str, str], ...] = ()
 
 
 class JsonlTask:
@@ -127,8 +136,12 @@ class JsonlTask:
             )
 
     def _problem(self, record: Record, index: int) -> Problem:
-        prompt = self.config.template.replace("{prompt}", record.prompt)
-        return Problem(self.name, index, prompt, record.answer, {"solution": record.solution})
+        template, meta = self.config.template, {"solution": record.solution}
+        if record.messages:
+            *before, last = record.messages
+            messages = (*before, last | {"content": template.replace("{prompt}", last["content"])})
+            return Problem(self.name, index, as_lines(messages), record.answer, meta, messages)
+        return Problem(self.name, index, template.replace("{prompt}", record.prompt), record.answer, meta)
 
 
 def read(path: Path, key: str, config: JsonlConfig) -> Iterator[Record]:
@@ -156,7 +169,8 @@ def record_of(line: bytes, where: str, config: JsonlConfig) -> Record:
         raise TaskError(
             f"{where}: holds {type(row).__name__}, not an object; write {{…}} with the fields, or delete the line"
         )
-    prompt = field_text(row, config.prompt_field, "prompt_field", where)
+    messages = message_list(row, config.messages_field, where) if config.messages_field else ()
+    prompt = as_lines(messages) if messages else field_text(row, config.prompt_field, "prompt_field", where)
     answer = field_text(row, config.answer_field, "answer_field", where)
     solution, mark, gold = answer.rpartition(config.answer_after) if config.answer_after else ("", "", answer)
     if config.answer_after and not mark:
@@ -166,7 +180,31 @@ def record_of(line: bytes, where: str, config: JsonlConfig) -> Record:
         )
     if not gold.strip():
         raise TaskError(f"{where}: no answer after {config.answer_after!r}; add it, or delete the line")
-    return Record(prompt, solution.strip(), gold.strip())
+    return Record(prompt, solution.strip(), gold.strip(), messages)
+
+
+def message_list(row: dict[str, object], name: str, where: str) -> tuple[dict[str, str], ...]:
+    """A field that holds messages of a role and a text, the user's last. Raises TaskError when it holds anything
+    else.
+    """
+    given = row.get(name)
+    messages = given if isinstance(given, list) else []
+    if not messages or not all(
+        isinstance(m, dict) and m.keys() == {"role", "content"} and all(isinstance(v, str) for v in m.values())
+        for m in messages
+    ):
+        raise TaskError(
+            f'{where}: field {name!r} must be a list of {{"role": …, "content": …}}, both texts; mend the line, or set'
+            " task.messages_field"
+        )
+    if messages[-1]["role"] == "assistant":
+        raise TaskError(f"{where}: field {name!r} ends with the assistant's message; leave that to the answer")
+    return tuple(messages)
+
+
+def as_lines(messages: tuple[dict[str, str], ...]) -> str:
+    """Messages as people read them."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:

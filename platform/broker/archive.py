@@ -109,7 +109,7 @@ def _step_starts(group: Group) -> Int32:
 def _columns(run: str, facts: dict[str, Any], group: Group) -> dict[str, Any]:
     G = group.size
     problem = group.problem
-    told = {name: problem_value(problem, name) for name in ("task", "index", "prompt", "answer", "meta")}
+    told = {name: problem_value(problem, name) for name in ("task", "index", "prompt", "answer", "meta", "messages")}
     scored_by = [(name, {"model": by.model, "version": by.version}) for name, by in group.scored_by.items()]
     once: dict[str, Any] = {
         "run": run, **facts, "group": group.group, "slot": group.slot, "attempt": group.attempt,
@@ -138,7 +138,7 @@ def _columns(run: str, facts: dict[str, Any], group: Group) -> dict[str, Any]:
 def problem_value(problem: Any, name: str) -> Any:
     """A field of a problem as plain JSON."""
     value = getattr(problem, name)
-    return dict(value) if name == "meta" else value
+    return dict(value) if name == "meta" else [dict(m) for m in value] if name == "messages" else value
 
 
 def write_shard(ledger: Path, folder: Path, run: str, name: str) -> None:

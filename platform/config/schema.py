@@ -69,6 +69,29 @@ class ModelConfig:
 
 
 @dataclass
+class PromptConfig:
+    """How a problem is put to the model, the same in training, evaluation, chat and serving; saved with checkpoints."""
+
+    chat: Literal["auto", "always", "never"] = "auto"
+    """auto: through the tokenizer's chat template where it has one. never: the task's text as it stands."""
+    system: str = ""
+    """System prompt, for messages that bring none of their own; needs a chat template."""
+    template_kwargs: dict[str, Any] = setting({})
+    """Keywords of the chat template, as {enable_thinking: false}."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Before a plain prompt: auto as the tokenizer does when it adds special tokens; a chat template writes its own."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no chat template can take."""
+        for name in self.template_kwargs:
+            if not name.isidentifier() or name in ("messages", "tools", "add_generation_prompt"):
+                raise ValueError(f"prompt.template_kwargs.{name}: must be a keyword of the chat template")
+        for key, given in (("system", self.system), ("template_kwargs", self.template_kwargs)):
+            if given and self.chat == "never":
+                raise ValueError(f"prompt.{key}={given}: needs a chat template, which prompt.chat=never leaves out")
+
+
+@dataclass
 class SftConfig:
     """Supervised fine-tuning (job=sft; also the cold start of job=rl). What it shares with other jobs, such as ranks,
     dtype, gradient norm and checkpoints, stands under learner.
@@ -368,6 +391,7 @@ class Config:
     recipe: RecipeConfig = section(RecipeConfig)
     model: ModelConfig = section(ModelConfig)
     task: TaskConfig = section(ChainConfig)
+    prompt: PromptConfig = section(PromptConfig)
     algo: AlgoConfig = section(GrpoConfig)
     correction: CorrectionConfig = section(DecoupledConfig)
     reward: RewardConfig = section(RewardConfig)

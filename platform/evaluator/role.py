@@ -73,7 +73,7 @@ class Evaluation:
     def __init__(self, context: RoleContext, activity: Activity) -> None:
         self.config: Config = context.config
         self.activity = activity
-        self.text = Text(context.start_model, chat=getattr(self.config.task, "chat", False))
+        self.text = Text(context.start_model, self.config.prompt)
         self.problems = make_task(self.config.task, self.config.run.seed).held_out(self.config.eval.prompts)
         self.engine: Engine = make_engine(context)
         self.verifiers = VerifierPool(self.config)
@@ -151,7 +151,7 @@ class Evaluation:
         asked = [i for i, group in enumerate(answers) if group]
         for i in asked:
             group = answers[i]
-            texts = [self.text.decode(c.tokens) for c in group]
+            texts = [self.text.answer_text(self.problems[i], c.tokens) for c in group]
             self.verifiers.submit(i, self.problems[i], texts, [c.finish == "stop" for c in group])
         samples, reward = self.config.eval.samples, self.config.reward
         earned = [nothing_earned(reward, problem.task, samples) for problem in self.problems]
@@ -169,7 +169,7 @@ class Evaluation:
         shown: list[tuple[Problem, Completion]] = [
             (problem, group[0]) for problem, group in zip(self.problems, answers, strict=True) if group
         ][: self.config.tracking.sample_texts]
-        body = "\n\n".join(f"    {p.prompt.strip()}\n    {self.text.decode(c.tokens)}" for p, c in shown)
+        body = "\n\n".join(f"    {p.prompt.strip()}\n    {self.text.answer_text(p, c.tokens)}" for p, c in shown)
         return {"eval/samples": body}
 
     def _charge(self) -> None:

@@ -46,10 +46,10 @@ class Judges:
         self,
         verifiers: Verifier,
         scorers: Mapping[str, Scorer],
-        decode_text: Callable[[Int32], str],
+        answer_text: Callable[[Problem, Int32], str],
         total: Total,
     ) -> None:
-        self._verifiers, self._scorers, self._decode_text, self._total = verifiers, scorers, decode_text, total
+        self._verifiers, self._scorers, self._answer_text, self._total = verifiers, scorers, answer_text, total
         self._all: list[Verifier | Scorer] = [verifiers, *scorers.values()]
         self._asked: dict[int, Lease] = {}
         self._groups: dict[int, _Judged] = {}
@@ -123,7 +123,7 @@ class Judges:
     # --- one question ---
 
     def _verify(self, number: int, problem: Problem, outputs: Sequence[Int32], finished: Sequence[bool]) -> None:
-        texts = [self._decode_text(output) for output in outputs]
+        texts = [self._answer_text(problem, output) for output in outputs]
         self._verifiers.submit(number, problem, texts, list(finished))
         self._open[number] = "verifiers"
 

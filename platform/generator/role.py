@@ -45,7 +45,7 @@ def main(context: RoleContext) -> None:
 def open_rollout(context: RoleContext, connection: Connection) -> Rollout:
     """Engine, tokenizer, verifiers and weight channel of one generator."""
     config = context.config
-    text = Text(context.start_model, chat=getattr(config.task, "chat", False))
+    text = Text(context.start_model, config.prompt)
     name = f"{context.role}-{context.index}"
 
     def encode(lease: Lease) -> Int32:
@@ -67,7 +67,7 @@ def open_rollout(context: RoleContext, connection: Connection) -> Rollout:
         connection=connection,
         engine=make_engine(context),
         weights=open_reader(config, context.weights_folder),
-        judges=Judges(VerifierPool(config), {}, text.decode, rewards),
+        judges=Judges(VerifierPool(config), {}, text.answer_text, rewards),
         make_driver=driver,
         encode=encode,
     )

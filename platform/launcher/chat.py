@@ -2,8 +2,9 @@
 
     lines ─► Conversation ─► prompt tokens ─► Local (the embedded engine) | Served (an SGLang server) ─► pieces of text
 
-Invariant: the model reads the very tokens that it was trained on: its chat format where its tokenizer has one, turn
-after turn; else each line by itself, in the format of the run's task. Every answer may be cut by Ctrl-C and stays.
+Invariant: the model reads the very tokens that it was trained on: through its chat template where it was trained with
+one, turn after turn; else each line by itself. A line that begins is put as a problem of the run's task is. Every
+answer may be cut by Ctrl-C and stays.
 """
 
 from __future__ import annotations
@@ -15,28 +16,24 @@ import json
 import readline  # noqa: F401  (arrow keys and history at the prompt)
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import numpy as np
 from rich.console import Console
 
 from offtrail.core.protocols import Request
-from offtrail.core.types import Int32, Sampling
-from offtrail.platform.config.checkpoints import run_folder
-from offtrail.platform.config.compose import load_config
-from offtrail.platform.config.errors import ConfigError
+from offtrail.core.types import Int32, Problem, Sampling
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config, SglangConfig
 from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
 from offtrail.platform.engines.sglang.servers import ServerError, Servers
-from offtrail.platform.launcher.serve import LOOK_SECONDS, make_server, positions, served_model
+from offtrail.platform.launcher.serve import LOOK_SECONDS, make_server, positions, served_model, text_of
 from offtrail.platform.model.start import StartError
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.device import require_device
-from offtrail.tasks.jsonl import JsonlConfig
+from offtrail.tasks.base import TaskError
 
 LOCAL_LENGTH = 8192
 """The longest conversation, in tokens, that the embedded engine keeps room for."""
@@ -71,8 +68,9 @@ def chat(config: Config) -> int:
     try:
         require_device("engine.device", config.engine.device)
         model = served_model(config)
-        with contextlib.closing(make_answers(config, model, console)) as answers:
-            talk(Conversation(config, model), answers, console)
+        text = text_of(config, model)
+        with contextlib.closing(make_answers(config, model, text, console)) as answers:
+            talk(Conversation(text), answers, console)
     except KeyboardInterrupt:
         return 130
     except (ServerError, StartError, ValueError, OSError) as error:
@@ -81,11 +79,11 @@ def chat(config: Config) -> int:
     return 0
 
 
-def make_answers(config: Config, model: Path, console: Console) -> Answers:
+def make_answers(config: Config, model: Path, text: Text, console: Console) -> Answers:
     """The embedded engine, or with engine=sglang a server in a run directory of its own."""
     if isinstance(config.engine, SglangConfig):
-        return Served(config, model, console)
-    return Local(config, model)
+        return Served(config, model, text, console)
+    return Local(config, model, text)
 
 
 def talk(conversation: Conversation, answers: Answers, console: Console) -> None:
@@ -144,52 +142,43 @@ def printable(text: str) -> str:
 class Conversation:
     """What was said, and how the model is told. Without a chat format every line stands alone."""
 
-    def __init__(self, config: Config, model: Path) -> None:
-        self.text = Text(model)
-        self.chats = self.text.tokenizer.chat_template is not None
-        self._turns: list[dict[str, str]] = []
-        self._template = task_template(config)
+    def __init__(self, text: Text) -> None:
+        self.text, self.chats = text, text.chats
+        self._turns: tuple[Mapping[str, str], ...] = ()
 
     def reset(self) -> None:
         """Forget what was said."""
-        self._turns = []
+        self._turns = ()
 
     def note(self, line: str, answer: str) -> None:
         """Remember a line and the answer to it."""
         if self.chats:
-            self._turns += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+            asked = self._asked(line)
+            self._turns = (*asked.messages, {"role": "assistant", "content": self.text.opened(asked) + answer})
 
     def prompt(self, line: str, longest: int) -> Int32:
         """Prompt tokens [P] of the next answer. UnreadableError when the model cannot read it or it leaves no room."""
-        tokenizer = self.text.tokenizer
-        turns = [*self._turns, {"role": "user", "content": line}]
-        told = (
-            str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-            if self.chats
-            else self._template.replace("{prompt}", line)
-        )
-        if tokenizer.unk_token_id in tokenizer.encode(line, add_special_tokens=False, verbose=False):
+        if not self.text.knows(line):
             raise UnreadableError(f"the tokenizer does not know all of {line[:60]!r}")
-        tokens = tokenizer.encode(told, add_special_tokens=False, verbose=False)
+        try:
+            tokens = self.text.encode(self._asked(line))
+        except TaskError as error:
+            raise UnreadableError(str(error)) from None
         if len(tokens) >= longest:
             raise UnreadableError(f"{len(tokens)} tokens, and the model holds {longest}: /reset begins anew")
-        return np.array(tokens, np.int32)
+        return tokens
 
-
-def task_template(config: Config) -> str:
-    """How the run that made the checkpoint puts a problem to the model; a problem as it stands where none is known."""
-    run = run_folder(config.checkpoint)
-    with contextlib.suppress(ConfigError, OSError):  # the run of another offtrail
-        task = load_config(run / "config.yaml").task if run is not None else None
-        if isinstance(task, JsonlConfig):
-            return task.template
-    return "{prompt}"
+    def _asked(self, line: str) -> Problem:
+        """A line as a problem of the run's task is put: the first of a conversation, or each that stands alone."""
+        told = line if self._turns else self.text.task_template.replace("{prompt}", line)
+        messages = (*self._turns, {"role": "user", "content": told}) if self.chats else ()
+        return Problem("chat", 0, told, "", messages=messages)
 
 
 class Local:
     """The embedded engine. It gives whole answers."""
 
-    def __init__(self, config: Config, model: Path) -> None:
+    def __init__(self, config: Config, model: Path, text: Text) -> None:
         from offtrail.platform.engines.local import LocalEngine  # torch: only where it is used
 
         self.longest = min(positions(model), LOCAL_LENGTH)
@@ -199,7 +188,7 @@ class Local:
             max_length=self.longest,
             threads=config.generator.threads,
         )
-        self._text = Text(model)
+        self._text = text
         self._temperature, self._seed, self._asked = config.serve.temperature, config.run.seed, 0
 
     def answer(self, prompt: Int32) -> Generator[str]:
@@ -228,13 +217,13 @@ class Local:
 class Served:
     """An SGLang server, asked through its OpenAI API. It gives an answer token by token."""
 
-    def __init__(self, config: Config, model: Path, console: Console) -> None:
+    def __init__(self, config: Config, model: Path, text: Text, console: Console) -> None:
         run_dir, self._lock = prepare(config)
         self.longest = positions(model) - CONTEXT_MARGIN
         self._server: Servers = make_server(config, model, run_dir, port=0)
         self._console, self._temperature = console, config.serve.temperature
         self._patience = config.engine.hang_seconds if isinstance(config.engine, SglangConfig) else None
-        self._stop = list(Text(model).stop_token_ids)
+        self._stop = list(text.stop_token_ids)
         try:
             self._server.start()
             self._wait()

@@ -8,10 +8,12 @@ until it is told to stop, or the server has died more than engine.max_restarts t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +22,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from offtrail.core.types import Problem
 from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
-from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.config.schema import Config, PromptConfig, SglangConfig
 from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
 from offtrail.platform.engines.sglang.serve import KEY_VARIABLE
 from offtrail.platform.engines.sglang.servers import Address, Public, ServerError, Servers
-from offtrail.platform.model.start import resolve
+from offtrail.platform.model.start import StartError, resolve
+from offtrail.platform.model.text import Text, saved_template
 from offtrail.platform.runtime.device import require_device
+from offtrail.tasks.jsonl import task_template
 
 LOOK_SECONDS = 0.2
 """Between two looks at the server, and for a signal of the user."""
@@ -39,13 +44,15 @@ def run_serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[st
     try:
         require_device("engine.device", config.engine.device)
         model = served_model(config)
-        server = make_server(config, model, run_dir, config.serve.port)
-    except (ServerError, ValueError) as error:
+        text = text_of(config, model)
+        served = folder_to_serve(text, model, run_dir)
+        server = make_server(config, served, run_dir, config.serve.port)
+    except (ServerError, StartError, ValueError, OSError) as error:
         return "failed", str(error)
     print(f"starting SGLang on {model}", flush=True)
     try:
         server.start()
-        example = request_of(config, model)  # the tokenizer loads while the server does
+        example = request_of(config, model, text)
         starts = 0
         while not interrupted:
             server.poll()
@@ -103,34 +110,62 @@ def positions(model: Path) -> int:
     return most
 
 
-def request_of(config: Config, model: Path) -> Callable[[str], tuple[str, dict[str, Any]]]:
-    """An example of a request by the model's name: (path, body). Chat where the tokenizer has a chat format, else a
+def text_of(config: Config, model: Path) -> Text:
+    """The model's tokenizer with prompts as they were in training: the command's `prompt`, where it says anything, else
+    that of the run that made the checkpoint, else what stands in the checkpoint itself.
+    """
+    run = run_folder(config.checkpoint)
+    prompt, template = config.prompt, saved_template(model)
+    with contextlib.suppress(ConfigError, OSError):  # the run of another offtrail
+        if run is not None:
+            trained = load_config(run / "config.yaml")
+            template = task_template(trained.task)
+            prompt = trained.prompt if prompt == PromptConfig() else prompt
+    return Text(model, prompt, task_template=template)
+
+
+def folder_to_serve(text: Text, model: Path, run_dir: Path) -> Path:
+    """The model's folder, with the tokenizer as `text` has it: a server reads chat template, BOS and stop tokens there.
+
+    Its weights are links; what is written is in ``run_dir``.
+    """
+    folder = run_dir / "servers" / "model" / model.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in model.iterdir():
+        if file.suffix == ".json" and "index" not in file.name and file.is_file():
+            shutil.copyfile(file, folder / file.name)
+        elif file.suffix != ".jinja" and not file.is_dir():
+            (folder / file.name).symlink_to(file.resolve())
+    text.save_pretrained(folder)
+    return folder
+
+
+def request_of(config: Config, model: Path, text: Text) -> Callable[[str], tuple[str, dict[str, Any]]]:
+    """An example of a request by the model's name: (path, body). Chat where prompts go through a chat template, else a
     prompt of the run's task.
     """
-    from transformers import AutoTokenizer  # slow to import
-
-    chats = AutoTokenizer.from_pretrained(model).chat_template is not None
-    prompt, room = example_prompt(config), min(256, positions(model) // 2)
+    problem, room = example_problem(config), min(256, positions(model) // 2)
 
     def request(name: str) -> tuple[str, dict[str, Any]]:
         common = {"model": name, "max_tokens": room, "temperature": config.serve.temperature}
-        if chats:
-            return "/v1/chat/completions", {**common, "messages": [{"role": "user", "content": prompt}]}
-        return "/v1/completions", {**common, "prompt": prompt}
+        if text.chats:
+            messages = list(problem.messages) or [{"role": "user", "content": problem.prompt}]
+            return "/v1/chat/completions", {**common, "messages": messages}
+        return "/v1/completions", {**common, "prompt": problem.prompt}
 
     return request
 
 
-def example_prompt(config: Config) -> str:
-    """A held-out prompt of the task that the model was trained on, where that is known and at hand."""
+def example_problem(config: Config) -> Problem:
+    """A held-out problem of the task that the model was trained on, where that is known and at hand."""
     from offtrail.tasks.base import TaskError
     from offtrail.tasks.registry import make_task
 
     run = run_folder(config.checkpoint)
-    try:
-        return make_task(load_config(run / "config.yaml").task, 0).held_out(1)[0].prompt if run is not None else "Hello"
-    except (ConfigError, TaskError, OSError):  # another offtrail's run, or its data are elsewhere now
-        return "Hello"
+    with contextlib.suppress(ConfigError, TaskError, OSError):  # another offtrail's run, or its data are elsewhere now
+        if run is not None:
+            return make_task(load_config(run / "config.yaml").task, 0).held_out(1)[0]
+    return Problem("serve", 0, "Hello", "")
 
 
 def announce(address: Address, name: str, example: Callable[[str], tuple[str, dict[str, Any]]]) -> None:

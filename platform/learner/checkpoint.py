@@ -239,7 +239,7 @@ def write_model(folder: Path, model: Any, tokenizer: Any, parameters: Mapping[st
     model.config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)  # after config.json and generation_config.json: it sets their stop tokens
     tensors = {name: value.contiguous().cpu() for name, value in parameters.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
@@ -36,10 +35,12 @@ from offtrail.platform.learner.train import Report, Trainer
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.model.packing import lay_out
 from offtrail.platform.model.policy import load_model
+from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import Connection, RoleContext
 from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
 from offtrail.platform.wire.sockets import RefusedError, WaitError
+from offtrail.tasks.jsonl import task_template
 
 log = logging.getLogger("offtrail.learner")
 
@@ -71,7 +72,7 @@ class Learner:
     trainer: Trainer[Batch]
     source: BrokerSource
     model: Any
-    tokenizer: Any
+    text: Text
     publisher: Channel | None
     step: int
     publish_seconds: float = 0.0
@@ -110,7 +111,7 @@ class Learner:
                 serve_late_readers=publisher.serve_late_readers if publisher is not None else None,
             ),
             model=model,
-            tokenizer=AutoTokenizer.from_pretrained(start),
+            text=Text(start, config.prompt, task_template=task_template(config.task)),
             publisher=publisher,
             step=step,
         )
@@ -147,7 +148,7 @@ class Learner:
                     "memory/learner_peak_bytes": float(peak_memory(self.world.device)),
                 },
                 histograms=report.histograms | batch_histograms(batch),
-                texts=sample_texts(batch, self.tokenizer.decode, shown) if not batch.replay else {},
+                texts=sample_texts(batch, self.text.tokenizer.decode, shown) if not batch.replay else {},
             )
         )
 
@@ -159,7 +160,7 @@ class Learner:
         with self.connection.activity.busy("checkpoint"):
             state = TrainerState.of(self.step, self.trainer)
             path = checkpoint.save(
-                self.context.run_dir, self.world, state, self.model, self.tokenizer, self.trainer, self._window()
+                self.context.run_dir, self.world, state, self.model, self.text, self.trainer, self._window()
             )
         if path is not None:
             self._settle()

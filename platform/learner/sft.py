@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.schema import Config
@@ -29,9 +28,11 @@ from offtrail.platform.learner.world import World
 from offtrail.platform.model.packing import SampleTable
 from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.start import resolve
+from offtrail.platform.model.text import Text
 from offtrail.platform.model.tiny import save_start
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.device import require_device
+from offtrail.tasks.jsonl import task_template
 from offtrail.tasks.registry import make_task
 
 SFT_SEED = 0x5F7
@@ -56,13 +57,13 @@ def cold_start(config: Config, out_dir: Path, on_progress: Progress | None = Non
         start = resolve(config.model.path) if config.model.path else Path(scratch) / "start"
         if not config.model.path:
             save_start(start, config.model, seed)
-        tokenizer = AutoTokenizer.from_pretrained(start)
+        text = Text(start, config.prompt, task_template=task_template(config.task))
         model = load_model(start, device=config.learner.device)
     world = World(0, 1, torch.device(config.learner.device))
     trainer = make_sft_trainer(config, world, model, Activity())
     source = TraceSource(
         make_task(config.task, seed + SFT_SEED),
-        tokenizer,
+        text,
         batch_size=config.sft.batch_size,
         seed=seed,
         max_length=config.model.max_length,
@@ -72,16 +73,16 @@ def cold_start(config: Config, out_dir: Path, on_progress: Progress | None = Non
         metrics = trainer.step(step, source.next(step)).metrics
         if on_progress is not None:
             on_progress(step + 1, metrics["loss/sft"])
-    write(out_dir, model, tokenizer, trainer)
+    write(out_dir, model, text, trainer)
     return metrics
 
 
-def write(out_dir: Path, model: Any, tokenizer: Any, trainer: Trainer[SampleTable]) -> None:
+def write(out_dir: Path, model: Any, text: Text, trainer: Trainer[SampleTable]) -> None:
     """A Hugging Face directory under another name, then renamed to ``out_dir``."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        write_model(temporary, model, tokenizer, gather(trainer.module))
+        write_model(temporary, model, text, gather(trainer.module))
         temporary.chmod(0o755)
         if out_dir.exists() and any(out_dir.iterdir()):
             raise FileExistsError(f"{out_dir} exists and is not empty")

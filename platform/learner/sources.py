@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
-import numpy as np
 
-from offtrail.core.types import Batch, Int32, Problem
+from offtrail.core.types import Batch
 from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.packing import SampleTable
+from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import Connection
 from offtrail.platform.wire.groups import arrays_per_group, group_from, pack_group, unpack_group
 from offtrail.platform.wire.messages import BatchReply, NextBatch
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.tasks.base import Task
-from offtrail.tasks.text import check_known
 
 WAITING, STOP = b"w", b"s"
 
@@ -104,9 +102,9 @@ def _open_blob(blob: bytes | bytearray | memoryview) -> Batch | None:
 class TraceSource:
     """Fresh problems with worked answers at every step, each prompt in the run's data order once."""
 
-    def __init__(self, task: Task, tokenizer: Any, *, batch_size: int, seed: int, max_length: int) -> None:
-        self.task, self.tokenizer, self.batch_size, self.seed, self.max_length = (
-            task, tokenizer, batch_size, seed, max_length,
+    def __init__(self, task: Task, text: Text, *, batch_size: int, seed: int, max_length: int) -> None:
+        self.task, self.text, self.batch_size, self.seed, self.max_length = (
+            task, text, batch_size, seed, max_length,
         )  # fmt: skip
 
     def next(self, step: int) -> SampleTable:
@@ -117,9 +115,9 @@ class TraceSource:
         """
         problems = [self.task.train(step * self.batch_size + i) for i in range(self.batch_size)]
         rng = random.Random(f"sft-{self.seed}-{step}")
-        prompts = self._encode(problems, [p.prompt for p in problems])
+        prompts = self.text.encode_all(problems)
         traces = [self.task.trace(p, rng) for p in problems]
-        answers = self._encode(problems, traces, end=[self.tokenizer.eos_token_id])
+        answers = self.text.encode_answers(problems, traces)
         longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         if longest > self.max_length:
             raise ValueError(
@@ -127,9 +125,3 @@ class TraceSource:
                 f"{longest} tokens; raise it, or make the task easier"
             )
         return rows_of_pairs(prompts, answers)
-
-    def _encode(self, problems: Sequence[Problem], texts: Sequence[str], end: Sequence[int] = ()) -> list[Int32]:
-        tokens = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        for problem, text, known in zip(problems, texts, tokens, strict=True):
-            check_known(self.tokenizer, problem, text, known)
-        return [np.array([*t, *end], np.int32) for t in tokens]

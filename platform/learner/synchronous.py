@@ -50,7 +50,7 @@ class Synchronous:
         self.config = config
         self.task = make_task(config.task, config.run.seed)
         self.reward = make_reward(config.reward, self.task.verify)
-        self.text = Text(start, chat=getattr(config.task, "chat", False))
+        self.text = Text(start, config.prompt)
         self.engine = LocalEngine(
             start, config.engine, max_length=config.model.max_length, threads=config.generator.threads
         )
@@ -96,7 +96,7 @@ class Synchronous:
 
     def scored(self, group: Group) -> Group:
         """The group with its reward."""
-        texts = [self.text.decode(sample.tokens) for sample in group.samples()]
+        texts = [self.text.answer_text(group.problem, sample.tokens) for sample in group.samples()]
         finished = [sample.finish == "stop" for sample in group.samples()]
         components = columns(self.reward.judge(group.problem, texts, finished))
         step = group.slot // self.config.batch.groups

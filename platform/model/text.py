@@ -1,45 +1,285 @@
-"""Between text and tokens, at the edge of an engine: inside the platform only tokens travel."""
+"""Between text and tokens, at the edge of an engine: nothing else builds prompts, and inside only tokens travel.
+
+    problem ─► told (chat template, system prompt, template keywords) ─► encode ─► prompt tokens ─► engine
+    answer tokens ─► answer_text (with what the template opened) ─► verifiers, format, shown texts
+
+Invariant: sft, rl, evaluation, chat and serve put a problem to the model as the same tokens. What `prompt` adds is
+written into the tokenizer itself (its chat template, its BOS rule), so that a saved checkpoint does the same wherever
+it is opened: `save_pretrained` is what a checkpoint calls instead of the tokenizer's own.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from offtrail.core.types import Int32, Problem
-from offtrail.tasks.text import encode_prompt
+from offtrail.platform.config.schema import PromptConfig
+from offtrail.tasks.base import TaskError
+
+TASK_FILE = "offtrail.json"
+"""In a checkpoint, beside the tokenizer: how the task wrote its prompts, {"template": "…{prompt}…"}."""
+_MARK = "\N{WHITE SQUARE}answer\N{WHITE SQUARE}"
+_OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 
 class Text:
-    """The tokenizer of a Hugging Face directory and the token ids that end an answer.
+    """The tokenizer of a Hugging Face directory, how a problem is put to it, and the token ids that end an answer.
 
-    The stop ids are generation_config.json's eos_token_id (one or several), else the tokenizer's own.
+    ``chats``: prompts go through the chat template. ``stop_token_ids``: all that generation_config.json, config.json or
+    the tokenizer name as eos (one or several each), and the token that the chat template ends an answer with; the first
+    is the one that worked answers are taught to end with.
+
+    Raises ValueError, one line with the key, where the tokenizer cannot do what ``prompt`` says or nothing ends an
+    answer.
     """
 
-    def __init__(self, model_dir: Path, *, chat: bool = False) -> None:
+    def __init__(self, model_dir: Path, prompt: PromptConfig | None = None, *, task_template: str = "{prompt}") -> None:
         from transformers import AutoTokenizer  # slow to import: only roles that hold text pay for it
 
+        self.prompt, self.task_template = prompt or PromptConfig(), task_template
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-        self.chat = chat
+        self.chats = _wants_chat(self.tokenizer, self.prompt, model_dir)
+        if self.chats:
+            self.tokenizer.chat_template = with_defaults(self.tokenizer.get_chat_template(), self.prompt)
+        else:
+            self.tokenizer.chat_template = None
+            _set_bos(self.tokenizer, self.prompt.bos, model_dir)
+        self._prefix = [] if self.chats else added_in_front(self.tokenizer)
+        self._generation_prompt = self._rendered_generation_prompt() if self.chats else ""
         self.stop_token_ids = self._stop_ids(model_dir)
 
-    def _stop_ids(self, model_dir: Path) -> tuple[int, ...]:
-        file = model_dir / "generation_config.json"
-        eos = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        eos = self.tokenizer.eos_token_id if eos is None else eos
-        if eos is None:
-            raise ValueError(
-                f"model.path={model_dir}: neither generation_config.json nor the tokenizer names an eos token"
-            )
-        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    # --- to the model ---
+
+    def told(self, problem: Problem) -> str:
+        """The text that is put to the model, but for a plain prompt's BOS.
+
+        Raises TaskError for messages without a chat template, and when the template refuses them.
+        """
+        if not self.chats:
+            if problem.messages:
+                raise _refused(
+                    problem, "its prompt is a list of messages, and no chat template is in use (prompt.chat); choose a "
+                    "model.path whose tokenizer has one, or take task.prompt_field"
+                )  # fmt: skip
+            return problem.prompt
+        messages = [dict(m) for m in problem.messages] or [{"role": "user", "content": problem.prompt}]
+        return self._render(messages, problem)
 
     def encode(self, problem: Problem) -> Int32:
-        """Prompt tokens [P]."""
-        return encode_prompt(self.tokenizer, problem, chat=self.chat)
+        """Prompt tokens [P]. Raises TaskError when the prompt is empty or holds text that the tokenizer lacks."""
+        return self.encode_all([problem])[0]
+
+    def encode_all(self, problems: Sequence[Problem]) -> list[Int32]:
+        """Prompt tokens [P] of each; see ``encode``."""
+        told = [self.told(problem) for problem in problems]
+        tokens = self._tokens(told)
+        for problem, text, ids in zip(problems, told, tokens, strict=True):
+            if not ids:
+                raise _refused(problem, "the prompt is empty; mend the data or task.template")
+            self._check_known(problem, text, ids)
+        return [np.array([*self._prefix, *ids], np.int32) for ids in tokens]
+
+    def encode_answers(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Int32]:
+        """Tokens [T] of whole answers such as worked ones, each with its stop token and without the tags that the
+        prompt has opened already. Raises TaskError when one holds text that the tokenizer lacks.
+        """
+        answers = [_after(self.opened(problem), text) for problem, text in zip(problems, texts, strict=True)]
+        tokens = self._tokens(answers)
+        for problem, text, ids in zip(problems, answers, tokens, strict=True):
+            self._check_known(problem, text, ids)
+        return [np.array([*ids, self.stop_token_ids[0]], np.int32) for ids in tokens]
+
+    def knows(self, text: str, tokens: Sequence[int] | None = None) -> bool:
+        """Whether the tokenizer has a token for all of a text (``tokens``, if they are at hand)."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return True
+        # Trap: the unknown token may be the BOS or EOS too, which a template writes out: those are no unknown text.
+        ids = self._tokens([text])[0] if tokens is None else tokens
+        return ids.count(unknown) <= text.count(str(self.tokenizer.unk_token))
+
+    # --- from the model ---
 
     def decode(self, tokens: Int32) -> str:
-        """An answer's text without its stop token. Trap: tags such as <think> may be special tokens and must stay."""
+        """What the model said, without its stop token. Trap: tags such as <think> may be special tokens and must
+        stay.
+        """
         ids = tokens.tolist()
         if ids and ids[-1] in self.stop_token_ids:
             ids.pop()
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def opened(self, problem: Problem) -> str:
+        """What the end of the prompt has begun of the answer: from `<think>` on, closed or not; mostly empty."""
+        if self.chats:
+            _, tag, rest = self._generation_prompt.partition("<think>")
+            return tag + rest
+        match = _OPENED.search(problem.prompt)
+        return match[0] if match else ""
+
+    def answer_text(self, problem: Problem, tokens: Int32) -> str:
+        """The whole answer for verifiers and readers: what the prompt opened, and what the model said."""
+        return self.opened(problem) + self.decode(tokens)
+
+    # --- to a checkpoint ---
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the tokenizer as it is used here, and this list of stop tokens into generation_config.json and
+        config.json where they stand in ``folder``.
+        """
+        self.tokenizer.save_pretrained(folder)
+        ids = list(self.stop_token_ids)
+        for name in ("generation_config.json", "config.json"):
+            file = folder / name
+            if file.is_file():
+                settings = json.loads(file.read_text(encoding="utf-8"))
+                settings["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+                file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / TASK_FILE).write_text(json.dumps({"template": self.task_template}) + "\n", encoding="utf-8")
+
+    # --- the rules behind them ---
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _check_known(self, problem: Problem, text: str, tokens: Sequence[int]) -> None:
+        """What is trained on must be the text itself."""
+        if not self.knows(text, tokens):
+            raise _refused(
+                problem,
+                f"the tokenizer does not know all of {text[:60]!r}; choose a model.path whose tokenizer covers the "
+                "task's text",
+            )
+
+    def _render(self, messages: Sequence[dict[str, str]], problem: Problem, generation: bool = True) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+        except TemplateError as error:
+            raise _refused(
+                problem, f"the chat template refuses its messages ({error}); mend them, or see prompt.system and "
+                "prompt.template_kwargs"
+            ) from None  # fmt: skip
+
+    def _rendered_generation_prompt(self) -> str:
+        """What the template writes after the user's turn to have the answer begin."""
+        turn, none = [{"role": "user", "content": _MARK}], Problem("prompt", 0, _MARK, "")
+        without, whole = self._render(turn, none, generation=False), self._render(turn, none)
+        differs = (i for i, (a, b) in enumerate(zip(without, whole, strict=False)) if a != b)
+        return whole[next(differs, len(without)) :]
+
+    def _turn_end(self) -> int | None:
+        """The special token that the template writes after an answer, where it does."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+        try:
+            told = self._render(turns, Problem("prompt", 0, "?", ""), generation=False)
+        except TaskError:
+            return None
+        _, found, rest = told.rpartition(_MARK)
+        special = set(self.tokenizer.all_special_ids)
+        special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return next((i for i in self._tokens([rest])[0] if i in special), None) if found else None
+
+    def _stop_ids(self, model_dir: Path) -> tuple[int, ...]:
+        ends: list[Any] = [self._turn_end() if self.chats else None, self.tokenizer.eos_token_id]
+        for name in ("generation_config.json", "config.json"):
+            file = model_dir / name
+            settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            eos = settings.get("eos_token_id")
+            ends += eos if isinstance(eos, list) else [eos]
+        ids = tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+        if not ids:
+            raise ValueError(
+                f"model.path={model_dir}: neither generation_config.json, config.json nor the tokenizer names an eos "
+                "token; add eos_token_id to its generation_config.json"
+            )
+        return ids
+
+
+def with_defaults(template: str, prompt: PromptConfig) -> str:
+    """A chat template (Jinja) that begins with the system prompt and the keywords of ``prompt`` where its caller gives
+    none.
+    """
+    # Trap: each line ends in a block and a newline, which transformers' trim_blocks removes, so that the template
+    # itself still begins at the beginning of a line.
+    lines = [
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}\n"
+        for name, value in prompt.template_kwargs.items()
+    ]
+    if prompt.system:
+        first = _literal({"role": "system", "content": prompt.system})
+        lines.append(
+            "{%- if not messages or messages[0]['role'] != 'system' %}"
+            f"{{%- set messages = [{first}] + (messages | list) %}}{{%- endif %}}\n"
+        )
+    head = "".join(lines)
+    return template if template.startswith(head) else head + template
+
+
+def saved_template(folder: Path) -> str:
+    """How the task wrote its prompts, where a checkpoint says it."""
+    file = folder / TASK_FILE
+    return str(json.loads(file.read_text(encoding="utf-8"))["template"]) if file.is_file() else "{prompt}"
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(str(name))}: {_literal(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _wants_chat(tokenizer: Any, prompt: PromptConfig, model_dir: Path) -> bool:
+    """Whether prompts go through the chat template. ValueError where that is asked for and there is none."""
+    if prompt.chat == "never":
+        return False
+    if tokenizer.chat_template:
+        return True
+    if prompt.chat == "always":
+        raise ValueError(
+            f"prompt.chat=always: the tokenizer of {model_dir} has no chat template; take prompt.chat=never"
+        )
+    for key, value in (("system", prompt.system), ("template_kwargs", prompt.template_kwargs)):
+        if value:
+            raise ValueError(
+                f"prompt.{key}={value}: the tokenizer of {model_dir} has no chat template to put it into; leave it "
+                "out, or write it into task.template"
+            )
+    return False
+
+
+def added_in_front(tokenizer: Any) -> list[int]:
+    """The special tokens, such as BOS, that a tokenizer puts before a text when it is asked to add them."""
+    bare, whole = (tokenizer.encode("a", add_special_tokens=add) for add in (False, True))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return list(whole[:start])
+
+
+def _set_bos(tokenizer: Any, bos: str, model_dir: Path) -> None:
+    """Make the tokenizer put a BOS before a text, or none, when it is asked to add special tokens."""
+    begins = tokenizer.bos_token_id in added_in_front(tokenizer)
+    if bos == "auto" or begins == (bos == "always"):
+        return
+    if tokenizer.bos_token_id is None:
+        raise ValueError(f"prompt.bos=always: the tokenizer of {model_dir} has no BOS token; take prompt.bos=auto")
+    tokenizer.add_bos_token = bos == "always"
+
+
+def _after(opened: str, answer: str) -> str:
+    """A whole answer without the think tag that the prompt has opened, or without the block that it has closed."""
+    if "</think>" in opened:
+        return re.sub(r"\A\s*<think>.*?</think>\s*", "", answer, flags=re.DOTALL)
+    return re.sub(r"\A\s*<think>", "", answer) if opened else answer
+
+
+def _refused(problem: Problem, what: str) -> TaskError:
+    return TaskError(f"task={problem.task}, problem {problem.index}: {what}")

@@ -110,7 +110,7 @@ def test_a_shard_holds_every_sample_of_its_groups_in_training_order(ledger: Ledg
         0.5,
     )
     assert (row["prompt"], row["prompt_tokens"], row["generator"]) == ("3+4=", [5, 6, 7], "generator-0")
-    problem = {"task": "chain", "index": 1, "prompt": "3+4=", "answer": "7", "meta": {"start": 3}}
+    problem = {"task": "chain", "index": 1, "prompt": "3+4=", "answer": "7", "meta": {"start": 3}, "messages": []}
     assert json.loads(row["problem"]) == problem
     assert rows[0]["reward"] == pytest.approx(1.1)
 

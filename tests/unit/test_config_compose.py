@@ -336,9 +336,9 @@ def test_a_saved_configuration_means_the_same_from_every_directory(tmp_path, mon
     assert (config.task.path, config.task.eval_path) == (str(here / "train.jsonl"), str(here / "test.jsonl"))
     assert (config.model.path, config.weights.dir) == (str(here / "model"), str(here / "channel"))
     mixed = compose(
-        ["task=mixture", "task.weights={jsonl: 1}", "task.settings={jsonl: {path: train.jsonl, chat: true}}"]
+        ["task=mixture", "task.weights={jsonl: 1}", "task.settings={jsonl: {path: train.jsonl, held_out_share: 0.2}}"]
     )
-    assert mixed.task.settings == {"jsonl": {"path": str(here / "train.jsonl"), "chat": True}}
+    assert mixed.task.settings == {"jsonl": {"path": str(here / "train.jsonl"), "held_out_share": 0.2}}
     saved = write(tmp_path / "config.yaml", to_yaml(config))
     monkeypatch.chdir(there)
     assert compose([saved]) == config

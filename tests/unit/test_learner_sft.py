@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner import sft
 from offtrail.platform.learner.sources import TraceSource
+from offtrail.platform.model.text import Text
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.registry import make_task
 
@@ -57,7 +58,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
 
 def test_rows_hold_prompt_answer_and_stop_token(start_dir: Path) -> None:
     tokenizer, task = AutoTokenizer.from_pretrained(start_dir), make_task(Config().task, 0)
-    source = TraceSource(task, tokenizer, batch_size=4, seed=0, max_length=256)
+    source = TraceSource(task, Text(start_dir), batch_size=4, seed=0, max_length=256)
     rows = source.next(5)
     for i in range(4):
         output = rows.tokens[rows.starts[i] : rows.starts[i + 1]]
@@ -72,8 +73,7 @@ def test_rows_hold_prompt_answer_and_stop_token(start_dir: Path) -> None:
 
 
 def test_an_answer_that_does_not_fit_is_named(start_dir: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(start_dir)
-    source = TraceSource(make_task(Config().task, 0), tokenizer, batch_size=4, seed=0, max_length=20)
+    source = TraceSource(make_task(Config().task, 0), Text(start_dir), batch_size=4, seed=0, max_length=20)
     with pytest.raises(
         ValueError, match=r"model\.max_length=20: a problem of task=chain with its worked answer takes \d+"
     ):
@@ -84,12 +84,12 @@ def test_an_answer_that_does_not_fit_is_named(start_dir: Path) -> None:
 def test_text_that_the_tokenizer_lacks_is_named_before_its_length(
     where: str, start_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, task = AutoTokenizer.from_pretrained(start_dir), make_task(Config().task, 0)
+    task = make_task(Config().task, 0)
     problem = dataclasses.replace(task.train(0), **({"prompt": "Größe? "} if where == "prompt" else {}))
     monkeypatch.setattr(task, "train", lambda index: problem)
     if where == "trace":
         monkeypatch.setattr(task, "trace", lambda problem, rng: "Größe")
-    source = TraceSource(task, tokenizer, batch_size=2, seed=0, max_length=2)
+    source = TraceSource(task, Text(start_dir), batch_size=2, seed=0, max_length=2)
     with pytest.raises(TaskError, match=r"^task=chain, problem \d+: the tokenizer does not know all of 'Größe"):
         source.next(0)
 

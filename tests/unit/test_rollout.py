@@ -169,7 +169,7 @@ def make(config: Config | None = None, prompt: int = 2) -> Rollout:
         connection=FakeConnection(),  # type: ignore[arg-type]
         engine=FakeEngine(),  # type: ignore[arg-type]
         weights=FakeWeights(),  # type: ignore[arg-type]
-        judges=Judges(FakeVerifiers(), {}, lambda tokens: "".join(str(t) for t in tokens), rewards),
+        judges=Judges(FakeVerifiers(), {}, lambda problem, tokens: "".join(str(t) for t in tokens), rewards),
         make_driver=lambda lease: SampleDriver(lease, SAMPLING, "generator-0"),
         encode=lambda lease: np.ones(prompt, np.int32),
     )
