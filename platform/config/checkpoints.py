@@ -11,8 +11,8 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 def model_folder(checkpoint: str) -> Path | None:
-    """The newest checkpoint of a run directory, or its start model before the first; a folder with a config.json as it
-    is; None for anything else, which may be a name in the Hugging Face cache.
+    """The newest checkpoint of a run directory (of its last stage that has begun), or its start model before the first;
+    a folder with a config.json as it is; None for anything else, which may be a name in the Hugging Face cache.
 
     Raises ConfigError for a run directory without a model.
     """
@@ -24,9 +24,12 @@ def model_folder(checkpoint: str) -> Path | None:
     steps = [(int(match[1]), path) for path in given.glob("checkpoints/*") if (match := _STEP.fullmatch(path.name))]
     candidates = [path for _, path in sorted(steps, reverse=True)] + [given / "start"]
     found = next((path for path in candidates if (path / "config.json").is_file()), None)
-    if found is None:
+    if found is not None:
+        return found
+    stages = sorted(given.glob("stages/*/config.yaml"), key=lambda path: int(path.parent.name.partition("_")[0]))
+    if not stages:
         raise refuse("checkpoint", checkpoint, "the run has neither a checkpoint nor a start model")
-    return found
+    return model_folder(str(stages[-1].parent))
 
 
 def run_folder(checkpoint: str) -> Path | None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.hosts import LocalHosts
+from offtrail.platform.launcher.recipe import Outcome, run_recipe
 from offtrail.platform.launcher.run import Run, watch
 from offtrail.platform.launcher.serve import run_serve
 from offtrail.platform.launcher.start import prepare_start_model, run_sft
@@ -31,16 +32,26 @@ EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
 
 
 def launch(config: Config, run_dir: Path) -> int:
-    """Run one job to its end in a run directory that exists; the exit status of the command."""
+    """Run a job or a recipe to its end in a run directory that exists; the exit status of the command."""
+    with interrupts() as interrupted:
+        status, _ = run_to_its_end(config, run_dir, interrupted)
+    return EXIT_CODES[status]
+
+
+def run_to_its_end(config: Config, run_dir: Path, interrupted: list[int]) -> Outcome:
+    """One job, or every stage of a recipe, with its summary and its last words; how it ended, and why."""
     started = time.monotonic()
     try:
-        with interrupts() as interrupted:
-            status, reason = JOBS[config.job](config, run_dir, interrupted)
+        if config.recipe.stages:
+            outcome = run_recipe(config, run_dir, interrupted, run_to_its_end)
+        else:
+            outcome = JOBS[config.job](config, run_dir, interrupted)
     except KeyboardInterrupt as stopped:
-        status, reason = "interrupted", str(stopped)
+        outcome = "interrupted", str(stopped)
     except (StartError, OSError) as error:
-        status, reason = "failed", str(error)
-    return finish(run_dir, status, reason, time.monotonic() - started)
+        outcome = "failed", str(error)
+    finish(run_dir, *outcome, time.monotonic() - started)
+    return outcome
 
 
 def run_rl(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
@@ -113,7 +124,7 @@ def say(text: str) -> None:
         os.write(2, f"{text}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
 
 
-def finish(run_dir: Path, status: str, reason: str, seconds: float) -> int:
+def finish(run_dir: Path, status: str, reason: str, seconds: float) -> None:
     """Say what happened, set the final status (the broker may have died before it could), draw the curves.
 
     The reason comes first: a disk that is full may have been it, and takes no summary either.
@@ -135,13 +146,14 @@ def finish(run_dir: Path, status: str, reason: str, seconds: float) -> int:
         print(f"offtrail: error: summary.json or learning.png could not be written: {words}", file=sys.stderr)
     with contextlib.suppress(OSError):  # a terminal that is gone
         report(run_dir, summary)
-    return EXIT_CODES[status]
 
 
 def report(run_dir: Path, summary: dict[str, Any]) -> None:
     """The last words of a run on the terminal: what its summary says, and where to look."""
     shown = {
         "status": summary["status"],
+        "stages": ", ".join(f"{name} {told.get('status', '–')}" for name, told in summary.get("stages", {}).items())
+        or None,
         "learner steps": summary.get("steps"),
         "loss": _between(summary, "loss/sft"),
         "held-out accuracy": _between(summary, "eval/accuracy"),
