@@ -152,8 +152,7 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
     """The last words of a run on the terminal: what its summary says, and where to look."""
     shown = {
         "status": summary["status"],
-        "stages": ", ".join(f"{name} {told.get('status', '–')}" for name, told in summary.get("stages", {}).items())
-        or None,
+        "stages": _stages(summary),
         "learner steps": summary.get("steps"),
         "loss": _between(summary, "loss/sft"),
         "held-out accuracy": _between(summary, "eval/accuracy"),
@@ -171,6 +170,11 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
         if (run_dir / name).exists():
             table.add_row("" if name != "learning.png" else "see", str(run_dir / name))
     Console().print(table, highlight=False)
+
+
+def _stages(summary: dict[str, Any]) -> str | None:
+    stages = summary.get("stages", {}).items()
+    return ", ".join(f"{name} {told.get('status', 'not begun')}" for name, told in stages) or None
 
 
 def _between(summary: dict[str, Any], name: str) -> str | None:

@@ -107,7 +107,7 @@ def test_a_full_disk_costs_a_line_and_hides_no_reason(
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setattr(jobs, function, full)
-    assert jobs.finish(tmp_path, "failed", "learner-0 exited with status 1", 1.0) == 1
+    jobs.finish(tmp_path, "failed", "learner-0 exited with status 1", 1.0)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "offtrail: error: learner-0 exited with status 1"
     assert len(lines) == (1 if function == "report" else 2)
@@ -116,7 +116,7 @@ def test_a_full_disk_costs_a_line_and_hides_no_reason(
 
 def test_a_summary_that_was_cut_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "summary.json").write_text('{"status": ')
-    assert jobs.finish(tmp_path, "failed", "why", 1.0) == 1
+    jobs.finish(tmp_path, "failed", "why", 1.0)
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
