@@ -114,8 +114,10 @@ class Rollout:
 
     def start_ready(self) -> None:
         """Start every driver whose lease's version rule is met."""
-        for driver in self._ready():
-            self._waiting.remove(driver)
+        ready = self._ready()
+        started = {driver.lease.group for driver in ready}
+        self._waiting = [driver for driver in self._waiting if driver.lease.group not in started]
+        for driver in ready:
             try:
                 prompt_tokens = self.encode(driver.lease)
             except ValueError as error:

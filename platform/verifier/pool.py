@@ -193,7 +193,7 @@ class VerifierPool:
         group = worker.groups.popleft()
         self.counters["verifier_timeouts"] += 1
         what = f"verifier ran past reward.deadline_seconds={self._reward.deadline_seconds:g} and was killed"
-        log.warning("group %s: %s", group.key, what)
+        log.warning("%d answers to a problem of %s: %s", group.size, group.task, what)
         self._restart(worker)
         if self._reward.on_timeout == "refuse":
             self._refuse(group, what)

@@ -700,10 +700,10 @@ def test_the_brokers_part_of_a_steps_metrics_by_hand(start: Callable[..., Run]) 
 def test_a_group_of_another_size_is_taken_where_the_driver_may_make_one_and_counts_as_it_is(
     start: Callable[..., Run],
 ) -> None:
-    run = start()
+    run = start(search__name="my_code:Tree", search__flexible=True)
     run.everybody()
-    run.broker.scheduler.flexible = True
     first, second, *_ = run.lease().leases
+    assert first.driver == "my_code:Tree"
     assert run.submit(first, 0, **three_samples()).accepted
     assert run.submit(second, 0).accepted
     run.ask("learner-0", NextBatch(step=0), BatchReply)

@@ -31,7 +31,10 @@ from offtrail.platform.wire.messages import (
 )
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.rewards.total import total
+from offtrail.search.config import SearchConfig
+from offtrail.search.registry import make_driver
 from offtrail.search.sample import SampleDriver
+from outside.two_rounds import TwoRounds
 
 SAMPLING = Sampling(max_new_tokens=4)
 
@@ -161,6 +164,34 @@ def lease(group: int, **fields: Any) -> Lease:
     return Lease(
         **({"group": group, "slot": group, "attempt": 1, "problem": problem, "samples": 2, "min_version": 0} | fields)
     )
+
+
+@dataclass
+class Patient(FakeVerifiers):
+    """Answers what it was asked, all right, once it is ``open``."""
+
+    sizes: dict[int, int] = field(default_factory=dict)
+    open: bool = False
+
+    def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+        self.sizes[key] = len(texts)
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, dict[str, Any] | None]]:
+        if not self.open:
+            return []
+        sizes, self.sizes = self.sizes, {}
+        return [
+            (key, {name: np.ones(size, np.float32) for name in ("accuracy", "format")}) for key, size in sizes.items()
+        ]
+
+
+def two_rounds(config: Config | None = None) -> tuple[Rollout, Patient]:
+    """A rollout whose leases ask for the two-round driver, and its verifiers."""
+    rollout, verifiers = make(config), Patient()
+    rollout.judges = Judges(verifiers, {}, lambda problem, tokens: "", rewards)
+    rollout.make_driver = lambda lease: TwoRounds(lease, SAMPLING, "generator-0", more=1)
+    rollout.__post_init__()
+    return rollout, verifiers
 
 
 def make(config: Config | None = None, prompt: int = 2) -> Rollout:
@@ -411,3 +442,88 @@ def test_every_server_is_probed_and_the_worst_counts() -> None:
     rollout.take_replies()
     with pytest.raises(MismatchError):
         rollout.apply_weights()
+
+
+def test_in_exact_mode_weights_and_the_next_wave_wait_for_a_driver_that_waits_for_its_verdict() -> None:
+    rollout, verifiers = two_rounds(exact())
+    grant(rollout, *(lease(i, wave=i // 2, exact_version=i // 2) for i in range(4)), version=1)
+    turn(rollout)
+    turn(rollout)
+    assert rollout.engine.unfinished == 0
+    assert rollout.engine.version == 0  # the next wave wants version 1
+    assert rollout.engine.seen == [0, 1]  # type: ignore[attr-defined]
+    verifiers.open = True
+    turn(rollout)
+    again = 2 << 40  # ask 2 of either group
+    assert rollout.engine.seen == [0, 1, again, 1 + again]  # type: ignore[attr-defined]
+    turn(rollout)
+    assert sorted(m.header.group for m in sent(rollout, SubmitGroup)) == [0, 1]
+    turn(rollout)
+    assert rollout.engine.version == 1
+    assert rollout.engine.seen[4:6] == [2, 3]  # type: ignore[attr-defined]
+
+
+def test_a_lease_that_waits_for_its_version_holds_up_none_behind_it() -> None:
+    rollout = make()
+    grant(rollout, lease(1, min_version=9), lease(2), lease(3))
+    turn(rollout)
+    assert rollout.engine.seen == [2, 3]  # type: ignore[attr-defined]
+    assert [driver.lease.group for driver in rollout._waiting] == [1]
+
+
+def test_a_server_lost_in_the_second_round_gives_the_lease_back_and_the_next_attempt_finishes() -> None:
+    rollout, verifiers = two_rounds()
+    verifiers.open = True
+    grant(rollout, lease(1))
+    turn(rollout)
+    assert rollout.engine.unfinished == 1
+    rollout.engine.die()  # type: ignore[attr-defined]
+    rollout.decode()
+    assert [m.leases for m in sent(rollout, ReturnLeases)] == [[(1, 1)]]
+    assert rollout.held == 0
+    grant(rollout, lease(1, attempt=2))
+    turn(rollout)
+    turn(rollout)
+    [submitted] = sent(rollout, SubmitGroup)
+    assert (submitted.header.group, submitted.header.attempt) == (1, 2)
+
+
+def test_a_second_round_that_does_not_fit_fails_its_group_and_the_generator_goes_on() -> None:
+    rollout, verifiers = two_rounds()
+    verifiers.open = True
+    rollout.encode = lambda lease: np.ones(3 if lease.group == 1 else 2, np.int32)  # and one more token in round 2
+    grant(rollout, lease(1), lease(2))
+    turn(rollout)
+    turn(rollout)
+    assert [(m.group, m.detail) for m in sent(rollout, FailGroup)] == [(1, "prompt of 4 tokens: model.max_length is 7")]
+    assert [m.header.group for m in sent(rollout, SubmitGroup)] == [2]
+
+
+def test_a_lease_whose_driver_is_not_there_fails_with_the_way_out() -> None:
+    rollout = make()
+    rollout.make_driver = lambda lease: make_driver(SearchConfig(), lease, SAMPLING, "generator-0")
+    grant(rollout, lease(1, driver="tree"))
+    [failed] = sent(rollout, FailGroup)
+    assert "the lease asks for driver tree" in failed.detail
+    assert rollout.held == 1  # until it is acknowledged
+
+
+def test_leases_are_asked_for_by_the_width_of_their_driver() -> None:
+    config = Config()
+    config.batch.group_size = 8
+    rollout, _ = two_rounds(config)
+    rollout.engine.capacity = 8  # type: ignore[misc]
+    grant(rollout, lease(1, samples=8))  # which keeps 4 samples in flight
+    turn(rollout)
+    assert rollout.engine.unfinished == 0  # all wait for the verdict, and come back
+    assert [m.room for m in sent(rollout, LeaseRequest)] == [3]  # (2·8 − 4) / 4
+
+
+def test_the_wait_for_a_verdict_names_the_verifiers() -> None:
+    rollout, _ = two_rounds()
+    grant(rollout, lease(1))
+    turn(rollout)
+    waits = []
+    rollout.take_replies = lambda timeout_s=0.0: waits.append(rollout.connection.activity.snapshot())  # type: ignore[method-assign]
+    rollout.wait()
+    assert [(one.activity, one.waiting_on) for one in waits] == [("waiting/verdicts", "verifiers")]
