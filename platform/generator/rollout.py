@@ -68,7 +68,6 @@ class Rollout:
     _unacknowledged: dict[int, int] = field(default_factory=dict)
     _returned: set[int] = field(default_factory=set)
     _attempts: dict[int, int] = field(default_factory=dict)
-    _charged: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """No driver runs yet."""
@@ -155,9 +154,7 @@ class Rollout:
     def charge(self) -> None:
         """The cumulative counters of engine and judges into the compute ledger (I6)."""
         activity = self.connection.activity
-        for name, value in {**self.engine.counters, **self.judges.counters}.items():
-            activity.charge(name, value - self._charged.get(name, 0.0))
-            self._charged[name] = value
+        activity.charge_totals({**self.engine.counters, **self.judges.counters})
         activity.gauge("running_samples", float(self.engine.unfinished))
         activity.gauge("version", float(self.engine.version))
 

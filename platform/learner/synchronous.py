@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from offtrail.core.types import Batch, Group, Lease
+from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.evaluator.answers import Answers, InProcess
 from offtrail.platform.generator.role import training_sampling
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.make import make_trainer
@@ -27,8 +28,6 @@ from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.weights.store import checksum
 from offtrail.rewards.registry import make_reward
-from offtrail.rewards.total import columns, total
-from offtrail.search.sample import SampleDriver
 from offtrail.tasks.registry import make_task
 
 
@@ -49,11 +48,11 @@ class Synchronous:
     def __init__(self, config: Config, start: Path) -> None:
         self.config = config
         self.task = make_task(config.task, config.run.seed)
-        self.reward = make_reward(config.reward, self.task.verify)
-        self.text = Text(start, config.prompt)
         self.engine = LocalEngine(
             start, config.engine, max_length=config.model.max_length, threads=config.generator.threads
         )
+        judge = InProcess(make_reward(config.reward, self.task.verify))
+        self.answers = Answers(config, self.engine, Text(start, config.prompt), judge, "synchronous")
         torch.set_num_threads(config.learner.threads)
         world = World(0, 1, torch.device(config.learner.device))
         model = load_model(start, device=config.learner.device)
@@ -75,30 +74,14 @@ class Synchronous:
         return Step(batch, report, checksum(weights), generated - began, trained - generated)
 
     def generate(self, step: int) -> Batch:
-        """Batch ``step``: all its groups enter the engine in slot order before the first decode."""
-        B = self.config.batch.groups
-        sampling = training_sampling(self.config, self.text.stop_token_ids, step)
-        drivers: dict[int, SampleDriver] = {}
-        for slot in range(step * B, (step + 1) * B):
-            problem = self.task.train(slot)
-            lease = Lease(slot, slot, 1, problem, self.config.batch.group_size, min_version=step)
-            drivers[slot] = driver = SampleDriver(lease, sampling, "synchronous")
-            [ask] = driver.start(self.text.encode(problem))
-            self.engine.generate([ask.request(slot, slot)])
-        groups: dict[int, Group] = {}
-        while self.engine.unfinished:
-            for completion in self.engine.step():
-                driver = drivers[completion.request]
-                driver.answered(0, completion)
-                if driver.group is not None:
-                    groups[completion.request] = self.scored(driver.group)
-        return Batch(step, tuple(groups[i] for i in sorted(groups)))
+        """Batch ``step``: all its groups enter the engine in slot order before the first decode.
 
-    def scored(self, group: Group) -> Group:
-        """The group with its reward."""
-        texts = [self.text.answer_text(group.problem, sample.tokens) for sample in group.samples()]
-        finished = [sample.finish == "stop" for sample in group.samples()]
-        components = columns(self.reward.judge(group.problem, texts, finished))
-        step = group.slot // self.config.batch.groups
-        rewards = total(self.config.reward, components, task=group.problem.task, step=step)
-        return replace(group, components=components, rewards=rewards)
+        Raises ValueError when a prompt leaves no room for an answer.
+        """
+        B, G = self.config.batch.groups, self.config.batch.group_size
+        problems = [self.task.train(slot) for slot in range(step * B, (step + 1) * B)]
+        sampling = training_sampling(self.config, self.answers.text.stop_token_ids, step)
+        groups = self.answers.groups(problems, G, sampling, first=step * B, step=step)
+        if None in groups:
+            raise ValueError(f"batch {step}: a prompt leaves no room for an answer; raise model.max_length")
+        return Batch(step, tuple(group for group in groups if group is not None))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,6 +54,7 @@ class Activity:
         self._stacks: defaultdict[int, list[_Open]] = defaultdict(list)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._compute: defaultdict[str, float] = defaultdict(float)
+        self._charged: dict[str, float] = {}
         self._gauges: dict[str, float] = {}
         self._closed: dict[int, tuple[_Open, float]] = {}
         """By thread, the span closed last, and when on the monotonic clock."""
@@ -109,6 +110,13 @@ class Activity:
         """Add to a counter of the compute ledger, e.g. ``charge("decoded_tokens", 64)``."""
         with self._lock:
             self._compute[name] += amount
+
+    def charge_totals(self, totals: Mapping[str, float]) -> None:
+        """Charge what cumulative counters have risen by since they were charged last, e.g. an engine's."""
+        with self._lock:
+            for name, total in totals.items():
+                self._compute[name] += total - self._charged.get(name, 0.0)
+                self._charged[name] = total
 
     def gauge(self, name: str, value: float) -> None:
         """Set a value that is not a sum, e.g. the samples in flight."""

@@ -64,19 +64,19 @@ def test_a_prompt_that_does_not_fit_counts_as_wrong_and_is_said_once(
     evaluation: Evaluation, caplog: pytest.LogCaptureFixture
 ) -> None:
     lengthen(evaluation, 1)
-    with caplog.at_level(logging.WARNING, logger="offtrail.evaluator"):
+    with caplog.at_level(logging.WARNING, logger="offtrail.answers"):
         for _ in range(2):
             metrics, texts = evaluation.run()
     assert (metrics["eval/accuracy"], metrics["eval/prompts"]) == (0.75, PROMPTS)
     assert 0 < metrics["eval/length_mean"] <= 8
     assert "1" * 60 not in texts["eval/samples"]
     [record] = caplog.records
-    assert "1 of 4 held-out prompts leave no room for 8 new tokens in model.max_length=64" in record.getMessage()
+    assert "1 of 4 prompts leave no room for 8 new tokens in model.max_length=64" in record.getMessage()
 
 
 def test_where_no_prompt_fits_the_error_names_the_keys(evaluation: Evaluation) -> None:
     lengthen(evaluation, PROMPTS)
-    with pytest.raises(ValueError, match=r"4 of 4 held-out .*model\.max_length=64; raise it or lower sampling"):
+    with pytest.raises(ValueError, match=r"4 of 4 prompts .*model\.max_length=64; raise it or lower sampling"):
         evaluation.run()
 
 
