@@ -9,6 +9,8 @@ Invariants
   number without an owner (of a cancelled ask, an ended driver, an attempt whose server died) counts for nothing.
 - What goes wrong with a driver's asks (ValueError) ends that driver and fails its group alone.
 - A driver that has nothing in flight and no group is an error, not a silence (I4).
+- I2: no request enters an engine whose version is below the lease's ``min_version``, as it is when a server was started
+  anew while a driver waited for a verdict; the request is held back until the weights are there.
 - In rounds (exact mode) verdicts and scores reach drivers only while the engine is empty and no question is open, in
   the order of slots and asks: what enters the engine next does not depend on when a verifier was done (I2b).
 """
@@ -19,7 +21,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from offtrail.core.protocols import LAST_ASK, Answer, Ask, Cancel, Completion, Driver, Engine, Generate
+from offtrail.core.protocols import LAST_ASK, Answer, Ask, Cancel, Completion, Driver, Engine, Generate, Request
 from offtrail.core.types import Group, Int32, Lease
 from offtrail.platform.generator.judges import Judges, Refused
 
@@ -48,6 +50,7 @@ class Drivers:
         self._requests: dict[int, tuple[_Flight, int]] = {}
         self._questions: dict[int, tuple[_Flight, int]] = {}
         self._held: list[tuple[_Flight, int, Answer]] = []
+        self._held_back: list[tuple[_Flight, list[Request]]] = []
         self._numbers = itertools.count()
         self.ended: list[tuple[Lease, Group | str]] = []
 
@@ -66,6 +69,20 @@ class Drivers:
         """
         resting = (flight.driver.width for flight in self._flights.values() if not flight.requests)
         return self._engine.unfinished + sum(resting)
+
+    @property
+    def wanted_version(self) -> int:
+        """The version that requests are held back for; −1 where none is."""
+        return max((flight.driver.lease.min_version for flight, _ in self._held_back), default=-1)
+
+    def enter(self) -> None:
+        """Let the requests enter that were held back, as far as the engine has their version now."""
+        held_back, self._held_back = self._held_back, []
+        for flight, requests in held_back:
+            try:
+                self._generate(flight, [request for request in requests if request.id in self._requests])
+            except ValueError as error:
+                self._end(flight, str(error))
 
     def start(self, driver: Driver, prompt_tokens: Int32) -> None:
         """Put the driver's first asks."""
@@ -129,7 +146,7 @@ class Drivers:
 
     def _put(self, flight: _Flight, asks: Sequence[Ask]) -> None:
         """Hand the asks on; the requests among them enter the engine together, in their order."""
-        lease, requests = flight.driver.lease, []
+        lease, requests = flight.driver.lease, list[Request]()
         for ask in asks:
             if isinstance(ask, Cancel):
                 self._cancel(flight, ask.ask)
@@ -144,7 +161,12 @@ class Drivers:
                 number = self._judges.ask(lease, flight.prompt_tokens, ask)
                 flight.questions[ask.ask] = number
                 self._questions[number] = flight, ask.ask
-        if requests:
+        self._generate(flight, requests)
+
+    def _generate(self, flight: _Flight, requests: list[Request]) -> None:
+        if requests and self._engine.version < flight.driver.lease.min_version:
+            self._held_back.append((flight, requests))
+        elif requests:
             self._engine.generate(requests)
 
     @staticmethod

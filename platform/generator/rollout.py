@@ -113,6 +113,7 @@ class Rollout:
 
     def start_ready(self) -> None:
         """Start every driver whose lease's version rule is met."""
+        self._running.enter()
         ready = self._ready()
         started = {driver.lease.group for driver in ready}
         self._waiting = [driver for driver in self._waiting if driver.lease.group not in started]
@@ -273,7 +274,8 @@ class Rollout:
     def _wanted_version(self) -> int | None:
         if self._exact:
             wave = self._next_wave()
-            return wave[0].lease.exact_version if wave and self._idle else None
+            version = wave[0].lease.exact_version if wave and self._idle else self._running.wanted_version
+            return version if version >= 0 else None
         return self.newest if self.newest > self.engine.version else None
 
     def _next_wave(self) -> list[Driver]:

@@ -89,6 +89,11 @@ def grumpy(answered, *, mood): return 1.0
         ("task=wrong:Shrinking", "must be 512 distinct prompts that begin as held_out(511)"),
         ("reward.weights.wrong:grumpy=1", "reward.settings.wrong:grumpy.mood: is needed by wrong:grumpy; set it"),
         ("reward.weights.wrong:happy=1", "reward.weights=wrong:happy: wrong has no happy"),
+        (
+            "search=my_drivers:SecndTry",
+            "search.name=my_drivers:SecndTry: my_drivers has no SecndTry; nearest:",
+        ),
+        ("search=my_drivers:SecondTry search.settings.mroe=2", "search.settings={'mroe': 2}: my_drivers:SecondTry is"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(folder: Path, argument: str, line: str):

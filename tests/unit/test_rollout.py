@@ -488,6 +488,24 @@ def test_a_server_lost_in_the_second_round_gives_the_lease_back_and_the_next_att
     assert (submitted.header.group, submitted.header.attempt) == (1, 2)
 
 
+@pytest.mark.parametrize("mode", ["bound", "exact"])
+def test_a_second_round_waits_until_a_server_that_was_started_anew_has_the_weights_again(mode: str) -> None:
+    rollout, verifiers = two_rounds(exact(groups=1) if mode == "exact" else None)
+    grant(rollout, lease(1, min_version=3, exact_version=3, wave=0), version=3)
+    turn(rollout)
+    rollout.engine.version = 0  # started anew while the driver waits for its verdict
+    verifiers.open = True
+    rollout.submit_judged()
+    assert rollout.engine.unfinished == 0
+    rollout.apply_weights()
+    assert rollout.engine.version == 3
+    rollout.start_ready()
+    assert rollout.engine.unfinished == 1
+    rollout.decode()
+    rollout.submit_judged()
+    assert [m.header.group for m in sent(rollout, SubmitGroup)] == [1]
+
+
 def test_a_second_round_that_does_not_fit_fails_its_group_and_the_generator_goes_on() -> None:
     rollout, verifiers = two_rounds()
     verifiers.open = True
