@@ -68,7 +68,6 @@ class AdmissionPolicy:
     """
 
     batch: int
-    steps: int
     staleness: int
     max_in_flight: int
     exact: bool = False
@@ -98,7 +97,6 @@ class AdmissionPolicy:
         staleness = config.staleness
         return cls(
             batch=config.batch.groups if "generator" in JOBS[config.job] else 0,
-            steps=config.steps,
             staleness=staleness.max,
             max_in_flight=config.generator.max_in_flight,
             exact=staleness.mode == "exact",
@@ -113,16 +111,17 @@ class AdmissionPolicy:
         """Whether batches are made of slots (`wait`, `exact`) and not in completion order (`drop`)."""
         return self.exact or not self.drop
 
-    def capacity(self, tally: Tally, version: int) -> int:
-        """How many groups may be admitted now that ``version`` (v) is published; 0 before the first one.
+    def capacity(self, tally: Tally, version: int, last: int) -> int:
+        """How many groups may be admitted now that ``version`` (v) is published; 0 before the first one. ``last``: the
+        version that the run ends with, of as many steps.
 
-        min(max_in_flight − leased, (η+v+1)·B − living, steps·B − living), where living = leased + queued + training +
+        min(max_in_flight − leased, (η+v+1)·B − living, last·B − living), where living = leased + queued + training +
         trained: refused groups give their place back.
         Source: AReaL (arXiv:2505.24298, §5.1), with counts from the ledger so that a restart needs no special case.
         """
         if version < 0:
             return 0
-        ahead = min((self.staleness + version + 1) * self.batch, self.steps * self.batch)
+        ahead = min(self.staleness + version + 1, last) * self.batch
         return max(0, min(self.max_in_flight - tally.leased, ahead - tally.living))
 
     def oldest(self, step: int) -> int:

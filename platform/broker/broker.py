@@ -24,6 +24,7 @@ from offtrail.platform.broker.archive import Archive
 from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.deadlines import TICK_SECONDS, Deadlines
 from offtrail.platform.broker.ending import Ending
+from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.ledger import FILE, Ledger
 from offtrail.platform.broker.polls import NO_ARRAYS, REFUSALS, Answer, Arrays, LongPoll, Polls
 from offtrail.platform.broker.resume import check_same_run
@@ -115,12 +116,12 @@ class Broker:
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
         self.archive.seal(self.ledger.shards.unsealed())
+        self.evaluations = Evaluations(self.ledger, config.eval.every)
         self.ending = Ending(config, run_dir, self.scheduler, self.archive, self.numbers, self.roster, clock)
         self.polls = Polls(clock, wire.reply, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
         self.restartable = {spec.name for spec in roles_of(config) if spec.restarts}
         self.later: list[Callable[[], None]] = []
-        self.first_version = self.ledger.checkpoint
         self._restore_rows()
         self._handlers: dict[type[Message], Callable[[Any, Envelope], Answer | None]] = {
             Hello: self.on_hello,
@@ -224,10 +225,11 @@ class Broker:
         if again and name == "learner-0":
             self.scheduler.rewind()
             self._restore_rows()
-            self.first_version = self.ledger.checkpoint
+            self.evaluations.pinned.clear()
         self.deadlines.progress()
         log.info("%s is here (pid %d)", name, hello.pid)
-        return Welcome(run=self.run_dir.name, step=self.ledger.checkpoint), NO_ARRAYS
+        start = self.ledger.checkpoint
+        return Welcome(run=self.run_dir.name, step=start, evaluate=self.evaluations.due(start)), NO_ARRAYS
 
     # ------------------------------------------------------------------ generators
 
@@ -296,8 +298,9 @@ class Broker:
         self._member(envelope)
 
         def serve() -> Answer | None:
-            if self.ending.status or step >= self.admission.steps:
-                return BatchReply(step=step, headers=[], stop=True), NO_ARRAYS
+            if self.ending.status or step >= self.ledger.last:
+                over = bool(self.ending.status)
+                return BatchReply(step=step, headers=[], stop=over, finished=not over), NO_ARRAYS
             groups = self.scheduler.batch(step)
             if groups is None:
                 return None
@@ -326,7 +329,6 @@ class Broker:
         if message.step < 0:
             if (outcome := self.scheduler.start(message.version, message.checksum)) != "repeated":
                 self.numbers.mark()
-                self._finish()
         elif message.version <= self.scheduler.version:
             outcome = self.scheduler.commit(message.step, message.checksum, {})
         else:
@@ -339,7 +341,11 @@ class Broker:
             self.deadlines.progress()
             self.wire.hint(VersionHint(version=self.scheduler.version))
             self.later.append(self.ending.write_summary)
-        return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged"), NO_ARRAYS
+        if message.pinned:
+            self.evaluations.pinned.add(message.version)
+        self._finish()
+        due = self.evaluations.due(message.version + 1)
+        return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged", evaluate=due), NO_ARRAYS
 
     def _train(self, message: Commit) -> Outcome:
         step = message.step
@@ -372,28 +378,16 @@ class Broker:
         def serve() -> Answer | None:
             if self.ending.status:
                 return EvalJob(version=-1, stop=True), NO_ARRAYS
-            due = self._due()
-            return (EvalJob(version=due[0]), NO_ARRAYS) if due else None
+            version = self.evaluations.next()
+            return (EvalJob(version=version), NO_ARRAYS) if version is not None else None
 
         def empty(sentence: str) -> Message:
             return EvalJob(version=-1, waiting=sentence)
 
-        return self.polls.hold(LongPoll(envelope, serve, empty, self._why_no_eval))
+        def why() -> str:
+            return self.evaluations.why_none(self.scheduler.version)
 
-    def _due(self) -> list[int]:
-        """Versions to score: 0, every eval.every-th, the last. The weights of those from before a restart are gone."""
-        scored = self.ledger.records.scored()
-        out = range(self.first_version, self.scheduler.version + 1)
-        return [version for version in out if self._evaluates(version) and version not in scored]
-
-    def _evaluates(self, version: int) -> bool:
-        every = self.config.eval.every
-        return version in (0, self.admission.steps) or (every > 0 and version % every == 0)
-
-    def _why_no_eval(self) -> str:
-        later = range(self.scheduler.version + 1, self.admission.steps + 1)
-        version = next((v for v in later if self._evaluates(v)), self.admission.steps)
-        return f"version {version} from learner-0"
+        return self.polls.hold(LongPoll(envelope, serve, empty, why))
 
     def on_eval_result(self, message: EvalResult, envelope: Envelope) -> Answer:
         """Scores of one version go to its row of metrics.jsonl."""
@@ -462,8 +456,7 @@ class Broker:
     # ------------------------------------------------------------------ the end
 
     def _finish(self) -> None:
-        last = self.admission.steps
-        if self.scheduler.version == last == self.ledger.checkpoint and last in self.ledger.records.scored():
+        if self.scheduler.version == self.ledger.last and self.evaluations.finished:
             self.ending.end("completed", "")
 
     def close(self) -> None:

@@ -393,6 +393,9 @@ class Ledger:
         logged = self.checksum(version)
         if logged == checksum:
             return False
+        if logged == "":  # of a job whose versions nobody reads: nothing was made of it that could differ
+            db.execute("UPDATE versions SET checksum = ? WHERE version = ? AND dead = 0", (checksum, version))
+            return False
         lineage = self.lineage
         if logged is not None:
             lineage += 1
@@ -422,7 +425,12 @@ class Ledger:
         ).fetchall()
         self._refuse(db, [i for (i,) in dead], "superseded", f"version {version} was made anew and differs")
 
-    # ------------------------------------------------------------------ checkpoints and restarts
+    # ------------------------------------------------------------------ last version, checkpoints, restarts
+
+    @property
+    def last(self) -> int:
+        """The version with which the run ends: how many steps it has."""
+        return int(self.records.get("last") or 0)
 
     @property
     def checkpoint(self) -> int:

@@ -12,6 +12,8 @@ from offtrail.platform.config.schema import Config
 def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
     """Note the settings of a new ledger, and compare them with an old one's.
 
+    The last step is what the configuration says (again, after a budget ended the run earlier).
+
     Raises ValueError, naming key, values and way out, where they differ or the run is past its last step.
     """
     settings = {
@@ -30,9 +32,9 @@ def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
             raise ValueError(
                 f"{key}={now[key]}: the run {run} began with {value}; resume it with that, or choose another run.name"
             )
-    if (done := ledger.checkpoint) > config.steps:
+    if (done := ledger.logged()) > config.steps:
         raise ValueError(
             f"{config.steps_key}={config.steps}: the run {run} is at step {done} already; "
             "raise it, or choose another run.name"
         )
-    ledger.records.put({"run": run, "settings": json.dumps(now)})
+    ledger.records.put({"run": run, "settings": json.dumps(now), "last": str(config.steps), "last_why": ""})

@@ -84,6 +84,11 @@ class Scheduler:
         """Whether the newest version's batch was handed out: its successor may be out before its commit arrives."""
         return self.handed >= self.version >= 0
 
+    @property
+    def complete(self) -> bool:
+        """Whether the batch of the last step is logged: no group is needed any more."""
+        return self.ledger.logged() >= self.ledger.last
+
     # ------------------------------------------------------------------ leases
 
     def grant(self, holder: str, room: int, generators: int, now: float) -> list[Lease]:
@@ -92,7 +97,7 @@ class Scheduler:
         In exact mode one whole wave, or nothing: there ``room`` only says whether any is wanted.
         """
         room = min(room, self.admission.share(generators) - self.ledger.held(holder))
-        if room < 1:
+        if room < 1 or self.complete:
             return []
         wave, grants = self._wave() if self.admission.exact else (-1, self._next(room))
         rows = self.ledger.grant(holder, grants, now) if grants else []
@@ -102,7 +107,7 @@ class Scheduler:
         admission, ledger = self.admission, self.ledger
         # A returned lease may need a version that the replay after a restart has yet to publish again.
         returned = [Grant(r.slot, r.needs, r.id) for r in ledger.returned() if r.needs <= self.version]
-        fresh = min(admission.capacity(ledger.tally(), self.version), room - len(returned))
+        fresh = min(admission.capacity(ledger.tally(), self.version, ledger.last), room - len(returned))
         return (returned + self._open(fresh))[:room]
 
     def _open(self, count: int) -> list[Grant]:
@@ -128,10 +133,11 @@ class Scheduler:
         ones below it are full: problems are numbered in the order of grants, which timing must not decide.
         """
         admission, B = self.admission, self.admission.batch
-        capacity = admission.capacity(self.ledger.tally(), self.version)
+        last = self.ledger.last
+        capacity = admission.capacity(self.ledger.tally(), self.version, last)
         first = self.ledger.logged()
         taken, leased = self.ledger.taken(first * B), self.ledger.leased()
-        for wave in range(first, min(self.version + admission.staleness + 1, admission.steps)):
+        for wave in range(first, min(self.version + admission.staleness + 1, last)):
             slots = range(wave * B, (wave + 1) * B)
             mine = [row for row in leased if row.slot in slots]
             fresh = [Grant(slot, admission.needs(slot)) for slot in slots if slot not in taken]
@@ -170,8 +176,8 @@ class Scheduler:
         admission, tally, version = self.admission, self.ledger.tally(), self.version
         if version < 0:
             return f"version {self.ledger.checkpoint} from learner-0"
-        if tally.living >= admission.steps * admission.batch:
-            return f"the end of the run: all {tally.living} groups of its {admission.steps} steps are admitted"
+        if self.complete or tally.living >= self.ledger.last * admission.batch:
+            return f"the end of the run: all groups of its {self.ledger.last} steps are admitted"
         if tally.living >= (admission.staleness + version + 1) * admission.batch:
             why = f"staleness.max={admission.staleness}: {tally.living} groups are admitted at version {version}"
             return f"version {version + 1} from learner-0 ({why})"
@@ -338,7 +344,16 @@ class Scheduler:
         self.version = self.handed = -1
         self.replay_until = self.ledger.logged()
 
+    def end_here(self, why: str) -> None:
+        """The run ends with what was begun: with the newest version, or with the one that the last logged batch makes.
+
+        Nothing in training is orphaned; what else is queued or in flight is refused as `run_ended` at the end.
+        """
+        self.ledger.records.put({"last": str(self.ledger.logged()), "last_why": why})
+
     def starved(self) -> str:
-        """One line when refusals starve the run, else ""."""
+        """One line when refusals starve the run, else "": also once its last batch is logged."""
+        if self.complete:
+            return ""
         refused = self.ledger.tally().refused
         return self.admission.starved({reason: n - self._at_commit.get(reason, 0) for reason, n in refused.items()})

@@ -3,8 +3,9 @@
     broker ── batch k ──► train (K updates) ──► publish version k+1 ──► commit ──► checkpoint, now and then
 
 The loop consumes batches in their durable order; it is unblocked by the broker (a batch is whole) and unblocks
-generators and evaluator (a version is out). After the last step it waits for the broker's stop, because a run is
-complete only when its last version is scored.
+generators and evaluator (a version is out). The broker says which step was the last one, and which versions are to be
+kept for the evaluator. After the last step it waits for the broker's stop, because a run is complete only when its last
+version is checkpointed and scored.
 
 Invariants: a version is published before it is committed, so that whoever hears of it can read it; nothing is published
 of a step that failed; a restart is the checkpoint plus a replay of the batches logged after it (I1).
@@ -50,21 +51,24 @@ def main(context: RoleContext) -> None:
     learner = Learner.open(context)
     try:
         learner.publish_start()
-        while learner.step < context.config.learner.steps:
-            batch = learner.source.next(learner.step)
-            if batch is None:
-                return
+        while (batch := learner.source.next(learner.step)) is not None:
             report = learner.trainer.step(learner.step, batch)
             learner.publish(batch, report)
             learner.checkpoint_if_due()
-        learner.wait_for_stop()
+        if learner.source.finished:
+            learner.finish()
+            learner.wait_for_stop()
     finally:
         learner.close()
 
 
 @dataclass
 class Learner:
-    """State of one rank; each public method is one verb of the loop. ``step``: learner steps done = newest version."""
+    """State of one rank; each public method is one verb of the loop. ``step``: learner steps done = newest version.
+
+    ``saved``: the version of the newest checkpoint. ``committed``: the newest commit, rank 0's. ``evaluate``: the next
+    version to be published is due for evaluation, as rank 0 was told.
+    """
 
     context: RoleContext
     connection: Connection
@@ -75,6 +79,9 @@ class Learner:
     text: Text
     publisher: Channel | None
     step: int
+    saved: int
+    evaluate: bool
+    committed: Commit | None = None
     publish_seconds: float = 0.0
     unacknowledged: tuple[int, int] | None = None
     """Version and ticket of a commit whose acknowledgement is still to come: nothing more is published before it."""
@@ -106,7 +113,6 @@ class Learner:
             source=BrokerSource(
                 connection,
                 world,
-                config.learner.steps,
                 config.broker.deadline_seconds,
                 serve_late_readers=publisher.serve_late_readers if publisher is not None else None,
             ),
@@ -114,6 +120,8 @@ class Learner:
             text=Text(start, config.prompt, task_template=task_template(config.task)),
             publisher=publisher,
             step=step,
+            saved=step,
+            evaluate=connection.welcome.evaluate,
         )
 
     def publish_start(self) -> None:
@@ -122,7 +130,7 @@ class Learner:
             for version, tensors in checkpoint.read_window(checkpoint.path_of(self.context.run_dir, self.step)).items():
                 self.publisher.publish(version, tensors)
         checksum = self._publish()
-        self._commit(Commit(step=-1, version=self.step, checksum=checksum, metrics={}))
+        self._commit(Commit(step=-1, version=self.step, checksum=checksum, pinned=self.evaluate))
 
     def publish(self, batch: Batch, report: Report) -> None:
         """Publish the new version, then commit the batch with its metrics. The acknowledgement comes while the next
@@ -139,6 +147,7 @@ class Learner:
                 step=batch.step,
                 version=self.step,
                 checksum=checksum,
+                pinned=self.evaluate,
                 metrics=report.metrics
                 | batch_metrics(batch, self.context.config.reward)
                 | {
@@ -153,10 +162,13 @@ class Learner:
         )
 
     def checkpoint_if_due(self) -> None:
-        """Every learner.checkpoint_every steps and at the end: write, tell the broker, let old ones go."""
-        config = self.context.config.learner
-        if self.step % config.checkpoint_every and self.step != config.steps:
-            return
+        """Every learner.checkpoint_every steps."""
+        if self.step % self.context.config.learner.checkpoint_every == 0:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write one of this version, tell the broker, let old ones go."""
+        self.saved = self.step
         with self.connection.activity.busy("checkpoint"):
             state = TrainerState.of(self.step, self.trainer)
             path = checkpoint.save(
@@ -166,12 +178,21 @@ class Learner:
             self._settle()
             ticket = self.connection.client.send(Checkpointed(step=self.step, path=str(path)))
             self._reply(ticket, "an acknowledged checkpoint")
-            checkpoint.prune(self.context.run_dir, config.keep_checkpoints)
+            checkpoint.prune(self.context.run_dir, self.context.config.learner.keep_checkpoints)
+
+    def finish(self) -> None:
+        """The newest version is the last one: keep it for the evaluator, and write its checkpoint, if not done yet."""
+        self._settle()
+        if self.publisher is not None and self.committed is not None and not self.committed.pinned:
+            self.publisher.pin(self.step)
+            self._commit(Commit(step=self.step - 1, version=self.step, checksum=self.committed.checksum, pinned=True))
+            self._settle()
+        if self.saved != self.step:
+            self.checkpoint()
 
     def wait_for_stop(self) -> None:
-        """The last version is out: stay until the run is over. Raises WaitError (I4) when the broker falls silent."""
+        """Stay until the run is over. Raises WaitError (I4) when the broker falls silent."""
         heartbeat, deadline = self.connection.heartbeat, self.context.config.broker.deadline_seconds
-        self._settle()
         with self.connection.activity.waiting("stop", on="evaluator"):
             while not heartbeat.stop:
                 if heartbeat.lost > deadline:
@@ -190,7 +211,7 @@ class Learner:
         self.world.close()
 
     def _publish(self) -> str:
-        """Gather (a collective) and write the version; its checksum on rank 0."""
+        """Gather (a collective) and write the version, pinned where it is to be scored; its checksum on rank 0."""
         with self.connection.activity.busy("publish"):
             probe = self._probe()
             tensors = checkpoint.gather(self.trainer.module)
@@ -198,7 +219,7 @@ class Learner:
                 return ""
             started = time.monotonic()
             checksum = self.publisher.publish(self.step, tensors, probe)
-            if due_for_evaluation(self.context.config, self.step):
+            if self.evaluate:
                 self.publisher.pin(self.step)
             self.publish_seconds = time.monotonic() - started
         return checksum
@@ -216,6 +237,7 @@ class Learner:
 
     def _commit(self, commit: Commit) -> None:
         if self.world.main:
+            self.committed = commit
             self.unacknowledged = commit.version, self.connection.client.send(commit)
 
     def _settle(self, deadline_s: float | None = None) -> None:
@@ -226,6 +248,7 @@ class Learner:
         self.unacknowledged = None
         reply = self._reply(ticket, f"an acknowledged commit of version {version}", deadline_s)
         assert isinstance(reply, Committed)
+        self.evaluate = reply.evaluate
         if reply.diverged:
             log.warning("version %d differs from the one logged before the restart: lineage %d", version, reply.lineage)
 
@@ -265,9 +288,3 @@ def peak_memory(device: torch.device) -> int:
 def versions_kept(config: Config) -> int:
     """Published versions that stay readable: in exact mode a lease may name one η versions old."""
     return config.staleness.max + 2 if config.staleness.mode == "exact" else 2
-
-
-def due_for_evaluation(config: Config, version: int) -> bool:
-    """Versions 0, every eval.every-th, and the last."""
-    every = config.eval.every
-    return version in (0, config.learner.steps) or (every > 0 and version % every == 0)

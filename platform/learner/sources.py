@@ -19,12 +19,12 @@ from offtrail.platform.wire.messages import BatchReply, NextBatch
 from offtrail.platform.wire.sockets import WaitError
 from offtrail.tasks.base import Task
 
-WAITING, STOP = b"w", b"s"
+WAITING, FINISHED, STOP = b"w", b"f", b"s"
 
 
 class BrokerSource:
-    """The batches of steps below ``steps`` in their durable order. Rank 0 asks the broker, one step ahead, so that the
-    next batch arrives while this one trains; every rank returns the same batch.
+    """The batches of a run in their durable order, until the broker says that there are no more. Rank 0 asks it, one
+    step ahead, so that the next batch arrives while this one trains; every rank returns the same batch.
 
     Invariant: after each answer of the broker, an empty one too, all ranks meet in a broadcast, so that a rank never
     waits longer in a collective than one long poll takes. ``tend`` is called on rank 0 after each empty answer.
@@ -34,17 +34,18 @@ class BrokerSource:
         self,
         connection: Connection,
         world: World,
-        steps: int,
         deadline_s: float,
         serve_late_readers: Callable[[], None] | None = None,
     ) -> None:
-        self.connection, self.world, self.steps, self.deadline_s = connection, world, steps, deadline_s
+        self.connection, self.world, self.deadline_s = connection, world, deadline_s
         self._serve_late_readers = serve_late_readers
         self._asked: dict[int, int] = {}
         """Tickets of open requests by step."""
+        self.finished = False
+        """The version before the step that was asked for last is the run's last one."""
 
     def next(self, step: int) -> Batch | None:
-        """The batch of ``step``; None when the run stops.
+        """The batch of ``step``; None when the run stops, or is ``finished``: it has no such step.
 
         Raises WaitError (I4) when the broker's word on what it waits for has not changed for the deadline.
         """
@@ -57,7 +58,8 @@ class BrokerSource:
                 reply, batch = None, _open_blob(blob)
             if batch is not None:
                 return batch
-            if (reply is not None and reply.stop) or blob == STOP:
+            self.finished = reply.finished if reply is not None else blob == FINISHED
+            if self.finished or (reply is not None and reply.stop) or blob == STOP:
                 return None
             if reply is not None and reply.waiting != word:
                 since, word = time.time(), reply.waiting
@@ -73,8 +75,7 @@ class BrokerSource:
         assert isinstance(reply, BatchReply)
         if reply.stop or not reply.headers:
             return reply, None
-        if step + 1 < self.steps:
-            self._request(step + 1)
+        self._request(step + 1)
         groups, end = [], 0
         for header in reply.headers:
             start, end = end, end + arrays_per_group(header)
@@ -88,12 +89,12 @@ class BrokerSource:
 
 def _blob(reply: BatchReply, batch: Batch | None) -> bytes:
     if batch is None:
-        return STOP if reply.stop else WAITING
+        return STOP if reply.stop else FINISHED if reply.finished else WAITING
     return msgspec.msgpack.encode((batch.step, batch.replay, [pack_group(g) for g in batch.groups]))
 
 
 def _open_blob(blob: bytes | bytearray | memoryview) -> Batch | None:
-    if bytes(blob[:2]) in (WAITING, STOP):
+    if bytes(blob[:2]) in (WAITING, FINISHED, STOP):
         return None
     step, replay, groups = msgspec.msgpack.decode(blob, type=tuple[int, bool, list[bytes]])
     return Batch(step, tuple(unpack_group(g) for g in groups), replay)

@@ -36,10 +36,13 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The role is one of the run's. ``step`` is the version to start from, the newest checkpoint's."""
+    """The role is one of the run's. ``step`` is the version to start from, the newest checkpoint's; ``evaluate``: it is
+    due for evaluation.
+    """
 
     run: str
     step: int
+    evaluate: bool = False
 
 
 class LeaseRequest(Message, frozen=True):
@@ -110,11 +113,16 @@ class NextBatch(Message, frozen=True):
 
 
 class BatchReply(Message, frozen=True):
-    """The groups of one batch in their durable order; empty while ``waiting`` says for what."""
+    """The groups of one batch in their durable order; empty while ``waiting`` says for what.
+
+    ``finished``: the run has no such step, the version before it is the last one: it is checkpointed and scored, then
+    comes the end. ``stop``: the run is over, leave now.
+    """
 
     step: int
     headers: list[GroupHeader]
     replay: bool = False
+    finished: bool = False
     stop: bool = False
     waiting: str = ""
 
@@ -125,22 +133,29 @@ class Commit(Message, frozen=True):
     ``metrics`` are the scalars of the step; ``histograms`` name → values; ``texts`` name → markdown for TensorBoard;
     ``tokens``: output tokens trained.
     Step −1 publishes the start: version 0 with no batch, or after a restart the checkpoint's version again.
+    ``pinned``: the version's weights are kept until the evaluator has read them. A version that turns out to be the
+    last one once it is committed is committed again, pinned.
     """
 
     step: int
     version: int
     checksum: str
-    metrics: dict[str, float]
+    pinned: bool = False
+    metrics: dict[str, float] = {}
     histograms: dict[str, list[float]] = {}
     texts: dict[str, str] = {}
     tokens: int = 0
 
 
 class Committed(Message, frozen=True):
-    """The commit is durable. ``lineage`` rises when a replay's checksum differs from the logged one."""
+    """The commit is durable. ``lineage`` rises when a replay's checksum differs from the logged one.
+
+    ``evaluate``: the version after this one is due for evaluation: it is to be pinned.
+    """
 
     lineage: int
     diverged: bool = False
+    evaluate: bool = False
 
 
 class Checkpointed(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,11 +39,15 @@ MakeBatch = Callable[..., Batch]
 
 @dataclass
 class ScriptedBroker:
-    """Answers one learner: batch k as ``make`` gives it, one empty answer before each; says stop at ``stop_at``."""
+    """Answers one learner: batch k as ``make`` gives it, one empty answer before each. Version ``last`` is the last, or
+    the run is stopped at ``stop_at``. Versions of ``due`` are to be scored.
+    """
 
     channel: Path
     make: Callable[[int], Batch]
     start: int = 0
+    last: int = 4
+    due: tuple[int, ...] = (0, 2, 4)
     stop_at: int = 1 << 30
     mute: bool = False
     said: list[str] = field(default_factory=list)
@@ -57,7 +62,7 @@ class ScriptedBroker:
         if isinstance(message, NextBatch) and (self.mute or message.step not in self.asked):
             self.asked.add(message.step)
             server.reply(envelope, BatchReply(step=message.step, headers=[], waiting="groups"))
-        elif isinstance(message, NextBatch) and message.step < self.stop_at:
+        elif isinstance(message, NextBatch) and message.step < min(self.stop_at, self.last):
             frames = [group_frames(g) for g in self.make(message.step).groups]
             reply = BatchReply(step=message.step, headers=[header for header, _ in frames])
             server.reply(envelope, reply, [array for _, arrays in frames for array in arrays])
@@ -67,23 +72,24 @@ class ScriptedBroker:
     def reply(self, message: Message) -> Message:
         match message:
             case Hello():
-                return Welcome(run="run", step=self.start)
+                return Welcome(run="run", step=self.start, evaluate=self.start in self.due)
             case Heartbeat():
                 return Beat(version=-1, stop=self.finished)
             case NextBatch():
-                return BatchReply(step=message.step, headers=[], stop=True)
+                over = message.step >= self.stop_at
+                return BatchReply(step=message.step, headers=[], stop=over, finished=not over)
             case Commit():
-                self.said.append(f"commit {message.step} → {message.version}")
+                self.said.append(f"commit {message.step} → {message.version}{', pinned' * message.pinned}")
                 self.checksums[message.version] = message.checksum
                 self.metrics = message.metrics
                 subscriber = Subscriber(self.channel)
                 self.readable[message.version] = [v for v in range(10) if exists(subscriber, v)]
                 with subscriber.open(message.version) as weights:
                     assert weights.checksum == checksum(weights) == message.checksum
-                return Committed(lineage=0)
+                return Committed(lineage=0, evaluate=message.version + 1 in self.due)
             case Checkpointed():
                 self.said.append(f"checkpoint {message.step} {Path(message.path).name}")
-                self.finished = message.step == 4
+                self.finished = message.step == self.last
                 return Acknowledged()
         raise AssertionError(message)
 
@@ -138,12 +144,12 @@ def test_a_version_is_readable_when_it_is_committed(context: RoleContext, make_b
     with serving(broker, context.run_dir):
         role.main(context)
     assert broker.said == [
-        "commit -1 → 0",
+        "commit -1 → 0, pinned",
         "commit 0 → 1",
-        "commit 1 → 2",
+        "commit 1 → 2, pinned",
         "checkpoint 2 step_2",
         "commit 2 → 3",
-        "commit 3 → 4",
+        "commit 3 → 4, pinned",
         "checkpoint 4 step_4",
     ]
     assert len(set(broker.checksums.values())) == 5
@@ -159,6 +165,28 @@ def test_a_version_is_readable_when_it_is_committed(context: RoleContext, make_b
     assert broker.metrics["policy/lr"] == 1e-3
     assert broker.metrics["weights/bytes"] == (context.weights_folder / "v00000004.safetensors").stat().st_size
     assert broker.metrics["weights/delta_share"] == 1
+
+
+@pytest.mark.parametrize("last", [0, 2, 3])
+def test_a_version_that_turns_out_to_be_the_last_is_kept_for_the_evaluator_and_checkpointed(
+    context: RoleContext, make_batch: MakeBatch, last: int
+) -> None:
+    """Nobody knew before its commit: a budget was spent. Version 0 needs no checkpoint, it is the start model; that of
+    version 2 is due anyway, and not written twice.
+    """
+    broker = ScriptedBroker(context.weights_folder, make_batch, last=last, due=())
+    with serving(broker, context.run_dir):
+        if last == 0:  # the launcher ends the run once version 0 is scored
+            broker.finished = True
+        role.main(context)
+    saved = {0: [], 2: ["checkpoint 2 step_2"], 3: ["checkpoint 2 step_2", "checkpoint 3 step_3"]}[last]
+    assert [line for line in broker.said if "checkpoint" in line] == saved
+    commits = [line for line in broker.said if "commit" in line]
+    assert commits == [*(f"commit {v - 1} → {v}" for v in range(last + 1)), f"commit {last - 1} → {last}, pinned"]
+    shutil.rmtree(context.weights_folder / "writing")
+    for file in context.weights_folder.glob("v*.safetensors"):
+        file.unlink()
+    assert exists(Subscriber(context.weights_folder), last)  # pinned: it outlives the others
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -189,7 +217,7 @@ def test_a_resumed_exact_run_repeats_its_versions_and_their_window(
     again = ScriptedBroker(context.weights_folder, exact, start=2)
     with serving(again, context.run_dir):
         role.main(context)
-    assert again.said[0] == "commit -1 → 2"
+    assert again.said[0] == "commit -1 → 2, pinned"
     assert {0, 1, 2} <= set(again.readable[2])
     for version in (2, 3):
         assert again.checksums[version] == first.checksums[version]
@@ -199,7 +227,7 @@ def test_nothing_is_published_of_a_refused_batch(context: RoleContext, make_batc
     broker = ScriptedBroker(context.weights_folder, lambda step: make_batch(step, versions=step + 1 if step else 0))
     with serving(broker, context.run_dir), pytest.raises(StalenessError, match="step 1"):
         role.main(context)
-    assert broker.said == ["commit -1 → 0", "commit 0 → 1"]
+    assert broker.said == ["commit -1 → 0, pinned", "commit 0 → 1"]
     assert Subscriber(context.weights_folder).newest() == 1
 
 

@@ -21,12 +21,18 @@ from offtrail.platform.broker.ledger import FILE, Ledger
 from offtrail.platform.broker.scheduler import RequestError, Scheduler
 from offtrail.platform.wire.groups import unpack_group
 
-G = 2
+G, STEPS = 2, 7
 
 
 def admission(**changes: object) -> AdmissionPolicy:
-    settings_ = {"batch": 4, "steps": 100, "staleness": 0, "max_in_flight": 1000} | changes
+    settings_ = {"batch": 4, "staleness": 0, "max_in_flight": 1000} | changes
     return AdmissionPolicy(**settings_)  # type: ignore[arg-type]
+
+
+def begun(ledger: Ledger, policy: AdmissionPolicy) -> Scheduler:
+    """Of a run of STEPS, as the configuration has it at each beginning."""
+    ledger.records.put({"last": str(STEPS)})
+    return Scheduler(ledger, policy, lambda i: Problem("t", i, "p", "a"), G)
 
 
 # ---------------------------------------------------------------------- the policy, by hand
@@ -34,21 +40,23 @@ def admission(**changes: object) -> AdmissionPolicy:
 
 def test_capacity_of_the_synchronous_loop_is_one_batch() -> None:
     # (η+v+1)·B = (0+0+1)·4
-    assert admission().capacity(Tally(), 0) == 4
+    assert admission().capacity(Tally(), 0, 100) == 4
 
 
 def test_capacity_is_what_the_bound_allows_less_what_is_admitted_and_living() -> None:
     # (2+3+1)·4 = 24; living 1+2+4+12 = 19, and the 7 refused gave their places back.
     tally = Tally(admitted=26, leased=1, queued=2, training=4, trained=12, refused={"stale": 7})
-    assert admission(staleness=2).capacity(Tally(), 3) == 24
-    assert admission(staleness=2).capacity(tally, 3) == 5
+    assert admission(staleness=2).capacity(Tally(), 3, 100) == 24
+    assert admission(staleness=2).capacity(tally, 3, 100) == 5
 
 
 def test_capacity_never_passes_max_in_flight_nor_the_end_of_the_run_nor_zero() -> None:
-    assert admission(staleness=2, max_in_flight=6).capacity(Tally(admitted=4, leased=4), 3) == 2
-    assert admission(staleness=2, steps=3).capacity(Tally(admitted=8, trained=8), 2) == 4  # 3·4 − 8
-    assert admission(staleness=2).capacity(Tally(admitted=40, trained=40), 3) == 0  # a restart behind what is trained
-    assert admission().capacity(Tally(), -1) == 0  # nothing is published yet
+    assert admission(staleness=2, max_in_flight=6).capacity(Tally(admitted=4, leased=4), 3, 100) == 2
+    assert admission(staleness=2).capacity(Tally(admitted=8, trained=8), 2, 3) == 4  # 3·4 − 8
+    trained = Tally(admitted=40, trained=40)
+    assert admission(staleness=2).capacity(trained, 3, 100) == 0  # a restart behind what is trained
+    assert admission(staleness=2).capacity(trained, 9, 9) == 0  # 9·4 − 40: the end came nearer than what is admitted
+    assert admission().capacity(Tally(), -1, 100) == 0  # nothing is published yet
 
 
 @pytest.mark.parametrize(("place", "needs"), [(0, 0), (11, 0), (12, 1), (15, 1), (16, 2)])
@@ -92,7 +100,7 @@ def test_in_completion_order_a_group_needs_the_version_of_the_batch_it_is_likely
     # B = 2, η = 1, version 0: the four groups (1+0+1)·2 enter batches 0, 0, 1, 1, which need version 0 all.
     # At version 1 two more are admitted behind these four living ones: batch 2, version 1.
     ledger = Ledger(tmp_path / FILE)
-    scheduler = Scheduler(ledger, admission(batch=2, staleness=1, drop=True), lambda i: Problem("t", i, "p", "a"), G)
+    scheduler = begun(ledger, admission(batch=2, staleness=1, drop=True))
     scheduler.start(0, "c0")
     first = scheduler.grant("a", 9, 1, 0.0)
     assert [(lease.group, lease.slot, lease.min_version) for lease in first] == [(i, i, 0) for i in range(4)]
@@ -122,7 +130,7 @@ def test_a_group_without_signal_gives_its_place_back_and_is_kept(
     filter_: str, rewards: list[float], accuracy: list[float], refused: bool, tmp_path: Path
 ) -> None:
     ledger = Ledger(tmp_path / FILE)
-    scheduler = Scheduler(ledger, admission(batch=1, filter=filter_), lambda i: Problem("t", i, "p", "a"), G)
+    scheduler = begun(ledger, admission(batch=1, filter=filter_))
     scheduler.start(0, "c0")
     [lease] = scheduler.grant("a", 9, 1, 0.0)
     group = finished(lease, [0, 0])
@@ -148,9 +156,7 @@ def test_with_a_filter_exact_waves_go_out_one_by_one(tmp_path: Path) -> None:
     """
     for filter_, early in (("none", [2, 3]), ("variance", [])):
         ledger = Ledger(tmp_path / f"{filter_}.sqlite")
-        scheduler = Scheduler(
-            ledger, admission(batch=2, staleness=1, exact=True, filter=filter_), lambda i: Problem("t", i, "p", "a"), G
-        )
+        scheduler = begun(ledger, admission(batch=2, staleness=1, exact=True, filter=filter_))
         scheduler.start(0, "c0")
         first = scheduler.grant("a", 9, 1, 0.0)
         assert [lease.group for lease in first] == [0, 1]
@@ -224,9 +230,10 @@ class History(RuleBasedStateMachine):
     def begin(self, batch: int, eta: int, spare: int, mode: str, filters: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="offtrail-history-"))
         self.admission = AdmissionPolicy(
-            batch=batch, steps=7, staleness=eta, max_in_flight=batch + spare,
+            batch=batch, staleness=eta, max_in_flight=batch + spare,
             exact=mode == "exact", drop=mode == "drop", filter="variance" if filters else "none",
         )  # fmt: skip
+        self.spent = False
         self.out: list[Out] = []
         self.current: dict[int, Out] = {}  # group → who may submit it now
         self.accepted: list[tuple[Group, str]] = []
@@ -242,7 +249,12 @@ class History(RuleBasedStateMachine):
     def open(self) -> None:
         self.ledger = Ledger(self.folder / FILE)
         self.reader = sqlite3.connect(self.folder / FILE)
-        self.scheduler = Scheduler(self.ledger, self.admission, lambda i: Problem("t", i, "p", "a"), G)
+        self.scheduler = begun(self.ledger, self.admission)
+
+    def mind_budget(self) -> None:
+        """As the broker does after each commit, and now and then."""
+        if self.spent:
+            self.scheduler.end_here("spent")
 
     def checksum(self, version: int) -> str:
         """What the model's learner makes: the same as before, unless this world differs from there on."""
@@ -258,7 +270,7 @@ class History(RuleBasedStateMachine):
     @rule(holder=st.sampled_from(["a", "b"]), room=st.integers(1, 5))
     def grant(self, holder: str, room: int) -> None:
         before, version = self.ledger.tally(), self.scheduler.version
-        capacity = self.admission.capacity(before, version)
+        capacity = self.admission.capacity(before, version, self.ledger.last)
         leases = self.scheduler.grant(holder, room, 2, 0.0)
         fresh = [lease for lease in leases if lease.group >= before.admitted]
         assert len(fresh) <= capacity
@@ -358,7 +370,7 @@ class History(RuleBasedStateMachine):
     @rule()
     def next_batch(self) -> None:
         step = self.scheduler.version
-        if 0 <= step < self.admission.steps:
+        if 0 <= step < self.ledger.last:
             self.handed |= {step: batch} if (batch := self.scheduler.batch(step)) else {}
 
     @rule()
@@ -368,7 +380,7 @@ class History(RuleBasedStateMachine):
         if not self.scheduler.training:
             with pytest.raises(RequestError):
                 self.scheduler.batch(step)
-        elif step < self.admission.steps and (batch := self.scheduler.batch(step)):
+        elif step < self.ledger.last and (batch := self.scheduler.batch(step)):
             self.handed[step] = batch
             event("ahead")
 
@@ -382,6 +394,7 @@ class History(RuleBasedStateMachine):
             return
         logged, lineage = self.ledger.checksum(step + 1), self.ledger.lineage
         outcome = self.scheduler.commit(step, self.checksum(step + 1), {"loss": 1.0})
+        self.mind_budget()
         assert outcome == ("diverged" if logged not in (None, self.checksum(step + 1)) else "new")
         assert self.ledger.lineage == lineage + (outcome == "diverged")
         if outcome == "diverged":
@@ -402,6 +415,11 @@ class History(RuleBasedStateMachine):
         self.work("b", lag)
         self.grant("b", room)
 
+    @rule()
+    def spend_the_budget(self) -> None:
+        self.spent = True
+        self.mind_budget()
+
     @precondition(lambda self: self.scheduler.version > self.ledger.checkpoint)
     @rule(back=st.integers(0, 2), archived=st.booleans())
     def checkpoint(self, back: int, archived: bool) -> None:
@@ -410,10 +428,15 @@ class History(RuleBasedStateMachine):
         for name in self.ledger.shards.unsealed() if archived else []:
             self.ledger.shards.sealed(name)
 
-    @rule(whole=st.booleans(), differs=st.sampled_from([True, True, False]), after=st.integers(0, 3))
-    def restart(self, whole: bool, differs: bool, after: int) -> None:
-        """Of everything, or of the learner alone; in a world whose replay may differ some versions later."""
+    @rule(
+        whole=st.booleans(), differs=st.sampled_from([True, True, False]), after=st.integers(0, 3), more=st.booleans()
+    )
+    def restart(self, whole: bool, differs: bool, after: int, more: bool) -> None:
+        """Of everything, perhaps with a larger budget, or of the learner alone; in a world whose replay may differ some
+        versions later.
+        """
         if whole:
+            self.spent = self.spent and not more
             self.reader.close()
             self.ledger.close()
             self.open()
@@ -427,6 +450,7 @@ class History(RuleBasedStateMachine):
         self.handed.clear()
         if self.scheduler.start(self.ledger.checkpoint, self.checksum(self.ledger.checkpoint)) == "diverged":
             self.current.clear()
+        self.mind_budget()
 
     # --- what holds after every step
 
@@ -441,6 +465,10 @@ class History(RuleBasedStateMachine):
         refused = dict(self.rows("SELECT reason, COUNT(*) FROM groups WHERE state = 'refused' GROUP BY reason"))
         assert {r: n for r, n in tally.refused.items() if n} == refused
         assert (audit.lost, audit.duplicated) == (0, 0)
+
+    @invariant()
+    def the_end_is_never_before_what_was_begun(self) -> None:
+        assert self.scheduler.version <= self.ledger.logged() <= self.ledger.last <= STEPS
 
     @invariant()
     def nothing_is_trained_twice_or_late(self) -> None:
@@ -486,13 +514,17 @@ class History(RuleBasedStateMachine):
     def goes_on_to_the_end(self) -> None:
         """No history is a dead end: with one honest generator the run reaches its last step."""
         self.lose_heartbeats("b")
-        for _ in range(20 * self.admission.steps):
-            if self.scheduler.version == self.admission.steps:
+        for _ in range(20 * STEPS):
+            if self.scheduler.version == self.ledger.last:
                 break
             self.work("a", 0)
             self.commit()
-        assert self.scheduler.version == self.admission.steps
+        last = self.ledger.last
+        assert self.scheduler.version == last
+        event("ended by its budget" if last < STEPS else "ended by its steps")
         self.ledger.end()
+        tally = self.ledger.tally()
+        assert (tally.leased, tally.queued, tally.training, tally.trained) == (0, 0, 0, last * self.admission.batch)
         self.everything_is_accounted_for()
         self.nothing_is_trained_twice_or_late()
 

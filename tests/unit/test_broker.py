@@ -92,6 +92,7 @@ class Run:
 
     def __init__(self, run_dir: Path, **changes: Any) -> None:
         self.next: Run | None = None
+        self.evaluate = False  # whether the learner was told to pin the next version
         run_dir.mkdir(exist_ok=True)
         config = Config()
         config.learner.steps, config.batch.groups, config.batch.group_size = 3, B, G
@@ -122,7 +123,10 @@ class Run:
 
     def hello(self, role: str, index: int = 0, pid: int | None = None) -> Welcome:
         message = Hello(role=role, index=index, pid=pid or os.getpid(), run=self.run_dir.name)
-        return self.ask(f"{role}-{index}", message, Welcome)
+        welcome = self.ask(f"{role}-{index}", message, Welcome)
+        if role == "learner":
+            self.evaluate = welcome.evaluate
+        return welcome
 
     def everybody(self) -> None:
         for role in ("learner", "generator", "evaluator"):
@@ -145,8 +149,12 @@ class Run:
         return self.ask(peer, SubmitGroup(header=header), GroupAck, arrays)
 
     def commit(self, step: int, version: int, checksum: str | None = None, **metrics: float) -> Committed:
-        message = Commit(step=step, version=version, checksum=checksum or f"c{version}", metrics=metrics)
-        return self.ask("learner-0", message, Committed)
+        message = Commit(
+            step=step, version=version, checksum=checksum or f"c{version}", pinned=self.evaluate, metrics=metrics
+        )
+        committed = self.ask("learner-0", message, Committed)
+        self.evaluate = committed.evaluate
+        return committed
 
     def make(self, room: int = 8) -> list[Lease]:
         leases = self.lease(room).leases
@@ -627,8 +635,9 @@ def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_score
     run.everybody()
     for step in range(3):
         run.train(**{"reward/accuracy": 0.25 * step, "weights/publish_seconds": 0.5})
-    assert run.ask("learner-0", NextBatch(step=3), BatchReply).stop
-    assert "all 6 groups of its 3 steps are admitted" in run.lease().waiting
+    over = run.ask("learner-0", NextBatch(step=3), BatchReply)
+    assert (over.finished, over.stop) == (True, False)  # the last checkpoint and evaluation are still to come
+    assert "all groups of its 3 steps are admitted" in run.lease().waiting
     assert run.broker.ending.status == ""
     for version in (0, 2, 3):  # eval.every = 2, and the last
         assert run.broker.ending.status == ""
@@ -638,6 +647,7 @@ def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_score
     assert run.broker.ending.status == "completed"
     assert run.ask("evaluator-0", NextEval(), EvalJob).stop
     assert run.lease().stop
+    assert run.ask("learner-0", NextBatch(step=3), BatchReply).stop
     run.finish_archive()
     assert run.ask("launcher-0", StatusRequest(), Status).finished
     summary = run.summary()
@@ -1042,12 +1052,16 @@ def learn(context: RoleContext) -> None:
     def ask(message: Message) -> Message:
         return connection.client.request(message, what="a reply", deadline_s=20)[0]
 
-    step = connection.welcome.step
-    ask(Commit(step=-1, version=step, checksum=f"c{step}", metrics={}))
+    step, pinned = connection.welcome.step, connection.welcome.evaluate
+
+    def commit(step: int, version: int) -> bool:
+        return ask(Commit(step=step, version=version, checksum=f"c{version}", pinned=pinned)).evaluate  # type: ignore[attr-defined]
+
+    pinned = commit(-1, step)
     while not (batch := ask(NextBatch(step=step))).stop:  # type: ignore[attr-defined]
         if batch.headers:  # type: ignore[attr-defined]
             step += 1
-            ask(Commit(step=step - 1, version=step, checksum=f"c{step}", metrics={}))
+            pinned = commit(step - 1, step)
             ask(Checkpointed(step=step, path=""))
     connection.close()
 

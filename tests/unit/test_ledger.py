@@ -151,6 +151,17 @@ def test_ages_by_hand(ledger: Ledger) -> None:
     assert ledger.ages().tokens == 0  # not trained yet
 
 
+def test_a_version_without_a_checksum_is_told_its_own_at_the_restart_and_has_not_diverged(ledger: Ledger) -> None:
+    ledger.publish(0, "c0")
+    ledger.log_batch(0, [])
+    ledger.commit(0, "", {})
+    ledger.checkpointed(1)
+    ledger.rewind()
+    assert not ledger.publish(1, "c1")
+    assert (ledger.checksum(1), ledger.lineage) == ("c1", 0)
+    assert ledger.publish(1, "another")
+
+
 def test_a_rewind_trains_the_same_batches_again_and_forgets_later_rows(ledger: Ledger) -> None:
     logged = [train(ledger, step) for step in range(3)]
     ledger.records.evaluated(1, {"eval/accuracy": 0.5})
