@@ -32,7 +32,7 @@ from offtrail.platform.broker.roster import Member, Roster, names
 from offtrail.platform.broker.run_metrics import RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.schema import Config
-from offtrail.platform.runtime.roles import roles_of
+from offtrail.platform.runtime.roles import JOBS, roles_of
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.groups import group_frames, group_from, unpack_group
@@ -116,7 +116,7 @@ class Broker:
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
         self.archive.seal(self.ledger.shards.unsealed())
-        self.evaluations = Evaluations(self.ledger, config.eval.every)
+        self.evaluations = Evaluations(self.ledger, config.eval.every, scores="evaluator" in JOBS[config.job])
         self.ending = Ending(config, run_dir, self.scheduler, self.archive, self.numbers, self.roster, clock)
         self.polls = Polls(clock, wire.reply, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)

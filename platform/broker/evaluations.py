@@ -12,16 +12,18 @@ from offtrail.platform.broker.ledger import Ledger
 
 
 class Evaluations:
-    """The evaluation schedule of one run: versions 0, every ``every``-th, and the last. ``pinned``: of this life."""
+    """The evaluation schedule of one run: versions 0, every ``every``-th, and the last; none at all without an
+    evaluator (``scores``). ``pinned``: of this life.
+    """
 
-    def __init__(self, ledger: Ledger, every: int) -> None:
-        self.ledger, self.every = ledger, every
+    def __init__(self, ledger: Ledger, every: int, *, scores: bool = True) -> None:
+        self.ledger, self.every, self.scores = ledger, every, scores
         self.pinned: set[int] = set()
 
     def due(self, version: int) -> bool:
         """Whether a version is to be scored, and is not yet."""
         planned = version in (0, self.ledger.last) or (self.every > 0 and version % self.every == 0)
-        return planned and version not in self.ledger.records.scored()
+        return self.scores and planned and version not in self.ledger.records.scored()
 
     def next(self) -> int | None:
         """The oldest version that waits for the evaluator."""
@@ -36,4 +38,5 @@ class Evaluations:
     @property
     def finished(self) -> bool:
         """Whether the last version is checkpointed and scored."""
-        return self.ledger.checkpoint == self.ledger.last and self.ledger.last in self.ledger.records.scored()
+        last = self.ledger.last
+        return self.ledger.checkpoint == last and (not self.scores or last in self.ledger.records.scored())

@@ -23,7 +23,7 @@ def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
         "staleness.mode": config.staleness.mode,
         "staleness.on_violation": config.staleness.on_violation,
         "task": asdict(config.task),
-        **({"sft": asdict(config.sft)} if config.job == "sft" else {}),
+        **({f"sft.{name}": value for name, value in asdict(config.sft).items()} if config.job == "sft" else {}),
     }
     now = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
     before = ledger.records.get("settings")

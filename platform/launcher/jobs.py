@@ -22,10 +22,9 @@ from offtrail.platform.launcher.hosts import LocalHosts
 from offtrail.platform.launcher.recipe import Outcome, run_recipe
 from offtrail.platform.launcher.run import Run, watch
 from offtrail.platform.launcher.serve import run_serve
-from offtrail.platform.launcher.start import prepare_start_model, run_sft
+from offtrail.platform.launcher.start import prepare_start_model
 from offtrail.platform.model.start import StartError
 from offtrail.platform.tracking.plot import learning_curve
-from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.tracking.summary import read_summary, write_summary
 
 EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
@@ -54,9 +53,9 @@ def run_to_its_end(config: Config, run_dir: Path, interrupted: list[int]) -> Out
     return outcome
 
 
-def run_rl(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
-    """job=rl: the start model, then every role until the end; how it ended, and why."""
-    prepare_start_model(config, run_dir, interrupted)
+def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """A training job: the start model, then every role until the end; how it ended, and why."""
+    prepare_start_model(config, run_dir, interrupted, run_roles)
     run = Run(config, run_dir, LocalHosts(run_dir))
     try:
         run.start_all()
@@ -67,35 +66,7 @@ def run_rl(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, 
     return status, reason
 
 
-def run_supervised(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
-    """job=sft: one process, one checkpoint, which is there whole when the training has ended.
-
-    A resumed run whose checkpoint is there is completed at once; any other begins again, with its records.
-    """
-    target = run_dir / "checkpoints" / f"step_{config.sft.steps}"
-    if target.is_dir():
-        return "completed", ""
-    started = time.monotonic()
-    recorder = Recorder(run_dir, config)
-    recorder.restore([])
-    try:
-        run_sft(run_dir, target, "sft", config, interrupted, lambda row: recorder.step(supervised_row(row)))
-    finally:
-        recorder.close()
-        summary: dict[str, Any] = {"steps": 0, "seed": config.sft.seed, "wall_seconds": time.monotonic() - started}
-        if rows := recorder.rows:
-            ends = {"loss/sft_first": rows[0]["loss/sft"], "loss/sft_last": rows[-1]["loss/sft"]}
-            summary |= {"steps": rows[-1]["step"]} | ends
-        write_summary(run_dir, summary)
-    return "completed", ""
-
-
-def supervised_row(row: dict[str, float]) -> dict[str, float]:
-    """The metrics row of a row of progress."""
-    return {"step": row["step"], "loss/sft": row["loss"]}
-
-
-JOBS = {"rl": run_rl, "sft": run_supervised, "serve": run_serve}
+JOBS = {"rl": run_roles, "sft": run_roles, "serve": run_serve}
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
 """The model that version 0 comes from: runs/NAME/start, a link to a Hugging Face directory.
 
 ``model.path`` names it, a directory or a name in the local Hugging Face cache; without one the small model of
-``model=tiny`` is made and cold-started (job=sft) once, kept in the cache, and found there by every later run of the
-same model, task and sft settings. No torch here: the cold start runs in a process of its own, and its progress comes
-back as one JSON line a step.
+``model=tiny`` is made and cold-started once, kept in the cache, and found there by every later run of the same model,
+task and sft settings. The cold start is an ordinary run of job=sft, in runs/NAME/stages/1_cold_start.
 """
 
 from __future__ import annotations
@@ -14,29 +13,31 @@ import fcntl
 import hashlib
 import json
 import os
-import selectors
+import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from offtrail.platform.config.schema import Config
+from offtrail.platform.config.compose import to_yaml
+from offtrail.platform.config.schema import Config, LearnerConfig
 from offtrail.platform.model.start import StartError, resolve
 
 LOOK_SECONDS = 0.25
 """Between two looks for a signal of the user."""
+TRAINING_STATE = shutil.ignore_patterns("trainer", "trainer.json", "window")
+"""What a checkpoint has beside the model."""
+RunJob = Callable[[Config, Path, list[int]], tuple[str, str]]
+"""Runs a job in a run directory to its end, unless a signal is noted in the list: its status, and why."""
 RECIPE = 1
 """Raise it when the code of the cold start changes what it makes: it is part of the cache key."""
 
 
-def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int]) -> None:
-    """Make runs/NAME/start, with a cold start where the cache has none. A resumed run keeps its link.
+def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int], run: RunJob) -> None:
+    """Make runs/NAME/start, with a cold start where the cache has none, which ``run`` runs. A resumed run keeps its
+    link. job=sft without a model.path needs none: its learner makes random weights.
 
     Raises StartError when the model cannot be found or made, and KeyboardInterrupt when a signal is noted meanwhile.
     """
@@ -44,10 +45,13 @@ def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int]) -
     if link.exists():
         return
     link.unlink(missing_ok=True)  # it may dangle: the cache was emptied
-    link.symlink_to(resolve(config.model.path) if config.model.path else cold_start(config, run_dir, interrupted))
+    if config.model.path:
+        link.symlink_to(resolve(config.model.path))
+    elif config.job != "sft":
+        link.symlink_to(cold_start(config, run_dir, interrupted, run))
 
 
-def cold_start(config: Config, run_dir: Path, interrupted: list[int]) -> Path:
+def cold_start(config: Config, run_dir: Path, interrupted: list[int], run: RunJob) -> Path:
     """The cold-started checkpoint of this configuration, made now if the cache lacks it; of several launches at once
     one makes it, and the others wait for it.
     """
@@ -58,8 +62,8 @@ def cold_start(config: Config, run_dir: Path, interrupted: list[int]) -> Path:
     with only_one(target, interrupted):
         if not target.is_dir():
             try:
-                run_sft(run_dir, target, "cold start", config, interrupted)
-            except StartError:
+                run_cold_start(config, run_dir, target, interrupted, run)
+            except (StartError, OSError):
                 if not target.is_dir():  # it is there whole: a launch made it that the lock did not reach
                     raise
     return target
@@ -92,81 +96,39 @@ def interruption(when: str, interrupted: list[int]) -> KeyboardInterrupt:
     return KeyboardInterrupt(f"stopped by {signal.Signals(interrupted[0]).name} {when}")
 
 
-def run_sft(
-    run_dir: Path,
-    target: Path,
-    title: str,
-    config: Config,
-    interrupted: list[int],
-    record: Callable[[dict[str, float]], None] | None = None,
-) -> None:
-    """Run job=sft in a process of its own, with a progress bar; it writes ``target`` whole or not at all.
-
-    ``record`` is given each of its rows of progress: step, steps, loss.
-    Raises StartError when it fails, and KeyboardInterrupt when a signal is noted in ``interrupted`` meanwhile.
+def run_cold_start(config: Config, run_dir: Path, target: Path, interrupted: list[int], run: RunJob) -> None:
+    """Train in runs/NAME/stages/1_cold_start, an ordinary run of job=sft, and put its model into the cache. What an
+    interrupted launch has trained of it is gone on with.
     """
-    log = run_dir / "logs" / "sft-0.log"
-    log.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "offtrail.platform.learner.sft", str(run_dir / "config.yaml"), str(target)]
-    env = os.environ | {"OMP_NUM_THREADS": str(config.learner.threads)}
-    # A process group of its own: Ctrl-C on the terminal is the launcher's alone.
-    with (
-        log.open("ab") as err,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, env=env, process_group=0) as process,
-    ):
-        try:
-            for row in show(config, title, progress_lines(process, title, interrupted)):
-                if record is not None:
-                    record(row)
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
-        words = log.read_text(errors="replace").strip().splitlines()
-        raise StartError(f"{title} failed: {words[-1] if words else process.returncode} (log: {log})")
+    stage, folder = cold_start_config(config), run_dir / "stages" / "1_cold_start"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(stage), encoding="utf-8")
+    print(f"cold start: {folder}", flush=True)
+    status, reason = run(stage, folder, interrupted)
+    if status == "interrupted":
+        raise KeyboardInterrupt(f"{reason} in the cold start")
+    if status != "completed":
+        raise StartError(f"cold start failed: {reason}")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        model = Path(scratch) / "model"
+        shutil.copytree(folder / "checkpoints" / f"step_{stage.steps}", model, ignore=TRAINING_STATE)
+        model.rename(target)
 
 
-def progress_lines(process: subprocess.Popen[bytes], title: str, interrupted: list[int]) -> Iterator[dict[str, float]]:
-    """The JSON lines that the process prints; a signal is noticed while it prints none."""
-    assert process.stdout is not None
-    pipe, rest, step = process.stdout.fileno(), b"", 0
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while True:
-            if interrupted:
-                raise interruption(f"in the {title}, after step {step}", interrupted)
-            if not selector.select(LOOK_SECONDS):
-                continue
-            if not (chunk := os.read(pipe, 1 << 16)):
-                return
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                row = json.loads(line)
-                step = int(row["step"])
-                yield row
-
-
-def show(config: Config, title: str, rows: Iterator[dict[str, float]]) -> Iterator[dict[str, float]]:
-    """The rows as they come, shown on the way: a bar on a terminal, a line for every tenth elsewhere."""
-    console = Console()
-    mode = config.tracking.progress
-    live = mode == "live" or (mode == "auto" and console.is_terminal)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
+def cold_start_config(config: Config) -> Config:
+    """The configuration of the cold start: what decides its weights (see cache_key), at the defaults of all else."""
+    learner = LearnerConfig(device=config.learner.device, threads=config.learner.threads, dtype=config.learner.dtype)
+    learner.checkpoint_every, learner.liger = config.sft.steps, config.learner.liger
+    return Config(
+        job="sft",
+        model=config.model,
+        prompt=config.prompt,
+        task=config.task,
+        sft=config.sft,
+        learner=learner,
+        broker=dataclasses.replace(config.broker, port=0),
+        tracking=config.tracking,
     )
-    with Progress(*columns, console=console, disable=not live) as bar:
-        task = bar.add_task(title, total=config.sft.steps, loss=float("nan"))
-        for row in rows:
-            step, loss = int(row["step"]), row["loss"]
-            bar.update(task, completed=step, loss=loss)
-            if not live and mode != "off" and step % max(1, config.sft.steps // 10) == 0:
-                line = f"{title}: step {step}/{config.sft.steps} · loss {loss:.3f}"
-                console.print(line, highlight=False, soft_wrap=True)
-            yield row
 
 
 def cache_dir() -> Path:

@@ -48,8 +48,13 @@ class LocalSource:
     def __init__(self, broker: BrokerSource, examples: Examples) -> None:
         self.broker, self.examples = broker, examples
 
+    @property
+    def finished(self) -> bool:
+        """See BrokerSource."""
+        return self.broker.finished
+
     def next(self, step: int) -> SampleTable | None:
-        """The table of ``step``; None when the run stops."""
+        """The table of ``step``; None when the run stops, or is ``finished``."""
         return None if self.broker.next(step) is None else self.examples.table(step)
 
 

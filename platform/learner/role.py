@@ -1,4 +1,5 @@
-"""The learner role: batches in, versions out. One process a rank; rank 0 talks to the broker and publishes.
+"""The learner role of every training job: batches in, versions out. One process a rank; rank 0 talks to the broker and
+publishes.
 
     broker ── batch k ──► train (K updates) ──► publish version k+1 ──► commit ──► checkpoint, now and then
 
@@ -6,6 +7,9 @@ The loop consumes batches in their durable order; it is unblocked by the broker 
 generators and evaluator (a version is out). The broker says which step was the last one, and which versions are to be
 kept for the evaluator. After the last step it waits for the broker's stop, because a run is complete only when its last
 version is checkpointed and scored.
+
+A job without generators (job=sft) has data of its own (data.py), which the broker's empty batches pace, and nobody
+reads its versions: what is committed of them is the checksum, where a checkpoint is due.
 
 Invariants: a version is published before it is committed, so that whoever hears of it can read it; nothing is published
 of a step that failed; a restart is the checkpoint plus a replay of the batches logged after it (I1).
@@ -16,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import resource
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +33,22 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.channels import Channel, open_channel
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.make import make_trainer
+from offtrail.platform.learner.data import LocalSource, make_examples
+from offtrail.platform.learner.make import make_sft_trainer, make_trainer
 from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import Report, Trainer
 from offtrail.platform.learner.world import World, join
-from offtrail.platform.model.packing import lay_out
+from offtrail.platform.model.packing import SampleTable, lay_out
 from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.text import Text
+from offtrail.platform.model.tiny import save_start
+from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import Connection, RoleContext
+from offtrail.platform.runtime.roles import JOBS
 from offtrail.platform.weights.probe import probe_text
+from offtrail.platform.weights.store import checksum as checksum_of
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
 from offtrail.platform.wire.sockets import RefusedError, WaitError
 from offtrail.tasks.jsonl import task_template
@@ -73,11 +83,12 @@ class Learner:
     context: RoleContext
     connection: Connection
     world: World
-    trainer: Trainer[Batch]
-    source: BrokerSource
+    trainer: Trainer[Any]
+    source: BrokerSource | LocalSource
     model: Any
     text: Text
     publisher: Channel | None
+    """Rank 0's, where anybody reads versions."""
     step: int
     saved: int
     evaluate: bool
@@ -99,25 +110,23 @@ class Learner:
         with connection.activity.busy("load"):
             model = load_model(origin, device=config.learner.device)
             world = join(config.learner, layer_classes(model), deadline_s=config.broker.deadline_seconds)
-            trainer = make_trainer(config, world, model, start, connection.activity)
+            trainer = make_job_trainer(config, world, model, start, connection.activity)
             if step:
                 checkpoint.restore(origin, trainer)
         publisher = None
-        if world.main:
+        if world.main and has_readers(config):
             publisher = open_channel(config, context.weights_folder, context.run_dir, versions_kept(config))
+        late = publisher.serve_late_readers if publisher is not None else None
+        source = BrokerSource(connection, world, config.broker.deadline_seconds, late)
+        text = Text(start, config.prompt, task_template=task_template(config.task))
         return cls(
             context=context,
             connection=connection,
             world=world,
             trainer=trainer,
-            source=BrokerSource(
-                connection,
-                world,
-                config.broker.deadline_seconds,
-                serve_late_readers=publisher.serve_late_readers if publisher is not None else None,
-            ),
+            source=LocalSource(source, make_examples(config, text)) if config.job == "sft" else source,
             model=model,
-            text=Text(start, config.prompt, task_template=task_template(config.task)),
+            text=text,
             publisher=publisher,
             step=step,
             saved=step,
@@ -132,32 +141,36 @@ class Learner:
         checksum = self._publish()
         self._commit(Commit(step=-1, version=self.step, checksum=checksum, pinned=self.evaluate))
 
-    def publish(self, batch: Batch, report: Report) -> None:
+    def publish(self, batch: Batch | SampleTable, report: Report) -> None:
         """Publish the new version, then commit the batch with its metrics. The acknowledgement comes while the next
         batch trains.
         """
         self._settle()
         self.step += 1
         checksum = self._publish()
-        if self.publisher is None:
+        if not self.world.main:
             return
-        shown = self.context.config.tracking.sample_texts
+        metrics, histograms, texts = dict(report.metrics), dict(report.histograms), {}
+        metrics["memory/learner_peak_bytes"] = float(peak_memory(self.world.device))
+        if isinstance(batch, Batch):
+            metrics |= batch_metrics(batch, self.context.config.reward)
+            histograms |= batch_histograms(batch)
+            shown = 0 if batch.replay else self.context.config.tracking.sample_texts
+            texts = sample_texts(batch, self.text.tokenizer.decode, shown)
+        if self.publisher is not None:
+            metrics["weights/publish_seconds"] = self.publish_seconds
+            metrics["weights/bytes"] = float(self.publisher.bytes_last)
+            metrics["weights/delta_share"] = self.publisher.delta_share
         self._commit(
             Commit(
-                step=batch.step,
+                step=self.step - 1,
                 version=self.step,
                 checksum=checksum,
                 pinned=self.evaluate,
-                metrics=report.metrics
-                | batch_metrics(batch, self.context.config.reward)
-                | {
-                    "weights/publish_seconds": self.publish_seconds,
-                    "weights/bytes": float(self.publisher.bytes_last),
-                    "weights/delta_share": self.publisher.delta_share,
-                    "memory/learner_peak_bytes": float(peak_memory(self.world.device)),
-                },
-                histograms=report.histograms | batch_histograms(batch),
-                texts=sample_texts(batch, self.text.tokenizer.decode, shown) if not batch.replay else {},
+                metrics=metrics,
+                histograms=histograms,
+                texts=texts,
+                tokens=report.tokens,
             )
         )
 
@@ -190,6 +203,11 @@ class Learner:
         if self.saved != self.step:
             self.checkpoint()
 
+    def _checkpoint_is_due(self) -> bool:
+        """By the schedule, or because it should be the last version."""
+        config = self.context.config
+        return self.step % config.learner.checkpoint_every == 0 or self.step == config.steps
+
     def wait_for_stop(self) -> None:
         """Stay until the run is over. Raises WaitError (I4) when the broker falls silent."""
         heartbeat, deadline = self.connection.heartbeat, self.context.config.broker.deadline_seconds
@@ -211,12 +229,17 @@ class Learner:
         self.world.close()
 
     def _publish(self) -> str:
-        """Gather (a collective) and write the version, pinned where it is to be scored; its checksum on rank 0."""
+        """Gather (a collective) and write the version, pinned where it is to be scored; its checksum on rank 0. Without
+        readers only the checksum, where a checkpoint is due: "" elsewhere.
+        """
+        readers = has_readers(self.context.config)
+        if not readers and not self._checkpoint_is_due():
+            return ""
         with self.connection.activity.busy("publish"):
-            probe = self._probe()
+            probe = self._probe() if readers else []
             tensors = checkpoint.gather(self.trainer.module)
             if self.publisher is None:
-                return ""
+                return checksum_of(tensors) if self.world.main else ""
             started = time.monotonic()
             checksum = self.publisher.publish(self.step, tensors, probe)
             if self.evaluate:
@@ -268,9 +291,30 @@ class Learner:
 
 
 def start_model(config: Config, run_dir: Path) -> Path:
-    """The Hugging Face directory that version 0 comes from: runs/NAME/start, or model.path where there is none."""
+    """The Hugging Face directory that version 0 comes from: runs/NAME/start, or model.path where there is none.
+
+    job=sft without a model.path begins from random weights, which the first of its ranks to come makes.
+    """
     link = run_dir / "start"
-    return link if link.exists() else Path(config.model.path)
+    if link.exists() or config.model.path:
+        return link if link.exists() else Path(config.model.path)
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".start-") as scratch:
+        save_start(Path(scratch) / "start", config.model, config.seed)
+        with contextlib.suppress(OSError):  # another rank was first, and has made the same
+            (Path(scratch) / "start").rename(link)
+    return link
+
+
+def make_job_trainer(config: Config, world: World, model: Any, start: Path, activity: Activity) -> Trainer[Any]:
+    """The trainer of the configuration's job."""
+    if config.job == "sft":
+        return make_sft_trainer(config, world, model, activity)
+    return make_trainer(config, world, model, start, activity)
+
+
+def has_readers(config: Config) -> bool:
+    """Whether anybody applies the versions that are published."""
+    return "generator" in JOBS[config.job]
 
 
 def layer_classes(model: Any) -> set[str]:

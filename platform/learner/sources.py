@@ -1,23 +1,18 @@
-"""Where a training job's batches come from: the broker (rl), or the task's worked traces (sft)."""
+"""The batches of a run, from the broker: of groups, or empty ones, which pace a job that has its own data (data.py)."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 
 import msgspec
 
 from offtrail.core.types import Batch
-from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.world import World
-from offtrail.platform.model.packing import SampleTable
-from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import Connection
 from offtrail.platform.wire.groups import arrays_per_group, group_from, pack_group, unpack_group
 from offtrail.platform.wire.messages import BatchReply, NextBatch
 from offtrail.platform.wire.sockets import WaitError
-from offtrail.tasks.base import Task
 
 WAITING, FINISHED, STOP = b"w", b"f", b"s"
 
@@ -73,7 +68,7 @@ class BrokerSource:
         ticket = self._asked.pop(step)
         reply, arrays = self.connection.client.wait(ticket, what=f"batch {step}", deadline_s=self.deadline_s)
         assert isinstance(reply, BatchReply)
-        if reply.stop or not reply.headers:
+        if reply.stop or reply.finished or reply.waiting:
             return reply, None
         self._request(step + 1)
         groups, end = [], 0
@@ -98,31 +93,3 @@ def _open_blob(blob: bytes | bytearray | memoryview) -> Batch | None:
         return None
     step, replay, groups = msgspec.msgpack.decode(blob, type=tuple[int, bool, list[bytes]])
     return Batch(step, tuple(unpack_group(g) for g in groups), replay)
-
-
-class TraceSource:
-    """Fresh problems with worked answers at every step, each prompt in the run's data order once."""
-
-    def __init__(self, task: Task, text: Text, *, batch_size: int, seed: int, max_length: int) -> None:
-        self.task, self.text, self.batch_size, self.seed, self.max_length = (
-            task, text, batch_size, seed, max_length,
-        )  # fmt: skip
-
-    def next(self, step: int) -> SampleTable:
-        """SampleTable of one update.
-
-        Raises TaskError when the tokenizer does not know a text, and ValueError when a problem and its answer exceed
-        model.max_length.
-        """
-        problems = [self.task.train(step * self.batch_size + i) for i in range(self.batch_size)]
-        rng = random.Random(f"sft-{self.seed}-{step}")
-        prompts = self.text.encode_all(problems)
-        traces = [self.task.trace(p, rng) for p in problems]
-        answers = self.text.encode_answers(problems, traces)
-        longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-        if longest > self.max_length:
-            raise ValueError(
-                f"model.max_length={self.max_length}: a problem of task={self.task.name} with its worked answer takes "
-                f"{longest} tokens; raise it, or make the task easier"
-            )
-        return rows_of_pairs(prompts, answers)

@@ -1,8 +1,8 @@
 """A model from nothing: a character-level tokenizer and a small Qwen3-architecture model, in Hugging Face format.
 
 Nothing downstream knows that they are home-made: the directory that ``save_start`` writes opens with AutoTokenizer and
-AutoModelForCausalLM, like any other ``model.path``. Its cold start (supervised fine-tuning on worked answers) is
-sft.py's, and the launcher keeps the result (start.py).
+AutoModelForCausalLM, like any other ``model.path``. Its cold start is a
+run of job=sft on worked answers, and the launcher keeps the result (start.py).
 """
 
 from __future__ import annotations

@@ -80,8 +80,14 @@ class Progress:
     def line(self, status: Status) -> str:
         """One learner step in one line."""
         show = _Shown(status)
+        if self._config.job == "sft":
+            return (
+                f"step {self._step:>{len(str(self._config.steps))}}/{self._config.steps} · loss "
+                f"{show('loss/sft', '.3f')} · {show('throughput/trained_tokens_per_second', ',.0f')} tokens/s"
+                f" · {_duration(time.monotonic() - self._began)}"
+            )
         return (
-            f"step {self._step:>{len(str(self._config.learner.steps))}}/{self._config.learner.steps}"
+            f"step {self._step:>{len(str(self._config.steps))}}/{self._config.steps}"
             f" · accuracy {show('reward/accuracy', '.3f')} · eval {_evaluation(show)}"
             f" · length {show('length/mean', '.1f')}"
             f" · staleness {show('staleness/mean', '.2f')} (max {show('staleness/max', '.0f')})"
@@ -97,7 +103,7 @@ class Progress:
         return Group(*parts)
 
     def _bar(self) -> RenderableType:
-        total, step = self._config.learner.steps, max(0, self._step)
+        total, step = self._config.steps, max(0, self._step)
         row = Table.grid(padding=(0, 2))
         for _ in range(4):
             row.add_column(no_wrap=True)
@@ -117,7 +123,7 @@ class Progress:
         if self._first is None or self._step <= self._first[0]:
             return None
         pace = (time.monotonic() - self._first[1]) / (self._step - self._first[0])
-        return max(0.0, pace * (self._config.learner.steps - self._step))
+        return max(0.0, pace * (self._config.steps - self._step))
 
     def _metrics(self, show: _Shown) -> RenderableType:
         grid = Table.grid(padding=(0, 2))

@@ -14,17 +14,19 @@ import msgspec
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
 
 from offtrail.algos.config import AlgoConfig, CriticConfig, GrpoConfig, PpoConfig, TisConfig
 from offtrail.core.types import Batch
-from offtrail.platform.config.schema import Config, OptimConfig
+from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.make import make_trainer
+from offtrail.platform.learner.data import make_examples
+from offtrail.platform.learner.make import make_sft_trainer, make_trainer
 from offtrail.platform.learner.role import layer_classes
+from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.model.policy import load_model
+from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.wire.groups import unpack_group
 
@@ -42,7 +44,8 @@ def algorithm(name: str) -> AlgoConfig:
 def config_of(ranks: int, name: str = "grpo") -> Config:
     """With TIS, two updates a step, micro-batches of a few samples; with an exact KL, sharded layers run twice."""
     config = Config(algo=algorithm(name), correction=TisConfig(normalise=name == "ppo"))
-    config.learner.activation_checkpointing = name == "full" and ranks > 1
+    config.learner.activation_checkpointing = name in ("full", "sft") and ranks > 1
+    config.sft = SftConfig(steps=8, batch_size=8, lr=1e-3, warmup_steps=2)
     config.learner.ranks, config.learner.tokens_per_microbatch = ranks, 60
     config.learner.optim = OptimConfig(lr=1e-3, warmup_updates=3)
     return config
@@ -51,16 +54,23 @@ def config_of(ranks: int, name: str = "grpo") -> Config:
 def run(world: World, model: Any, job: dict[str, Any]) -> None:
     """Train ``job["steps"]`` from ``job["origin"]``, with a checkpoint in ``job["out"]`` at step ``job["save"]``."""
     origin, out = Path(job["origin"]), Path(job["out"])
-    trainer = make_trainer(config_of(world.size, job["algo"]), world, model, Path(job["start"]), Activity())
+    config, activity, text = config_of(world.size, job["algo"]), Activity(), Text(Path(job["start"]))
+    sft = job["algo"] == "sft"
+    examples = make_examples(config, text)
+    trainer: Trainer[Any] = (
+        make_sft_trainer(config, world, model, activity)
+        if sft
+        else make_trainer(config, world, model, Path(job["start"]), activity)
+    )
     if (origin / "trainer.json").is_file():
         checkpoint.restore(origin, trainer)
     sharded = [isinstance(p, DTensor) for p in trainer.module.parameters()]
     metrics: dict[str, float] = {}
     for step in job["steps"]:
-        metrics = trainer.step(step, read_batch(Path(job["batches"]), step)).metrics
+        batch = examples.table(step) if sft else read_batch(Path(job["batches"]), step)
+        metrics = trainer.step(step, batch).metrics
         if step + 1 == job.get("save"):
-            tokenizer = AutoTokenizer.from_pretrained(job["start"])
-            checkpoint.save(out, world, TrainerState.of(step + 1, trainer), model, tokenizer, trainer, {})
+            checkpoint.save(out, world, TrainerState.of(step + 1, trainer), model, text, trainer, {})
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.module.parameters())
     parameters = checkpoint.gather(trainer.module)
     if "value" in trainer.trained:
@@ -73,6 +83,7 @@ def run(world: World, model: Any, job: dict[str, Any]) -> None:
         "local": local,
         "size": trainer.main.size,
         "metrics": metrics,
+        "compute": activity.snapshot().compute,
     }
     (out / f"rank_{world.rank}.json").write_text(json.dumps(told))
     if world.main:

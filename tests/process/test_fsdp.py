@@ -91,8 +91,10 @@ def results(
     )
     full_one, full_two = (job(f"full_{ranks}", start_dir, range(1), algo="full") for ranks in ("one", "two"))
     worker = load_worker()
-    worker.main([{**first, "ranks": 1} for first in (one, ppo_one, full_one)])
-    launch(2, [two, two_from_one, ppo_two, ppo_two_from_one, full_two], folder)
+    sft_one, sft_two = (job(f"sft_{ranks}", start_dir, range(STEPS), algo="sft", save=2) for ranks in ("one", "two"))
+    sft_half = job("sft_two_from_one", folder / "sft_one" / halfway, range(2, STEPS), algo="sft")
+    worker.main([{**first, "ranks": 1} for first in (one, ppo_one, full_one, sft_one)])
+    launch(2, [two, two_from_one, ppo_two, ppo_two_from_one, full_two, sft_two, sft_half], folder)
     worker.main([{**one_from_two, "ranks": 1}])
     return lambda name: folder / name
 
@@ -147,9 +149,27 @@ def test_two_ranks_equal_one_with_a_critic_and_with_an_exact_kl(results: Callabl
         assert parameters(two)["critic.score.weight"].abs().max() > 1e-3
 
 
+def test_supervised_ranks_are_sharded_and_equal_one(results: Callable[[str], Path]) -> None:
+    """With activation checkpointing on both ranks; the FLOPs of both together are those of one."""
+    one, two = results("sft_one"), results("sft_two")
+    assert all(told(two, rank)["dtensor"] for rank in range(2))
+    assert told(one)["plain"]
+    assert distance(one, two) < 2e-6
+    assert told(one)["metrics"] == pytest.approx(told(two)["metrics"], rel=1e-4, abs=1e-6)
+    charges = [told(two, rank)["compute"] for rank in range(2)]
+    for name, amount in told(one)["compute"].items():
+        assert amount > 0
+        assert sum(charge[name] for charge in charges) == amount
+
+
 @pytest.mark.parametrize(
     ("whole", "resumed"),
-    [("one", "two_from_one"), ("two", "one_from_two"), ("ppo_one", "ppo_two_from_one")],
+    [
+        ("one", "two_from_one"),
+        ("two", "one_from_two"),
+        ("ppo_one", "ppo_two_from_one"),
+        ("sft_one", "sft_two_from_one"),
+    ],
 )
 def test_a_checkpoint_fits_another_number_of_ranks(results: Callable[[str], Path], whole: str, resumed: str) -> None:
     assert distance(results(whole), results(resumed)) < 1e-5

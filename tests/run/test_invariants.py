@@ -216,7 +216,8 @@ def test_an_interrupt_in_the_cold_start_and_one_before_the_endpoint_end_the_run_
     environment = environment | {"OFFTRAIL_CACHE": str(tmp_path / "cache")}
     line = command("early", "learner.steps=100000", "sft.steps=100000")
     process = subprocess.Popen(line, env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
-    wait_until("a cold start", (tmp_path / "early" / "logs" / "sft-0.log").exists)
+    stage = tmp_path / "early" / "stages" / "1_cold_start"
+    wait_until("a cold start", lambda: reached(stage, 1))
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert (process.returncode, stderr.decode().startswith("stopping")) == (130, True)

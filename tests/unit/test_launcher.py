@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,6 @@ from offtrail.platform.launcher.run import Role, Run, watch
 from offtrail.platform.runtime.context import RoleContext, remove_shared_memory, weights_folder
 from offtrail.platform.runtime.process import FINAL_STATUS, check_device, is_final
 from offtrail.platform.runtime.roles import RoleSpec
-from offtrail.platform.tracking.recorder import read_rows
 from offtrail.platform.tracking.summary import read_summary
 from offtrail.platform.weights.probe import MismatchError
 from offtrail.platform.weights.store import Publisher
@@ -405,69 +404,6 @@ def test_the_first_signal_is_noted_and_said_and_the_second_ends_at_once(
     assert jobs.launch(config, tmp_path) == 130
     assert capfd.readouterr().err.startswith("stopping")
     assert read_summary(tmp_path)["reason"] == "stopped at once by a second signal, SIGTERM"
-
-
-# job=sft
-
-
-def supervised(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> list[Path]:
-    """Launch job=sft with a training that tells two rows; the targets that were asked for."""
-    asked: list[Path] = []
-
-    def train(
-        run_dir: Path,
-        target: Path,
-        title: str,
-        config: Config,
-        interrupted: list[int],
-        record: Callable[[dict[str, float]], None],
-    ) -> None:
-        asked.append(target)
-        for step, loss in ((1, 3.5), (2, 3.0)):
-            record({"step": step, "steps": 2, "loss": loss})
-        if fails:
-            raise KeyboardInterrupt("stopped by SIGINT in the sft, after step 2")
-        target.mkdir(parents=True)
-
-    monkeypatch.setattr(jobs, "run_sft", train)
-    config.job, config.sft.steps = "sft", 2
-    assert jobs.launch(config, run_dir) == (130 if fails else 0)
-    return asked
-
-
-def test_a_supervised_run_leaves_metrics_a_curve_and_a_summary(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config.tracking.tensorboard = True
-    supervised(config, tmp_path, monkeypatch)
-    assert read_rows(tmp_path) == [{"step": 1, "loss/sft": 3.5}, {"step": 2, "loss/sft": 3.0}]
-    summary = read_summary(tmp_path)
-    assert (summary["status"], summary["steps"], summary["seed"]) == ("completed", 2, 0)
-    assert (summary["loss/sft_first"], summary["loss/sft_last"]) == (3.5, 3.0)
-    assert (tmp_path / "learning.png").stat().st_size > 1000
-    assert list((tmp_path / "tb").iterdir())
-
-
-def test_a_resumed_supervised_run_that_was_finished_is_completed_at_once(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert len(supervised(config, tmp_path, monkeypatch)) == 1
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert supervised(config, tmp_path, monkeypatch) == []
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert read_summary(tmp_path)["loss/sft_last"] == 3.0
-
-
-def test_an_interrupted_supervised_run_begins_again_and_says_nothing_twice(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    supervised(config, tmp_path, monkeypatch, fails=True)
-    summary = read_summary(tmp_path)
-    assert (summary["status"], summary["steps"]) == ("interrupted", 2)
-    assert summary["reason"] == "stopped by SIGINT in the sft, after step 2"
-    supervised(config, tmp_path, monkeypatch)
-    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
-    assert "reason" not in read_summary(tmp_path)
 
 
 # Devices

@@ -1,23 +1,24 @@
 """The cold-start cache: one checkpoint for each thing that decides the weights, and for nothing else."""
 
+import contextlib
 import dataclasses
 import signal
 import socket
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.schema import Config, ModelConfig, SftConfig
 from offtrail.platform.launcher import start
 from offtrail.platform.launcher.start import (
     cache_dir,
     cache_key,
     cold_start,
+    cold_start_config,
     prepare_start_model,
-    run_sft,
 )
 from offtrail.platform.model.start import StartError, resolve
 from offtrail.tasks.addition import AdditionConfig
@@ -53,7 +54,7 @@ def test_a_relative_cache_folder_makes_no_dangling_link(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "cache"
     (tmp_path / "cache" / cache_key(Config())).mkdir(parents=True)
     (tmp_path / "runs" / "a").mkdir(parents=True)
-    prepare_start_model(Config(), Path("runs/a"), [])
+    prepare_start_model(Config(), Path("runs/a"), [], fails)
     assert (tmp_path / "runs" / "a" / "start").is_dir()
 
 
@@ -89,21 +90,7 @@ def test_a_directory_is_taken_as_it_is(tmp_path):
     assert resolve(str(tmp_path)) == tmp_path
 
 
-# The process of the cold start
-
-
-def fake_sft(monkeypatch, code):
-    """Let run_sft start this code instead of the module: its arguments are CONFIG and TARGET."""
-
-    def popen(command, **settings):
-        return POPEN([sys.executable, "-c", code, *command[3:]], **settings)
-
-    monkeypatch.setattr(start.subprocess, "Popen", popen)
-
-
-POPEN = subprocess.Popen
-MAKES = "import os, sys; os.makedirs(sys.argv[2]); "
-TELLS = 'print(\'{"step": 1, "steps": 2, "loss": 3.5}\'); print(\'{"step": 2, "steps": 2, "loss": 3.0}\'); '
+# The run of the cold start
 
 
 def quiet():
@@ -112,49 +99,81 @@ def quiet():
     return config
 
 
-def test_rows_of_progress_are_recorded(monkeypatch, tmp_path):
-    fake_sft(monkeypatch, TELLS)
-    rows = []
-    run_sft(tmp_path, tmp_path / "target", "training", quiet(), [], rows.append)
-    assert [(row["step"], row["loss"]) for row in rows] == [(1, 3.5), (2, 3.0)]
+def trains(config, folder, interrupted):
+    """A run of job=sft that leaves its last checkpoint at once."""
+    assert load_config(folder / "config.yaml").job == config.job == "sft"
+    checkpoint = folder / "checkpoints" / f"step_{config.sft.steps}"
+    (checkpoint / "trainer").mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "trainer.json", "trainer/optimizer.safetensors"):
+        (checkpoint / name).write_text(name)
+    return "completed", ""
 
 
-def test_a_signal_is_noticed_before_the_first_line(monkeypatch, tmp_path):
-    """The process would print nothing for longer than the test may take."""
-    fake_sft(monkeypatch, "import time; time.sleep(3000)")
-    interrupted = []
-    timer = threading.Timer(0.5, interrupted.append, [signal.SIGINT])
-    timer.start()
-    with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT in the cold start, after step 0"):
-        run_sft(tmp_path, tmp_path / "target", "cold start", quiet(), interrupted)
-    timer.join()
-
-
-def test_a_cold_start_that_another_launch_finished_meanwhile_is_used(monkeypatch, tmp_path):
+def test_the_cold_start_is_a_run_of_its_own_whose_model_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("OFFTRAIL_CACHE", str(tmp_path / "cache"))
-    fake_sft(monkeypatch, MAKES + "raise FileExistsError(sys.argv[2])")
-    assert cold_start(quiet(), tmp_path, []) == tmp_path / "cache" / cache_key(quiet())
-    fake_sft(monkeypatch, "raise SystemExit('out of memory')")
+    target = cold_start(quiet(), tmp_path / "run", [], trains)
+    assert target == tmp_path / "cache" / cache_key(quiet())
+    assert sorted(file.name for file in target.iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "run" / "stages" / "1_cold_start" / "config.yaml").is_file()
+    assert cold_start(quiet(), tmp_path / "other", [], fails) == target
+    assert not (tmp_path / "other").exists()
+
+
+def fails(config, folder, interrupted):
+    return "failed", "learner-0: out of memory"
+
+
+def test_a_cold_start_that_fails_or_is_interrupted_says_so_and_keeps_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("OFFTRAIL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(StartError, match="cold start failed: learner-0: out of memory"):
+        cold_start(quiet(), tmp_path / "run", [], fails)
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT in the cold start"):
+        cold_start(quiet(), tmp_path / "run", [], lambda *_: ("interrupted", "stopped by SIGINT"))
+    assert not (tmp_path / "cache" / cache_key(quiet())).exists()
+
+
+def test_the_settings_of_reinforcement_learning_do_not_reach_the_cold_start():
     config = quiet()
-    config.sft.seed = 1
-    with pytest.raises(StartError, match="cold start failed: out of memory"):
-        cold_start(config, tmp_path, [])
+    config.learner.optim.grad_clip, config.learner.ranks, config.learner.threads = 0.1, 4, 2
+    stage = cold_start_config(config)
+    assert (stage.learner.optim.grad_clip, stage.learner.ranks, stage.learner.threads) == (1.0, 1, 2)
+    assert stage.learner.checkpoint_every == stage.steps == config.sft.steps
+
+
+def test_job_sft_without_a_model_leaves_its_start_to_the_learner(tmp_path):
+    config = quiet()
+    config.job = "sft"
+    prepare_start_model(config, tmp_path, [], fails)
+    assert not (tmp_path / "start").exists()
 
 
 def test_of_two_launches_at_once_one_makes_the_start_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("OFFTRAIL_CACHE", str(tmp_path / "cache"))
-    fake_sft(monkeypatch, "import time; time.sleep(1); " + MAKES)
-    target = tmp_path / "cache" / cache_key(quiet())
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    threads = [threading.Thread(target=cold_start, args=(quiet(), tmp_path / name, [])) for name in ("a", "b")]
-    for thread in threads:
-        thread.start()
+    began, waiting = [], threading.Event()
+
+    def slow(config, folder, interrupted):
+        began.append(folder)
+        waiting.wait(20)
+        return trains(config, folder, interrupted)
+
+    def other():
+        with contextlib.suppress(KeyboardInterrupt):
+            cold_start(quiet(), tmp_path / "b", [], slow)
+
+    threads = [threading.Thread(target=cold_start, args=(quiet(), tmp_path / "a", [], slow))]
+    threads[0].start()
+    while not began:
+        time.sleep(0.01)
+    threads.append(threading.Thread(target=other))
+    threads[1].start()
+    told = ""
+    while "waiting for another run" not in told:
+        told += capsys.readouterr().out
+        time.sleep(0.01)
+    waiting.set()
     for thread in threads:
         thread.join()
-    assert target.is_dir()
-    assert len(list(tmp_path.glob("*/logs/sft-0.log"))) == 1
-    assert "waiting for another run" in capsys.readouterr().out
+    assert began == [tmp_path / "a" / "stages" / "1_cold_start"]
 
 
 def test_waiting_for_another_launch_can_be_interrupted(tmp_path):

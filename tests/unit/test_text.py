@@ -24,7 +24,7 @@ from offtrail.platform.generator import role as generator
 from offtrail.platform.launcher.chat import Conversation
 from offtrail.platform.launcher.serve import folder_to_serve, text_of
 from offtrail.platform.learner import checkpoint
-from offtrail.platform.learner.sources import TraceSource
+from offtrail.platform.learner.data import Traces
 from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.text import Text, with_defaults
 from offtrail.platform.runtime.activity import Activity
@@ -161,7 +161,7 @@ def test_sft_rl_evaluation_chat_and_serve_put_the_same_tokens(
 
     task = JsonlTask(config.task, 0)
     text = Text(model, config.prompt, task_template=task_template(config.task))
-    rows = TraceSource(task, text, batch_size=1, seed=0, max_length=200).next(0)
+    rows = Traces(task, text, batch_size=1, seed=0, max_length=200).table(0)
     assert rows.prompts[0].tolist() == by_hand("7+5=")
     assert rl_tokens(config, tmp_path, task.train(0), monkeypatch) == by_hand("7+5=")
     assert eval_tokens(config, tmp_path, monkeypatch) == by_hand("2+2=")
