@@ -17,6 +17,7 @@ from offtrail.algos.config import AlgoConfig, PpoConfig, Std
 from offtrail.algos.group import Groups, check_rewards, grpo_advantages, rloo_advantages
 from offtrail.algos.process import StepScores, process_advantages, process_token_rewards
 from offtrail.algos.samples import per_group, returns_to_go
+from offtrail.core.plugins import bind, is_plugin, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ def _outcome(algo: AlgoConfig, rewards: Tensor, group_of: Tensor, lengths: Tenso
             rewards, group_of, lengths, penalty=penalty, baseline=baseline, std=algo.std, eps=algo.std_eps
         )
     total = rewards.double() - _per_sample(penalty, lengths)
+    if is_plugin(algo.advantage):
+        return _own(algo, total, group_of, lengths)
     if algo.advantage == "group":
         each = grpo_advantages(total, group_of, std=algo.std, eps=algo.std_eps)
     elif algo.advantage == "rloo":
@@ -103,6 +106,27 @@ def _outcome(algo: AlgoConfig, rewards: Tensor, group_of: Tensor, lengths: Tenso
     else:
         each = total.float()
     return each.repeat_interleave(lengths)
+
+
+def _own(algo: AlgoConfig, rewards: Tensor, group_of: Tensor, lengths: Tensor) -> Tensor:
+    """[T] float32: the user's own estimator, (rewards, group_of, lengths, settings) → [N], or Advantages of each token.
+
+    Raises PluginError when it cannot be loaded, and ValueError when it gives anything else.
+    """
+    name = algo.advantage
+    function, what = load(name, what="algo.advantage"), "algo.advantage_settings"
+    given = bind(function, algo.advantage_settings, name=name, what=what, given=3)(rewards, group_of, lengths)
+    N, T = len(lengths), int(lengths.sum())
+    if isinstance(given, Tensor) and given.shape == (N,):
+        given = Advantages(given.repeat_interleave(lengths))
+    if not isinstance(given, Advantages) or given.tokens.shape != (T,):
+        raise ValueError(
+            f"algo.advantage={name}: must give a number for each sample, [{N}], or Advantages with one for each token, "
+            f"[{T}]"
+        )
+    if not bool(torch.isfinite(given.tokens).all()):
+        raise ValueError(f"algo.advantage={name}: gave an advantage that is not finite")
+    return given.tokens.detach().float()
 
 
 def _critic(algo: PpoConfig, step_rewards: Tensor, lengths: Tensor, values: Tensor) -> Advantages:

@@ -7,13 +7,15 @@ RLOO, REINFORCE++ share PPO's clip) is an option file in configs/algo/ over the 
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from offtrail.core.plugins import is_plugin
 from offtrail.core.settings import check_limits, section, setting
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm", "prompt_mean"]
-Advantage = Literal["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "reward", "gae"]
+ADVANTAGES = ("group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "reward", "gae")
 KlKind = Literal["none", "k1", "k2", "k3", "k3_weighted", "full"]
 Std = Literal["sample", "population", "none"]
 Level = Literal["token", "sequence"]
@@ -52,8 +54,15 @@ class AlgoConfig:
 
     name: str = "grpo"
     """The algorithm."""
-    advantage: Advantage = "group"
-    """Estimator: centred in the group, leave-one-out, whitened over the batch, the plain reward, or GAE (a critic)."""
+    loss: str = ""
+    """Your own module:function in place of the algorithm's loss of each token; empty = the algorithm's."""
+    loss_settings: dict[str, Any] = setting({})
+    """Its settings, as {key: value}."""
+    advantage: str = "group"
+    """Estimator: group (centred in it), rloo (leave-one-out), reinforce_pp, reinforce_pp_baseline (whitened over the
+    batch), reward (as it is), gae (a critic), or your own module:function."""
+    advantage_settings: dict[str, Any] = setting({})
+    """Settings of your own estimator, as {key: value}."""
     std: Std = "sample"
     """Divide centred rewards by this standard deviation (n−1, n, or not at all); also of REINFORCE++'s whitening."""
     std_eps: float = setting(1e-6, "[0, inf)")
@@ -91,6 +100,15 @@ class AlgoConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, "algo")
+        if self.advantage not in ADVANTAGES and not is_plugin(self.advantage):
+            near = difflib.get_close_matches(self.advantage, ADVANTAGES, n=3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise ValueError(
+                f"algo.advantage={self.advantage}: must be one of {', '.join(ADVANTAGES)}, or module:function{hint}"
+            )
+        for key, plugin in (("loss", bool(self.loss)), ("advantage", is_plugin(self.advantage))):
+            if getattr(self, f"{key}_settings") and not plugin:
+                raise ValueError(f"algo.{key}_settings: nothing reads them; they are of algo.{key}=module:function")
         if (self.kl_coef > 0) != (self.kl != "none"):
             raise ValueError(
                 f"algo.kl_coef={self.kl_coef} with algo.kl={self.kl}: set both (kl=k3 kl_coef=0.001) or neither"
@@ -163,7 +181,7 @@ class PpoConfig(GrpoConfig):
     """PPO with a critic (arXiv:1707.06347): generalised advantage estimation at each token."""
 
     name: str = "ppo"
-    advantage: Advantage = "gae"
+    advantage: str = "gae"
     dual_clip: float = 3.0
     std: Std = "sample"
     """Whitening of the advantages over the batch (n−1, n, or none)."""

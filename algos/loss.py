@@ -3,7 +3,7 @@
 The learner calls ``policy_loss`` once a micro-batch:
 
     correction (corrections.py)   anchor and weight of each token, and which are left out
-    × surrogate (objectives.py)   the algorithm's: for GRPO −min(r·A, clip(r)·A)
+    × surrogate (objectives.py)   the algorithm's: for GRPO −min(r·A, clip(r)·A); or algo.loss=module:function
     + kl_coef · KL (kl.py)        added after the weight
     − entropy_coef · entropy
     → Σ aggregation weight · …    (aggregation.py): micro-batches and ranks add up
@@ -25,7 +25,7 @@ from offtrail.algos.config import ALGOS, AlgoConfig, CorrectionConfig
 from offtrail.algos.corrections import Correction, correct
 from offtrail.algos.kl import kl_estimate
 from offtrail.algos.metrics import BINS, BUCKET_SUMS, BUCKETS, MAXIMA, SUMS, LossMetrics, bin_of
-from offtrail.algos.objectives import OBJECTIVES, Surrogate, Tokens, clamp_log_ratio
+from offtrail.algos.objectives import OBJECTIVES, Surrogate, Tokens, clamp_log_ratio, surrogate_of
 from offtrail.algos.samples import Samples
 from offtrail.algos.update import Prepared
 
@@ -93,7 +93,7 @@ def policy_loss(
         correction, theta, prox, behaviour, advantages, samples, staleness=inputs.staleness, level=algo.level
     )
     tokens = Tokens(inputs.logprobs, corrected.anchor, behaviour, advantages, samples, prepared.bounds)
-    surrogate = OBJECTIVES[type(algo)](tokens, algo)
+    surrogate = surrogate_of(tokens, algo)
     corrected = _with_update(corrected, inputs.keep, prepared.weight_scale)
     per_token = corrected.weight * surrogate.loss
     if corrected.keep is not None:

@@ -1,7 +1,8 @@
 """Surrogate objectives: per-token losses, before aggregation, before off-policy weights, before KL.
 
-One function an objective, one line of ``OBJECTIVES`` each. Notation: r = π_θ/π_anchor, where the correction names the
-anchor (π_prox, or π_beh); ρ = π_θ/π_beh, for the objectives that hold the behaviour policy themselves; sg = detached.
+One function an objective, one line of ``OBJECTIVES`` each; or anybody's own, algo.loss=module:function. Notation:
+r = π_θ/π_anchor, where the correction names the anchor (π_prox, or π_beh); ρ = π_θ/π_beh, for the objectives that hold
+the behaviour policy themselves; sg = detached.
 
 Invariant: at r = 1 every one of them has REINFORCE's gradient, −A·∇log π (tests/unit/test_algos_objectives.py).
 """
@@ -31,6 +32,7 @@ from offtrail.algos.config import (
     ToprConfig,
 )
 from offtrail.algos.samples import Samples
+from offtrail.core.plugins import bind, load
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped at ± this before exp: e^20 ≈ 4.9e8, whose square still sums in float64."""
@@ -217,3 +219,24 @@ OBJECTIVES: dict[type[AlgoConfig], Callable[[Tokens, Any], Surrogate]] = {
     DppoConfig: dppo,
     ReinforceConfig: reinforce,
 }
+
+
+def surrogate_of(x: Tokens, algo: AlgoConfig) -> Surrogate:
+    """The algorithm's surrogate, or the user's own (algo.loss): (Tokens, settings) → [N] losses, or a Surrogate.
+
+    Raises PluginError when the user's cannot be loaded, and ValueError when it gives anything else.
+    """
+    if not algo.loss:
+        return OBJECTIVES[type(algo)](x, algo)
+    function = bind(load(algo.loss, what="algo.loss"), algo.loss_settings, name=algo.loss, what="algo.loss_settings")
+    given = function(x)
+    if isinstance(given, Tensor):
+        none = torch.zeros_like(x.advantages, dtype=torch.bool)
+        given = Surrogate(given, x.log_ratio().detach().exp(), none, none)
+    if not isinstance(given, Surrogate) or given.loss.shape != x.logprobs.shape:
+        what = f"shape {tuple(given.loss.shape)}" if isinstance(given, Surrogate) else type(given).__name__
+        shape = tuple(x.logprobs.shape)
+        raise ValueError(f"algo.loss={algo.loss}: gave {what}, must give a loss of each token, {shape}")
+    if torch.is_grad_enabled() and x.logprobs.requires_grad and not given.loss.requires_grad:
+        raise ValueError(f"algo.loss={algo.loss}: gave a loss without a gradient; it must depend on tokens.logprobs")
+    return given

@@ -11,10 +11,12 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,26 @@ def check(name: str, *, what: str) -> None:
         raise _no_attribute(name, module_name, attribute, what, defined)
 
 
+def bind(
+    target: Callable[..., Any], settings: Mapping[str, Any], *, name: str, what: str, given: int = 1
+) -> Callable[..., Any]:
+    """``target`` with its settings: a function's parameters after the ``given`` first, all of a class's `__init__`.
+
+    ``name`` is the target's, ``what`` the key that holds the settings. Raises PluginError at an unknown or missing one.
+    """
+    parameters = list(inspect.signature(target).parameters.values())[0 if isinstance(target, type) else given :]
+    known = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for key, value in settings.items():
+        if key not in known and not anything:
+            takes, hint = ", ".join(known) or "none", _nearest(key, known)
+            raise PluginError(f"{what}.{key}={value}: no such setting; {name} takes {takes}{hint}")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in settings:
+            raise PluginError(f"{what}.{key}: is needed by {name}; set it")
+    return partial(target, **settings)
+
+
 def _parts(name: str, what: str) -> tuple[str, str]:
     if not PLUGIN.fullmatch(name):
         raise PluginError(f"{what}={name}: must be package.module:attribute, such as my_code:{what.rpartition('.')[2]}")
@@ -125,6 +147,9 @@ def _broken(name: str, module_name: str, what: str, error: Exception) -> PluginE
 
 def _no_attribute(name: str, module_name: str, attribute: str, what: str, names: Iterable[str]) -> PluginError:
     public = sorted(known for known in names if not known.startswith("_"))
-    near = difflib.get_close_matches(attribute, public, n=3)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    return PluginError(f"{what}={name}: {module_name} has no {attribute}{hint}")
+    return PluginError(f"{what}={name}: {module_name} has no {attribute}{_nearest(attribute, public)}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3)
+    return f"; nearest: {', '.join(near)}" if near else ""

@@ -6,14 +6,12 @@ weighted sum is apart (total.py): generators, evaluator and broker need it witho
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from offtrail.core.plugins import is_plugin, load
+from offtrail.core.plugins import bind, is_plugin, load
 from offtrail.core.types import Problem
 from offtrail.rewards.base import Answered, RewardError, Verify
 from offtrail.rewards.config import RewardConfig
@@ -71,9 +69,8 @@ def _component(name: str, settings: dict[str, Any]) -> Ask:
     target = load(source, what="reward.weights")
     if not callable(target):
         raise RewardError(f"reward.weights={name}: is {target!r}, which cannot be called; name a function or a class")
-    _check_settings(name, target, settings)
-    score = target(**settings) if isinstance(target, type) else partial(target, **settings)
-    return partial(_ask, name, score, getattr(target, "whole_group", False))
+    score = bind(target, settings, name=name, what=f"reward.settings.{name}")
+    return partial(_ask, name, score() if isinstance(target, type) else score, getattr(target, "whole_group", False))
 
 
 def _ask(name: str, score: Callable[..., Any], together: bool, asked: Sequence[Answered]) -> list[float | None]:
@@ -98,20 +95,3 @@ def _number(name: str, given: Any) -> float | None:
     if not math.isfinite(value):
         raise RewardError(f"reward component {name} gave {given!r}: must be a finite number, or None where it has none")
     return value
-
-
-def _check_settings(name: str, target: Any, settings: dict[str, Any]) -> None:
-    """Settings are a function's parameters after the first, which is the answer, and all of a class's `__init__`."""
-    parameters = list(inspect.signature(target).parameters.values())[0 if isinstance(target, type) else 1 :]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    known = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    for key, value in settings.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            takes = ", ".join(known) or "none"
-            raise RewardError(f"reward.settings.{name}.{key}={value}: no such setting; {name} takes {takes}{hint}")
-    for key, parameter in known.items():
-        if parameter.default is parameter.empty and key not in settings:
-            raise RewardError(f"reward.settings.{name}.{key}: is needed by {name}; set it")

@@ -226,6 +226,10 @@ def code_from_outside_is_here(config: Config) -> None:
     """`module:function` names something; it is loaded where it is used, and the launcher tries that first."""
     for name in filter(is_plugin, config.reward.weights):
         check(name, what="reward.weights")
+    if config.algo.loss:
+        check(config.algo.loss, what="algo.loss")
+    if is_plugin(config.algo.advantage):
+        check(config.algo.advantage, what="algo.advantage")
 
 
 def reward_names_the_tasks_there_are(config: Config) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offtrail.core.plugins import PluginError
 from offtrail.core.types import Problem
 from offtrail.rewards.base import Answered, RewardError, whole_group
 from offtrail.rewards.config import RewardConfig
@@ -211,7 +212,7 @@ def test_a_group_component_sees_all_answers_and_a_class_keeps_what_it_knows(here
     ],
 )
 def test_a_component_that_is_wrong_is_named(here: str, name: str, settings: dict[str, object], line: str):
-    with pytest.raises(RewardError) as error:
+    with pytest.raises((PluginError, RewardError)) as error:
         judged(f"{here}:{name}", RIGHT, WRONG, **settings)
     assert line in str(error.value)
 
