@@ -145,6 +145,7 @@ def cache_key(config: Config) -> str:
         "model": model,
         "task": dataclasses.asdict(config.task),
         "sft": dataclasses.asdict(config.sft),
+        "data": Path(config.sft.path).read_text(encoding="utf-8") if config.sft.path else "",
         "dtype": config.learner.dtype,
         "torch": metadata.version("torch"),
     }

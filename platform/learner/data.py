@@ -10,6 +10,7 @@ step alone, so that every rank makes the same one and a resumed run trains what 
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from offtrail.platform.model.text import Text
 from offtrail.tasks.base import Task
 from offtrail.tasks.jsonl import as_lines, permutation
 from offtrail.tasks.registry import make_task
+
+log = logging.getLogger("offtrail.learner")
 
 SFT_SEED = 0x5F7
 """Of the order of the task's problems, beside sft.seed: others than those that reinforcement learning begins with."""
@@ -115,6 +118,9 @@ class FileExamples:
                 "or set sft.long=drop"
             )
         self.dropped = len(long)
+        if long:
+            log.warning("%s: %d of %d examples are left out: they are longer than model.max_length=%d (sft.long=drop)",
+                        examples[0].task, len(long), len(examples), max_length)  # fmt: skip
         self.pairs = [pair for *pair, n in zip(prompts, answers, lengths, strict=True) if n <= max_length]
         if not self.pairs:
             raise DataError(

@@ -128,6 +128,10 @@ class Progress:
     def _metrics(self, show: _Shown) -> RenderableType:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
+        if self._config.job == "sft":
+            grid.add_row("loss", show("loss/sft", ".3f"))
+            grid.add_row("tokens per second", show("throughput/trained_tokens_per_second", ",.0f"))
+            return grid
         for name, shown in (
             ("training accuracy", f"{show('reward/accuracy', '.3f')}  {_trend(self._trend)}"),
             ("held-out accuracy", _evaluation(show)),

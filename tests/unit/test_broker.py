@@ -99,8 +99,8 @@ class Run:
         config.staleness.max, config.eval.every, config.tracking.tensorboard = 1, 2, False
         config.broker.heartbeat_seconds, config.broker.lease_heartbeats = 1.0, 5
         for key, value in changes.items():
-            part, name = key.split("__")
-            setattr(getattr(config, part), name, value)
+            part, _, name = key.rpartition("__")
+            setattr(getattr(config, part) if part else config, name, value)
         self.config, self.run_dir, self.wire, self.clock = config, run_dir, FakeWire(), Clock()
         self.broker = Broker(config, run_dir, self.wire, lambda i: Problem("t", i, f"{i}+0", str(i)), self.clock)
 
@@ -1096,3 +1096,27 @@ def test_the_role_serves_a_whole_run_over_sockets_and_leaves(tmp_path: Path) -> 
     assert summary["eval/accuracy_last"] == 0.5
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     assert (tmp_path / "endpoint.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_job_without_groups_is_paced_by_empty_batches_and_completes_with_its_checkpoint(
+    start: Callable[..., Run],
+) -> None:
+    run = start(sft__steps=2, sft__seed=7, job="sft")
+    assert run.broker.deadlines.expected == ["learner-0"]
+    assert run.hello("learner") == Welcome(run="run", step=0, evaluate=False)
+    run.commit(-1, 0)
+    for step in (0, 1):
+        reply = run.ask("learner-0", NextBatch(step=step), BatchReply)
+        assert (reply.headers, reply.waiting, reply.finished, reply.stop) == ([], "", False, False)
+        run.clock.now += 2.0
+        commit = Commit(step=step, version=step + 1, checksum="", metrics={"loss/sft": 2.0 - step}, tokens=6)
+        assert not run.ask("learner-0", commit, Committed).evaluate
+    assert run.ask("learner-0", NextBatch(step=2), BatchReply).finished
+    rows = run.rows()
+    assert [(row["step"], row["throughput/trained_tokens_per_second"]) for row in rows] == [(1, 3.0), (2, 3.0)]
+    assert not [name for name in rows[0] if name.startswith(("queue/", "staleness/"))]
+    run.ask("learner-0", Checkpointed(step=2, path="x"), Acknowledged)
+    summary = run.summary()
+    assert (summary["status"], summary["steps"], summary["seed"]) == ("completed", 2, 7)
+    assert (summary["loss/sft_first"], summary["loss/sft_last"]) == (2.0, 1.0)
+    assert (summary["groups/admitted"], summary["groups/lost"]) == (0, 0)

@@ -40,6 +40,14 @@ def test_cache_key_is_decided_by_what_decides_the_weights():
     assert {cache_key(c) for c in unrelated} == {cache_key(base)}
 
 
+def test_cache_key_follows_what_stands_in_the_file_of_examples(tmp_path):
+    config = Config(sft=SftConfig(path=str(tmp_path / "f")))
+    (tmp_path / "f").write_text("one")
+    first = cache_key(config)
+    (tmp_path / "f").write_text("other")
+    assert cache_key(config) != first
+
+
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("OFFTRAIL_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
