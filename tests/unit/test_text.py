@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from offtrail.core.protocols import Request
-from offtrail.core.types import Lease, Problem
+from offtrail.core.types import Lease, Problem, Sampling
 from offtrail.platform.config.compose import compose, to_yaml
 from offtrail.platform.config.schema import Config, PromptConfig
 from offtrail.platform.evaluator import role as evaluator
@@ -142,7 +142,7 @@ def eval_tokens(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(evaluator, "make_engine", lambda context: engine)
     monkeypatch.setattr(evaluator, "VerifierPool", lambda config: SimpleNamespace(counters={}))
     evaluation = evaluator.Evaluation(RoleContext(config, run_dir, "evaluator", 0), Activity())
-    evaluation._answers(lambda: None)
+    evaluation.answers.groups(evaluation.problems, 1, Sampling(max_new_tokens=1))
     [request] = engine.asked
     return list(request.prompt_tokens.tolist())
 
