@@ -64,6 +64,8 @@ from offtrail.platform.engines.channels import Channel, Reader, open_channel, op
 from offtrail.platform.engines.decoder import read_spec
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.engines.sglang.engine import SglangEngine
+from offtrail.platform.engines.sglang.job import Job
+from offtrail.platform.engines.stops import StopStrings
 from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.model.packing import lay_out, pack
 from offtrail.platform.model.policy import Policy, load_model
@@ -241,19 +243,21 @@ class Pair:
 
 
 class Reports:
-    """When each sample was given tokens, and how many it had then: the client's own bookkeeping, listened to."""
+    """When each sample was given tokens, and how many it had then: the client's own bookkeeping, listened to, of every
+    engine in this process.
+    """
 
-    def __init__(self, engine: SglangEngine) -> None:
+    def __init__(self) -> None:
         self.heard: dict[int, list[tuple[float, int]]] = defaultdict(list)
-        grow = engine._client._grow
+        grow = Job.grow
 
-        def listen(job: Any, report: dict[str, Any]) -> None:
+        def listen(job: Job, report: dict[str, Any], stops: StopStrings) -> None:
             before = len(job.tokens)
-            grow(job, report)
+            grow(job, report, stops)
             if len(job.tokens) > before:
                 self.heard[job.request.id].append((time.perf_counter(), len(job.tokens)))
 
-        engine._client._grow = listen  # type: ignore[method-assign]
+        Job.grow = listen  # type: ignore[method-assign]
 
     def least(self, samples: int) -> int:
         """Tokens of the sample that has the fewest."""
@@ -286,7 +290,7 @@ def by_channel(channel: str, pair: Pair, setup: Setup) -> Figures:
     """Waves of samples, each with an update in its middle; the first warms the channel up."""
     new, rounds = ANSWER_FACTOR * setup.args.new, range(setup.args.updates + 1)
     with setup.server(new, stream_interval=setup.args.stream_interval) as (engine, up):
-        reports = Reports(engine)
+        reports = Reports()
         answer(engine, setup.requests(setup.args.in_flight[0], WARM_TOKENS, seed=1))
         with channel_of(channel, engine, setup) as (publisher, reader):
             waves = [wave(engine, reports, publisher, reader, pair, setup) for _ in rounds][1:]

@@ -50,9 +50,9 @@ class LocalEngine:
 
     ``max_length`` bounds prompt + answer, in tokens, and sizes the KV cache with ``config.max_running``; ``threads``
     is set for torch in this process. ``counters`` holds, besides the protocol's, ``scored_tokens``. A prompt of P
-    tokens
-    counts P − 1 as prefilled, since the first decode step feeds its last, and P − 1 as prefix hits for each further
-    sample of the request.
+    tokens counts P − 1 as prefilled, since the first decode step feeds its last, and P − 1 as prefix hits for each
+    further sample of the request.
+
     ValueError on an architecture, tensor or length that the model does not have.
     """
 
@@ -78,7 +78,7 @@ class LocalEngine:
         self._slots = Slots(config.max_running, max_length, spec.vocab_size)
         self._stops = StopStrings(model_dir)
         self._waiting: deque[Pending] = deque()
-        self._kept_prompt: Tensor | None = None
+        self._prompt_kv: Tensor | None = None
         """Prompt KV of the first waiting request, where some of its samples have entered already."""
         self._kv_stale = self._paused = False
 
@@ -114,7 +114,7 @@ class LocalEngine:
             return []
         tokens, logprobs = self._draw(self._decode(due))
         if split:  # now or never: later the weights may be others
-            self._kept_prompt = self._cache.copy_out(self._slots.running - 1, split)
+            self._prompt_kv = self._cache.copy_out(self._slots.running - 1, split)
         return self._advance(tokens, logprobs)
 
     def lost(self) -> list[int]:
@@ -134,10 +134,10 @@ class LocalEngine:
                 "score", prompt, sequence, len(sequence), vocab_size=self.vocab_size, max_length=self._max_length
             )
         scores: list[Float32] = [np.zeros(0, np.float32)] * len(whole)
-        asked = [i for i, output in enumerate(outputs) if len(output)]
+        nonempty = [i for i, output in enumerate(outputs) if len(output)]
         divisor = torch.tensor(temperature or 1.0, device=self._device)
-        for part in _cut([len(whole[i]) for i in asked], self._pass_tokens):
-            chosen = [asked[place] for place in part]
+        for part in _cut([len(whole[i]) for i in nonempty], self._pass_tokens):
+            chosen = [nonempty[place] for place in part]
             sequences = Sequences([whole[i][:-1] for i in chosen])
             hidden = self._forward(sequences.tokens, sequences.positions, sequences).view(
                 len(chosen), sequences.width, -1
@@ -157,7 +157,7 @@ class LocalEngine:
         """
         self._decoder.load(weights)
         self.version = version
-        self._kept_prompt = None
+        self._prompt_kv = None
         self._kv_stale = self._config.kv_on_update == "recompute" and self._slots.running > 0
 
     def pause(self) -> None:
@@ -173,7 +173,7 @@ class LocalEngine:
         """Drop the unfinished samples of these requests; their slots are free for the next step."""
         gone = set(requests)
         if self._waiting and self._waiting[0].request.id in gone:
-            self._kept_prompt = None
+            self._prompt_kv = None
         self._waiting = deque(pending for pending in self._waiting if pending.request.id not in gone)
         running = [pending.request.id in gone for pending in self._slots.pending[: self._slots.running] if pending]
         if any(running):
@@ -192,7 +192,7 @@ class LocalEngine:
                 values = none.astype(np.float32)
                 partial.append(Completion(request, index, none, values, none, "abort", times, alternatives))
         self._waiting.clear()
-        self._kept_prompt, self._kv_stale = None, False
+        self._prompt_kv, self._kv_stale = None, False
         return partial
 
     def close(self) -> None:
@@ -233,18 +233,18 @@ class LocalEngine:
             prefix = pending.request.prompt_tokens[:-1]
             left = pending.request.samples - pending.entered
             rows = slots.enter(pending, min(room, left))
-            hits, kept = rows.stop - rows.start, self._kept_prompt
-            if kept is not None:
-                self._cache.copy_in(rows.start, rows.stop, kept)
+            hits, prompt_kv = rows.stop - rows.start, self._prompt_kv
+            if prompt_kv is not None:
+                self._cache.copy_in(rows.start, rows.stop, prompt_kv)
             elif len(prefix):
                 due.append(_Due(prefix, np.arange(rows.start, rows.stop)))
                 self._charge("prefilled_tokens", len(prefix))
                 hits -= 1
             self.counters["prefix_hit_tokens"] += hits * len(prefix)
             if left > room:
-                return 0 if kept is not None else len(prefix)
+                return 0 if prompt_kv is not None else len(prefix)
             self._waiting.popleft()
-            self._kept_prompt = None
+            self._prompt_kv = None
         return 0
 
     def _decode(self, due: Sequence[_Due]) -> Tensor:

@@ -80,8 +80,8 @@ def run_until_tokens(engine: SglangEngine, requests: list[Request], tokens: int)
     engine.generate(requests)
     limit = time.monotonic() + 60
     while not any(len(job.tokens) > tokens for p in engine._client.places.values() for job in p.running.values()):
-        done = engine.step()
-        engine._kept += done
+        engine._raise_failure()
+        time.sleep(0.002)
         assert time.monotonic() < limit, "the server reports nothing"
 
 

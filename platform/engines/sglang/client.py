@@ -231,7 +231,7 @@ class Client:
 
     async def _segment(self, place: Place, job: Job, first: Callable[[], None]) -> str:
         address = self.router or place.address
-        job.segment_start, job.report, own, told = len(job.tokens), None, None, False
+        job.segment_start, job.report, own, aborted = len(job.tokens), None, None, False
         async with self.loop.session.post(
             f"{address.url}/generate", json=self._body(place, job), headers={"Authorization": f"Bearer {address.key}"}
         ) as reply:
@@ -251,9 +251,9 @@ class Client:
                     first()
                     first = _nothing
                 own = job.report = report["meta_info"]
-                if job.stopped_by and not told and own.get("finish_reason") is None:  # the server may cut it otherwise
+                if job.stopped_by and not aborted and own.get("finish_reason") is None:  # the server has not seen it
                     self._tell(place.address, self._rid(job))
-                    told = True
+                    aborted = True
         if own is None or own.get("finish_reason") is None:
             raise LostError(f"{address.url}/generate ended before sample {self._rid(job)} did")
         job.last = time.time()

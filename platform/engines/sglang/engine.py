@@ -103,7 +103,6 @@ class SglangEngine:
         self._remaining: Counter[int] = Counter()
         self._lost: list[int] = []
         self._paused = False
-        self._kept: list[Completion] = []
         self.servers = Servers(
             config,
             model_dir,
@@ -151,7 +150,7 @@ class SglangEngine:
     @property
     def unfinished(self) -> int:
         """Samples submitted and not yet returned."""
-        return self._remaining.total() + len(self._kept)
+        return self._remaining.total()
 
     @property
     def counters(self) -> dict[str, float]:
@@ -176,10 +175,7 @@ class SglangEngine:
     def step(self) -> list[Completion]:
         """Wait a moment for samples to finish, and return those that have."""
         self._raise_failure()
-        if self._paused:
-            return []
-        kept, self._kept = self._kept, []
-        return kept + self._take(0.0 if kept else STEP_SECONDS)
+        return [] if self._paused else self._take(STEP_SECONDS)
 
     def lost(self) -> list[int]:
         """Requests whose server died or broke off since the last call; their samples are forgotten."""
@@ -240,16 +236,15 @@ class SglangEngine:
         """Drop the unfinished samples of these requests, and have their servers abort them."""
         gone = set(requests)
         self._client.cancel(gone)
-        self._kept = [completion for completion in self._kept if completion.request not in gone]
         self._lost = [request for request in self._lost if request not in gone]
         for request in gone:
             self._remaining.pop(request, None)
 
     def abort(self) -> list[Completion]:
         """Return every unfinished sample as it is."""
-        finished = self._kept + self._take(0.0)
+        finished = self._take(0.0)
         partial = self._client.abort()
-        self._kept, self._remaining = [], Counter()
+        self._remaining = Counter()
         return finished + partial
 
     def close(self) -> None:
@@ -276,8 +271,8 @@ class SglangEngine:
     async def _scores(self, address: Address, prompts: Sequence[Int32], outputs: Sequence[Int32]) -> list[Float32]:
         limit, session = self._config.hang_seconds, self._loop.session
         version = self._held.get(address, -1)
-        asked = [logprobs_of(session, address, version, p, o, limit) for p, o in zip(prompts, outputs, strict=True)]
-        return [np.array(found, np.float32) for found in await asyncio.gather(*asked)]
+        calls = [logprobs_of(session, address, version, p, o, limit) for p, o in zip(prompts, outputs, strict=True)]
+        return [np.array(found, np.float32) for found in await asyncio.gather(*calls)]
 
     def _address(self, replica: int) -> Address:
         current = [address for address, held in self._held.items() if held == self._target]
