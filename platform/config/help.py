@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import offtrail
 from offtrail.core.plugins import OUTSIDE
@@ -44,11 +45,26 @@ def help_text() -> str:
         section = getattr(config, field.name)
         if not dataclasses.is_dataclass(section):
             continue
-        for name, variant in VARIANTS.get(field.name, {"": type(section)}).items():
-            title = f"{field.name}" + (f" (name={name})" if name and len(VARIANTS[field.name]) > 1 else "")
+        variants = VARIANTS.get(field.name, {"": type(section)})
+        common = _common(field.name, variants)
+        if common:
+            lines += [f"{field.name}: what all have", *_rows(common.values()), ""]
+        for name, variant in variants.items():
+            title = f"{field.name}" + (f" (name={name})" if name and len(variants) > 1 else "")
+            keys = keys_of(variant(), f"{field.name}.")
             lines.append(f"{title}: {_summary(variant)}")
-            lines += [*_rows(keys_of(variant(), f"{field.name}.").values()), ""]
+            lines += [*_rows(key for path, key in keys.items() if common.get(path) != key), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _common(section: str, variants: Mapping[str, type]) -> dict[str, Key]:
+    """The keys that stand the same in most variants of a section; a variant repeats only what it has otherwise."""
+    if len(variants) < 2:
+        return {}
+    tables = [keys_of(variant(), f"{section}.") for variant in variants.values()]
+    shared = [path for path in tables[0] if all(path in table for table in tables)]
+    found = {path: Counter(repr(table[path]) for table in tables).most_common(1)[0][0] for path in shared}
+    return {path: next(t[path] for t in tables if repr(t[path]) == most) for path, most in found.items()}
 
 
 def _options(group: str) -> list[str]:
