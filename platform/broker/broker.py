@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from offtrail.core.types import Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
@@ -26,10 +26,10 @@ from offtrail.platform.broker.deadlines import TICK_SECONDS, Deadlines
 from offtrail.platform.broker.ending import Ending
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.ledger import FILE, Ledger
-from offtrail.platform.broker.polls import NO_ARRAYS, REFUSALS, Answer, Arrays, LongPoll, Polls
-from offtrail.platform.broker.resume import check_same_run
+from offtrail.platform.broker.polls import NO_ARRAYS, REFUSALS, Answer, LongPoll, Polls, Wire
+from offtrail.platform.broker.resume import check_same_run, cold_start_of
 from offtrail.platform.broker.roster import Member, Roster, names
-from offtrail.platform.broker.run_metrics import RunMetrics, queue_row
+from offtrail.platform.broker.run_metrics import RunMetrics
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS, roles_of
@@ -58,7 +58,6 @@ from offtrail.platform.wire.messages import (
     NextBatch,
     NextEval,
     ReturnLeases,
-    Status,
     StatusRequest,
     StopRun,
     SubmitGroup,
@@ -68,19 +67,6 @@ from offtrail.platform.wire.messages import (
 from offtrail.platform.wire.sockets import Envelope
 
 log = logging.getLogger("offtrail.broker")
-
-
-class Wire(Protocol):
-    """What the broker needs of wire.sockets.Server."""
-
-    def poll(self, timeout_s: float) -> list[Envelope]:
-        """Requests at hand."""
-
-    def reply(self, envelope: Envelope, message: Message, arrays: Arrays = ()) -> None:
-        """Answer one."""
-
-    def hint(self, message: VersionHint) -> None:
-        """Tell everybody, perhaps."""
 
 
 class Broker:
@@ -102,6 +88,7 @@ class Broker:
         self.ledger = Ledger(run_dir / FILE)
         try:
             check_same_run(self.ledger, config, run_dir.name)
+            cold_start = cold_start_of(config, run_dir)
         except ValueError:
             self.ledger.close()
             raise
@@ -112,13 +99,13 @@ class Broker:
         self.ledger.release()
         self.scheduler.rewind()
         self.roster = Roster()
-        self.numbers = RunMetrics(self.ledger, self.roster, clock)
+        self.numbers = RunMetrics(self.ledger, self.roster, clock, cold_start)
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
         self.archive.seal(self.ledger.shards.unsealed())
         self.evaluations = Evaluations(self.ledger, config.eval.every, scores="evaluator" in JOBS[config.job])
-        self.ending = Ending(config, run_dir, self.scheduler, self.archive, self.numbers, self.roster, clock)
-        self.polls = Polls(clock, wire.reply, self._refused)
+        self.ending = Ending(config, run_dir, self.scheduler, self.evaluations, self.archive, self.numbers, clock)
+        self.polls = Polls(clock, wire, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
         self.restartable = {spec.name for spec in roles_of(config) if spec.restarts}
         self.later: list[Callable[[], None]] = []
@@ -189,11 +176,12 @@ class Broker:
         self.polls.serve()
 
     def tick(self) -> None:
-        """What time brings: sealed shards, lost holders, starvation, deadlines."""
+        """What time brings: sealed shards, lost holders, starvation, deadlines, a spent budget."""
         try:
             for name in self.archive.done():
                 self.ledger.shards.sealed(name)
             self.deadlines.tick()
+            self.ending.check()
         except (LedgerError, OSError) as error:
             self.ending.broken(error)
 
@@ -343,7 +331,7 @@ class Broker:
             self.later.append(self.ending.write_summary)
         if message.pinned:
             self.evaluations.pinned.add(message.version)
-        self._finish()
+        self.ending.check()
         due = self.evaluations.due(message.version + 1)
         return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged", evaluate=due), NO_ARRAYS
 
@@ -366,7 +354,7 @@ class Broker:
         self.ending.seal()
         self.ending.recount()
         self.deadlines.progress()
-        self._finish()
+        self.ending.check()
         return Acknowledged(), NO_ARRAYS
 
     # ------------------------------------------------------------------ the evaluator
@@ -399,7 +387,7 @@ class Broker:
         self.ledger.records.evaluated(message.version, message.metrics)
         self.recorder.evaluation(message.version, message.metrics, message.texts)
         self.deadlines.progress()
-        self._finish()
+        self.ending.check()
         if not self.ending.status:
             self.ending.write_summary()
         return Acknowledged(), NO_ARRAYS
@@ -436,28 +424,12 @@ class Broker:
 
     def on_status_request(self, request: StatusRequest, envelope: Envelope) -> Answer:
         """How the run stands now."""
-        live = {**self.recorder.last, **queue_row(self.ledger.tally())}
-        # A number that is not finite stands as null in the row; Status.metrics holds numbers only.
-        live = {name: value for name, value in live.items() if value is not None}
-        status = Status(
-            summary={**self.ending.summary, "wall_seconds": self.numbers.wall_seconds},
-            roles=[m.beat for m in self.roster if m.beat is not None],
-            metrics=live if "step" in live else {},
-            failures=self.ending.failures,
-            finished=self.ending.status == "completed" and not self.ledger.shards.unsealed(),
-        )
-        return status, NO_ARRAYS
+        return self.ending.stands(self.recorder.last), NO_ARRAYS
 
     def on_stop_run(self, message: StopRun, envelope: Envelope) -> Answer:
         """The launcher ends the run."""
         self.ending.end(message.status, message.reason)
         return Acknowledged(), NO_ARRAYS
-
-    # ------------------------------------------------------------------ the end
-
-    def _finish(self) -> None:
-        if self.scheduler.version == self.ledger.last and self.evaluations.finished:
-            self.ending.end("completed", "")
 
     def close(self) -> None:
         """End the thread, close the files."""

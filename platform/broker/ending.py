@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from offtrail.platform.broker.archive import SHARD_BYTES, Archive
+from offtrail.platform.broker.budget import Budget
 from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.ledger import Ledger
-from offtrail.platform.broker.roster import Member, Roster
-from offtrail.platform.broker.run_metrics import RunMetrics
+from offtrail.platform.broker.roster import Member
+from offtrail.platform.broker.run_metrics import Row, RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking.summary import write_summary
 from offtrail.platform.wire.auth import needs_keys
-from offtrail.platform.wire.messages import Failure
+from offtrail.platform.wire.messages import Failure, Status
 
 log = logging.getLogger("offtrail.broker")
 
@@ -41,19 +43,33 @@ class Ending:
         config: Config,
         run_dir: Path,
         scheduler: Scheduler,
+        evaluations: Evaluations,
         archive: Archive,
         numbers: RunMetrics,
-        roster: Roster,
         clock: Callable[[], float],
     ) -> None:
-        self.config, self.run_dir, self.scheduler, self.archive = config, run_dir, scheduler, archive
-        self.numbers, self.roster, self.clock = numbers, roster, clock
+        self.config, self.run_dir, self.scheduler, self.evaluations = config, run_dir, scheduler, evaluations
+        self.archive, self.numbers, self.roster, self.clock = archive, numbers, numbers.roster, clock
         self.ledger: Ledger = scheduler.ledger
+        self.budget = Budget(config.run, numbers)
         self.status = self.reason = ""
         self.failures: list[Failure] = []
         self.ended_at = clock()
         self.audit = self.ledger.audit()
         self.summary = self._summarise()
+
+    def check(self) -> None:
+        """Complete the run once its last version is trained, checkpointed and scored. Once its budget is spent no batch
+        is begun any more: what was begun is the rest of it.
+        """
+        if self.status:
+            return
+        if not self.scheduler.complete and (spent := self.budget.spent()):
+            self.ledger.records.put(self.numbers.remarks())
+            self.scheduler.end_here(f"{spent}, the last step is {self.ledger.logged()}")
+            log.info("%s", self.ledger.last_why)
+        if self.scheduler.version == self.ledger.last and self.evaluations.finished:
+            self.end("completed", self.ledger.last_why)
 
     def end(self, status: str, reason: str) -> None:
         """From here on every reply says stop. Only the first end counts.
@@ -107,7 +123,8 @@ class Ending:
     def _summarise(self) -> dict[str, Any]:
         # A run that is killed says nothing any more: until it ends otherwise, it is interrupted.
         status = self.status or "interrupted"
-        return self.numbers.summary(status, self.reason, self.config.seed, self.scheduler.version, self.audit)
+        summary = self.numbers.summary(status, self.reason, self.config.seed, self.scheduler.version, self.audit)
+        return summary | self.budget.row()
 
     def write_summary(self) -> None:
         """summary.json as things stand."""
@@ -120,6 +137,19 @@ class Ending:
             self.write_summary()
         except (LedgerError, OSError, sqlite3.Error) as error:
             log.error("the last summary could not be written: %s", error)
+
+    def stands(self, row: Row) -> Status:
+        """How the run stands now; ``row``: the newest of its metrics."""
+        live = {**row, **queue_row(self.ledger.tally())}
+        # A number that is not finite stands as null in the row; Status.metrics holds numbers only.
+        live = {name: value for name, value in live.items() if value is not None}
+        return Status(
+            summary={**self.summary, "wall_seconds": self.numbers.wall_seconds},
+            roles=[m.beat for m in self.roster if m.beat is not None],
+            metrics=live if "step" in live else {},
+            failures=self.failures,
+            finished=self.status == "completed" and not self.ledger.shards.unsealed(),
+        )
 
     def may_leave(self) -> bool:
         """The run has ended, its shards are sealed, and nobody is left to be told."""

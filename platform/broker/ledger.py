@@ -23,76 +23,15 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from offtrail.platform.broker.admission import Tally
 from offtrail.platform.broker.database import Database, LedgerError
 from offtrail.platform.broker.records import Records, put_metrics, put_remark
+from offtrail.platform.broker.rows import Ages, Arrival, Audit, Grant, GroupRow
 from offtrail.platform.broker.shards import Shards
 
 FILE = "ledger.sqlite"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRow:
-    """One group as the ledger holds it (without its payload)."""
-
-    id: int
-    slot: int
-    state: str
-    reason: str
-    attempt: int
-    holder: str
-    needs: int
-    min_version: int | None
-    max_version: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """One lease to hand out: an open slot (``group`` is None) or a returned group."""
-
-    slot: int
-    needs: int
-    group: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """What the ledger keeps of a finished group. ``body``: the packed group of so many ``samples``. ``versions``:
-    version → tokens.
-    """
-
-    body: bytes
-    samples: int
-    versions: Mapping[int, int]
-    queued_version: int
-    queued_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ages:
-    """Staleness of trained or logged tokens, in versions. Sums are over tokens."""
-
-    tokens: int = 0
-    stale_tokens: int = 0
-    age_sum: int = 0
-    age_max: int = 0
-    flight_sum: int = 0
-    queue_sum: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Audit:
-    """A recount of the ledger. ``lost``: groups that were admitted and are not where their state says.
-
-    ``duplicated``: how often a group stands in the batch log again.
-    """
-
-    admitted: int
-    lost: int
-    duplicated: int
 
 
 ROW = "id, slot, state, reason, attempt, holder, needs, min_version, max_version"
@@ -431,6 +370,11 @@ class Ledger:
     def last(self) -> int:
         """The version with which the run ends: how many steps it has."""
         return int(self.records.get("last") or 0)
+
+    @property
+    def last_why(self) -> str:
+        """Why it ends earlier than the configuration says, or ""."""
+        return self.records.get("last_why") or ""
 
     @property
     def checkpoint(self) -> int:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.scheduler import RequestError
 from offtrail.platform.wire.codec import WireError
-from offtrail.platform.wire.messages import Message
+from offtrail.platform.wire.messages import Message, VersionHint
 from offtrail.platform.wire.sockets import Envelope
 
 HOLD_SECONDS = 1.0
@@ -54,20 +54,33 @@ class Wait:
     since_epoch: float
 
 
+class Wire(Protocol):
+    """What the broker needs of wire.sockets.Server."""
+
+    def poll(self, timeout_s: float) -> list[Envelope]:
+        """Requests at hand."""
+
+    def reply(self, envelope: Envelope, message: Message, arrays: Arrays = ()) -> None:
+        """Answer one."""
+
+    def hint(self, message: VersionHint) -> None:
+        """Tell everybody, perhaps."""
+
+
 class Polls:
     """The long polls of a run by role, one each, and since when each role waits.
 
-    ``reply`` answers one, ``refused`` makes the answer of what was raised while the poll's own was made.
+    ``wire`` answers one, ``refused`` makes the answer of what was raised while the poll's own was made.
     ``dirty``: something has happened since they were last served.
     """
 
     def __init__(
         self,
         clock: Callable[[], float],
-        reply: Callable[[Envelope, Message, Arrays], None],
+        wire: Wire,
         refused: Callable[[Exception], Message],
     ) -> None:
-        self.clock, self.reply, self.refused = clock, reply, refused
+        self.clock, self.wire, self.refused = clock, wire, refused
         self.held: dict[str, LongPoll] = {}
         self.waits: dict[str, Wait] = {}
         self.dirty = False
@@ -100,7 +113,7 @@ class Polls:
                 answer = poll.waiting(f"{sentence}{self.since(peer)}"), NO_ARRAYS
             if answer is not None:
                 del self.held[peer]
-                self.reply(poll.envelope, *answer)
+                self.wire.reply(poll.envelope, *answer)
 
     def forget(self, peer: str) -> None:
         """A role begins anew: nobody waits for the answer to what it asked before."""

@@ -1,12 +1,18 @@
-"""Whether a ledger goes on under a configuration: only with the settings that its slots and replays depend on."""
+"""What a run goes on from: a ledger, only with the settings that its slots and replays depend on, and a start model."""
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
+from pathlib import Path
 
 from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.config.schema import Config
+from offtrail.platform.runtime.roles import JOBS
+from offtrail.platform.tracking import compute
+
+log = logging.getLogger("offtrail.broker")
 
 
 def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
@@ -38,3 +44,16 @@ def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
             "raise it, or choose another run.name"
         )
     ledger.records.put({"run": run, "settings": json.dumps(now), "last": str(config.steps), "last_why": ""})
+
+
+def cold_start_of(config: Config, run_dir: Path) -> dict[str, float]:
+    """What the making of runs/NAME/start cost; empty, and said, where that is not known. A model.path costs nothing.
+
+    Raises ValueError where the file beside it is not what a cold start writes.
+    """
+    if config.model.path or "generator" not in JOBS[config.job] or not (run_dir / "start").exists():
+        return {}
+    spent = compute.load(run_dir / "start")
+    if not spent:
+        log.warning("%s is missing: the cold start is not counted in compute/*", run_dir / "start" / compute.FILE)
+    return spent

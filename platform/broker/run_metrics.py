@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from offtrail.platform.broker.admission import REASONS, Tally
-from offtrail.platform.broker.ledger import Ages, Audit, Ledger
+from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.broker.roster import Roster
+from offtrail.platform.broker.rows import Ages, Audit
 
 Row = dict[str, float]
 
@@ -25,6 +26,8 @@ class RunMetrics:
     ledger: Ledger
     roster: Roster
     clock: Callable[[], float]
+    cold_start: Row = field(default_factory=dict)
+    """What the making of the start model cost: flops, busy_seconds, tokens. Empty: not known, or no cold start."""
 
     def __post_init__(self) -> None:
         self._began = self._committed_at = self.clock()
@@ -86,12 +89,41 @@ class RunMetrics:
         }
 
     def compute(self) -> Row:
-        """compute/ROLE_NAME: the compute ledger's totals over all processes and lives."""
+        """compute/ROLE_NAME: the compute ledger's totals over all processes and lives, the cold start's, and the sums
+        of FLOPs and of busy seconds over them all.
+        """
         return {
-            f"compute/{role}_{slug(name)}": amount
-            for role, amounts in sorted(self.ledger.records.charges().items())
-            for name, amount in sorted(amounts.items())
+            **{
+                f"compute/{role}_{slug(name)}": amount
+                for role, amounts in sorted(self.ledger.records.charges().items())
+                for name, amount in sorted(amounts.items())
+            },
+            **{f"compute/cold_start_{name}": amount for name, amount in self.cold_start.items()},
+            "compute/flops": self.flops,
+            "compute/busy_seconds": self.busy_seconds,
         }
+
+    @property
+    def flops(self) -> float:
+        """Of all roles, evaluator and cold start included."""
+        return self.cold_start.get("flops", 0.0) + self._sum(lambda name: name == "flops" or name.endswith("_flops"))
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of all processes of all roles, and of the cold start."""
+        return self.cold_start.get("busy_seconds", 0.0) + self._sum(lambda name: name.startswith("busy/"))
+
+    @property
+    def tokens(self) -> float:
+        """Decoded by the generators, whatever became of them; trained ones where the job has no generators."""
+        charges = self.ledger.records.charges()
+        if decoded := charges.get("generator", {}).get("decoded_tokens", 0.0):
+            return decoded
+        return charges.get("learner", {}).get("trained_tokens", 0.0) if "generator" not in charges else 0.0
+
+    def _sum(self, counts: Callable[[str], bool]) -> float:
+        roles = self.ledger.records.charges().values()
+        return sum(amount for charges in roles for name, amount in charges.items() if counts(name))
 
     def mismatch(self) -> Row:
         """mismatch/probe_*: the generators' last comparisons on the fixed text, the worst of them."""
@@ -150,6 +182,7 @@ class RunMetrics:
             "tokens/trained": ages.tokens or int(ledger.records.charges().get("learner", {}).get("trained_tokens", 0)),
             "learner/busy_fraction": self.busy_fraction("learner"),
             "generator/busy_fraction": self.busy_fraction("generator"),
+            **self.compute(),
             "weights/publish_seconds_mean": ledger.records.mean_metric("weights/publish_seconds"),
             "restarts": self.restarts,
             "lineage": ledger.lineage,

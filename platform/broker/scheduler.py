@@ -22,7 +22,8 @@ import numpy as np
 
 from offtrail.core.types import Group, Int32, Lease, Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
-from offtrail.platform.broker.ledger import Arrival, Grant, GroupRow, Ledger
+from offtrail.platform.broker.ledger import Ledger
+from offtrail.platform.broker.rows import Arrival, Grant, GroupRow
 from offtrail.platform.wire.groups import pack_group
 
 Outcome = Literal["new", "repeated", "diverged"]

@@ -31,6 +31,12 @@ class RunConfig:
     """Keys everything that is drawn: start weights, data order, every sampled token."""
     resume: bool = setting(False, resumable=True)
     """Go on with the run of that name from its last checkpoint."""
+    budget_flops: float = setting(0.0, "[0, inf)", resumable=True)
+    """The run ends once all roles (and its cold start) have spent so many FLOPs; 0 = no limit."""
+    budget_tokens: int = setting(0, "[0, inf)", resumable=True)
+    """The run ends once its generators (job=sft: its learner) have made (trained) so many tokens; 0 = no limit."""
+    budget_seconds: float = setting(0.0, "[0, inf)", resumable=True)
+    """The run ends after so many seconds of its broker's lives, all launches together; 0 = no limit."""
 
 
 @dataclass

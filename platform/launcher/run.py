@@ -210,11 +210,11 @@ def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
                     failure = status.failures[0]
                     return "failed", f"{failure.role}-{failure.index}: {failure.error}"
                 if status.finished:
-                    return "completed", ""
+                    return "completed", status.summary.get("reason", "")
             for role in dead:
                 # Between two looks the run may have ended: the broker writes its status before it lets anybody go.
-                if role.handle.poll() == 0 and read_summary(run.run_dir).get("status") == "completed":
-                    return "completed", ""
+                if role.handle.poll() == 0 and (summary := read_summary(run.run_dir)).get("status") == "completed":
+                    return "completed", summary.get("reason", "")
                 if report := role.final_report():
                     return "failed", report
                 progress.tell(run.restart(role))

@@ -24,6 +24,8 @@ from pathlib import Path
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.schema import Config, LearnerConfig
 from offtrail.platform.model.start import StartError, resolve
+from offtrail.platform.tracking import compute
+from offtrail.platform.tracking.summary import read_summary
 
 LOOK_SECONDS = 0.25
 """Between two looks for a signal of the user."""
@@ -112,6 +114,7 @@ def run_cold_start(config: Config, run_dir: Path, target: Path, interrupted: lis
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         model = Path(scratch) / "model"
         shutil.copytree(folder / "checkpoints" / f"step_{stage.steps}", model, ignore=TRAINING_STATE)
+        compute.save(model, read_summary(folder))
         model.rename(target)
 
 

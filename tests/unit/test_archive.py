@@ -13,7 +13,8 @@ import pytest
 
 from offtrail.core.types import Channel, Group, Problem, ScoredBy
 from offtrail.platform.broker.archive import SCHEMA, Archive, write_shard
-from offtrail.platform.broker.ledger import FILE, Arrival, Audit, Grant, Ledger
+from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.broker.rows import Arrival, Audit, Grant
 from offtrail.platform.wire.groups import pack_group
 
 

@@ -22,6 +22,7 @@ from offtrail.platform.broker.polls import HOLD_SECONDS
 from offtrail.platform.broker.role import main
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.context import RoleContext
+from offtrail.platform.tracking import compute
 from offtrail.platform.wire.codec import decode, encode
 from offtrail.platform.wire.groups import group_frames, group_from
 from offtrail.platform.wire.messages import (
@@ -668,6 +669,158 @@ def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_score
     ]  # fmt: skip
     shards = [pq.read_table(path).to_pylist() for path in (run.run_dir / "trajectories").iterdir()]
     assert sorted(row["group"] for rows in shards for row in rows) == [i for i in range(6) for _ in range(G)]
+
+
+# ---------------------------------------------------------------------- budgets
+
+
+def test_a_spent_budget_ends_the_run_after_the_batch_in_training_with_its_checkpoint_and_evaluation(
+    start: Callable[..., Run],
+) -> None:
+    run = start(learner__steps=9, run__budget_flops=100.0, staleness__max=2, eval__every=0)
+    run.everybody()
+    leases = run.lease().leases  # (η+v+1)·B = 6: batches 0, 1 and 2
+    for lease in leases[:5]:
+        run.submit(lease, 0)
+    for step in (0, 1):  # batch 1 is handed out ahead
+        assert run.ask("learner-0", NextBatch(step=step), BatchReply).headers
+    run.beat("generator", compute={"flops": 60.0, "decoded_tokens": 15.0})
+    run.beat("learner", compute={"train_flops": 30.0, "prox_flops": 9.0, "trained_tokens": 6.0})
+    run.broker.tick()
+    assert run.broker.ledger.last == 9  # 99 of 100
+    run.beat("evaluator", compute={"flops": 1.0}, seconds={"busy/evaluate": 2.0})
+    assert run.commit(0, 1).evaluate  # the version of the batch in training is the last one: to be pinned
+    assert run.broker.ledger.last == 2
+    assert run.lease().waiting.startswith("the end of the run: all groups of its 2 steps are admitted, since ")
+    run.commit(1, 2)
+    over = run.ask("learner-0", NextBatch(step=2), BatchReply)
+    assert (over.finished, over.stop) == (True, False)
+    for version in (0, 2):
+        assert run.ask("evaluator-0", NextEval(), EvalJob).version == version
+        result = EvalResult(version=version, metrics={"eval/accuracy": 0.1 * version})
+        run.ask("evaluator-0", result, Acknowledged)
+    assert run.broker.ending.status == ""
+    run.ask("learner-0", Checkpointed(step=2, path="step_2"), Acknowledged)
+    run.finish_archive()
+    summary = run.summary()
+    expected: dict[str, Any] = {
+        "status": "completed", "reason": "run.budget_flops=100: 100 FLOPs are spent, the last step is 2", "steps": 2,
+        "groups/admitted": 6, "groups/trained": 4, "groups/in_flight": 0, "groups/lost": 0, "groups/duplicated": 0,
+        "budget/flops": 1.0, "compute/flops": 100.0, "compute/busy_seconds": 2.0, "compute/learner_train_flops": 30.0,
+        "eval/accuracy_last": pytest.approx(0.2),
+    }  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["groups/refused"]["run_ended"] == 2  # one queued, one leased
+    assert not {"budget/tokens", "budget/seconds", "compute/cold_start_flops"} & summary.keys()
+
+
+def test_a_budget_that_is_spent_while_the_learner_waits_ends_the_run_with_the_newest_version(
+    start: Callable[..., Run],
+) -> None:
+    """Nobody knew at its commit that it is the last: it reaches the evaluator once it is pinned."""
+    run = start(learner__steps=9, run__budget_tokens=40, eval__every=0)
+    run.everybody()
+    run.train(checkpoint=False)  # slots 0…3 are made, 0 and 1 trained: batch 1 is there
+    assert run.ask("learner-0", NextBatch(step=1), BatchReply).headers
+    run.commit(1, 2)
+    held = run.send("learner-0", NextBatch(step=2))
+    run.ask("evaluator-0", EvalResult(version=0, metrics={"eval/accuracy": 0.0}), Acknowledged)
+    waiting = run.send("evaluator-0", NextEval())
+    run.beat("generator", compute={"decoded_tokens": 41.0})
+    run.broker.tick()
+    run.clock.now += HOLD_SECONDS
+    run.broker.serve_held()
+    assert run.reply(held, BatchReply).finished
+    assert run.reply(waiting, EvalJob).waiting.startswith("version 2 from learner-0, since ")
+    run.evaluate = True
+    run.commit(1, 2)  # again, pinned
+    assert run.ask("evaluator-0", NextEval(), EvalJob).version == 2
+    run.ask("learner-0", Checkpointed(step=2, path="step_2"), Acknowledged)
+    run.ask("evaluator-0", EvalResult(version=2, metrics={"eval/accuracy": 0.5}), Acknowledged)
+    summary = run.summary()
+    assert (summary["status"], summary["steps"], summary["groups/trained"]) == ("completed", 2, 2 * B)
+    assert summary["reason"] == "run.budget_tokens=40: 41 tokens are spent, the last step is 2"
+    assert summary["groups/in_flight"] == 0
+
+
+def test_a_run_that_is_killed_after_its_budget_was_spent_ends_at_the_same_step(start: Callable[..., Run]) -> None:
+    changes = {"learner__steps": 9, "run__budget_seconds": 50.0, "eval__every": 0}
+    run = start(**changes)
+    run.everybody()
+    run.train(checkpoint=True)
+    assert run.ask("learner-0", NextBatch(step=1), BatchReply).headers
+    run.clock.now += 60.0
+    run.broker.tick()
+    assert run.broker.ledger.last == 2
+    run = run.restarted(**changes)  # killed: no second of this life has passed, those of the last one are counted
+    assert run.broker.ledger.last == 2
+    assert run.ask("learner-0", NextBatch(step=1), BatchReply).replay
+    run.commit(1, 2)
+    assert run.ask("learner-0", NextBatch(step=2), BatchReply).finished
+    run.ask("learner-0", Checkpointed(step=2, path="step_2"), Acknowledged)
+    run.ask("evaluator-0", EvalResult(version=2, metrics={"eval/accuracy": 0.5}), Acknowledged)
+    assert run.summary()["reason"] == "run.budget_seconds=50: 60 seconds are spent, the last step is 2"
+    run.finish_archive()
+    again = run.restarted(**changes)
+    assert again.broker.ending.status == "completed"  # there is nothing left to spend
+    more = again.restarted(**(changes | {"run__budget_seconds": 500.0}))
+    assert (more.broker.ending.status, more.broker.ledger.last) == ("", 9)
+    more.train()
+    summary = more.summary()
+    assert (summary["groups/trained"], summary["groups/lost"], "reason" in summary) == (3 * B, 0, False)
+
+
+def test_a_replay_that_differs_under_a_spent_budget_ends_with_what_is_still_logged(start: Callable[..., Run]) -> None:
+    """Else the run would wait for batches that nobody makes any more."""
+    changes = {"learner__steps": 9, "run__budget_tokens": 10, "eval__every": 0}
+    run = start(**changes)
+    run.everybody()
+    run.make()
+    for step in (0, 1):
+        run.ask("learner-0", NextBatch(step=step), BatchReply)
+        run.commit(step, step + 1)
+        run.make()
+    run.ask("learner-0", NextBatch(step=2), BatchReply)
+    run.beat("generator", compute={"decoded_tokens": 10.0})
+    run.broker.tick()
+    assert run.broker.ledger.last == 3
+    run = run.restarted(**changes)
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+    assert run.commit(0, 1, checksum="another").diverged
+    assert run.broker.ledger.last == 1
+    assert run.ask("learner-0", NextBatch(step=1), BatchReply).finished
+
+
+def test_the_cold_start_is_counted_where_its_compute_is_written_down(tmp_path: Path) -> None:
+    start_dir = tmp_path / "run" / "start"
+    start_dir.mkdir(parents=True)
+    compute.save(start_dir, {"compute/flops": 70.0, "compute/busy_seconds": 3.0, "tokens/trained": 11, "status": "x"})
+    run = Run(tmp_path / "run", learner__steps=9, run__budget_flops=100.0)
+    run.everybody()
+    run.beat("learner", compute={"train_flops": 29.0})
+    run.broker.tick()
+    assert run.broker.ledger.last == 9
+    run.beat("learner", compute={"train_flops": 30.0})
+    run.broker.tick()
+    assert run.broker.ledger.last == 0  # no batch was begun
+    run.broker.ending.write_summary()
+    summary = run.summary()
+    assert (summary["compute/flops"], summary["compute/busy_seconds"]) == (100.0, 3.0)
+    assert (summary["compute/cold_start_flops"], summary["compute/cold_start_tokens"]) == (70.0, 11.0)
+    run.close()
+    (start_dir / compute.FILE).write_text('{"flops": 1}')
+    with pytest.raises(
+        ValueError, match=r"start/compute\.json: is not what a cold start writes \(KeyError\('busy_seconds"
+    ):
+        Run(tmp_path / "run")
+
+
+def test_a_cold_start_that_nobody_counted_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run" / "start").mkdir(parents=True)
+    run = Run(tmp_path / "run")
+    assert "start/compute.json is missing: the cold start is not counted in compute/*" in caplog.text
+    assert "compute/cold_start_flops" not in run.broker.ending.summary
+    run.close()
 
 
 def test_the_brokers_part_of_a_steps_metrics_by_hand(start: Callable[..., Run]) -> None:

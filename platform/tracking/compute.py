@@ -1,0 +1,40 @@
+"""The compute of a cold start, kept beside the model that it made: whoever starts from that model counts it too.
+
+job=sft ──► its summary ──► save, into the cached model's folder ──► load ──► compute/cold_start_* of a run
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from offtrail.platform.tracking.summary import write_atomic
+
+FILE = "compute.json"
+KEPT = ("flops", "busy_seconds")
+"""Of a summary's compute/… totals."""
+
+
+def save(model: Path, summary: Mapping[str, Any]) -> None:
+    """Write what a training run spent, by its summary, beside the model that it made; nothing where it does not say."""
+    if any(f"compute/{name}" not in summary for name in KEPT):
+        return
+    spent = {name: summary[f"compute/{name}"] for name in KEPT} | {"tokens": summary["tokens/trained"]}
+    write_atomic(model / FILE, json.dumps(spent, indent=2) + "\n")
+
+
+def load(model: Path) -> dict[str, float]:
+    """What the model's making cost: flops, busy_seconds, tokens; empty where nobody has written it down.
+
+    Raises ValueError, naming the file, when it does not hold that.
+    """
+    path = model / FILE
+    try:
+        spent = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(spent[name]) for name in (*KEPT, "tokens")}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is not what a cold start writes ({error!r}); remove it") from error
