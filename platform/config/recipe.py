@@ -19,10 +19,12 @@ Raw = Any
 
 JOBS = ("rl", "sft")
 """The jobs that a stage can have: those that end by themselves with a checkpoint or data."""
-DATA_KEYS = {"sft": "sft.path", "rl": "task.path"}
+DATA_KEYS = {"sft": "sft.path"}
 """Where a job reads the data that an earlier stage has made."""
+DATA_JOBS = ("rl",)
+"""The jobs that make data: the right answers of their training."""
 DATA_FILE = "data.jsonl"
-"""What a stage that makes data leaves in its run directory: one JSON object a line."""
+"""Such data, in the run directory of their stage: one JSON object a line."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ def stages_of(config: Config) -> list[Stage]:
             if stage and stage not in earlier:
                 near = f"one of {', '.join(earlier)}" if earlier else "none: it is the first"
                 raise refuse(f"{key}.{reference}", stage, f"must be an earlier stage, {near}")
+        if data_from and job not in DATA_KEYS:
+            raise refuse(f"{key}.data_from", data_from, f"job={job} reads no data; {' and '.join(DATA_KEYS)} does")
+        if data_from and next(stage.job for stage in stages if stage.name == data_from) not in DATA_JOBS:
+            raise refuse(f"{key}.data_from", data_from, f"must be a stage of job={' or '.join(DATA_JOBS)}")
         for section in ("run", "recipe"):
             if section in own:
                 raise refuse(f"{key}.{section}", own[section], "belongs to the whole recipe; leave it out of the stage")

@@ -4,7 +4,7 @@
 
 A stage is done when its own summary.json says `completed`; a resumed recipe passes over those, goes on with the one
 that was interrupted, and begins the rest. Invariant: a stage begins only from stages that are done, so that what it is
-handed is whole. ``start_from`` hands on the newest checkpoint, ``data_from`` the file data.jsonl.
+handed is whole. ``start_from`` hands on the newest checkpoint, ``data_from`` the right answers (right_answers.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.recipe import DATA_FILE, DATA_KEYS, Stage, stages_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.right_answers import write_right_answers
 from offtrail.platform.tracking.summary import read_summary, write_summary
 
 Outcome = tuple[str, str]
@@ -64,16 +65,15 @@ def run_stage(config: Config, run_dir: Path, stage: Stage, interrupted: list[int
 
 
 def handed_on(run_dir: Path, stage: Stage, stages: list[Stage]) -> dict[str, str]:
-    """The keys that lead this stage to what earlier ones have made. ConfigError when it is not there."""
+    """The keys that lead this stage to what earlier ones have made. ConfigError when there is nothing."""
     by_name = {other.name: folder_of(run_dir, other) for other in stages}
     keys = {}
     if stage.start_from:
         keys["model.path"] = str(model_folder(str(by_name[stage.start_from])))
     if stage.data_from:
-        data = by_name[stage.data_from] / DATA_FILE
-        if not data.is_file():
-            raise ConfigError(f"data_from={stage.data_from}: that stage has left no {DATA_FILE} in {data.parent}")
-        keys[DATA_KEYS[stage.job]] = str(data)
+        made = by_name[stage.data_from]
+        data = made / DATA_FILE
+        keys[DATA_KEYS[stage.job]] = str(data if data.is_file() else write_right_answers(made))
     return keys
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from offtrail.platform.config.compose import compose, load_config
 from offtrail.platform.config.errors import ConfigError
-from offtrail.platform.config.recipe import DATA_KEYS, JOBS, stages_of
+from offtrail.platform.config.recipe import stages_of
 from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher import recipe
 from offtrail.platform.launcher.recipe import Outcome, run_recipe
 
 TWO = "recipe.stages={first: {job: sft, sft: {steps: 60}}, second: {job: rl, start_from: first, algo: cispo}}"
@@ -81,22 +82,23 @@ def test_a_stage_does_not_go_on_under_other_settings(tmp_path: Path) -> None:
     assert "stage first: sft.lr=0.1: differs from 0.004" in reason
 
 
-def test_data_is_handed_on_or_its_absence_is_said(tmp_path: Path) -> None:
+def test_data_is_handed_on_or_its_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = tmp_path / "whole"
     run_dir.mkdir()
-    stages = "recipe.stages={made: {job: rl}, used: {job: rl, data_from: made, task: jsonl}}"
-    data = tmp_path / "problems.jsonl"
-    data.write_text('{"question": "1+1", "answer": "#### 2"}\n')
-    config = compose(
-        [f"run.dir={tmp_path}", "run.name=whole", stages.replace("task: jsonl", f"task: gsm8k, task.path: {data}")]
-    )
+    stages = "recipe.stages={made: {job: rl}, used: {job: sft, data_from: made}}"
+    config = compose([f"run.dir={tmp_path}", "run.name=whole", stages])
     _, launch = launches(["completed", "completed"])
+
+    def nothing_right(folder: Path) -> Path:
+        raise ConfigError(f"{folder.name}: none of its trained answers is right")
+
+    monkeypatch.setattr(recipe, "write_right_answers", nothing_right)
     status, reason = run_recipe(config, run_dir, [], launch)
-    assert (status, reason.split(":")[:2]) == ("failed", ["stage used", " data_from=made"])
-    (run_dir / "stages" / "1_made" / "data.jsonl").write_text(data.read_text())
+    assert (status, reason) == ("failed", "stage used: 1_made: none of its trained answers is right")
+    data = run_dir / "stages" / "1_made" / "data.jsonl"
+    data.write_text('{"prompt": "1+1", "answer": "2"}\n')
     assert run_recipe(config, run_dir, [], launch) == ("completed", "")
-    used = load_config(run_dir / "stages" / "2_used" / "config.yaml")
-    assert used.task.path == str(run_dir / "stages" / "1_made" / "data.jsonl")  # type: ignore[attr-defined]
+    assert load_config(run_dir / "stages" / "2_used" / "config.yaml").sft.path == str(data)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,8 @@ def test_data_is_handed_on_or_its_absence_is_said(tmp_path: Path) -> None:
             "{a: {job: sft}, b: {job: rl, start_from: c}}",
             "recipe.stages.b.start_from=c: must be an earlier",
         ),
+        ("{a: {job: rl}, b: {job: rl, data_from: a}}", "recipe.stages.b.data_from=a: job=rl reads no data; sft does"),
+        ("{a: {job: sft}, b: {job: sft, data_from: a}}", "recipe.stages.b.data_from=a: must be a stage of job=rl"),
         ("{A/b: {job: rl}}", "recipe.stages=A/b: a stage's name is a folder's"),
         (
             "{a: {job: rl, learner: {stepz: 3}}}",
@@ -139,7 +143,3 @@ def test_a_recipe_is_repeated_from_its_saved_configuration(tmp_path: Path) -> No
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config))
     assert compose([str(saved)]) == config
-
-
-def test_every_job_of_a_stage_can_be_handed_data() -> None:
-    assert set(DATA_KEYS) <= set(JOBS)

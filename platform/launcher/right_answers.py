@@ -1,0 +1,90 @@
+"""The data that a stage of reinforcement learning hands on: the right answers of its run, as runs/NAME/data.jsonl.
+
+DeepSeek-R1 fine-tunes on answers of its reinforcement learning that rejection sampling kept (arXiv:2501.12948, §2.3.3).
+Here they are those that the run has trained on, whichever version made them: nothing is sampled anew. Read from the
+archive, so that the run may be over; each line has the fields that job=sft reads (learner/data.py), and where the
+answer comes from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offtrail.core.problem import Problem
+from offtrail.platform.config.compose import load_config
+from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.recipe import DATA_FILE
+from offtrail.platform.model.text import Text
+from offtrail.platform.tracking.summary import write_atomic
+
+COLUMNS = "state batch position sample group problem tokens finish reward rewards versions".split()
+    "state",
+    "batch",
+    "position",
+    "sample",
+    "group",
+    "problem",
+    "tokens",
+    "finish",
+    "reward",
+    "rewards",
+    "versions",
+]
+
+
+def write_right_answers(run_dir: Path) -> Path:
+    """Write data.jsonl of a run of job=rl, whole or not at all: its right answers in the order of their training, equal
+    ones once.
+
+    Right: the main reward component is 1, and the answer ended by itself. ConfigError when there is none.
+    """
+    config = load_config(run_dir / "config.yaml")
+    text = Text(run_dir / "start", config.prompt)
+    lines, seen = [], set[tuple[str, str]]()
+    for row in trained_samples(run_dir):
+        if dict(row["rewards"]).get(config.reward.main) != 1.0 or row["finish"] != "stop":
+            continue
+        problem = problem_of(row)
+        answer = text.answer_text(problem, np.array(row["tokens"], np.int32))
+        prompt = json.dumps(problem.messages or problem.prompt, ensure_ascii=False)
+        if (prompt, answer) not in seen:
+            seen.add((prompt, answer))
+            lines.append(line_of(problem, answer, row))
+    if not lines:
+        raise ConfigError(
+            f"{run_dir}: none of its trained answers is right, so that it has no data to hand on; train it longer, or "
+            "take another stage for data_from"
+        )
+    write_atomic(run_dir / DATA_FILE, "".join(lines))
+    return run_dir / DATA_FILE
+
+
+def trained_samples(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The archived samples of trained groups, in the order of training."""
+    import pyarrow.parquet as pq  # slow to import
+
+    rows: list[dict[str, Any]] = []
+    for shard in sorted((run_dir / "trajectories").glob("*_batches_*.parquet")):
+        rows += pq.read_table(shard, columns=COLUMNS).to_pylist()
+    trained = (row for row in rows if row["state"] == "trained")
+    return iter(sorted(trained, key=lambda row: (row["batch"], row["position"], row["sample"])))
+
+
+def problem_of(row: dict[str, Any]) -> Problem:
+    """The problem of an archived sample."""
+    told = json.loads(row["problem"])
+    messages = tuple(told.get("messages") or ())
+    return Problem(told["task"], told["index"], told["prompt"], told["answer"], told["meta"], messages=messages)
+
+
+def line_of(problem: Problem, answer: str, row: dict[str, Any]) -> str:
+    """One line of data.jsonl."""
+    asked: dict[str, Any] = {"prompt": list(problem.messages) or problem.prompt}
+    told = {"gold": problem.answer, "task": problem.task, "group": row["group"], "reward": row["reward"]}
+    versions = {"version": max(row["versions"], default=0)}
+    return json.dumps({**asked, "answer": answer, **told, **versions}, ensure_ascii=False) + "\n"
