@@ -22,7 +22,7 @@ from offtrail.platform.config.recipe import DATA_FILE
 from offtrail.platform.model.text import Text
 from offtrail.platform.tracking.summary import write_atomic
 
-COLUMNS = "state batch position sample group problem tokens finish reward rewards versions".split()
+COLUMNS = [
     "state",
     "batch",
     "position",
