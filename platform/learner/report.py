@@ -18,15 +18,13 @@ HISTOGRAM_POINTS = 200
 
 
 def batch_metrics(batch: Batch, reward: RewardConfig) -> dict[str, float]:
-    """reward/*, length/*, staleness/* and queue/* of one batch; staleness in versions, over tokens.
-
-    A token's staleness is step − version; its part in flight is queued_version − version, in the queue
-    step − queued_version (less than 0 cannot be: the broker stamps a version it has seen).
+    """reward/* and length/* of one batch, and its share of samples of more than one version. All else about its staleness
+    the broker has counted.
     """
     groups = batch.groups
     rewards = [g.rewards for g in groups]
     lengths, finish = _all(groups, "lengths"), _all(groups, "finish")
-    stale, in_flight = staleness(batch), staleness_in_flight(batch)
+    mixed = [len(set(s.versions.tolist())) > 1 for g in groups for s in g.samples()]
     components = {name: np.concatenate([g.components[name] for g in groups]) for name in _names(groups, "components")}
     metrics = means(reward, "reward", components) | _channel_means(groups)
     metrics |= {
@@ -37,18 +35,8 @@ def batch_metrics(batch: Batch, reward: RewardConfig) -> dict[str, float]:
         "length/max": float(lengths.max()),
         "length/prompt_mean": float(np.mean([len(g.prompt_tokens) for g in groups])),
         "length/truncated_share": float(np.mean(finish == FINISH_REASONS.index("length"))),
+        "staleness/mixed_sample_share": float(np.mean(mixed)),
     }
-    if len(stale):
-        metrics |= {
-            "staleness/mean": float(stale.mean()),
-            "staleness/max": float(stale.max()),
-            "staleness/stale_token_share": float((stale > 0).mean()),
-            "staleness/in_flight_mean": float(in_flight.mean()),
-            "staleness/in_queue_mean": float((stale - in_flight).mean()),
-            "staleness/mixed_sample_share": float(
-                np.mean([len(set(s.versions.tolist())) > 1 for g in groups for s in g.samples()])
-            ),
-        }
     return metrics
 
 
@@ -63,7 +51,9 @@ def staleness_in_flight(batch: Batch) -> np.ndarray:
 
 
 def batch_histograms(batch: Batch) -> dict[str, list[float]]:
-    """Staleness of the batch's tokens, whole and in its two parts."""
+    """Staleness of the batch's tokens, whole and in its two parts: in flight queued_version − version, in the queue
+    step − queued_version (less than 0 cannot be: the broker stamps a version it has seen).
+    """
     stale, in_flight = staleness(batch), staleness_in_flight(batch)
     return {
         "staleness/tokens": histogram(stale),
