@@ -330,7 +330,7 @@ class Ledger:
 
     def _publish(self, db: sqlite3.Connection, version: int, checksum: str) -> bool:
         logged = self.checksum(version)
-        if logged == checksum:
+        if logged == checksum or (logged and not checksum):
             return False
         if logged == "":  # of a job whose versions nobody reads: nothing was made of it that could differ
             db.execute("UPDATE versions SET checksum = ? WHERE version = ? AND dead = 0", (checksum, version))

@@ -18,8 +18,8 @@ HISTOGRAM_POINTS = 200
 
 
 def batch_metrics(batch: Batch, reward: RewardConfig) -> dict[str, float]:
-    """reward/* and length/* of one batch, and its share of samples of more than one version. All else about its staleness
-    the broker has counted.
+    """reward/* and length/* of one batch, and its share of samples of more than one version. All else that there is to
+    say of staleness the broker counts.
     """
     groups = batch.groups
     rewards = [g.rewards for g in groups]

@@ -158,7 +158,7 @@ def test_a_version_is_readable_when_it_is_committed(context: RoleContext, make_b
     assert {
         "loss/policy",
         "reward/accuracy",
-        "staleness/mean",
+        "staleness/mixed_sample_share",
         "mismatch/k3",
         "policy/entropy",
     } <= broker.metrics.keys()

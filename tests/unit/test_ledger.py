@@ -160,6 +160,7 @@ def test_a_version_without_a_checksum_is_told_its_own_at_the_restart_and_has_not
     ledger.checkpointed(1)
     ledger.rewind()
     assert not ledger.publish(1, "c1")
+    assert not ledger.publish(1, "")
     assert (ledger.checksum(1), ledger.lineage) == ("c1", 0)
     assert ledger.publish(1, "another")
 

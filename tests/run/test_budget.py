@@ -1,0 +1,42 @@
+"""A budget ends a real run: completed, its last version checkpointed and scored, and a larger budget goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.timeout(600)
+def test_a_budget_ends_a_run_as_completed_and_a_larger_one_goes_on(launch: Any) -> None:
+    # A step trains 4·4 answers of about 22 tokens: 4,000 decoded tokens are about 11 steps.
+    long = ("learner.steps=60", "learner.checkpoint_every=100", "broker.heartbeat_seconds=0.1")
+    run = launch("spent", *long, "run.budget_tokens=4000")
+    assert run.code == 0, run.output
+    summary, rows = run.summary, run.rows
+    last = summary["steps"]
+    assert 0 < last < 60
+    assert summary["status"] == "completed"
+    assert summary["reason"].startswith("run.budget_tokens=4000: ")
+    assert summary["reason"].endswith(f"tokens are spent, the last step is {last}")
+    assert summary["budget/tokens"] >= 1
+    assert rows[-1]["step"] == last
+    assert "eval/accuracy" in rows[-1]
+    assert (run.run_dir / "checkpoints" / f"step_{last}" / "model.safetensors").is_file()
+    assert (summary["groups/lost"], summary["groups/duplicated"], summary["groups/in_flight"]) == (0, 0, 0)
+    assert summary["groups/trained"] == 4 * last
+    refused = sum(summary["groups/refused"].values())
+    assert summary["groups/admitted"] == summary["groups/trained"] + refused
+    # The cold start's FLOPs stand beside its model, and in the sum over all roles.
+    flops = [value for name, value in summary.items() if name.startswith("compute/") and name.endswith("_flops")]
+    assert summary["compute/cold_start_flops"] > 0
+    assert summary["compute/flops"] == pytest.approx(sum(flops))
+
+    more = launch("spent", *long, "run.resume=true", "run.budget_tokens=0", "run.budget_seconds=1")
+    assert more.code == 0, more.output  # the seconds of the first launch are counted: spent at once
+    assert more.summary["steps"] == last
+    more = launch("spent", *long, "run.resume=true", "run.budget_tokens=8000", "run.budget_seconds=0")
+    assert more.code == 0, more.output
+    assert last < more.summary["steps"] < 60
+    assert (more.summary["groups/lost"], more.summary["groups/trained"]) == (0, 4 * more.summary["steps"])
+    assert more.summary["status"] == "completed"
