@@ -20,7 +20,7 @@ from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.recipe import DATA_FILE
 from offtrail.platform.model.text import Text
-from offtrail.platform.tracking.summary import write_atomic
+from offtrail.platform.tracking.summary import read_summary, write_atomic
 
 COLUMNS = [
     "state",
@@ -41,8 +41,10 @@ def write_right_answers(run_dir: Path) -> Path:
     """Write data.jsonl of a run of job=rl, whole or not at all: its right answers in the order of their training, equal
     ones once.
 
-    Right: the main reward component is 1, and the answer ended by itself. ConfigError when there is none.
+    Right: the main reward component is 1, and the answer ended by itself. ConfigError when there is none, or the archive is not whole.
     """
+    if read_summary(run_dir).get("archive/unsealed"):
+        raise ConfigError(f"{run_dir}: its archive is not whole yet (archive/unsealed); resume that run first")
     config = load_config(run_dir / "config.yaml")
     text = Text(run_dir / "start", config.prompt)
     lines, seen = [], set[tuple[str, str]]()
