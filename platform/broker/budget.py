@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offtrail.platform.broker.run_metrics import Row, RunMetrics
+from offtrail.platform.broker.run_metrics import Metrics, RunMetrics
 from offtrail.platform.config.schema import RunConfig
 
 
@@ -28,7 +28,7 @@ class Budget:
                 return f"run.budget_{key}={limit:g}: {used:g} {unit} are spent"
         return ""
 
-    def row(self) -> Row:
+    def row(self) -> Metrics:
         """budget/<what>: each limit's spent share, for summary.json."""
         return {f"budget/{key}": used / limit for key, limit, used, _ in self._accounts() if limit > 0}
 

@@ -20,7 +20,7 @@ from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.broker.roster import Member
-from offtrail.platform.broker.run_metrics import Row, RunMetrics, queue_row
+from offtrail.platform.broker.run_metrics import Metrics, RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking.summary import write_summary
@@ -138,7 +138,7 @@ class Ending:
         except (LedgerError, OSError, sqlite3.Error) as error:
             log.error("the last summary could not be written: %s", error)
 
-    def stands(self, row: Row) -> Status:
+    def stands(self, row: Metrics) -> Status:
         """How the run stands now; ``row``: the newest of its metrics."""
         live = {**row, **queue_row(self.ledger.tally())}
         # A number that is not finite stands as null in the row; Status.metrics holds numbers only.

@@ -16,7 +16,7 @@ from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.broker.roster import Roster
 from offtrail.platform.broker.rows import Ages, Audit
 
-Row = dict[str, float]
+Metrics = dict[str, float]
 
 
 @dataclass
@@ -26,7 +26,7 @@ class RunMetrics:
     ledger: Ledger
     roster: Roster
     clock: Callable[[], float]
-    cold_start: Row = field(default_factory=dict)
+    cold_start: Metrics = field(default_factory=dict)
     """What the making of the start model cost: flops, busy_seconds, tokens. Empty: not known, or no cold start."""
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class RunMetrics:
         self._wall_before = float(self.ledger.records.get("wall_seconds") or 0.0)
         self._time: dict[str, float] = json.loads(self.ledger.records.get("time") or "{}")
         self._restarts_before = Counter[str](json.loads(self.ledger.records.get("restarts") or "{}"))
-        self._shares: Row = {}
+        self._shares: Metrics = {}
         self._tokens_at_commit = self.ledger.tally().tokens
 
     @property
@@ -54,7 +54,7 @@ class RunMetrics:
         for member in self.roster:
             member.mark = None  # the next heartbeat begins its window: this one's time is partly start-up
 
-    def row(self, ages: Ages, samples: int, tokens: int) -> Row:
+    def row(self, ages: Ages, samples: int, tokens: int) -> Metrics:
         """The broker's metrics of one commit; ``ages`` of its batch, ``samples`` in it (0: it is no batch of groups,
         and ``tokens`` says how many were trained). Moves the marks.
         """
@@ -88,7 +88,7 @@ class RunMetrics:
             "restarts": json.dumps(self.restarts),
         }
 
-    def compute(self) -> Row:
+    def compute(self) -> Metrics:
         """compute/ROLE_NAME: the compute ledger's totals over all processes and lives, the cold start's, and the sums
         of FLOPs and of busy seconds over them all.
         """
@@ -125,7 +125,7 @@ class RunMetrics:
         roles = self.ledger.records.charges().values()
         return sum(amount for charges in roles for name, amount in charges.items() if counts(name))
 
-    def mismatch(self) -> Row:
+    def mismatch(self) -> Metrics:
         """mismatch/probe_*: the generators' last comparisons on the fixed text, the worst of them."""
         gauges = [m.beat.gauges for m in self.roster if m.beat is not None]
         found = sorted({name for gauge in gauges for name in gauge if name.startswith("mismatch/")})
@@ -190,7 +190,7 @@ class RunMetrics:
         }
 
 
-def staleness_row(ages: Ages) -> Row:
+def staleness_row(ages: Ages) -> Metrics:
     """Staleness of tokens, in versions; ``staleness/stale_token_share``: of those one version old or more."""
     tokens = max(1, ages.tokens)
     return {
@@ -200,7 +200,7 @@ def staleness_row(ages: Ages) -> Row:
     }
 
 
-def queue_row(tally: Tally) -> Row:
+def queue_row(tally: Tally) -> Metrics:
     """How many groups wait, are being made, and were ever refused (in all and by reason)."""
     return {
         "queue/groups": float(tally.queued),

@@ -41,7 +41,8 @@ def write_right_answers(run_dir: Path) -> Path:
     """Write data.jsonl of a run of job=rl, whole or not at all: its right answers in the order of their training, equal
     ones once.
 
-    Right: the main reward component is 1, and the answer ended by itself. ConfigError when there is none, or the archive is not whole.
+    Right: the main reward component is 1, and the answer ended by itself. ConfigError when there is none, or the
+    archive is not whole.
     """
     if read_summary(run_dir).get("archive/unsealed"):
         raise ConfigError(f"{run_dir}: its archive is not whole yet (archive/unsealed); resume that run first")

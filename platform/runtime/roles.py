@@ -16,7 +16,7 @@ from offtrail.platform.config.schema import Config
 
 
 @dataclass(frozen=True)
-class Row:
+class RoleRow:
     """One role; the fields but ``role`` and ``world`` name keys of the configuration, empty = its default."""
 
     role: str
@@ -33,16 +33,16 @@ class Row:
 
 
 ROLES = (
-    Row("broker"),
-    Row("learner", count="learner.ranks", threads="learner.threads", device="learner.device", world=True),
-    Row(
+    RoleRow("broker"),
+    RoleRow("learner", count="learner.ranks", threads="learner.threads", device="learner.device", world=True),
+    RoleRow(
         "generator",
         count="generator.count",
         threads="generator.threads",
         device="engine.device",
         restarts="generator.max_restarts",
     ),
-    Row("evaluator", threads="eval.threads", device="engine.device", restarts="eval.max_restarts"),
+    RoleRow("evaluator", threads="eval.threads", device="engine.device", restarts="eval.max_restarts"),
 )
 JOBS = {"rl": ("broker", "learner", "generator", "evaluator"), "sft": ("broker", "learner")}
 """Job → its roles in the order in which they start: the broker first, for every other one dials it."""
@@ -82,7 +82,7 @@ def role_of(config: Config, role: str, index: int) -> RoleSpec:
     )
 
 
-def _specs(row: Row, config: Config) -> list[RoleSpec]:
+def _specs(row: RoleRow, config: Config) -> list[RoleSpec]:
     count, threads, restarts = (_number(config, key, default) for key, default in _numbers(row))
     return [
         RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, count if row.world else 0)
@@ -90,7 +90,7 @@ def _specs(row: Row, config: Config) -> list[RoleSpec]:
     ]
 
 
-def _numbers(row: Row) -> tuple[tuple[str, int], ...]:
+def _numbers(row: RoleRow) -> tuple[tuple[str, int], ...]:
     return (row.count, 1), (row.threads, 1), (row.restarts, 0)
 
 

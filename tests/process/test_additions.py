@@ -151,7 +151,9 @@ def test_a_task_is_one_module_and_one_line_of_yaml(tree: Tree, tmp_path: Path) -
 
 def test_a_role_is_a_row_of_the_table_and_its_module(tree: Tree, tmp_path: Path) -> None:
     tree.edit(
-        "platform/runtime/roles.py", 'ROLES = (\n    Row("broker"),', 'ROLES = (\n    Row("broker"), Row("watcher"),'
+        "platform/runtime/roles.py",
+        'ROLES = (\n    RoleRow("broker"),',
+        'ROLES = (\n    Row("broker"), RoleRow("watcher"),',
     )
     tree.edit("platform/runtime/roles.py", '"rl": ("broker", ', '"rl": ("broker", "watcher", ')
     tree.add("platform/watcher/__init__.py", '"""Looks on."""\n')
