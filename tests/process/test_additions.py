@@ -150,11 +150,8 @@ def test_a_task_is_one_module_and_one_line_of_yaml(tree: Tree, tmp_path: Path) -
 
 
 def test_a_role_is_a_row_of_the_table_and_its_module(tree: Tree, tmp_path: Path) -> None:
-    tree.edit(
-        "platform/runtime/roles.py",
-        'ROLES = (\n    RoleRow("broker"),',
-        'ROLES = (\n    Row("broker"), RoleRow("watcher"),',
-    )
+    first = 'ROLES = (\n    RoleRow("broker"),'
+    tree.edit("platform/runtime/roles.py", first, f'{first} RoleRow("watcher"),')
     tree.edit("platform/runtime/roles.py", '"rl": ("broker", ', '"rl": ("broker", "watcher", ')
     tree.add("platform/watcher/__init__.py", '"""Looks on."""\n')
     tree.add("platform/watcher/role.py", WATCHER)
