@@ -44,7 +44,7 @@ class Deadlines:
         self.moved = self.clock()
 
     def tick(self) -> None:
-        """Nothing once the run has ended. Raises LedgerError."""
+        """Does nothing once the run has ended. Raises LedgerError."""
         now = self.clock()
         # A broker that was stopped itself must not blame the others for it.
         gap, self.ticked = now - self.ticked, now

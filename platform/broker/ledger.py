@@ -307,7 +307,7 @@ class Ledger:
         return int(self.file.one("SELECT COALESCE(MAX(version), -1) FROM versions WHERE dead = 0"))
 
     def checksum(self, version: int) -> str | None:
-        """Of a living version."""
+        """The checksum of a living version; None where there is none."""
         rows = self.file.rows("SELECT checksum FROM versions WHERE version = ? AND dead = 0", version)
         return rows[0][0] if rows else None
 

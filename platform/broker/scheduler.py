@@ -27,7 +27,7 @@ from offtrail.platform.broker.rows import Arrival, Grant, GroupRow
 from offtrail.platform.wire.groups import pack_group
 
 Outcome = Literal["new", "repeated", "diverged"]
-"""Of a publication: diverged when the log holds another checksum for the same version."""
+"""What became of a publication; diverged: the log holds another checksum for the same version."""
 
 GIVEN_UP = ("failed", "filtered", "stale")
 """Reasons that a holder may give."""

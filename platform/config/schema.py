@@ -113,7 +113,7 @@ class SftConfig:
     """What becomes of examples above model.max_length: an error, or they are left out and counted."""
 
     seed: int = setting(0, "[0, 4294967295]")
-    """Of the start weights and worked problems; apart from run.seed, so that runs of several seeds share a start."""
+    """Keys start weights and worked problems; it is not run.seed, so that runs of several seeds share a start."""
 
     steps: int = setting(1000, "[1, inf)")
     """Optimizer updates."""
@@ -122,7 +122,7 @@ class SftConfig:
     lr: float = setting(4e-3, "(0, inf)")
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = setting((0.9, 0.98), "[0, 1)")
-    """Of AdamW."""
+    """Decay of AdamW's first and second moment."""
     warmup_steps: int = setting(50, "[0, inf)")
     """Updates of linear warm-up."""
     final_lr_share: float = setting(0.1, "[0, 1]")
@@ -208,7 +208,7 @@ class LearnerConfig:
     tokens_per_microbatch: int = setting(16_384, "[1, inf)")
     """Budget of prompt + answer tokens packed into one forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters in the forward pass."""
+    """Precision of the parameters in the forward pass."""
     head_dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of the head's products; sums, logits and log-probabilities are float32 always."""
     activation_checkpointing: bool = False
@@ -251,7 +251,7 @@ class EngineConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the KV cache."""
+    """Precision of the weights and the KV cache."""
     max_running: int = setting(256, "[1, inf)")
     """Samples that decode together."""
     kv_on_update: Literal["recompute", "keep"] = "recompute"

@@ -24,7 +24,7 @@ class Cost:
         return cls(2 * head, 2 * (parameters - head * (1 if tied else 2)), 4 * layers * heads * head_size)
 
     def total(self, *, tokens: float, heads: float, attended: float) -> float:
-        """Of ``tokens`` through the layers, ``heads`` of them through the output layer too, which attend to
+        """The FLOPs of ``tokens`` through the layers, ``heads`` of them through the output layer too, which attend to
         ``attended`` positions in all.
         """
         return tokens * self.body + heads * self.head + attended * self.attention

@@ -60,7 +60,7 @@ def wait(processes: Sequence[psutil.Process]) -> None:
 
 
 def living(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended; a zombie, which its new parent may never reap, holds nothing."""
+    """The processes that have not ended; a zombie, which its new parent may never reap, holds nothing."""
     alive = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -55,7 +55,7 @@ class TrainerState:
 
     @classmethod
     def of(cls, step: int, trainer: Trainer[Any]) -> TrainerState:
-        """Of a trainer after ``step`` learner steps."""
+        """The state of a trainer after ``step`` learner steps."""
         return cls(step, {name: t.updates for name, t in trainer.trained.items()}, trainer.refreshed)
 
 

@@ -29,7 +29,7 @@ from offtrail.tasks.registry import make_task
 log = logging.getLogger("offtrail.learner")
 
 SFT_SEED = 0x5F7
-"""Of the order of the task's problems, beside sft.seed: others than those that reinforcement learning begins with."""
+"""Keys the order of the task's problems, with sft.seed: others than those that reinforcement learning begins with."""
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -171,11 +171,11 @@ class PlainLoss:
     needs = Needs()
 
     def advance(self, work: StepData) -> StepData:
-        """Nothing to add."""
+        """There is nothing to add."""
         return work
 
     def plan_update(self, work: StepData, update: int) -> UpdatePlan:
-        """Nothing to decide."""
+        """There is nothing to decide."""
         return UpdatePlan()
 
     def histograms(self, metrics: Any) -> dict[str, list[float]]:

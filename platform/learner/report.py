@@ -87,7 +87,7 @@ def _all(groups: tuple[Group, ...], name: str) -> np.ndarray:
 
 
 def _names(groups: tuple[Group, ...], field: Literal["components", "channels"]) -> list[str]:
-    """Those that every group has."""
+    """The names that every group has."""
     return sorted(set.intersection(*(set(getattr(g, field)) for g in groups)))
 
 

@@ -299,7 +299,7 @@ class Trainer(Generic[B]):
         return self.reference.reference(packed)
 
     def _cosine(self, update: int, updates: int, trained: Trained) -> float:
-        """Of this gradient and the one before it; NaN where that is not kept.
+        """The cosine of this gradient and the one before it; NaN where that is not kept.
 
         Only of the last two updates of a step (where K = 1, across two steps), so that a copy is held for no longer
         than that, and a resumed run logs what the first one logged.

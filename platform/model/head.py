@@ -463,7 +463,7 @@ class _RowGradients:
 
 
 class _Running:
-    """Of logits that come tile by tile, [M] each: maximum, Σe^(z−max), Σe^(z−max)·(z−max) and ·(z−other)."""
+    """Sums over logits that come tile by tile, [M] each: maximum, Σe^(z−max), Σe^(z−max)·(z−max) and ·(z−other)."""
 
     def __init__(self, hidden: Tensor) -> None:
         M = len(hidden)

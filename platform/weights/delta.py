@@ -33,7 +33,7 @@ _STEPS: dict[int, Any] = {1: np.int8, 2: np.int8, 4: np.int16, 8: np.int32}
 
 
 class _Piece(NamedTuple):
-    """Of one piece that changed: its first element, a bit for each, steps of the changed, values that do not fit."""
+    """What changed in one piece: its first element, a bit for each, steps of the changed, values that do not fit."""
 
     begin: int
     bits: Bytes

@@ -287,7 +287,7 @@ class Reading:
 
     @property
     def checksum(self) -> str:
-        """Of the version that this file leads to."""
+        """The checksum of the version that this file leads to."""
         return self.metadata["checksum"]
 
     def current(self) -> bool:
@@ -327,7 +327,7 @@ def file_system(folder: Path) -> str | None:
 
 
 def _lock(file: int, kind: int) -> bool:
-    """Of the open file, not of the process; True when granted. NFS knows these locks, too, between all its hosts."""
+    """Lock the open file, not the process; True when granted. NFS knows these locks, too, between all its hosts."""
     try:
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", kind, os.SEEK_SET, 0, 0, 0))
     except OSError as error:

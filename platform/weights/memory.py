@@ -324,7 +324,7 @@ def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def bytes_of(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """Of a tensor once it is rounded to ``dtype``."""
+    """The bytes of a tensor once it is rounded to ``dtype``."""
     return tensor.numel() * _dtype(tensor, dtype).itemsize
 
 

@@ -53,7 +53,7 @@ _WRITING = "writing"
 _HEADROOM = 1 << 20
 """Bytes asked for beyond the file: the file system's own."""
 _WORTH = 0.75
-"""Of the whole version's bytes: a change that takes more is written whole, and readers can begin there."""
+"""Share of the whole version's bytes: a change that takes more is written whole, and readers can begin there."""
 
 Sources = dict[str, Source]
 Metadata = dict[str, str]

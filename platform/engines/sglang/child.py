@@ -47,7 +47,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the first process; also the number of the group."""
+        """The number of the first process, and so of the group."""
         return self._process.pid
 
     @property

@@ -207,7 +207,7 @@ class SglangEngine:
     def load_weights(self, version: int, weights: Mapping[str, Any]) -> None:
         """Bring every server that is up to ``version``: a `Published` version of the store, `Handles` to the learner's
         memory, or `Pushed` (the learner gives it to those that are up; one that came late takes no samples before it
-        has been given it too). Nothing, where none is up.
+        has been given it too). Where no server is up, nothing happens.
 
         Raises ValueError when names or shapes differ from the model's, or a server's loader refuses the version, and
         FileNotFoundError when the version is no longer kept; all leave the servers as they were.

@@ -120,7 +120,7 @@ def router_flags(config: SglangConfig, port: int, metrics_port: int) -> list[str
 
 
 def environment(threads: int, key: str, admin_key: str, temporary: Path) -> dict[str, str]:
-    """Of a server: as here, and with ``threads``, its keys, this checkout's package, a TMPDIR, and no downloads."""
+    """A server's: as here, and with ``threads``, its keys, this checkout's package, a TMPDIR, and no downloads."""
     source = str(Path(offtrail.__file__).parents[1])
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))),

@@ -17,7 +17,7 @@ from offtrail.platform.engines.sglang.lifecycle import Check, UnhealthyError
 
 TIMEOUT_S = 5.0
 TOKEN_TIMEOUT_S = 30.0
-"""Of a question that makes a token, maybe the server's first; it gives up itself after 20 s."""
+"""Patience for a question that makes a token, maybe the server's first; it gives up itself after 20 s."""
 NOBODY = "offtrail-asks-for-nobody"
 """A request id that no request has."""
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open

@@ -158,7 +158,7 @@ class OwnServer(WatchedServer):
 
     @property
     def pid(self) -> int:
-        """Of the running server's first process."""
+        """The number of the running server's first process."""
         assert self._child is not None
         return self._child.pid
 

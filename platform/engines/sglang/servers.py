@@ -140,7 +140,7 @@ class Servers:
         return "; ".join(server.describe() for server in self._places if not server.ready)
 
     def address(self, place: int) -> Address:
-        """Of the server at ``place`` as it runs now, ready or not."""
+        """The address of the server at ``place`` as it runs now, ready or not."""
         return self._address_of(self._places[place])
 
     @property
