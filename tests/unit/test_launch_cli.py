@@ -117,7 +117,8 @@ def test_dry_run_prints_the_configuration_and_makes_nothing(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     tree = yaml.safe_load(done.stdout)
     assert tree["task"]["name"] == "addition"
-    assert tree["run"] == {"dir": "runs", "seed": 0}
+    assert (tree["run"]["dir"], tree["run"]["seed"]) == ("runs", 0)
+    assert {"name", "resume"}.isdisjoint(tree["run"])  # so that it can be run again
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "printed.yaml").write_text(done.stdout, encoding="utf-8")
     assert run("printed.yaml", "--dry-run", cwd=tmp_path).stdout == done.stdout
