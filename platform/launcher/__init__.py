@@ -1,1 +1,1 @@
-"""The local launcher: starts the roles of a run, watches them, ends them in order (local.py is the main file)."""
+"""Starts the roles of a run, watches, restarts and ends them: run.py is the loop, jobs.py what each job does."""

@@ -1,6 +1,6 @@
 """Causal attention of packed samples: the linear layers see flat tokens, only attention sees samples.
 
-Registered with transformers' AttentionInterface as ``offtrail_packed``; model.py hands the layout (packing.Packed) to
+Registered with transformers' AttentionInterface as ``offtrail_packed``; policy.py hands the layout (packing.Packed) to
 the model as the keyword ``packed``, which every layer passes on to here. Two kernels, chosen by the layout:
 
 - whole samples (any length, any device): rows of q, k, v gathered into right-padded squares [n, heads, L, D], for which

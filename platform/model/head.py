@@ -1,6 +1,6 @@
 """The language-model head: log-probability, entropy and exact KL of each token, without [tokens, vocabulary].
 
-model.py calls ``token_logprobs`` (scores first, loss later) or ``loss_in_head`` (scores, loss and gradient piece by
+policy.py calls ``token_logprobs`` (scores first, loss later) or ``loss_in_head`` (scores, loss and gradient piece by
 piece). With h [M, H] hidden states, W [V, H] and temperatures τ, z = (hWᵀ + b)/τ, p = softmax(z), lse = logsumexp(z):
 
     log-probability  z[target] − lse         entropy  S = −Σ p log p         KL(π‖ref) = Σ p (log p − log q)
