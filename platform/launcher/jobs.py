@@ -28,6 +28,10 @@ from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.summary import read_summary, write_summary
 
 EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
+URGENT = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+STOPS = (*URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that end a run in order: the user's, a closed terminal's (which may come twice), and those with which a
+cluster announces the end of a job's time."""
 
 
 def launch(config: Config, run_dir: Path) -> int:
@@ -71,17 +75,23 @@ JOBS = {"rl": run_roles, "sft": run_roles, "serve": run_serve}
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted and end the run in order; the second one raises KeyboardInterrupt."""
+    """STOPS are noted and end the run in order; a second one of URGENT raises KeyboardInterrupt. What the launcher was
+    started to ignore, as SIGHUP under nohup, stays ignored.
+    """
     seen: list[int] = []
+    cut_short = False
 
     def note(signum: int, frame: object) -> None:
+        nonlocal cut_short
         seen.append(signum)
         if len(seen) == 1:
             say("stopping… (once more: at once)")
-        if len(seen) == 2:  # a third one must not break into the end of the processes
+        elif signum in URGENT and not cut_short:  # a third one must not break into the end of the processes
+            cut_short = True
             raise KeyboardInterrupt(f"stopped at once by a second signal, {signal.Signals(signum).name}")
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signum for signum in STOPS if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, note) for signum in heard}
     try:
         yield seen
     finally:

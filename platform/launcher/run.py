@@ -22,7 +22,7 @@ from pathlib import Path
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.hosts import Handle, Hosts
 from offtrail.platform.runtime.context import remove_leftovers
-from offtrail.platform.runtime.process import FINAL_STATUS
+from offtrail.platform.runtime.process import FINAL_STATUS, TERMINATED
 from offtrail.platform.runtime.roles import RoleSpec, roles_of
 from offtrail.platform.tracking.progress import Progress
 from offtrail.platform.tracking.summary import read_summary
@@ -38,6 +38,8 @@ LEAVE_SECONDS = 30.0
 """How long roles that know of the end may take to leave, and how long the broker may be silent meanwhile."""
 SEAL_SECONDS = 600.0
 """The longest that the broker of a completed run may take to archive the last trajectories."""
+SIGNAL_SECONDS = 1.0
+"""How much later than its roles the launcher may hear a signal that was sent to all of them."""
 TERMINATE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL."""
 
@@ -193,6 +195,14 @@ class Run:
         self.hosts.close()
 
 
+def signal_follows(interrupted: list[int]) -> bool:
+    """Whether the launcher hears a signal too: a cluster that ends a job tells all of its processes, one by one."""
+    deadline = time.monotonic() + SIGNAL_SECONDS
+    while not interrupted and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    return bool(interrupted)
+
+
 def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
     """The launcher's loop: until the broker says finished, a role that the run needs dies, or the user interrupts."""
     with Progress(run.config) as progress:
@@ -216,6 +226,8 @@ def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
                 if role.handle.poll() == 0 and (summary := read_summary(run.run_dir)).get("status") == "completed":
                     return "completed", summary.get("reason", "")
                 if report := role.final_report():
+                    if role.handle.poll() in (TERMINATED, -signal.SIGTERM) and signal_follows(interrupted):
+                        break
                     return "failed", report
                 progress.tell(run.restart(role))
             time.sleep(STATUS_PERIOD_S)

@@ -23,13 +23,21 @@ from offtrail.platform.runtime.roles import role_of
 
 FINAL_STATUS = 2
 """Exit status of a role that no other start would cure."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a role that was told to leave by SIGTERM."""
 
 log = logging.getLogger("offtrail")
 
 
 def leave_on_terminate(signum: int, frame: object) -> None:
     """SIGTERM becomes SystemExit, so that `finally` blocks end child processes and unlink what is shared."""
-    sys.exit(128 + signum)
+    sys.exit(TERMINATED)
+
+
+def leave_it_to_the_launcher(signum: int, frame: object) -> None:
+    """A cluster signals all processes of a job: what the end is to be, the launcher tells. No SIG_IGN: servers and
+    verifiers would inherit it.
+    """
 
 
 def main(argv: list[str]) -> int:
@@ -37,6 +45,8 @@ def main(argv: list[str]) -> int:
     role, index, run_dir, parent = argv[0], int(argv[1]), Path(argv[2]), int(argv[3])
     die_with(parent, signal.SIGTERM)
     signal.signal(signal.SIGTERM, leave_on_terminate)
+    for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, leave_it_to_the_launcher)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = RoleContext(load_config(run_dir / "config.yaml"), run_dir, role, index)
     try:

@@ -197,8 +197,12 @@ def test_an_interrupted_run_says_so_and_goes_on(
 ) -> None:
     process = subprocess.Popen(command("stop", "learner.steps=6"), env=environment, cwd=tmp_path)
     wait_until("step 2", lambda: reached(tmp_path / "stop", 2))
-    process.send_signal(signal.SIGINT)
+    for role in ROLE_NAMES:  # a cluster that ends a job signals all of its processes
+        os.kill(pid_of(role, tmp_path / "stop"), signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
     assert process.wait(45) == 130
+    summary = json.loads((tmp_path / "stop" / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("interrupted", "stopped by SIGUSR1")
     resumed = launch("stop", "run.resume=true", "learner.steps=6")
     assert resumed.code == 0, resumed.output
     assert resumed.summary["status"] == "completed"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -404,6 +405,65 @@ def test_the_first_signal_is_noted_and_said_and_the_second_ends_at_once(
     assert jobs.launch(config, tmp_path) == 130
     assert capfd.readouterr().err.startswith("stopping")
     assert read_summary(tmp_path)["reason"] == "stopped at once by a second signal, SIGTERM"
+
+
+@pytest.mark.parametrize("signum", jobs.STOPS)
+def test_every_signal_that_ends_a_job_ends_the_run_as_interrupted(
+    signum: signal.Signals, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a closed terminal and of a cluster may come several times, and cut nothing short."""
+
+    def job(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+        os.kill(os.getpid(), signum)
+        if signum not in jobs.URGENT:
+            os.kill(os.getpid(), signum)
+        return "interrupted", f"stopped by {signal.Signals(interrupted[0]).name}"
+
+    monkeypatch.setitem(jobs.JOBS, "rl", job)
+    before = signal.getsignal(signum)
+    assert jobs.launch(config, tmp_path) == 130
+    summary = read_summary(tmp_path)
+    assert (summary["status"], summary["reason"]) == ("interrupted", f"stopped by {signum.name}")
+    assert signal.getsignal(signum) == before
+
+
+def test_what_the_launcher_was_started_to_ignore_stays_ignored(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def job(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return "completed", f"{interrupted}"
+
+    monkeypatch.setitem(jobs.JOBS, "rl", job)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert jobs.launch(config, tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_summary(tmp_path)["reason"] == "[]"
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_role_that_heard_a_signal_before_the_launcher_did_is_no_failure(
+    follows: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a cluster sends SIGTERM to all processes of a job, one by one."""
+    monkeypatch.setattr(running, "STATUS_PERIOD_S", 0.0)
+    monkeypatch.setattr(running, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(running, "SIGNAL_SECONDS", 1e9 if follows else 0.0)
+    run.client = Line(Status({}, [], {}, [], finished=False))  # type: ignore[assignment]
+    child(run.roles[1]).terminate()
+    child(run.roles[1]).wait()
+    interrupted: list[int] = []
+    if follows:
+        timer = threading.Timer(0.2, lambda: interrupted.append(signal.SIGTERM))
+        timer.start()
+    status, reason = watch(run, interrupted)
+    if follows:
+        timer.join()
+        assert (status, reason) == ("interrupted", "stopped by SIGTERM")
+    else:
+        assert (status, reason.partition(" (")[0]) == ("failed", "learner-0 was killed by SIGTERM")
 
 
 # Devices
