@@ -24,12 +24,13 @@ from pathlib import Path
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.schema import Config, LearnerConfig
 from offtrail.platform.model.start import StartError, resolve
+from offtrail.platform.runtime.contents import MANIFEST
 from offtrail.platform.tracking import compute
 from offtrail.platform.tracking.summary import read_summary
 
 LOOK_SECONDS = 0.25
 """Between two looks for a signal of the user."""
-TRAINING_STATE = shutil.ignore_patterns("trainer", "trainer.json", "window")
+TRAINING_STATE = shutil.ignore_patterns("trainer", "trainer.json", "window", MANIFEST)
 """What a checkpoint has beside the model."""
 RunJob = Callable[[Config, Path, list[int]], tuple[str, str]]
 """Runs a job in a run directory to its end, unless a signal is noted in the list: its status, and why."""

@@ -7,19 +7,23 @@
     trainer/value.safetensors, value_optim…      of each further trained module (algo=ppo's critic) the same
     trainer/reference.safetensors                the reference policy, once it is no longer the start model
     window/v00000012.safetensors                 staleness.mode=exact: the versions that a resumed run publishes again
+    manifest.json                                every file's size and hash, written last (runtime/contents.py)
 
 Invariants: a directory named step_N is whole (written under another name, sealed by rename); a checkpoint that cannot
-be written leaves the older ones as they are; nothing in it depends on the number of ranks: rank 0 writes full
-tensors, and every rank cuts its shards out of them.
+be written leaves the older ones as they are, and what could not be saved is known before the first update
+(``rehearse``); nothing in it depends on the number of ranks: rank 0 writes full tensors, and every rank cuts its shards
+out of them. The launcher has verified its files before a role begins from it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +31,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World, full, local, resharded, shard_like
+from offtrail.platform.runtime.contents import write_manifest
 from offtrail.platform.weights import store
 
 _NAME = re.compile(r"step_(\d+)")
@@ -37,6 +43,7 @@ _HEADROOM = 1 << 24
 STATE = "trainer"
 """A folder of its own: SGLang loads every safetensors file that lies beside the model's."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class CheckpointError(RuntimeError):
@@ -111,8 +118,9 @@ def write(
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         others = {} if beside is None else beside
-        sizes = [tensor for tensors in (parameters, moments, *others.values()) for tensor in tensors.values()]
-        _check_room(target, sizes, window)
+        everything = [tensor for part in (parameters, moments, *others.values()) for tensor in part.values()]
+        versions = sum(store.whole_size(file.parent, version) for version, file in window.items())
+        _check_room(target, versions + sum(t.numel() * t.element_size() for t in everything))
         temporary.mkdir()
         write_model(temporary, model, tokenizer, parameters)
         random = {"torch_random_state": torch.get_rng_state()}
@@ -125,23 +133,59 @@ def write(
             (temporary / "window").mkdir(exist_ok=True)
             store.copy_whole(file.parent, version, temporary / "window" / file.name)
         (temporary / "trainer.json").write_text(json.dumps(vars(state)))
+        write_manifest(temporary)
         _seal(temporary, target)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{target} cannot be written: {error}; make room there, or set run.dir elsewhere"
-        ) from error
+        raise _unwritable(target, error) from error
     return target
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest; called once the broker knows of the newest."""
+def rehearse(run_dir: Path, model: Any, tokenizer: Any, trainer: Trainer[Any]) -> None:
+    """Write what a checkpoint holds beside tensors, and remove it again, before anything is trained; rank 0 only.
+
+    Raises CheckpointError: not enough room for one checkpoint, what the file system says, or which file of the start
+    model cannot be saved, or could not be opened again.
+    """
+    target = run_dir / "checkpoints"
+    temporary = target / ".rehearsal"
+    try:
+        target.mkdir(exist_ok=True)
+        # Parameters and AdamW's two moments of them, float32
+        _check_room(target, sum(3 * 4 * p.numel() for t in trainer.trained.values() for p in t.module.parameters()))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_model(temporary, model, tokenizer, {})
+        _check_names(temporary, model, trainer.module)
+    except Exception as error:
+        raise _unwritable(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    place = "make room there"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        place = "make it writable"
+    return CheckpointError(f"{target} cannot be written: {_words(error)}; {place}, or set run.dir elsewhere")
+
+
+def _words(error: Exception) -> str:
+    """On one line."""
+    return " ".join(str(error).split())
+
+
+def prune(run_dir: Path, newest: int, keep: int) -> None:
+    """Remove all but the ``keep`` newest up to ``newest``, of which the broker knows. Later ones are of an earlier life
+    of the run that never told of them.
+    """
     steps = sorted(
         int(match[1]) for entry in (run_dir / "checkpoints").iterdir() if (match := _NAME.fullmatch(entry.name))
     )
-    for step in steps[:-keep]:
+    kept = [step for step in steps if step <= newest][-keep:]
+    for step in set(steps) - set(kept):
         shutil.rmtree(path_of(run_dir, step))
 
 
@@ -234,24 +278,56 @@ def restore_parameters(file: Path, module: nn.Module) -> None:
 def write_model(folder: Path, model: Any, tokenizer: Any, parameters: Mapping[str, Tensor]) -> None:
     """What ``save_pretrained`` writes, from gathered tensors; a tied head is written once. The class that config.json
     names is the model's own, which its head decides.
+
+    Raises CheckpointError naming the file of the start model that transformers does not write.
     """
+    start = Path(model.name_or_path)
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+    with _saving(start / "config.json"):
+        model.config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)  # after config.json and generation_config.json: it sets their stop tokens
+        with _saving(start / "generation_config.json"):
+            # Not save_pretrained, which refuses what real models come with, such as a temperature without do_sample.
+            model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    with _saving(start / "tokenizer_config.json"):
+        tokenizer.save_pretrained(folder)  # after config.json and generation_config.json: it sets their stop tokens
     tensors = {name: value.contiguous().cpu() for name, value in parameters.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _check_room(target: Path, tensors: list[Tensor], window: Mapping[int, Path]) -> None:
-    needed = sum(t.numel() * t.element_size() for t in tensors) + sum(
-        store.whole_size(file.parent, version) for version, file in window.items()
-    )
-    free = shutil.disk_usage(target.parent).free
-    if needed + _HEADROOM > free:
+@contextlib.contextmanager
+def _saving(file: Path) -> Iterator[None]:
+    """What the disk does not take is raised as it is; all else has its cause in ``file``."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
         raise CheckpointError(
-            f"{target} needs {needed + _HEADROOM:,} bytes, {free:,} are free: make room there, or set run.dir elsewhere"
+            f"{file} was loaded, but cannot be saved in a checkpoint: {_words(error)}; mend that file"
+        ) from error
+
+
+def _check_names(folder: Path, model: Any, module: nn.Module) -> None:
+    """Raise CheckpointError where the model that config.json describes has not the parameters that will be written."""
+    with torch.device("meta"):
+        opened = type(model)(AutoConfig.from_pretrained(folder))
+    described = {name: tuple(p.shape) for name, p in opened.named_parameters()}
+    written = {name: tuple(p.shape) for name, p in zip(parameter_names(module), module.parameters(), strict=True)}
+    if differing := sorted(name for name in described | written if described.get(name) != written.get(name)):
+        raise CheckpointError(
+            f"{model.name_or_path}: its parameters are not those of the {type(model).__name__} that its config.json "
+            f"describes ({differing[0]} and {len(differing) - 1} more), so that no checkpoint could be opened again; "
+            "merge an adapter (LoRA) into its model first, and take the whole model"
+        )
+
+
+def _check_room(target: Path, size: int) -> None:
+    place = target if target.is_dir() else target.parent
+    needed, free = size + _HEADROOM, shutil.disk_usage(place).free
+    if needed > free:
+        raise CheckpointError(
+            f"{target} needs {needed:,} bytes, {free:,} are free: make room there, or set run.dir elsewhere"
             "; older checkpoints are untouched"
         )
 

@@ -113,12 +113,14 @@ class Learner:
             trainer = make_job_trainer(config, world, model, start, connection.activity)
             if step:
                 checkpoint.restore(origin, trainer)
+            text = Text(start, config.prompt, task_template=task_template(config.task))
+            if world.main:
+                checkpoint.rehearse(context.run_dir, model, text, trainer)
         publisher = None
         if world.main and has_readers(config):
             publisher = open_channel(config, context.weights_folder, context.run_dir, versions_kept(config))
         late = publisher.serve_late_readers if publisher is not None else None
         source = BrokerSource(connection, world, config.broker.deadline_seconds, late)
-        text = Text(start, config.prompt, task_template=task_template(config.task))
         return cls(
             context=context,
             connection=connection,
@@ -191,7 +193,7 @@ class Learner:
             self._settle()
             ticket = self.connection.client.send(Checkpointed(step=self.step, path=str(path)))
             self._reply(ticket, "an acknowledged checkpoint")
-            checkpoint.prune(self.context.run_dir, self.context.config.learner.keep_checkpoints)
+            checkpoint.prune(self.context.run_dir, self.step, self.context.config.learner.keep_checkpoints)
 
     def finish(self) -> None:
         """The newest version is the last one: keep it for the evaluator, and write its checkpoint, if not done yet."""

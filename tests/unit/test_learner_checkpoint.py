@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,9 @@ from offtrail.platform.learner.objectives import PolicyGradient
 from offtrail.platform.learner.train import Trained, Trainer, adamw, warmup
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.policy import Policy, load_model
+from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.contents import MANIFEST, cut_short, damage_of
 
 ALONE = World(0, 1, torch.device("cpu"))
 MakeBatch = Callable[..., Batch]
@@ -118,11 +122,128 @@ def test_a_disk_that_fills_meanwhile_leaves_nothing_half_written(saved: Saved, m
     assert [p.name for p in saved.path.parent.iterdir()] == ["step_1"]
 
 
+# What can be loaded, but not saved, is known before the first update
+
+
+def rehearsed(start: Path, run_dir: Path) -> Any:
+    model, trainer = build(start)
+    checkpoint.rehearse(run_dir, model, Text(start), trainer)
+    return model
+
+
+@pytest.fixture
+def start(start_dir: Path, tmp_path: Path) -> Path:
+    """A start model to spoil."""
+    return shutil.copytree(start_dir, tmp_path / "start")
+
+
+def test_a_rehearsal_leaves_nothing(start: Path, tmp_path: Path) -> None:
+    rehearsed(start, tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_temperature_without_do_sample_is_saved_as_it_was_loaded(start: Path, tmp_path: Path) -> None:
+    """Real models come so; transformers' own save_pretrained refuses it."""
+    file = start / "generation_config.json"
+    told = json.loads(file.read_text()) | {"do_sample": False, "temperature": 0.6, "top_k": 20}
+    file.write_text(json.dumps(told))
+    model = rehearsed(start, tmp_path)
+    with pytest.raises(ValueError, match="temperature"):
+        model.generation_config.save_pretrained(tmp_path)
+    checkpoint.write_model(tmp_path / "out", model, Text(start), checkpoint.gather(Policy(model)))
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert (opened.temperature, opened.top_k, opened.eos_token_id) == (0.6, 20, told["eos_token_id"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            "tokenizer",
+            r"start/tokenizer_config\.json was loaded, but cannot be saved .*: no such vocabulary; mend that",
+        ),
+        ("config", r"start/config\.json was loaded, but cannot be saved .*: no such field; mend that file"),
+        ("adapter", r"its parameters are not those of the Qwen3ForCausalLM .* \(lora_A\.weight and 0 more\).*LoRA"),
+        ("full", r"checkpoints needs [\d,]+ bytes, 10 are free: make room there, or set run\.dir elsewhere"),
+        ("read-only", r"checkpoints cannot be written: .*Read-only.*; make it writable, or set run\.dir elsewhere"),
+    ],
+)
+def test_each_cause_has_its_own_advice(
+    spoil: str, words: str, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, trainer = build(start)
+    text = Text(start)
+
+    def raises(error: Exception) -> Callable[..., None]:
+        def fail(*args: object, **kwargs: object) -> None:
+            raise error
+
+        return fail
+
+    if spoil == "tokenizer":
+        monkeypatch.setattr(text.tokenizer, "save_pretrained", raises(ValueError("no such\nvocabulary")))
+    elif spoil == "config":
+        monkeypatch.setattr(model.config, "validate", raises(TypeError("no such field")), raising=False)
+    elif spoil == "adapter":
+        model.lora_A = torch.nn.Linear(2, 2, bias=False)
+    elif spoil == "full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))  # type: ignore[attr-defined]
+    else:
+        monkeypatch.setattr(Path, "mkdir", raises(OSError(errno.EROFS, "Read-only file system")))
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.rehearse(tmp_path, model, text, trainer)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "trainer.json", "trainer/optimizer.safetensors", MANIFEST],
+)
+def test_a_flipped_bit_anywhere_is_found_and_its_file_named(saved: Saved, name: str) -> None:
+    assert damage_of(saved.path) == ""
+    file = saved.path / name
+    whole = file.read_bytes()
+    for place in (len(whole) // 2, len(whole) - 2):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert str(file) in damage_of(saved.path)
+    file.write_bytes(whole[:-1])
+    assert str(file) in damage_of(saved.path)
+    file.unlink()
+    assert damage_of(saved.path) == f"{file} is missing"
+    file.write_bytes(whole)
+    assert damage_of(saved.path) == ""
+    shutil.rmtree(saved.path)
+    assert damage_of(saved.path) == f"{saved.path} is missing"
+
+
+def test_a_safetensors_file_that_was_cut_is_told_by_its_header(saved: Saved) -> None:
+    file = saved.path / "model.safetensors"
+    whole = file.read_bytes()
+    assert cut_short(file) == ""
+    for end, words in ((len(whole) - 8, "its header tells of"), (100, "tells of"), (4, "no safetensors header")):
+        file.write_bytes(whole[:end])
+        assert words in cut_short(file)
+        assert str(file) in cut_short(file)
+    file.write_bytes(b"\x10" + b"\0" * 7 + b"{" * 16)
+    assert "no safetensors header" in cut_short(file)
+
+
 def test_the_newest_are_kept(saved: Saved) -> None:
     for step in (2, 9, 10):
         saved.save(step)
-    checkpoint.prune(saved.run_dir, keep=2)
+    checkpoint.prune(saved.run_dir, 10, keep=2)
     assert sorted(p.name for p in saved.path.parent.iterdir()) == ["step_10", "step_9"]
+
+
+def test_a_later_one_that_an_earlier_life_never_told_of_does_not_push_the_newest_out(saved: Saved) -> None:
+    for step in (9, 5):
+        saved.save(step)
+    checkpoint.prune(saved.run_dir, 5, keep=1)
+    assert [p.name for p in saved.path.parent.iterdir()] == ["step_5"]
 
 
 def test_a_step_written_again_replaces_the_old(saved: Saved, make_batch: MakeBatch) -> None:
