@@ -164,6 +164,8 @@ class Group:
                 raise ValueError(f"group {self.group}: component {name} is infinite (NaN says that it does not apply)")
         if highest > 1e-4:
             raise ValueError(f"group {self.group}: a log-probability is above 0 ({highest:.4g})")
+        if not math.isfinite(sum(self.times.ravel().tolist())):
+            raise ValueError(f"group {self.group}: a time is not finite")
         if max(self.finish.tobytes()) >= len(FINISH_REASONS):
             raise ValueError(f"group {self.group}: unknown finish reason {max(self.finish.tobytes())}")
         ranges = _range(self.prompt_tokens), _range(self.tokens)

@@ -27,9 +27,10 @@ from offtrail.platform.broker.ending import Ending
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.ledger import FILE, Ledger
 from offtrail.platform.broker.polls import NO_ARRAYS, REFUSALS, Answer, LongPoll, Polls, Wire
-from offtrail.platform.broker.resume import check_same_run, cold_start_of
+from offtrail.platform.broker.resume import check_same_run, check_whole, cold_start_of
 from offtrail.platform.broker.roster import Member, Roster, names
-from offtrail.platform.broker.run_metrics import RunMetrics
+from offtrail.platform.broker.rules import GroupRules
+from offtrail.platform.broker.run_metrics import LARGEST, RunMetrics, plain
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS, roles_of
@@ -87,14 +88,20 @@ class Broker:
         self.admission = AdmissionPolicy.of(config)
         self.ledger = Ledger(run_dir / FILE)
         try:
+            check_whole(self.ledger, run_dir)
             check_same_run(self.ledger, config, run_dir.name)
             cold_start = cold_start_of(config, run_dir)
         except ValueError:
             self.ledger.close()
             raise
-        samples, search = config.batch.group_size, config.search
         self.scheduler = Scheduler(
-            self.ledger, self.admission, problems, samples, driver=search.name, flexible=search.flexible
+            self.ledger,
+            self.admission,
+            problems,
+            config.batch.group_size,
+            driver=config.search.name,
+            flexible=config.search.flexible,
+            rules=GroupRules.of(config, run_dir),
         )
         self.ledger.release()
         self.scheduler.rewind()
@@ -246,13 +253,9 @@ class Broker:
         """A finished group: durable before it is acknowledged."""
         holder, header = self._member(envelope).name, message.header
         try:
-            group = group_from(header, envelope.arrays)
+            group = group_from(header, envelope.arrays, self.scheduler.rules.vocab_size)
         except WireError as error:
             return self._give_up(header.group, header.attempt, holder, "failed", str(error))
-        if abs(group.temperature - self.config.sampling.temperature) > 1e-6:  # I5
-            expected = self.config.sampling.temperature
-            detail = f"sampled at temperature {group.temperature}, not sampling.temperature={expected}"
-            return self._give_up(group.group, group.attempt, holder, "failed", detail)
         verdict = self.scheduler.arrive(group, holder, time.time())
         if verdict.changed:
             self.deadlines.progress()
@@ -384,8 +387,10 @@ class Broker:
             raise RequestError(
                 f"version {message.version} was scored, but the newest version is {self.scheduler.version}"
             )
-        self.ledger.records.evaluated(message.version, message.metrics)
-        self.recorder.evaluation(message.version, message.metrics, message.texts)
+        scores = {name: value for name, value in message.metrics.items() if abs(value) <= LARGEST}
+        self.numbers.dropped += len(message.metrics) - len(scores)
+        self.ledger.records.evaluated(message.version, scores)
+        self.recorder.evaluation(message.version, scores, message.texts)
         self.deadlines.progress()
         self.ending.check()
         if not self.ending.status:
@@ -395,7 +400,9 @@ class Broker:
     # ------------------------------------------------------------------ all roles, and the launcher
 
     def on_heartbeat(self, beat: Heartbeat, envelope: Envelope) -> Answer:
-        """A sign of life; its counters go to the compute ledger."""
+        """A sign of life; its counters go to the compute ledger, but for what is no number of a counter."""
+        beat, dropped = plain(beat)
+        self.numbers.dropped += dropped
         member = self.roster.get(f"{beat.role}-{beat.index}")
         if member is not None and member.pid == beat.pid:
             member.heard = self.clock()

@@ -26,11 +26,28 @@ class LedgerError(RuntimeError):
     """The ledger cannot go on; one line that names the path, the cause and the way out."""
 
 
+class UnfitError(ValueError):
+    """A value that SQLite cannot hold, of a request: nothing of it was written. One line for its sender."""
+
+
+UNFIT = (OverflowError, TypeError, UnicodeError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError)
+"""What sqlite3 raises where a value cannot be bound: an integer beyond 64 bits, text that is no Unicode, an object."""
+ADVICE = {
+    "SQLITE_CONSTRAINT": "nothing of the request was written; this is a fault of the program: please report it",
+    "SQLITE_CORRUPT": "the file is damaged; put a copy of it back, or begin a new run.name, with model.path at the "
+    "newest checkpoint if there is one",
+    "SQLITE_BUSY": "another program holds the file; end it and go on with run.resume=true",
+}
+ADVICE |= dict.fromkeys(("SQLITE_NOTADB", "SQLITE_ERROR"), ADVICE["SQLITE_CORRUPT"])
+ADVICE |= {"SQLITE_LOCKED": ADVICE["SQLITE_BUSY"]}
+NO_SPACE = "nothing acknowledged is lost: free space (or make it writable) and go on with run.resume=true"
+
+
 class Database:
     """The connection that the parts of one ledger share. One process writes the file.
 
-    LedgerError on a file that another broker holds, that another schema wrote, that cannot be written, or on a full
-    disk.
+    LedgerError on a file that another broker holds, that another schema wrote, that is damaged, that cannot be written,
+    or on a full disk; UnfitError on a value that it cannot hold.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,6 +89,9 @@ class Database:
                 f"{self.path}: written by ledger schema {schema}, this is {LEDGER_SCHEMA}; "
                 "go on with the version of offtrail that wrote it, or start a new run.name"
             )
+        (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise LedgerError(f"{self.path}: {' '.join(found.split())}; {ADVICE['SQLITE_CORRUPT']}")
 
     def close(self) -> None:
         """Give the file back; what was acknowledged stays."""
@@ -79,14 +99,12 @@ class Database:
         self._lock.close()
 
     def _broken(self, error: Exception) -> LedgerError:
-        return LedgerError(
-            f"{self.path}: {error}; nothing acknowledged is lost: free space (or make it writable) "
-            "and go on with run.resume=true"
-        )
+        name = getattr(error, "sqlite_errorname", "")  # such as SQLITE_CONSTRAINT_TRIGGER
+        return LedgerError(f"{self.path}: {error}; {ADVICE.get('_'.join(name.split('_')[:2]), NO_SPACE)}")
 
     @contextmanager
     def change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of it or nothing, also through kill -9."""
+        """One transaction: all of it or nothing, whatever is raised in it, also through kill -9."""
         self.forget()
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -97,6 +115,8 @@ class Database:
                     self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+        except UNFIT as error:
+            raise UnfitError(f"{self.path}: {error}; nothing was written") from error
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -119,6 +139,8 @@ class Database:
         """The rows of a query that are not worth keeping."""
         try:
             return self._db.execute(query, values).fetchall()
+        except UNFIT as error:
+            raise UnfitError(f"{self.path}: {error}") from error
         except sqlite3.Error as error:
             raise self._broken(error) from error
 

@@ -213,6 +213,11 @@ class Ledger:
 
     # ------------------------------------------------------------------ batches
 
+    def refusal(self) -> str:
+        """Why the newest of the refused groups was refused."""
+        rows = self.file.rows("SELECT reason, detail FROM groups WHERE state = 'refused' ORDER BY id DESC LIMIT 1")
+        return ": ".join(rows[0]) if rows else ""
+
     def queued(self) -> list[GroupRow]:
         """The queue, in order of arrival."""
         return [

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.database import LedgerError, UnfitError
 from offtrail.platform.broker.scheduler import RequestError
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.messages import Message, VersionHint
@@ -23,7 +23,7 @@ from offtrail.platform.wire.sockets import Envelope
 HOLD_SECONDS = 1.0
 """A long poll is answered after so long, with what it waits for."""
 
-REFUSALS = (RequestError, WireError, LedgerError, OSError)
+REFUSALS = (RequestError, WireError, UnfitError, LedgerError, OSError)
 """What a request may raise and is told; anything else is a bug, and ends the broker."""
 
 Arrays = Sequence[npt.NDArray[Any]]

@@ -15,6 +15,19 @@ from offtrail.platform.tracking import compute
 log = logging.getLogger("offtrail.broker")
 
 
+def check_whole(ledger: Ledger, run_dir: Path) -> None:
+    """Raise ValueError where a checkpoint is there and the ledger knows of none: it was removed or emptied, and to
+    begin anew would replace the run's metrics and archive.
+    """
+    numbers = (path.name.removeprefix("step_") for path in (run_dir / "checkpoints").glob("step_*"))
+    newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    if newest and not ledger.logged() and not ledger.checkpoint:
+        raise ValueError(
+            f"{ledger.file.path}: holds no step of this run, but checkpoints/step_{newest} is there; put a copy of the "
+            f"ledger back, or begin a new run.name with model.path={run_dir / 'checkpoints' / f'step_{newest}'}"
+        )
+
+
 def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
     """Note the settings of a new ledger, and compare them with an old one's.
 

@@ -11,12 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from offtrail.platform.broker.admission import REASONS, Tally
 from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.broker.roster import Roster
 from offtrail.platform.broker.rows import Ages, Audit
+from offtrail.platform.wire.messages import Heartbeat
 
 Metrics = dict[str, float]
+LARGEST = 1e30
+"""Above what any counter reaches (FLOPs of a year on 10⁵ GPUs: 10²⁷); sums of such stay finite."""
 
 
 @dataclass
@@ -28,6 +33,8 @@ class RunMetrics:
     clock: Callable[[], float]
     cold_start: Metrics = field(default_factory=dict)
     """What the making of the start model cost: flops, busy_seconds, tokens. Empty: not known, or no cold start."""
+    dropped: int = 0
+    """Values of heartbeats and evaluations that were no numbers to count with."""
 
     def __post_init__(self) -> None:
         self._began = self._committed_at = self.clock()
@@ -185,9 +192,26 @@ class RunMetrics:
             **self.compute(),
             "weights/publish_seconds_mean": ledger.records.mean_metric("weights/publish_seconds"),
             "restarts": self.restarts,
+            **({"values_dropped": self.dropped} if self.dropped else {}),
             "lineage": ledger.lineage,
             "seed": seed,
         }
+
+
+def plain(beat: Heartbeat) -> tuple[Heartbeat, int]:
+    """A heartbeat with the counters that can be added up, and how many could not: a NaN or an infinity among them would
+    make every later sum one.
+    """
+    kept = {
+        name: {key: value for key, value in getattr(beat, name).items() if 0 <= value <= LARGEST}
+        for name in ("seconds", "compute")
+    }
+    kept["gauges"] = {key: value for key, value in beat.gauges.items() if abs(value) <= LARGEST}
+    dropped = sum(len(getattr(beat, name)) - len(values) for name, values in kept.items())
+    since = beat.since if abs(beat.since) <= LARGEST else 0.0
+    if not dropped and since == beat.since:
+        return beat, 0
+    return msgspec.structs.replace(beat, since=since, **kept), dropped
 
 
 def staleness_row(ages: Ages) -> Metrics:

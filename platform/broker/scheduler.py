@@ -11,6 +11,7 @@ I1 (ledger.py) and I2, I2b (admission.py) hold after every call, whatever the or
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +24,20 @@ import numpy as np
 from offtrail.core.types import Group, Int32, Lease, Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
 from offtrail.platform.broker.ledger import Ledger
+from offtrail.platform.broker.problems import ProblemError, Problems
 from offtrail.platform.broker.rows import Arrival, Grant, GroupRow
+from offtrail.platform.broker.rules import GroupRules
 from offtrail.platform.wire.groups import pack_group
+
+log = logging.getLogger("offtrail.broker")
 
 Outcome = Literal["new", "repeated", "diverged"]
 """What became of a publication; diverged: the log holds another checksum for the same version."""
 
 GIVEN_UP = ("failed", "filtered", "stale")
 """Reasons that a holder may give."""
+HOPELESS = 8
+"""So many batches' worth of groups that failed, before the first that did not, end the run."""
 
 
 class RequestError(ValueError):
@@ -58,7 +65,7 @@ class Scheduler:
     """Grants, arrivals, batches and commits of one run.
 
     ``samples``: those that a lease expects of its group; its ``driver`` may give it another number where it is
-    ``flexible``.
+    ``flexible``. ``rules``: what else a group must be.
     ``version``: the newest one published in this life (−1: none yet). ``handed``: the newest step whose batch was
     handed out in this life.
     """
@@ -72,9 +79,10 @@ class Scheduler:
         *,
         driver: str = "sample",
         flexible: bool = False,
+        rules: GroupRules | None = None,
     ) -> None:
-        self.ledger, self.admission, self.problems = ledger, admission, problems
-        self.samples, self.driver, self.flexible = samples, driver, flexible
+        self.ledger, self.admission, self.problems = ledger, admission, Problems(problems)
+        self.samples, self.driver, self.flexible, self.rules = samples, driver, flexible, rules or GroupRules()
         self.version = -1
         self.replay_until = 0
         self.handed = -1
@@ -95,14 +103,22 @@ class Scheduler:
     def grant(self, holder: str, room: int, generators: int, now: float) -> list[Lease]:
         """Up to ``room`` leases: returned ones first, then open slots as far as capacity and the holder's share go.
 
-        In exact mode one whole wave, or nothing: there ``room`` only says whether any is wanted.
+        In exact mode one whole wave, or nothing: there ``room`` only says whether any is wanted. A group whose problem
+        the task cannot give is refused as `failed`, and its place is open again.
         """
         room = min(room, self.admission.share(generators) - self.ledger.held(holder))
         if room < 1 or self.complete:
             return []
         wave, grants = self._wave() if self.admission.exact else (-1, self._next(room))
         rows = self.ledger.grant(holder, grants, now) if grants else []
-        return [self._lease(row, wave) for row in rows]
+        leases = []
+        for row in rows:
+            try:
+                leases.append(self._lease(row, wave))
+            except ProblemError as error:
+                log.warning("group %d: %s", row.id, error)
+                self.ledger.refuse(row.id, "failed", str(error))
+        return leases
 
     def _next(self, room: int) -> list[Grant]:
         admission, ledger = self.admission, self.ledger
@@ -198,16 +214,21 @@ class Scheduler:
         """Queue a finished group, or refuse it by the policy; durable when this returns. Stamps the group.
 
         RequestError when it was never admitted. A late attempt is discarded and changes nothing; a repetition (its
-        acknowledgement was lost) gets the same answer again.
+        acknowledgement was lost) gets the same answer again. Of a group that is not what its lease says nothing is
+        kept: neither the learner nor the archive need be able to read it.
         """
         row = self._row(group.group)
         if (known := self._known(row, group.attempt, holder)) is not None:
             return known
+        if detail := self._misfit(row, group):
+            self.ledger.refuse(row.id, "failed", detail)
+            return Verdict(False, f"failed: {detail}", changed=True)
+        group.generator = holder
         versions = counted(group.versions)
         low, high = min(versions, default=row.needs), max(versions, default=row.needs)
         # A generator may apply a version before its commit arrives here: it was queued under that version.
         group.queued_version, group.queued_at = max(self.version, high), now
-        reason, detail = self._misfit(row, group) or self.admission.violation(row.needs, low, high, self.newest)
+        reason, detail = self.admission.violation(row.needs, low, high, self.newest)
         if not reason:
             detail = self.admission.without_signal(group)
             reason = "filtered" if detail else ""
@@ -236,7 +257,7 @@ class Scheduler:
         return max(self.ledger.newest, self.version + 1 if self.training else self.version)
 
     def _row(self, group: int) -> GroupRow:
-        row = self.ledger.row(group)
+        row = self.ledger.row(group) if 0 <= group < self.ledger.admitted else None
         if row is None:
             raise RequestError(f"group {group} was never admitted by this run")
         return row
@@ -250,15 +271,18 @@ class Scheduler:
             return Verdict(False, f"late: attempt {attempt} of group {row.id} is over, attempt {row.attempt} counts")
         return None
 
-    def _misfit(self, row: GroupRow, group: Group) -> tuple[str, str] | None:
+    def _misfit(self, row: GroupRow, group: Group) -> str:
+        """Why a group is not what its lease and the rules say, or ""."""
         for name, got, expected in (
             ("slot", group.slot, row.slot),
             ("problem", group.problem.index, row.id),
             ("samples", group.size, group.size if self.flexible else self.samples),
         ):
             if got != expected:
-                return "failed", f"{name} is {got}, the lease says {expected}"
-        return None
+                return f"{name} is {got}, the lease says {expected}"
+        if not self.problems.same(row.id, group.problem):
+            return f"its problem is not problem {row.id} of the task, which was leased"
+        return self.rules.broken_by(group)
 
     # ------------------------------------------------------------------ batches and commits
 
@@ -356,5 +380,9 @@ class Scheduler:
         """One line when refusals starve the run, else "": also once its last batch is logged."""
         if self.complete:
             return ""
-        refused = self.ledger.tally().refused
+        tally = self.ledger.tally()
+        refused, failed = tally.refused, tally.refused.get("failed", 0)
+        if tally.living == tally.leased and failed >= HOPELESS * max(1, self.admission.batch):
+            detail = self.ledger.refusal()
+            return f"all {failed} groups that were made have failed, so that nothing can be trained; the last: {detail}"
         return self.admission.starved({reason: n - self._at_commit.get(reason, 0) for reason, n in refused.items()})

@@ -63,8 +63,8 @@ def arrays_per_group(header: GroupHeader) -> int:
     return len(FIXED) + len(header.component_names) + len(header.channels)
 
 
-def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
-    """The checked group of a header and its arrays (views, not copies).
+def group_from(header: GroupHeader, arrays: Sequence[Array], vocab_size: int | None = None) -> Group:
+    """The checked group of a header and its arrays (views, not copies). ``vocab_size``: see Group.check.
 
     Raises WireError when the number of arrays, a dtype, a repeated name or Group.check is wrong.
     """
@@ -105,7 +105,7 @@ def group_from(header: GroupHeader, arrays: Sequence[Array]) -> Group:
         queued_at=header.queued_at,
     )
     try:
-        group.check()
+        group.check(vocab_size=vocab_size)
     except ValueError as error:
         raise WireError(str(error)) from None
     return group
@@ -127,7 +127,7 @@ def pack_group(group: Group) -> bytes:
     return b"".join((_COUNT.pack(len(frames)), *(_SIZE.pack(len(f)) for f in frames), *frames))
 
 
-def unpack_group(blob: Frame) -> Group:
+def unpack_group(blob: Frame, vocab_size: int | None = None) -> Group:
     """The checked group of a blob; its arrays are read-only views of it. WireError when the blob is not whole."""
     view = memoryview(blob)
     if len(view) < _COUNT.size:
@@ -146,4 +146,4 @@ def unpack_group(blob: Frame) -> Group:
     message, group_arrays = decode(frames)
     if not isinstance(message, SubmitGroup):
         raise WireError(f"a group's blob that holds {type(message).__name__}")
-    return group_from(message.header, group_arrays)
+    return group_from(message.header, group_arrays, vocab_size)
