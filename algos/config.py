@@ -19,6 +19,7 @@ ADVANTAGES = ("group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "reward"
 KlKind = Literal["none", "k1", "k2", "k3", "k3_weighted", "full"]
 Std = Literal["sample", "population", "none"]
 Level = Literal["token", "sequence"]
+Age = Literal["trained", "made"]
 ProcessForm = Literal["sum", "min", "clip", "delta", "clip_delta", "shaping"]
 ProcessBaseline = Literal["leave_one_out", "group", "group_std", "none"]
 
@@ -49,6 +50,8 @@ class AlgoConfig:
 
     off_policy: ClassVar[bool] = False
     """Whether the objective holds the ratio to the behaviour policy itself, so that a weight would count it twice."""
+    has_ratio: ClassVar[bool] = True
+    """Whether the objective holds a ratio at all, which `correction=none` takes to the behaviour policy."""
     level: ClassVar[Level] = "token"
     """Whether ratios, and so importance weights, are per token or geometric means over a sample."""
 
@@ -74,7 +77,7 @@ class AlgoConfig:
     kl_coef: float = setting(0.0, "[0, inf)")
     """Weight of the KL term; needs kl."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the KL term stands: a loss at each token, or (k1, k2, k3) a penalty in each token's reward."""
+    """Where the KL term stands: a loss at each token (not k1), or (k1, k2, k3) a penalty in each token's reward."""
     ref_refresh: int = setting(0, "[0, inf)")
     """The reference becomes the policy every so many optimizer updates; 0 = it stays the start model."""
     entropy_coef: float = setting(0.0, "[0, inf)")
@@ -118,6 +121,11 @@ class AlgoConfig:
                 f"algo.kl_in=reward with algo.kl={self.kl}: a reward carries no gradient, so only an estimate of the "
                 "sampled token fits: algo.kl=k1, k2 or k3"
             )
+        if self.kl_in == "loss" and self.kl == "k1":
+            raise ValueError(
+                "algo.kl=k1 with algo.kl_in=loss: the expected gradient of k1 as a loss is 0, it pulls nowhere; take "
+                "algo.kl=k2 or k3, or algo.kl_in=reward"
+            )
         if self.ref_refresh and self.kl == "none":
             raise ValueError(
                 f"algo.ref_refresh={self.ref_refresh}: there is no reference; set algo.kl and algo.kl_coef"
@@ -136,7 +144,9 @@ class AlgoConfig:
 
 @dataclass
 class GrpoConfig(AlgoConfig):
-    """Group-relative policy optimisation (arXiv:2402.03300, eq. 3): PPO's clip on group advantages."""
+    """Group-relative policy optimisation (arXiv:2402.03300, eq. 3): PPO's clip on group advantages. The defaults take
+    the mean over all tokens and no KL term; the paper's mean over samples with its k3 is algo=deepseekmath.
+    """
 
     name: str = "grpo"
     clip_low: float = setting(0.2, "[0, 1]")
@@ -278,7 +288,9 @@ class AspoConfig(AlgoConfig):
 
 @dataclass
 class BapoConfig(AlgoConfig):
-    """BAPO (arXiv:2510.18927): clip bounds move until positive tokens carry their share of the update."""
+    """BAPO (arXiv:2510.18927): clip bounds move until positive tokens carry their share of the update. The authors'
+    code (github.com/WooooDyy/BAPO) is counted=clipped; algos/update.py says what that changes.
+    """
 
     off_policy: ClassVar[bool] = True
 
@@ -296,10 +308,16 @@ class BapoConfig(AlgoConfig):
     high_step: float = setting(0.05, "(0, inf)")
     """Size of a step of the upper bound."""
     positive_share: float = setting(0.5, "[0, 1]")
-    """Both stop where positive tokens make up this share of the unclipped Σ ratio·|advantage|."""
+    """Both stop where positive tokens make up this share of Σ ratio·|advantage|."""
+    counted: Literal["unclipped", "clipped"] = "unclipped"
+    """Of a token beyond its bound that sum holds nothing, as its gradient is 0, or (clipped) the bound·|advantage|."""
+    dual_clip: float = setting(3.0, "[0, inf)")
+    """With a negative advantage the ratio stops counting above this; 0 = off, and one token may weigh e^20."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if 0 < self.dual_clip < 1:
+            raise ValueError(f"algo.dual_clip={self.dual_clip}: must be ≥ 1, or 0 for off")
         if not self.low_start <= self.low_end <= 1 <= self.high_start <= self.high_end:
             raise ValueError(
                 f"algo.low_start={self.low_start}: needs low_start ≤ low_end={self.low_end} ≤ 1 ≤ "
@@ -323,11 +341,12 @@ class OpmdConfig(AlgoConfig):
 
 @dataclass
 class DppoConfig(AlgoConfig):
-    """DPPO with the total-variation mask (prime-rl's default loss): −keep·ρ·A + penalty·(log ρ)²."""
+    """DPPO with the total-variation mask (arXiv:2602.04879; prime-rl's default loss): −keep·ρ·A + penalty·(log ρ)²."""
 
     off_policy: ClassVar[bool] = True
 
     name: str = "dppo"
+    std: Std = "none"
     mask_low: float = setting(0.2, "[0, 1]")
     """A token of negative advantage is left out when its probability fell by more than this, …"""
     mask_high: float = setting(0.2, "[0, 1]")
@@ -338,7 +357,9 @@ class DppoConfig(AlgoConfig):
 
 @dataclass
 class ReinforceConfig(AlgoConfig):
-    """REINFORCE: −A·log π. What an older policy made is put right by the correction alone, or not at all."""
+    """REINFORCE: −A·log π. What an older policy made is put right by the correction's weight alone, or not at all."""
+
+    has_ratio: ClassVar[bool] = False
 
     name: str = "reinforce"
 
@@ -353,7 +374,7 @@ class CorrectionConfig:
     """Whether the loss is multiplied by an importance weight."""
 
     name: str = "none"
-    """none: the ratio is to the behaviour policy itself (r = π_θ/π_beh), with no further weight."""
+    """none: the objective's ratio is to the behaviour policy itself (r = π_θ/π_beh), with no further weight."""
 
     def __post_init__(self) -> None:
         check_limits(self, "correction")
@@ -383,18 +404,25 @@ class WeightConfig(CorrectionConfig):
 
 @dataclass
 class DecoupledConfig(WeightConfig):
-    """Decoupled PPO: clip around the proximal policy, weight by the full w = π_prox/π_beh (AReaL, arXiv:2505.24298)."""
+    """Decoupled PPO: clip around the proximal policy, weight by the full w = π_prox/π_beh (AReaL, arXiv:2505.24298).
+    No cap but the clamp of log w at 20: a token of which the learner thinks otherwise may weigh 4.9e8. `tis` has one.
+    """
 
     name: str = "decoupled"
 
 
 @dataclass
 class A3poConfig(WeightConfig):
-    """Decoupled PPO without the proximal forward (A-3PO): log π_prox is interpolated by the token's age."""
+    """Decoupled PPO without the proximal forward (A-3PO, arXiv:2512.06547): log π_prox = log π_beh + α·(log π_θ −
+    log π_beh), α = (d − 1)/d by the token's age d. Its weight has no cap.
+    """
 
     needs_prox: ClassVar[bool] = False
 
     name: str = "a3po"
+    age: Age = "trained"
+    """d counts to the version that is being trained (the paper, AReaL; d = 0: α = 0), or to the one being made, one
+    more, so that π_prox itself lies at d − 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -467,7 +495,7 @@ class K3FilterConfig(FilterConfig):
     """k3 filter: a sample stays where its mean w − 1 − log w is at most limit."""
 
     name: str = "k3_filter"
-    limit: float = setting(0.01, "[0, inf)")
+    limit: float = setting(0.01, "(0, inf)")
     """Largest mean k3 of a sample that stays, in nats."""
 
 
@@ -495,7 +523,7 @@ class M2poConfig(CorrectionConfig):
     """M2PO (arXiv:2510.01161): in place of the clip, the farthest tokens are masked until (log r)² is small."""
 
     name: str = "m2po"
-    limit: float = setting(0.04, "[0, inf)")
+    limit: float = setting(0.04, "(0, inf)")
     """Largest mean (log r)² over the tokens that stay, of those that a clip could act on."""
 
 
@@ -536,6 +564,11 @@ def incompatible(algo: AlgoConfig, correction: CorrectionConfig) -> str | None:
         return (
             f"correction={correction.name} with algo={algo.name}: the objective holds the ratio to the behaviour "
             "policy itself, and a weight or another anchor would count it twice; take correction=none or seq_mask"
+        )
+    if correction.name in ("none", "seq_mask") and not (algo.has_ratio or algo.loss):
+        return (
+            f"correction={correction.name} with algo={algo.name}: the objective has no ratio that could hold the "
+            "importance weight; take correction=tis, or uncorrected to do without one"
         )
     if isinstance(correction, M2poConfig) and not isinstance(algo, GrpoConfig):
         return f"correction=m2po with algo={algo.name}: its mask takes the place of PPO's clip; take algo=grpo"

@@ -2,9 +2,10 @@
 
 With w = π_prox/π_beh at each token, S = its sample:
 
-    none       r = π_θ/π_beh, weight 1 (bypass: the ratio already holds the importance weight)
+    none       r = π_θ/π_beh, weight 1 (bypass: the ratio already holds the importance weight; so an objective must
+               have one, which REINFORCE has not: refused)
     uncorrected  r = π_θ/π_prox, weight 1: staleness is ignored, the control of comparisons
-    decoupled  r = π_θ/π_prox, weight w
+    decoupled  r = π_θ/π_prox, weight w, without a cap
     a3po       the same with log π_prox interpolated between π_beh and π_θ
     tis        … weight min(w, cap)
     seq_tis    … weight min(∏_S w, cap); vcpo: the same, with a smaller step (algos/update.py)
@@ -29,6 +30,7 @@ from torch import Tensor
 from offtrail.algos.config import (
     CORRECTIONS,
     A3poConfig,
+    Age,
     CorrectionConfig,
     FilterConfig,
     GeoConfig,
@@ -91,7 +93,7 @@ def correct(
     log_w = clamp_log_ratio(prox - beh)
     one = torch.ones_like(log_w)
     if isinstance(config, A3poConfig):
-        prox = interpolated_prox(logprobs, beh, staleness)
+        prox = interpolated_prox(logprobs, beh, staleness, age=config.age)
         return Correction(prox, _level(clamp_log_ratio(prox - beh), samples, level).exp(), log_w)
     if isinstance(config, WeightConfig):
         weight, keep = _weigh(config, log_w, samples, level)
@@ -111,16 +113,19 @@ def correct(
     raise ValueError(f"correction={config.name}: allowed are {', '.join(CORRECTIONS)}")
 
 
-def interpolated_prox(logprobs: Tensor, behaviour_logprobs: Tensor, staleness: Tensor | None) -> Tensor:
-    """A-3PO: lp_beh + α·(lp_θ − lp_beh), α = (d − 1)/d, without a forward pass.
+def interpolated_prox(
+    logprobs: Tensor, behaviour_logprobs: Tensor, staleness: Tensor | None, *, age: Age = "trained"
+) -> Tensor:
+    """A-3PO (arXiv:2512.06547): lp_beh + α·(lp_θ − lp_beh), α = (d − 1)/d, without a forward pass.
 
-    d is the token's distance to the policy being *made*: one more than its staleness, which is the distance to π_prox.
-    So a token of the proximal policy itself (staleness 0) gets α = 0 and lp_prox = lp_beh exactly.
+    ``trained``: d = step − version, the staleness, as in the paper and in AReaL, which counts θ as the version that is
+    being trained; so a token of staleness 1 has α = 0, and one of staleness 0 too. ``made``: d is one more, the
+    distance to the version that the step makes; π_prox, s versions on from π_beh, then lies at α = s/(s + 1).
     """
     if staleness is None:
         raise ValueError("correction=a3po: the loss needs each token's staleness")
-    s = staleness.to(logprobs.dtype)
-    return behaviour_logprobs + s / (s + 1) * (logprobs.detach() - behaviour_logprobs)
+    d = staleness.to(logprobs.dtype) + (age == "made")
+    return behaviour_logprobs + (1 - 1 / d.clamp(min=1)) * (logprobs.detach() - behaviour_logprobs)
 
 
 def _level(log_w: Tensor, samples: Samples, level: Level) -> Tensor:

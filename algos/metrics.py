@@ -22,7 +22,10 @@ SUMS = (
 MAXIMA = ("w", "abs_log_w", "ratio")
 BUCKET_SUMS = ("tokens", "abs_log_w", "w", "w2", "clipped", "log_w", "log_w2", "rejected")
 BUCKETS = 9
-"""Staleness 0, 1, …, 7, and 8 or more. Bucket 0 is the numerics floor: same weights, other kernels."""
+"""Staleness 0, 1, …, 7, and 8 or more. Bucket 0 is the numerics floor (same weights, other kernels), but under
+engine.kv_on_update=keep: a token of the newest version may there stand on older keys and values. mismatch/* is the
+floor in both.
+"""
 HISTOGRAMS = ("abs_log_w", "rho")
 
 _LOW_OCTAVE, _OCTAVES, _STEPS = -32, 64, 128

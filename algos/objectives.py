@@ -166,9 +166,9 @@ def aspo(x: Tokens, algo: AspoConfig) -> Surrogate:
 
 
 def bapo(x: Tokens, algo: BapoConfig) -> Surrogate:
-    """PPO's clip of ρ between bounds that the whole update decided (``algos.update.bapo_bounds``)."""
+    """PPO's clip of ρ between bounds that the whole update decided (``algos.update.bapo_bounds``), dual for A < 0."""
     low, high = x.bounds or (algo.low_start, algo.high_start)
-    return _clip(x.log_rho(), x.advantages, low, high)
+    return _clip(x.log_rho(), x.advantages, low, high, algo.dual_clip)
 
 
 def opmd(x: Tokens, algo: OpmdConfig) -> Surrogate:
@@ -189,7 +189,8 @@ def opmd(x: Tokens, algo: OpmdConfig) -> Surrogate:
 def dppo(x: Tokens, algo: DppoConfig) -> Surrogate:
     """−keep·ρ·A + penalty·(log ρ)²; keep = 0 where p_θ − p_beh > mask_high (A > 0) or < −mask_low (A < 0).
 
-    prime-rl's default loss: a trust region in probability, which does not bind where both are tiny.
+    prime-rl's default loss, whose advantages are R − R̄ without a deviation (std=none): a trust region in probability,
+    which does not bind where both are tiny.
     """
     log_rho, A = x.log_rho(), x.advantages
     moved = x.logprobs.detach().exp() - x.behaviour.exp()

@@ -12,6 +12,7 @@ ones do not see what the updates before them have moved.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -159,32 +160,38 @@ def m2po_keep(log_ratio: Tensor, advantages: Tensor, limit: float) -> Tensor:
 def bapo_bounds(algo: BapoConfig, ratio: Tensor, advantages: Tensor) -> tuple[float, float]:
     """BAPO's (low, high) for an update (arXiv:2510.18927, algorithm 1); ``ratio`` and ``advantages`` [N].
 
-    A token contributes r·|A| while no bound takes its gradient. low rises first, which silences negative tokens far
-    below 1, then high, which lets positive ones back in, until the positive share is reached or both are at their end.
-    No negatives, or no positives at all: nothing to balance, no move.
+    Every token contributes r·|A|. low rises first, then high, until positive tokens reach their share or both are at
+    their end (so without any positive token they go there). What a token beyond its bound contributes:
+
+    ``unclipped``  nothing, as it has no gradient: a higher low silences negative tokens far below 1, a higher high
+                   lets positive ones back in, as in the paper's figure 1
+    ``clipped``    bound·|A|, as in the authors' code: there a higher low lets negative tokens count *more*, so that
+                   it never helps by itself, and what balances is high. Its target, adv_ratio_target, is positive over
+                   negative: positive_share/(1 − positive_share).
     """
     A, r = advantages.double(), ratio.double()
-    size = r * A.abs()
-    up, down = size[A > 0], size[A < 0]
-    r_up, r_down = r[A > 0], r[A < 0]
-    low, high = algo.low_start, algo.high_start
+    (up, r_up), (down, r_down) = ((A[side].abs(), r[side]) for side in (A > 0, A < 0))
 
     def short(low: float, high: float) -> bool:
-        positive, negative = float(up[r_up <= high].sum()), float(down[r_down >= low].sum())
-        return positive < algo.positive_share * (positive + negative)
+        if algo.counted == "clipped":
+            positive, negative = up @ r_up.clamp(max=high), down @ r_down.clamp(min=low)
+        else:
+            positive, negative = up @ (r_up * (r_up <= high)), down @ (r_down * (r_down >= low))
+        return float(positive) < algo.positive_share * float(positive + negative)
 
-    if len(up) == 0:
-        return low, high
-    steps = round((algo.low_end - algo.low_start) / algo.low_step)
-    lows = [min(algo.low_end, algo.low_start + i * algo.low_step) for i in range(1, steps + 1)]
-    steps = round((algo.high_end - algo.high_start) / algo.high_step)
-    highs = [min(algo.high_end, algo.high_start + i * algo.high_step) for i in range(1, steps + 1)]
-    for low_next in lows:
+    low, high = algo.low_start, algo.high_start
+    for low_next in _raised(low, algo.low_end, algo.low_step):
         if not short(low, high):
             return low, high
         low = low_next
-    for high_next in highs:
+    for high_next in _raised(high, algo.high_end, algo.high_step):
         if not short(low, high):
             return low, high
         high = high_next
     return low, high
+
+
+def _raised(start: float, end: float, step: float) -> list[float]:
+    """Steps from ``start``, which is not among them, to ``end``, which is."""
+    steps = math.ceil((end - start) / step - 1e-9)
+    return [start + i * step for i in range(1, steps)] + [end] * (steps > 0)

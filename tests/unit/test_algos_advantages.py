@@ -16,7 +16,7 @@ from offtrail.algos.advantages import (
     terminal_rewards,
     whiten,
 )
-from offtrail.algos.config import GrpoConfig, PpoConfig
+from offtrail.algos.config import DppoConfig, GrpoConfig, PpoConfig
 from offtrail.algos.filtering import filtered
 from offtrail.algos.group import grpo_advantages, rloo_advantages
 from offtrail.algos.process import step_leave_one_out
@@ -231,6 +231,12 @@ def test_kl_in_the_reward_of_a_whole_sample():
     algo = GrpoConfig(advantage="rloo", kl="k1", kl_coef=0.5, kl_in="reward")
     A = estimate(algo, REWARDS, groups(2), LENGTHS, kl=kl).tokens
     assert A.tolist() == pytest.approx([0.6] * 3 + [-0.6] * 2)
+
+
+def test_dppo_centres_as_prime_rl_does():
+    # R − R̄ = ±½, where group's default, divided by √½, would be ±.71
+    A = estimate(DppoConfig(), REWARDS, groups(2), LENGTHS).tokens
+    assert A.tolist() == [0.5] * 3 + [-0.5] * 2
 
 
 def test_the_plain_reward():

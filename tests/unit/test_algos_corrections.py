@@ -154,19 +154,21 @@ def test_sequence_mask_never_drops_a_good_sample():
 
 
 def test_interpolated_prox():
-    # d = staleness + 1 = 1, 2, 4: α = 0, ½, ¾
-    lp, beh = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-3.0, -3.0, -3.0])
-    assert interpolated_prox(lp, beh, torch.tensor([0, 1, 3])).tolist() == [-3.0, -2.0, -1.5]
+    # d = staleness = 0, 1, 2, 4: α = 0, 0, ½, ¾; counted to the version being made 1, 2, 3, 5: α = 0, ½, ⅔, ⅘
+    lp, beh, s = torch.full((4,), -1.0), torch.full((4,), -3.0), torch.tensor([0, 1, 2, 4])
+    assert interpolated_prox(lp, beh, s).tolist() == [-3.0, -3.0, -2.0, -1.5]
+    assert interpolated_prox(lp, beh, s, age="made").tolist() == pytest.approx([-3.0, -2.0, -3 + 4 / 3, -1.4])
     with pytest.raises(ValueError, match="staleness"):
         interpolated_prox(lp, beh, None)
 
 
-def test_a3po_is_decoupled_at_its_interpolation_and_holds_it_fixed():
+@pytest.mark.parametrize("age", ["trained", "made"])
+def test_a3po_is_decoupled_at_its_interpolation_and_holds_it_fixed(age):
     x = record()
-    prox = interpolated_prox(x.logprobs, x.behaviour_logprobs, x.staleness)
+    prox = interpolated_prox(x.logprobs, x.behaviour_logprobs, x.staleness, age=age)
     assert not prox.requires_grad
     at_it = dataclasses.replace(x, prox_logprobs=prox)
-    torch.testing.assert_close(grad(x, GrpoConfig(), A3poConfig()), grad(at_it, GrpoConfig(), DecoupledConfig()))
+    torch.testing.assert_close(grad(x, GrpoConfig(), A3poConfig(age=age)), grad(at_it, GrpoConfig(), DecoupledConfig()))
     # at staleness 0 it is plain PPO on the behaviour policy
     fresh = dataclasses.replace(x, staleness=torch.zeros(24, dtype=torch.int64))
     torch.testing.assert_close(grad(fresh, GrpoConfig(), A3poConfig()), grad(fresh, GrpoConfig(), CorrectionConfig()))
@@ -316,9 +318,11 @@ def test_score_norms():
 
 def test_bapo_does_not_move_where_there_is_nothing_to_balance():
     r = torch.tensor([1.0, 1.3, 0.5])
-    assert bapo_bounds(BapoConfig(), r, torch.ones(3)) == (0.6, 1.2)
-    assert bapo_bounds(BapoConfig(), r, -torch.ones(3)) == (0.6, 1.2)
-    assert bapo_bounds(BapoConfig(), torch.ones(2), torch.tensor([1.0, -1.0])) == (0.6, 1.2)
+    for counted in ("unclipped", "clipped"):
+        algo = BapoConfig(counted=counted)
+        assert bapo_bounds(algo, r, torch.ones(3)) == (0.6, 1.2)
+        assert bapo_bounds(algo, r, torch.zeros(3)) == (0.6, 1.2)
+        assert bapo_bounds(algo, torch.ones(2), torch.tensor([1.0, -1.0])) == (0.6, 1.2)
 
 
 def test_bapo_raises_the_lower_bound_first():
@@ -335,8 +339,24 @@ def test_bapo_then_raises_the_upper_bound():
 
 
 def test_bapo_stops_at_its_ends():
-    got = bapo_bounds(BapoConfig(), torch.tensor([1.0, 1.0]), torch.tensor([0.1, -10.0]))
-    assert got == (pytest.approx(0.9), pytest.approx(3.0))
+    assert bapo_bounds(BapoConfig(), torch.tensor([1.0, 1.0]), torch.tensor([0.1, -10.0])) == (0.9, 3.0)
+    assert bapo_bounds(BapoConfig(), torch.tensor([1.0, 0.5]), -torch.ones(2)) == (0.9, 3.0)
+    # .6 + 5·.07 is beyond .9, and 1.2 + 4·.5 beyond 3
+    uneven = BapoConfig(low_step=0.07, high_step=0.5)
+    assert bapo_bounds(uneven, torch.tensor([1.0, 1.0]), torch.tensor([0.1, -10.0])) == (0.9, 3.0)
+
+
+def test_bapo_of_the_authors_code_counts_a_clipped_token_with_its_bound():
+    # A = +1 at r = 2, −1 at r = .5. Clipped: min(2, high) against max(.5, low) = 1.2 : .6, the share is ⅔ at once.
+    # Unclipped: the positive one, beyond 1.2, counts 0 and the negative one, below .6, too: 0 < 0 is no reason to move.
+    r, A = torch.tensor([2.0, 0.5]), torch.tensor([1.0, -1.0])
+    assert bapo_bounds(BapoConfig(counted="clipped"), r, A) == (0.6, 1.2)
+    assert bapo_bounds(BapoConfig(), r, A) == (0.6, 1.2)
+    # A = −2 at r = .5: 1.2 : 1.2 is a share of ½; at .6 : 1.2 with A = −2.1 it is short, low goes to its end, where the
+    # negative token counts 2.1·.9 = 1.89, and high to the first bound above it, 1.9
+    assert bapo_bounds(BapoConfig(counted="clipped"), r, torch.tensor([1.0, -2.0])) == (0.6, 1.2)
+    low, high = bapo_bounds(BapoConfig(counted="clipped"), r, torch.tensor([1.0, -2.1]))
+    assert (low, high) == (0.9, pytest.approx(1.9))
 
 
 @pytest.mark.parametrize("correction", [M2poConfig(), VcpoConfig(baseline="group"), TisConfig(normalise=True)])
@@ -384,6 +404,15 @@ def test_an_importance_weight_is_never_counted_twice(name):
     assert allowed == {"none", "seq_mask"}
 
 
+@pytest.mark.parametrize("correction", ["none", "seq_mask"])
+def test_an_objective_without_a_ratio_needs_another_weight(correction):
+    why = incompatible(ReinforceConfig(), CORRECTIONS[correction]()) or ""
+    assert why.startswith(f"correction={correction} with algo=reinforce: the objective has no ratio")
+    assert "take correction=tis, or uncorrected" in why
+    assert incompatible(ReinforceConfig(), TisConfig()) is None
+    assert incompatible(ReinforceConfig(loss="mine:loss"), CORRECTIONS[correction]()) is None
+
+
 def test_m2po_needs_a_clip_to_replace():
     assert incompatible(GrpoConfig(), M2poConfig()) is None
     assert "take algo=grpo" in (incompatible(GspoConfig(), M2poConfig()) or "")
@@ -400,6 +429,8 @@ def test_one_baseline_is_enough():
         (lambda: GrpoConfig(kl="k3"), r"algo\.kl_coef=0\.0 with algo\.kl=k3: set both"),
         (lambda: GrpoConfig(kl="full", kl_coef=0.1, kl_in="reward"), r"algo\.kl_in=reward with algo\.kl=full"),
         (lambda: GrpoConfig(kl_in="reward"), r"algo\.kl_in=reward with algo\.kl=none"),
+        (lambda: GrpoConfig(kl="k1", kl_coef=0.1), r"algo\.kl=k1 with algo\.kl_in=loss.* is 0.*algo\.kl=k2 or k3"),
+        (lambda: PpoConfig(kl="k1", kl_coef=0.1), r"algo\.kl=k1 with algo\.kl_in=loss.*or algo\.kl_in=reward"),
         (lambda: GrpoConfig(ref_refresh=5), r"algo\.ref_refresh=5: there is no reference"),
         (lambda: GrpoConfig(advantage="gae"), r"algo\.advantage=gae with algo=grpo"),
         (lambda: PpoConfig(advantage="group"), r"algo\.advantage=group with algo=ppo"),
@@ -410,6 +441,9 @@ def test_one_baseline_is_enough():
         (lambda: ALGOS["cispo"](clip_low=1.5), r"algo\.clip_low=1\.5"),
         (lambda: ALGOS["aspo"](clip_low=1.5), r"algo\.clip_low=1\.5"),
         (lambda: BapoConfig(low_start=0.95), r"algo\.low_start=0\.95: needs low_start ≤ low_end"),
+        (lambda: BapoConfig(dual_clip=0.5), r"algo\.dual_clip=0\.5: must be ≥ 1, or 0 for off"),
+        (lambda: M2poConfig(limit=0), r"correction\.limit=0: must be > 0"),
+        (lambda: K3FilterConfig(limit=0), r"correction\.limit=0: must be > 0"),
         (lambda: TisConfig(cap=0), r"correction\.cap=0"),
         (lambda: VcpoConfig(cap=-1), r"correction\.cap=-1"),
         (lambda: A3poConfig(normalise=True), r"correction\.normalise=true with correction=a3po"),

@@ -216,6 +216,14 @@ def test_bapo_clips_at_the_bounds_of_the_update():
     assert slopes(moved, BapoConfig())[1] == pytest.approx([0, -2])
 
 
+def test_bapo_has_the_dual_clip_of_its_authors_code():
+    # A < 0: r = 2 kept, r = 4 beyond 3, so −min(…) is 3 and flat
+    x = tokens([LN2, math.log(4)], [-1.0, -1.0], bounds=(0.9, 3.0))
+    losses, grad = slopes(x, BapoConfig())
+    assert (losses, grad) == (pytest.approx([2, 3]), pytest.approx([2, 0]))
+    assert slopes(x, BapoConfig(dual_clip=0))[1] == pytest.approx([2, 4])
+
+
 # Kimi's OPMD
 
 

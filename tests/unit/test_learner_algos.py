@@ -71,7 +71,7 @@ def mixed(batch: Batch) -> Batch:
 COMBINATIONS = [
     *((f"algo={algo}",) for algo in options_of("algo")),
     *((f"correction={correction}",) for correction in options_of("correction")),
-    *(("algo=grpo", f"algo.kl={kl}", "algo.kl_coef=0.1") for kl in ("k1", "k2", "k3", "k3_weighted", "full")),
+    *(("algo=grpo", f"algo.kl={kl}", "algo.kl_coef=0.1") for kl in ("k2", "k3", "k3_weighted", "full")),
     ("algo=gspo", "correction=tis", "correction.normalise=true"),
     ("algo=ppo", "correction=icepop", "algo.gae_lambda=0.95", "algo.entropy_coef=0.01"),
     ("algo=ppo", "algo.gae_alpha=0.5", "algo.value_lambda=0.9", "algo.kl=none", "algo.kl_in=loss", "algo.kl_coef=0"),
