@@ -1,7 +1,8 @@
-"""Preallocated keys and values: one slot a running sample, and attention over the slots in use.
+"""Keys and values of the running samples, one slot each, and attention over the slots in use.
 
 Invariants: the running samples hold slots 0…n−1; a slot's columns 0…length−2 hold the keys and values of its tokens but
-the last, which the next decode step feeds. Columns past that hold finite leftovers and are masked.
+the last, which the next decode step feeds. Columns past that hold finite leftovers and are masked. The cache is as
+large as the samples that ran so far and their tokens made it (``reserve``), whatever it may grow to.
 Legend: S slots, L columns (positions), n running, H query heads, K key/value heads, D head size, R = H/K.
 """
 
@@ -22,47 +23,83 @@ from offtrail.platform.engines.decoder import Attend, Spec
 Int64 = npt.NDArray[np.int64]
 _COLUMN_STEP = 8
 """Attention spans are rounded up to this: fewer distinct shapes, aligned rows."""
+_GROWTH = 1.25
+"""What is too small grows by this or to what is needed, whichever is more: a token is copied four times on average."""
 
 
 class KVCache:
-    """Keys and values of all layers, [2, layers, S, K, L, D]. MemoryError, with the size, where they do not fit."""
+    """Keys and values of all layers, one tensor [2, S, K, L, D] each, empty until ``reserve``; S and L grow up to
+    ``slots`` and ``max_length``.
+    """
 
     def __init__(self, spec: Spec, slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.max_length = max_length
-        self.columns = -(-max_length // _COLUMN_STEP) * _COLUMN_STEP
+        self._most = slots, -(-max_length // _COLUMN_STEP) * _COLUMN_STEP
         self._kv_heads, self._scale = spec.kv_heads, spec.head_size**-0.5
-        shape = (2, spec.layers, slots, spec.kv_heads, self.columns, spec.head_size)
-        try:
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:
-            gib = np.prod(shape, dtype=np.int64) * dtype.itemsize / 2**30
-            raise MemoryError(
-                f"the KV cache of {slots} samples x {max_length} tokens needs {gib:.1f} GiB; "
-                f"lower engine.max_running={slots} or model.max_length={max_length}"
-            ) from error
-        self._rows = [[side[layer].view(-1, spec.head_size) for layer in range(spec.layers)] for side in self.data]
-        self._first_row = np.arange(slots * spec.kv_heads).reshape(slots, -1) * self.columns
-        self._column = torch.arange(self.columns, device=device, dtype=torch.int32)
+        self.slots = self.columns = 0
+        self.layers = [
+            torch.zeros((2, 0, spec.kv_heads, 0, spec.head_size), dtype=dtype, device=device)
+            for _ in range(spec.layers)
+        ]
+        self._dtype, self._device = dtype, device
         self._batched_products = device.type == "cpu" and dtype == torch.float32
+        self._index()
+
+    @property
+    def bytes(self) -> int:
+        """What the cache holds now."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def reserve(self, slots: int, columns: int) -> None:
+        """Hold at least so many, keeping what is there. Plans, rows and biases made before are void when it grows.
+
+        One layer is copied after the other, so that no more than one is there twice. MemoryError, with the size and
+        the keys, where they do not fit.
+        """
+        if slots <= self.slots and columns <= self.columns:
+            return
+        slots = _grown(self.slots, slots, self._most[0], 1)
+        columns = _grown(self.columns, columns, self._most[1], _COLUMN_STEP)
+        for i, old in enumerate(self.layers):
+            shape = (2, slots, self._kv_heads, columns, old.shape[4])
+            try:
+                new = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            except RuntimeError as error:
+                gib = len(self.layers) * np.prod(shape, dtype=np.int64) * self._dtype.itemsize / 2**30
+                raise MemoryError(
+                    f"the KV cache of {slots} samples x {columns} tokens needs {gib:.1f} GiB; "
+                    f"lower engine.max_running, batch.group_size or model.max_length"
+                ) from error
+            new[:, : self.slots, :, : self.columns] = old
+            self.layers[i] = new
+        self.slots, self.columns = slots, columns
+        self._index()
+
+    def _index(self) -> None:
+        self._rows = [[side.flatten(0, 2) for side in layer] for layer in self.layers]
+        self._first_row = np.arange(self.slots * self._kv_heads).reshape(self.slots, self._kv_heads) * self.columns
+        self._column = torch.arange(self.columns, device=self._device, dtype=torch.int32)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys and values [m, K, T, D] into the first T columns of ``slots`` [m]."""
         T = keys.shape[2]
-        self.data[0, layer, :, :, :T].index_copy_(0, slots, keys)
-        self.data[1, layer, :, :, :T].index_copy_(0, slots, values)
+        for side, new in zip(self.layers[layer], (keys, values), strict=True):
+            side[:, :, :T].index_copy_(0, slots, new)
 
     def move(self, source: Int64, target: Int64, length: int) -> None:
         """Copy the first ``length`` columns of slots ``source`` to slots ``target`` (disjoint)."""
-        used = self.data[:, :, :, :, :length]
-        used[:, :, self.to_device(target)] = used[:, :, self.to_device(source)]
+        from_slots, to_slots = self.to_device(source), self.to_device(target)
+        for layer in self.layers:
+            used = layer[:, :, :, :length]
+            used[:, to_slots] = used[:, from_slots]
 
     def copy_out(self, slot: int, length: int) -> Tensor:
-        """A copy of the first ``length`` columns of a slot, [2, layers, K, length, D]."""
-        return self.data[:, :, slot, :, :length].clone()
+        """A copy of the first ``length`` columns of a slot, [layers, 2, K, length, D]."""
+        return torch.stack([layer[:, slot, :, :length] for layer in self.layers])
 
     def copy_in(self, start: int, stop: int, kept: Tensor) -> None:
         """What ``copy_out`` gave, into each of slots ``start``…``stop`` − 1."""
-        self.data[:, :, start:stop, :, : kept.shape[3]] = kept.unsqueeze(2)
+        for layer, one in zip(self.layers, kept, strict=True):
+            layer[:, start:stop, :, : kept.shape[3]] = one.unsqueeze(1)
 
     def decode_plan(self, positions: Int64) -> DecodePlan:
         """What a decode step of slots 0…n−1 at ``positions`` [n] needs in every layer."""
@@ -78,23 +115,23 @@ class KVCache:
     def bias(self, positions: Int64, span: int) -> Tensor:
         """What is added to the attention weights [N, span] of tokens at ``positions``: −inf on the columns after."""
         last = self.to_device(positions.astype(np.int32))
-        bias = torch.zeros((len(positions), span), dtype=self.data.dtype, device=self.data.device)
+        bias = torch.zeros((len(positions), span), dtype=self._dtype, device=self._device)
         return bias.masked_fill_(self._column[:span] > last[:, None], -torch.inf)
 
     def put(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys and values [N, K, D] into ``rows`` [N, K]."""
-        self._rows[0][layer].index_put_((rows,), keys)
-        self._rows[1][layer].index_put_((rows,), values)
+        self._rows[layer][0].index_put_((rows,), keys)
+        self._rows[layer][1].index_put_((rows,), values)
 
     def to_device(self, array: npt.NDArray[Any]) -> Tensor:
         """The array as a tensor beside the cache; on a CPU it shares the array's memory."""
-        return torch.from_numpy(array).to(self.data.device)
+        return torch.from_numpy(array).to(self._device)
 
     def append_and_attend(self, plan: DecodePlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one token's keys and values [n, K, D] a slot, and attend with q [n, H, D] → [n, H·D]."""
         self.put(layer, plan.rows, k, v)
         n, span, K = plan.running, plan.span, self._kv_heads
-        keys, values = self.data[0, layer, :n, :, :span], self.data[1, layer, :n, :, :span]
+        keys, values = self.layers[layer][:, :n, :, :span]
         queries = q.reshape(n * K, -1, q.shape[2])  # the R query heads of one key/value head as R queries
         if self._batched_products:  # about a third faster than the fused CPU kernel at one query a sample
             weights = torch.baddbmm(plan.bias, queries, keys.flatten(0, 1).transpose(1, 2), alpha=self._scale)
@@ -102,6 +139,13 @@ class KVCache:
         bias = plan.bias.view(n, K, 1, span)
         queries = queries.view(n, K, -1, q.shape[2])
         return F.scaled_dot_product_attention(queries, keys, values, bias, scale=self._scale).reshape(n, -1)
+
+
+def _grown(held: int, needed: int, most: int, multiple: int) -> int:
+    """The size after ``held``: never less than it, nor, rounded up to ``multiple``, more than ``most``."""
+    if needed <= held:
+        return held
+    return min(-(-max(needed, int(held * _GROWTH)) // multiple) * multiple, most)
 
 
 class DecodePlan:
@@ -154,7 +198,7 @@ class Prefill(Sequences):
 
     def __init__(self, cache: KVCache, sequences: Sequence[Int32], slots: Sequence[Int64]) -> None:
         super().__init__(sequences)
-        self._cache, self._layers = cache, cache.data.shape[1]
+        self._cache, self._layers = cache, len(cache.layers)
         self._source = cache.to_device(np.repeat(np.arange(len(slots)), [len(rows) for rows in slots]))
         self._target = cache.to_device(np.concatenate(slots))
 
@@ -168,14 +212,14 @@ class Prefill(Sequences):
 class Continuation(Sequences):
     """The rest of m sequences whose first ``starts`` tokens are in ``slots`` already: their keys and values join those.
 
-    Padding ends at the last column, which holds no token that anyone attends to: a sample of full length has ended.
+    Padding ends at the last column, which is reserved beyond every sample's newest token: nobody attends to it.
     """
 
     __slots__ = ("_bias", "_cache", "_rows", "_slots", "_span")
 
     def __init__(self, cache: KVCache, sequences: Sequence[Int32], slots: Int64, starts: Int64) -> None:
         super().__init__(sequences)
-        columns = np.minimum(starts[:, None] + np.arange(self.width), cache.max_length - 1)
+        columns = np.minimum(starts[:, None] + np.arange(self.width), cache.columns - 1)
         self.positions = columns.ravel()
         self._cache, self._slots, self._span = cache, cache.to_device(slots), int(columns.max()) + 1
         self._rows = cache.rows(np.repeat(slots, self.width), self.positions)
@@ -184,10 +228,10 @@ class Continuation(Sequences):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``decoder.Attend``: [m·T, H·D], and [0, H·D] in the last layer."""
         self._cache.put(layer, self._rows, k, v)
-        data = self._cache.data[:, layer]
-        if layer == self._cache.data.shape[1] - 1:
+        if layer == len(self._cache.layers) - 1:
             return q[:0].flatten(1)
-        keys, values = data[:, :, :, : self._span][:, self._slots]  # index_select would copy every slot first
+        span = self._cache.layers[layer][:, :, :, : self._span]
+        keys, values = span[:, self._slots]  # index_select would copy every slot first
         out = F.scaled_dot_product_attention(self.split(q), keys, values, self._bias, enable_gqa=True)
         return out.transpose(1, 2).reshape(self.count * self.width, -1)
 

@@ -48,10 +48,10 @@ class _Due(NamedTuple):
 class LocalEngine:
     """``core.protocols.Engine`` over the model in ``model_dir`` (config.json and model.safetensors).
 
-    ``max_length`` bounds prompt + answer, in tokens, and sizes the KV cache with ``config.max_running``; ``threads``
-    is set for torch in this process. ``counters`` holds, besides the protocol's, ``scored_tokens``. A prompt of P
-    tokens counts P − 1 as prefilled, since the first decode step feeds its last, and P − 1 as prefix hits for each
-    further sample of the request.
+    ``max_length`` bounds prompt + answer, in tokens, and ``config.max_running`` the samples that decode together; the
+    KV cache grows with those that do. ``threads`` is set for torch in this process. ``counters`` holds, besides the
+    protocol's, ``scored_tokens``. A prompt of P tokens counts P − 1 as prefilled, since the first decode step feeds its
+    last, and P − 1 as prefix hits for each further sample of the request.
 
     ValueError on an architecture, tensor or length that the model does not have.
     """
@@ -91,6 +91,11 @@ class LocalEngine:
         return self._config.max_running
 
     @property
+    def kv_bytes(self) -> int:
+        """What the KV cache holds now: it grows with the samples that run and their tokens, and keeps its size."""
+        return self._cache.bytes
+
+    @property
     def unfinished(self) -> int:
         """Samples submitted and not yet returned."""
         return self._slots.running + sum(p.request.samples - p.entered for p in self._waiting)
@@ -112,6 +117,8 @@ class LocalEngine:
         split = self._enter(due)
         if not self._slots.running:
             return []
+        # One column beyond the newest token: a sample of full length has ended, so that there is one.
+        self._cache.reserve(self._slots.running, int(self._slots.length[: self._slots.running].max()) + 1)
         tokens, logprobs = self._draw(self._decode(due))
         if split:  # now or never: later the weights may be others
             self._prompt_kv = self._cache.copy_out(self._slots.running - 1, split)
@@ -235,6 +242,7 @@ class LocalEngine:
             rows = slots.enter(pending, min(room, left))
             hits, prompt_kv = rows.stop - rows.start, self._prompt_kv
             if prompt_kv is not None:
+                self._cache.reserve(rows.stop, len(prefix))
                 self._cache.copy_in(rows.start, rows.stop, prompt_kv)
             elif len(prefix):
                 due.append(_Due(prefix, np.arange(rows.start, rows.stop)))

@@ -123,6 +123,26 @@ def test_stop_tokens_are_each_requests_own(models):
         assert completion.request not in completion.tokens[:-1]
 
 
+def test_the_cache_is_as_large_as_what_ran_and_not_as_what_may(models):
+    local = engine(models[0], max_running=256, max_length=512)
+    assert local.kv_bytes == 0
+    run(local, [Request(i, prompt(10), 4, Sampling(30)) for i in range(2)])
+    token = 2 * 2 * 2 * 8 * 4  # keys and values of two layers, two heads of eight numbers in float32
+    assert 8 * 39 * token <= local.kv_bytes <= 1.25 * 8 * 40 * token
+    before = local.kv_bytes
+    run(local, [Request(i, prompt(10), 4, Sampling(30)) for i in range(2)])
+    assert local.kv_bytes == before
+
+
+def test_a_cache_that_grows_gives_the_same_bits_as_one_that_was_large(models):
+    grown, large = engine(models[0], max_running=64), engine(models[0], max_running=64)
+    run(large, [Request(0, prompt(4), 64, Sampling(150))])
+    requests = [Request(i, prompt(3 + i, i), 1 + i % 3, Sampling(20 + 9 * i)) for i in range(12)]
+    first, second = run(grown, requests), run(large, requests)
+    for key in first:
+        assert_same(first[key], second[key])
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.7])
 def test_logprobs_are_taken_at_the_sampling_temperature(models, temperature):
     p = prompt(9)
