@@ -7,9 +7,11 @@ batch k is trained wholly from version max(0, k − η). The arms of a seed shar
 numbers, so they are compared paired. `fresh` is η = 0 with decoupled PPO, every other arm η with the correction of its
 name: `uncorrected` clips around the proximal policy without a weight, `none` around the behaviour policy.
 
-Judged by accuracy on 512 held-out prompts at T = 1 after the last step, and its share of seeds below the start. FOLDER
-keeps every run's summary.json: a run that is there is not made again, so the script goes on where it was interrupted,
-and arms.csv and staleness.png are made from all that is there. The last line of stdout is one JSON object.
+Judged by accuracy on 512 held-out prompts at T = 1 after the last step, and its share of seeds below the start.
+Intervals are Student's t over seeds, of differences between runs of one seed where arms are compared; beside them the
+exact sign-flip test (ablations/intervals.py). FOLDER keeps every run's numbers: a run that is there is not made again,
+so the script goes on where it was interrupted, and seeds.csv, arms.csv and staleness.png are made from all that is
+there. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ import matplotlib
 import numpy as np
 from common import launch, machine, say
 
+from offtrail.ablations.intervals import over_seeds, sign_flip
 from offtrail.platform.config.compose import options_of
 
 SETTING = (
     "task=chain_hard", "staleness.mode=exact", "learner.optim.lr=3e-4", "eval.every=20", "eval.prompts=512",
     "tracking.tensorboard=false",
 )  # fmt: skip
+"""Of every run, unless the command line says otherwise."""
 DIAGNOSTICS = ("ess_token", "ess_sequence", "abs_dlogp")
 
 
@@ -65,16 +69,16 @@ def result(folder: Path, arm: str, seed: int, keys: Sequence[str]) -> dict[str, 
     return found
 
 
-def interval(values: Sequence[float], rng: np.random.Generator) -> tuple[float, float]:
-    """95 % percentile bootstrap over seeds of the mean."""
-    draws = rng.choice(np.asarray(values), (10_000, len(values))).mean(1)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return round(float(low), 3), round(float(high), 3)
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % of the mean, where there are two seeds."""
+    if len(values) < 2:
+        return None
+    found = over_seeds(values)
+    return round(found.low, 3), round(found.high, 3)
 
 
 def summary(found: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
     """A row an arm: means over seeds, their interval, and the paired difference to `uncorrected`."""
-    rng = np.random.default_rng(0)
     by = {(row["arm"], row["seed"]): row for row in found}
     rows = []
     for arm in arms:
@@ -88,11 +92,12 @@ def summary(found: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[dict[s
         rows.append(
             {
                 "arm": arm, "seeds": len(runs), "start": round(statistics.fmean(first), 3),
-                "end": round(statistics.fmean(last), 3), "interval": interval(last, rng),
+                "end": round(statistics.fmean(last), 3), "interval": interval(last),
                 "worst": round(min(last), 3), "best": round(max(last), 3),
                 "below_start": sum(b < a for a, b in zip(first, last, strict=True)),
                 "gain_over_uncorrected": round(statistics.fmean(pairs), 3) if pairs else None,
-                "gain_interval": interval(pairs, rng) if pairs else None,
+                "gain_interval": interval(pairs),
+                "gain_p": round(sign_flip(pairs), 4) if pairs else None,
                 **{k: round(statistics.fmean(r[k] for r in runs), 4) for k in DIAGNOSTICS},
             }
         )  # fmt: skip
@@ -137,7 +142,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     keys = [*args.keys, *(arm for arm in args.arms if "=" in arm)]
     arms = [arm for arm in args.arms if "=" not in arm]
-    setting = [*SETTING, f"learner.steps={args.steps}", f"learner.checkpoint_every={args.steps}"]
+    given = {key.partition("=")[0] for key in keys}
+    setting = [key for key in SETTING if key.partition("=")[0] not in given]
+    setting += [f"learner.steps={args.steps}", f"learner.checkpoint_every={args.steps}"]
     args.out.mkdir(parents=True, exist_ok=True)
     found = []
     for seed in range(args.seeds):  # seed by seed: an interrupted series is still paired
@@ -146,10 +153,15 @@ def main() -> None:
             found.append(row)
             say(f"seed {seed} {arm}: {' '.join(f'{a:.3f}' for a in row['accuracy'])}")
     rows = summary(found, arms)
-    with (args.out / "arms.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    runs = [
+        {"arm": r["arm"], "seed": r["seed"], **{f"step_{20 * i}": a for i, a in enumerate(r["accuracy"])}}
+        for r in found
+    ]
+    for name, table in (("arms", rows), ("seeds", runs)):
+        with (args.out / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
     draw(found, arms, args.out / "staleness.png")
     print(
         json.dumps(

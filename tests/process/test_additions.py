@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("algos", "configs", "core", "platform", "rewards", "search", "tasks")
+ROOMS = ("ablations", "algos", "configs", "core", "platform", "rewards", "search", "tasks")
 
 BRIEF = '''"""Brevity: 1 for an answer of at most ``longest`` characters."""
 

@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_packages_the_options_and_the_license(installed: Pat
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {
         f"offtrail/{path.relative_to(ROOT)}"
-        for room in ("algos", "configs", "core", "platform", "rewards", "search", "tasks")
+        for room in ("ablations", "algos", "configs", "core", "platform", "rewards", "search", "tasks")
         for path in (ROOT / room).rglob("*")
         if path.suffix in (".py", ".yaml")
     }

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LINKS = ROOT / "src" / "offtrail"
-PACKAGES = ("algos", "core", "platform", "rewards", "search", "tasks")
+PACKAGES = ("ablations", "algos", "core", "platform", "rewards", "search", "tasks")
 FOLDERS = (*PACKAGES, "configs")
 
 

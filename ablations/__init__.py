@@ -1,0 +1,1 @@
+"""What compares runs: intervals and tests over seeds and questions."""
