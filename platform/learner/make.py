@@ -10,10 +10,11 @@ from typing import Any
 
 from offtrail.algos.config import CriticConfig, PpoConfig
 from offtrail.core.types import Batch
-from offtrail.platform.config.schema import Config, LearnerConfig, OptimConfig
+from offtrail.platform.config.schema import Config, OptimConfig
 from offtrail.platform.learner.objectives import Likelihood, Loss, PolicyGradient, ValueRegression
 from offtrail.platform.learner.train import Schedule, Trained, Trainer, adamw, cosine, warmup
 from offtrail.platform.learner.world import World
+from offtrail.platform.model.check import checked
 from offtrail.platform.model.packing import SampleTable
 from offtrail.platform.model.policy import PackedModel, Policy, load_model
 from offtrail.platform.model.scalar import ScalarModel, load_scalar
@@ -24,8 +25,8 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
     """job=rl: the policy ``model``; the reference policy and the critic, from ``start``, where the objective needs
     them.
     """
-    objective, optim, settings = PolicyGradient(config), config.learner.optim, config.learner
-    policy = trained(world, "policy", make_policy(model, settings), objective, optim, warmup(optim))
+    objective, optim = PolicyGradient(config), config.learner.optim
+    policy = trained(world, "policy", make_policy(config, model), objective, optim, warmup(optim))
     policy.watch_gradient = config.tracking.gradient_cosine
     modules = [policy]
     if isinstance(config.algo, PpoConfig):
@@ -33,14 +34,14 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
         policy.first_step = config.algo.critic.pretrain_steps
     reference = None
     if config.algo.needs_ref:
-        frozen = make_policy(load_model(start, device=settings.device), settings).requires_grad_(False)
+        frozen = make_policy(config, load_model(start, device=config.learner.device)).requires_grad_(False)
         reference = world.shard(frozen)
     return Trainer(
         world,
         objective,
         modules,
         activity,
-        budget=settings.tokens_per_microbatch,
+        budget=config.learner.tokens_per_microbatch,
         reference=reference,
         ref_refresh=config.algo.ref_refresh,
     )
@@ -50,7 +51,7 @@ def make_sft_trainer(config: Config, world: World, model: Any, activity: Activit
     """job=sft: ``model`` on the likelihood of answers."""
     objective, settings, sft = Likelihood(), config.learner, config.sft
     optim = OptimConfig(lr=sft.lr, betas=sft.betas, grad_clip=settings.optim.grad_clip)
-    policy = trained(world, "policy", make_policy(model, settings), objective, optim, cosine(sft))
+    policy = trained(world, "policy", make_policy(config, model), objective, optim, cosine(sft))
     policy.lr_key = "sft.lr"
     return Trainer(world, objective, [policy], activity, budget=settings.tokens_per_microbatch)
 
@@ -68,9 +69,12 @@ def make_critic(config: Config, algo: PpoConfig, world: World, start: Path, *, v
             f"algo.critic.path={settings.path}: has {model.config.vocab_size} tokens, the policy {vocabulary}; take "
             "a model with the policy's tokenizer, or leave it empty"
         )
-    module = ScalarModel(
-        model, "before", dtype=learner.dtype, activation_checkpointing=learner.activation_checkpointing,
-        liger=learner.liger,
+    module = checked(
+        lambda: ScalarModel(
+            model, "before", dtype=learner.dtype, activation_checkpointing=learner.activation_checkpointing,
+            liger=learner.liger,
+        ),
+        model, what=f"algo.critic.path={settings.path or start}", longest=config.model.max_length,
     )  # fmt: skip
     critic = trained(world, "value", module, ValueRegression(algo.value_clip), settings, warmup(settings))
     critic.charges, critic.lr_key = ("value_tokens", "value_flops"), "algo.critic.lr"
@@ -91,12 +95,18 @@ def trained(
     return Trained(name, module, objective, optimizer, schedule, optim.grad_clip)
 
 
-def make_policy(model: Any, settings: LearnerConfig) -> Policy:
-    """A policy as the learner's config has it."""
-    return Policy(
+def make_policy(config: Config, model: Any) -> Policy:
+    """A policy as the learner's config has it. Raises ModelError where it is not what ``model`` itself computes."""
+    settings = config.learner
+    return checked(
+        lambda: Policy(
+            model,
+            dtype=settings.dtype,
+            head_dtype=settings.head_dtype,
+            activation_checkpointing=settings.activation_checkpointing,
+            liger=settings.liger,
+        ),
         model,
-        dtype=settings.dtype,
-        head_dtype=settings.head_dtype,
-        activation_checkpointing=settings.activation_checkpointing,
-        liger=settings.liger,
+        what=f"model.path={config.model.path or model.name_or_path}",
+        longest=config.model.max_length,
     )

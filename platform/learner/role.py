@@ -40,6 +40,7 @@ from offtrail.platform.learner.report import batch_histograms, batch_metrics, sa
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import Report, Trainer
 from offtrail.platform.learner.world import World, join
+from offtrail.platform.model.check import ModelError
 from offtrail.platform.model.packing import SampleTable, lay_out
 from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.text import Text
@@ -320,8 +321,14 @@ def has_readers(config: Config) -> bool:
 
 
 def layer_classes(model: Any) -> set[str]:
-    """Class names of the decoder's layers, FSDP2's units."""
-    return {type(layer).__name__ for layer in model.base_model.layers}
+    """Class names of the decoder's layers, FSDP2's units. Raises ModelError where it does not say which they are."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise ModelError(
+            f"model.path={model.name_or_path}: {type(model).__name__} has no list of layers under this name, which the "
+            "learner shards and checkpoints by; take a model of another architecture"
+        )
+    return {type(layer).__name__ for layer in layers}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -134,6 +134,11 @@ def packed_attention(
     Raises ValueError where the architecture asks for attention that this function does not compute.
     """
     check_supported(packed, sliding_window, kwargs)
+    if value.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"this model's values have {value.shape[3]} numbers a head and its queries {query.shape[3]}, which the "
+            "learner's attention takes to be equal; choose another"
+        )
     heads, kv_heads, D = query.shape[1], key.shape[1], query.shape[3]
     qkv = torch.cat((query, key, value), dim=1)[0].transpose(0, 1).reshape(-1, (heads + 2 * kv_heads) * D)
     scale = D**-0.5 if scaling is None else scaling
@@ -148,7 +153,8 @@ def check_supported(packed: Packed, sliding_window: int | None, kwargs: dict[str
             f"computes full causal attention; set model.max_length ≤ {sliding_window}"
         )
     for name in UNSUPPORTED:
-        if kwargs.get(name) not in (None, 0.0):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) or value not in (None, 0.0):
             raise ValueError(f"this model's attention uses {name}, which the learner does not compute; choose another")
 
 

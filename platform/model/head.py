@@ -6,11 +6,13 @@ piece). With h [M, H] hidden states, W [V, H] and temperatures τ, z = (hWᵀ + 
     log-probability  z[target] − lse         entropy  S = −Σ p log p         KL(π‖ref) = Σ p (log p − log q)
     d z = p·(−g − g_S·(log p + S) + g_K·(log p − log q − KL)) + g at the target,  d h = (d z/τ) W,  d W = (d z/τ)ᵀ h
 
+With a soft cap c the logits are y = c·tanh((hWᵀ + b)/c) and z = y/τ, and the gradient is multiplied by 1 − (y/c)².
+
 A piece whose logits fit in ``elements`` is one product whose log-probabilities are kept for the gradient: 6MHV
 operations. A larger one passes over tiles of the vocabulary (running maximum and sums), and once more for the
 gradient: 8MHV, but each part of d W is one product over all M rows, so that nothing is summed over tiles.
 
-Invariants: at most ``elements`` logits (and a reference's as many) exist at a time, whatever M and V; logits,
+Invariants: at most ``elements`` logits (a reference's as many, a soft cap's slopes as many) exist at a time; logits,
 log-sum-exp and all sums are float32 or wider, and a sum over pieces is never in bfloat16, whose rounding triples the
 gradient's error; the cut into pieces and tiles moves results by rounding only.
 """
@@ -40,12 +42,13 @@ TILE_COLUMNS = 512
 @dataclass(frozen=True)
 class Head:
     """``weight`` [V, H], ``bias`` [V] or None. Products are taken in ``products``, float32 or bfloat16, summed in
-    float32.
+    float32. ``cap``: the logits stay within ±cap (0: as they are).
     """
 
     weight: Tensor
     bias: Tensor | None = None
     products: torch.dtype = torch.float32
+    cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def token_logprobs(
     clipped ratio) costs nothing in backward.
     """
     _check(head, reference)
-    rest = (head.products, targets, inverse_temperature, reference, elements or default_elements(head.weight))
+    rest = (head, targets, inverse_temperature, reference, elements or default_elements(head.weight))
     out = _TokenLogprobs.apply(hidden, head.weight, head.bias, *rest)  # type: ignore[no-untyped-call]
     return TokenOutputs(*out)
 
@@ -109,7 +112,7 @@ def loss_in_head(
     """
     _check(head, reference)
     limit = elements or default_elements(head.weight)
-    rest = (head.products, targets, loss, inverse_temperature, list(pieces), reference, limit)
+    rest = (head, targets, loss, inverse_temperature, list(pieces), reference, limit)
     total, *scores = _LossInHead.apply(hidden, head.weight, head.bias, *rest)  # type: ignore[no-untyped-call]
     return total, TokenOutputs(*scores)
 
@@ -152,13 +155,12 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        products: torch.dtype,
+        head: Head,
         targets: Tensor,
         inverse_temperature: Tensor | None,
         reference: Reference | None,
         elements: int,
     ) -> tuple[Tensor, ...]:
-        head = Head(weight, bias, products)
         piece = _Piece(hidden, head, targets, inverse_temperature, reference, elements, keep=any(ctx.needs_input_grad))
         # Detached: an output that the node itself holds would be a cycle, and memory that only gc frees.
         scores = tuple(s.detach() for s in piece.outputs() if s is not None)
@@ -185,7 +187,7 @@ class _LossInHead(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        products: torch.dtype,
+        head: Head,
         targets: Tensor,
         loss: LossOf,
         inverse_temperature: Tensor | None,
@@ -193,7 +195,6 @@ class _LossInHead(torch.autograd.Function):
         reference: Reference | None,
         elements: int,
     ) -> tuple[Tensor, ...]:
-        head = Head(weight, bias, products)
         sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad, pieces=len(pieces))
         total = torch.zeros((), device=hidden.device)
         found: list[TokenOutputs] = []
@@ -307,6 +308,7 @@ class _Piece:
 
     def _whole(self) -> TokenOutputs:
         logp = self._logits(self.hidden, self.head, slice(None), self.scale, "policy")
+        first = logp[:, 0].clone()
         logq = None
         if self.reference is not None and self.ref_hidden is not None:
             logq = self._logits(self.ref_hidden, self.reference.head, slice(None), self.scale, "reference")
@@ -327,6 +329,7 @@ class _Piece:
         logprobs = logp.gather(1, self.targets.unsqueeze(1)).squeeze(1)
         if self.keep:
             self.logp, self.logq, self.entropy, self.kl = logp, logq, entropy, kl
+            self.lse = first - logp[:, 0]
         return TokenOutputs(logprobs, entropy, kl)
 
     def _tiled(self) -> TokenOutputs:
@@ -415,6 +418,8 @@ class _Piece:
             z = _product(hidden, weight.T, head.products)
         if head.bias is not None:
             z.add_(head.bias.detach()[tile].float())
+        if head.cap:
+            z.div_(head.cap).tanh_().mul_(head.cap)
         return z if scale is None else z.mul_(scale)
 
 
@@ -438,8 +443,9 @@ class _RowGradients:
         self.g_kl = None if g_kl is None else pick(g_kl.float()).unsqueeze(1)
 
     def logits(self, logp: Tensor, logq: Tensor | None, tile: slice) -> Tensor:
-        """The gradient of the logits (before the temperature), written over ``logp``."""
+        """The gradient of the logits (before the temperature and the cap), written over ``logp``."""
         piece, pick = self.piece, self.pick
+        slope_of_cap = self._slope_of_cap(logp)
         at_target = self.g if self.scale is None else self.g * self.scale
         local, inside = piece._local(tile)
         if self.g_entropy is None and self.g_kl is None:
@@ -459,7 +465,17 @@ class _RowGradients:
             if self.scale is not None:
                 d_z.mul_(self.scale)
         there = torch.where(pick(inside).unsqueeze(1), at_target, torch.zeros_like(at_target))
-        return d_z.scatter_add_(1, pick(local), there)
+        d_z.scatter_add_(1, pick(local), there)
+        return d_z if slope_of_cap is None else d_z.mul_(slope_of_cap)
+
+    def _slope_of_cap(self, logp: Tensor) -> Tensor | None:
+        """1 − (y/cap)² of the capped logits y, which are got back from their log-probabilities."""
+        if not self.piece.head.cap:
+            return None
+        y = logp + self.pick(self.piece.lse).unsqueeze(1)
+        if self.scale is not None:
+            y.div_(self.scale)
+        return y.div_(self.piece.head.cap).square_().neg_().add_(1)
 
 
 class _Running:

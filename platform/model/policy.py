@@ -106,7 +106,12 @@ class PackedModel(nn.Module, ABC, Generic[Out]):
 class Policy(PackedModel[TokenOutputs]):
     """A causal language model: its rows are the output tokens. ``head_dtype`` is that of the head's products, which are
     summed in float32 always; ``elements``: logits held at a time (head.py).
+
+    What some architectures do with the head's logits, check.py finds out: ``logit_scale`` multiplies them,
+    ``logit_cap`` keeps them within ±cap (0: nothing does).
     """
+
+    logit_scale, logit_cap = 1.0, 0.0
 
     def __init__(
         self,
@@ -158,6 +163,8 @@ class Policy(PackedModel[TokenOutputs]):
     ) -> Any:
         """(log-probabilities [M], entropies [M] without gradient); or what ``scores``, ``loss``, ``reference`` say."""
         rows, head = self.hidden(packed, packed.predict), self._head()
+        if self.logit_scale != 1.0:
+            rows = rows * self.logit_scale
         if task == "reference":
             return Reference(rows, head)
         at = (packed.targets, packed.inverse_temperature)
@@ -173,7 +180,9 @@ class Policy(PackedModel[TokenOutputs]):
         if isinstance(self, FSDPModule) and not weight.requires_grad:
             # What FSDP2 gathered it takes back when this forward ends; a reference is read after that.
             weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
-        return Head(weight, bias, self.products)
+        if bias is not None and self.logit_scale != 1.0:
+            bias = bias * self.logit_scale
+        return Head(weight, bias, self.products, self.logit_cap)
 
 
 class _Checkpointed:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from offtrail.platform.model import attention
 from offtrail.platform.model.head import Reference
@@ -40,6 +40,12 @@ def load_scalar(path: Path | str, reads: Reads, *, device: torch.device | str = 
     no such classifier for the architecture.
     """
     kind: Any = AutoModelForTokenClassification if reads == "after" else AutoModelForSequenceClassification
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in kind._model_mapping:
+        raise ValueError(
+            f"{path}: transformers has no {kind.__name__.removeprefix('AutoModelFor')} for {config.model_type}; a "
+            "scalar head needs another architecture (for algo=ppo: algo.critic.path)"
+        )
     model, told = kind.from_pretrained(
         path, num_labels=1, dtype=torch.float32, attn_implementation=attention.NAME, output_loading_info=True
     )

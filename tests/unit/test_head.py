@@ -26,10 +26,10 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Case:
-    """Inputs in a dtype, with gradient; ``bias`` or not; a reference of another width."""
+    """Inputs in a dtype, with gradient; ``bias`` or not, soft caps or not; a reference of another width."""
 
-    def __init__(self, dtype: torch.dtype, *, bias: bool = False) -> None:
-        draw = torch.Generator().manual_seed(5)
+    def __init__(self, dtype: torch.dtype, *, bias: bool = False, cap: float = 0.0) -> None:
+        draw, self.cap = torch.Generator().manual_seed(5), cap
 
         def make(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw)
@@ -42,16 +42,18 @@ class Case:
 
     @property
     def head(self) -> Head:
-        return Head(self.weight, self.bias)
+        return Head(self.weight, self.bias, cap=self.cap)
 
     @property
     def reference(self) -> Reference:
-        return Reference(self.ref_hidden, Head(self.ref_weight))
+        return Reference(self.ref_hidden, Head(self.ref_weight, cap=self.cap / 2))
 
     def full(self) -> TokenOutputs:
         """By autograd over the full logits."""
-        logp = torch.log_softmax(torch.nn.functional.linear(self.hidden, self.weight, self.bias) * self.inverse, -1)
-        logq = torch.log_softmax(self.ref_hidden @ self.ref_weight.T * self.inverse, -1)
+        y, y_ref = torch.nn.functional.linear(self.hidden, self.weight, self.bias), self.ref_hidden @ self.ref_weight.T
+        if self.cap:
+            y, y_ref = self.cap * (y / self.cap).tanh(), self.cap / 2 * (y_ref / (self.cap / 2)).tanh()
+        logp, logq = torch.log_softmax(y * self.inverse, -1), torch.log_softmax(y_ref * self.inverse, -1)
         return TokenOutputs(
             logp.gather(1, self.targets[:, None])[:, 0],
             -(logp.exp() * logp).sum(-1),
@@ -70,11 +72,12 @@ def weigh(scores: TokenOutputs, coefficients: tuple[float, float, float], rows: 
     return sum((c * (each * s).sum() for c, s in zip(coefficients, scores, strict=True) if c), torch.zeros(()))
 
 
+@pytest.mark.parametrize("cap", [0.0, 3.0], ids=["", "cap"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("coefficients", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0.5, -2)], ids=["lp", "S", "KL", "all"])
 @pytest.mark.parametrize("cut", CUTS)
-def test_scores_and_gradients_equal_float64(cut: str, coefficients: Any, bias: bool) -> None:
-    exact, mine = Case(torch.float64, bias=bias), Case(torch.float32, bias=bias)
+def test_scores_and_gradients_equal_float64(cut: str, coefficients: Any, bias: bool, cap: float) -> None:
+    exact, mine = Case(torch.float64, bias=bias, cap=cap), Case(torch.float32, bias=bias, cap=cap)
     expected = exact.full()
     weigh(expected, coefficients).backward()
     scores = token_logprobs(
@@ -86,9 +89,10 @@ def test_scores_and_gradients_equal_float64(cut: str, coefficients: Any, bias: b
         assert (a - b).abs().max() < 1e-5 * b.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize("cap", [0.0, 3.0], ids=["", "cap"])
 @pytest.mark.parametrize("elements", [1 << 20, 100, 11])
-def test_loss_inside_the_head_equals_the_loss_behind_it(elements: int) -> None:
-    exact, mine = Case(torch.float64, bias=True), Case(torch.float32, bias=True)
+def test_loss_inside_the_head_equals_the_loss_behind_it(elements: int, cap: float) -> None:
+    exact, mine = Case(torch.float64, bias=True, cap=cap), Case(torch.float32, bias=True, cap=cap)
     coefficients = (1.0, 0.5, -2.0)
     expected = exact.full()
     (3 * weigh(expected, coefficients)).backward()
