@@ -228,7 +228,7 @@ def test_a_scalar_model_is_compared_too_and_its_head_stays(reads: Reads, tmp_pat
 def test_a_critic_of_an_architecture_without_a_classifier_is_refused(tmp_path: Path) -> None:
     made("granite").save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"transformers has no SequenceClassification for granite, .*algo\.critic\.path"
+        ValueError, match=r"transformers has no SequenceClassification for granite; a .*algo\.critic\.path"
     ):
         make_critic(Config(), PpoConfig(), ALONE, tmp_path, vocabulary=53)
 
