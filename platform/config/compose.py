@@ -7,7 +7,9 @@ Invariants
 - Later layers win: dataclass defaults < a group's option < the file's keys, all of them < the command line's options <
   its keys. An option on the command line replaces the whole group, whatever the file holds there.
 - An option may say `with: {learner.minibatches: 16}`: defaults in other sections that belong to it. They lose to every
-  key that a file or the command line gives, and go when another option replaces theirs.
+  key that a file or the command line gives, and go when another option replaces theirs; between two options the later
+  group of GROUPS wins, so what an algorithm says of the learning rate stands before what a model says of it.
+- `model.path=DIR` takes model=pretrained along, below everything, where no layer names an option of `model`.
 - Within a layer order says nothing, so one key given two values is an error.
 - Values are literal: no interpolation, so that a saved configuration means the same everywhere.
 - compose([saved]) == compose(argv) for every saved configuration of a composed one.
@@ -42,6 +44,8 @@ from offtrail.tasks.registry import family
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
 IMPLIED: dict[str, dict[str, Raw]] = {"serve": {"engine.name": "sglang"}}
 """Job → what it cannot do without, unless a layer says otherwise."""
+PRETRAINED = "pretrained"
+"""The option of `model` that a given model.path stands for."""
 
 
 @dataclass
@@ -179,7 +183,9 @@ def merge(layers: Sequence[Layer]) -> dict[str, Raw]:
     """One raw value for each key that is given, later layers winning."""
     merged: dict[str, Raw] = {}
     beside: dict[str, dict[str, Raw]] = {}
-    for layer in layers:
+    paths = [layer.values["model.path"] for layer in layers if "model.path" in layer.values]
+    base = [Layer(options={"model": PRETRAINED})] if paths and paths[-1] else []
+    for layer in (*base, *layers):
         for group, option in layer.options.items():
             merged = {key: value for key, value in merged.items() if not key.startswith(f"{group}.")}
             own, beside[group] = _option_values(group, option)
@@ -188,7 +194,16 @@ def merge(layers: Sequence[Layer]) -> dict[str, Raw]:
             if isinstance(value, dict):  # a mapping is one value: entries of earlier layers do not shine through
                 merged = {old: kept for old, kept in merged.items() if not old.startswith(f"{key}.")}
             merged[key] = value
-    return {key: value for others in beside.values() for key, value in others.items()} | merged
+    others = {key: value for group in GROUPS for key, value in beside.get(group, {}).items()}
+    return {key: value for key, value in others.items() if _stands(key, others | merged)} | merged
+
+
+def _stands(path: str, values: Mapping[str, Raw]) -> bool:
+    """Whether a key is one of the chosen variant's, or of no other's either (which `build` will refuse)."""
+    group = path.partition(".")[0]
+    variants = variant_keys().get(group, {})
+    chosen = variants.get(str(values.get(f"{group}.name", getattr(Config(), group).name)), {}) if variants else {}
+    return path in chosen or not any(path in keys for keys in variants.values())
 
 
 def _composed(layers: Sequence[Layer]) -> Config:

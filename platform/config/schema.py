@@ -55,7 +55,7 @@ class ModelConfig:
     """The policy: `path`, or the small Qwen3-architecture model that offtrail makes and cold-starts itself."""
 
     name: str = "tiny"
-    """Label of the model."""
+    """Label of the model; with path it is pretrained, and learning rates are a large model's (configs/model)."""
     path: str = setting("", path="model")
     """A Hugging Face directory or name; empty = make the model below and cold-start it (job=sft), once per cache."""
     hidden_size: int = setting(64, "[1, inf)")
@@ -120,7 +120,7 @@ class SftConfig:
     batch_size: int = setting(32, "[1, inf)")
     """Problems of an update, fresh in each."""
     lr: float = setting(4e-3, "(0, inf)")
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; with model.path 1e-5."""
     betas: tuple[float, float] = setting((0.9, 0.98), "[0, 1)")
     """Decay of AdamW's first and second moment."""
     warmup_steps: int = setting(50, "[0, inf)")
@@ -181,7 +181,7 @@ class OptimConfig:
     """AdamW."""
 
     lr: float = setting(2e-4, "[0, inf)")
-    """Constant after the warm-up."""
+    """Constant after the warm-up; with model.path 1e-6, unless algo says its own."""
     betas: tuple[float, float] = setting((0.9, 0.95), "[0, 1)")
     """Decay of the first and second moment."""
     eps: float = setting(1e-8, "(0, inf)")

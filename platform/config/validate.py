@@ -75,6 +75,12 @@ def made_model_has_whole_heads(config: Config) -> None:
         raise refuse("model.kv_heads", model.kv_heads, f"must divide model.heads={model.heads}")
 
 
+def a_pretrained_model_has_a_path(config: Config) -> None:
+    """Its learning rates would not move the model that offtrail makes."""
+    if config.model.name == "pretrained" and not config.model.path:
+        raise ConfigError("model.path=: model=pretrained needs a Hugging Face folder or name: model.path=DIR")
+
+
 def model_paths_are_here(config: Config) -> None:
     """A folder with config.json, or a name in the Hugging Face cache: no role downloads, four of them would at once."""
     for key in keys_of(config).values():
@@ -343,6 +349,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     numbers_are_in_range,
     run_name_is_a_folder_name,
     made_model_has_whole_heads,
+    a_pretrained_model_has_a_path,
     model_paths_are_here,
     task_files_are_here,
     objective_and_correction_fit,

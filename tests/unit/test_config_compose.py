@@ -67,9 +67,10 @@ def test_the_variant_follows_the_option():
 
 def test_every_option_composes(tmp_path):
     problems = write(tmp_path / "p.jsonl", '{"question": "1+1?", "answer": "#### 2"}\n')
+    write(tmp_path / "config.json", "{}")
     for group in GROUPS:
         for option in options_of(group):
-            extra = [f"task.path={problems}"] if option == "gsm8k" else []
+            extra = {"gsm8k": [f"task.path={problems}"], "pretrained": [f"model.path={tmp_path}"]}.get(option, [])
             section = getattr(compose([f"{group}={option}", *extra]), group)
             given = read_file(OPTIONS_DIR / group / f"{option}.yaml")
             assert section.name == given.get("name", option)
@@ -96,6 +97,29 @@ def test_what_an_option_sets_beside_its_group_loses_to_every_given_key_and_goes_
     assert compose([path, "algo=grpo"]).batch.group_size == 8
     saved = write(tmp_path / "saved.yaml", to_yaml(r1))
     assert compose([saved]) == r1
+
+
+def rates(argv):
+    config = compose(argv)
+    critic = config.algo.critic.lr if config.algo.name == "ppo" else None
+    return config.model.name, config.learner.optim.lr, critic, config.sft.lr
+
+
+def test_learning_rates_follow_the_model(tmp_path):
+    model = [f"model.path={tmp_path}"]
+    write(tmp_path / "config.json", "{}")
+    assert rates(["algo=ppo"]) == ("tiny", 2e-4, 1e-3, 4e-3)
+    assert rates([*model, "algo=ppo"]) == ("pretrained", 1e-6, 1e-5, 1e-5)
+    assert rates([*model, "algo=grpo"]) == ("pretrained", 1e-6, None, 1e-5)  # which has no critic to be told
+    assert rates([*model, "algo=r1_zero"]) == rates(["algo=r1_zero", *model]) == ("pretrained", 3e-6, None, 1e-5)
+    assert rates([*model, "algo=ppo", "algo.critic.lr=3e-5", "sft.lr=1e-4"]) == ("pretrained", 1e-6, 3e-5, 1e-4)
+    assert rates([*model, "model=tiny"]) == ("tiny", 2e-4, None, 4e-3)
+    file = write(tmp_path / "a.yaml", f"model: {{path: {tmp_path}}}\nlearner: {{optim: {{lr: 2e-6}}}}\n")
+    assert rates([file]) == ("pretrained", 2e-6, None, 1e-5)
+    assert rates([file, "model.path="]) == ("tiny", 2e-6, None, 4e-3)
+    saved = write(tmp_path / "saved.yaml", to_yaml(compose([*model, "algo=ppo"])))
+    assert rates([saved]) == ("pretrained", 1e-6, 1e-5, 1e-5)
+    assert compose([saved]) == compose([*model, "algo=ppo"])
 
 
 def test_answers_grow_at_their_step():

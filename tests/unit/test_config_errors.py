@@ -30,7 +30,7 @@ MISTAKES = [
     (["steps=10"], "steps=10: unknown key", ["learner.steps", "sft.steps"]),
     (["recipe=r2"], "recipe=r2: unknown option; options: cold_start", []),
     (["task=adition"], "task=adition: unknown option", ["addition, chain", "nearest: addition"]),
-    (["model=/data/qwen"], "model=/data/qwen: unknown option", ["options: tiny", "model.path=/data/qwen"]),
+    (["model=/data/qwen"], "model=/data/qwen: unknown option", ["options: pretrained, tiny", "model.path=/data/qwen"]),
     (["engine.name=vllm"], "engine.name=vllm: must be one of local, sglang", []),
     (["engine.servers=2"], "engine.servers=2: not a key of engine.name=local, but of engine.name=sglang", []),
     (["algo.name=gppo"], "algo.name=gppo: must be one of grpo", ["nearest: ppo, gspo, grpo"]),
@@ -181,6 +181,7 @@ MISTAKES = [
     (["serve.address=here"], "serve.address=here: must be an IP address", []),
     # paths
     (["model.path=/no/such/model"], "model.path=/no/such/model: no such folder", []),
+    (["model=pretrained"], "model.path=: model=pretrained needs a Hugging Face folder or name: model.path=DIR", []),
     (["task=gsm8k"], "task.path=: a file of problems is needed", ["task.path=FILE.jsonl"]),
     (["task=gsm8k", "task.path=/no/such.jsonl"], "task.path=/no/such.jsonl: no such file", []),
     # resume
