@@ -170,7 +170,7 @@ class CriticConfig:
 
     path: str = setting("", path="model")
     """A Hugging Face directory to start its decoder from, of the policy's vocabulary; empty = the start model's."""
-    lr: float = setting(1e-3, "[0, inf)")
+    lr: float = setting(1e-3, "[0, 10]")
     """Constant after the warm-up; with model.path 1e-5."""
     betas: tuple[float, float] = setting((0.9, 0.95), "[0, 1)")
     """Decay of the first and second moment."""

@@ -31,13 +31,13 @@ class RewardConfig:
     only: dict[str, dict[str, Any]] = setting({})
     """Component → where it counts, as {NAME: {from_step: 1300, to_step: 1700, tasks: [TASK]}}: from_step ≤ learner step
     < to_step, and problems of these tasks."""
-    workers: int = setting(1, "[1, inf)", resumable=True)
+    workers: int = setting(1, "[1, 1024]", resumable=True)
     """Verifier processes of each generator."""
-    deadline_seconds: float = setting(5.0, "(0, inf)")
+    deadline_seconds: float = setting(5.0, "(0, 1e9]")
     """A verifier that takes longer on one group is killed and restarted."""
     on_timeout: Literal["zero", "refuse"] = "zero"
     """What a killed verifier means: every component 0, or the group refused as `failed`."""
-    memory_mb: int = setting(1024, "[512, inf)")
+    memory_mb: int = setting(1024, "[512, 16777216]")
     """Address space of each verifier process; one that asks for more fails its group."""
 
     def __post_init__(self) -> None:

@@ -20,9 +20,9 @@ class AdditionConfig(GeneratedConfig):
     """Addition of two numbers, digit by digit with carry."""
 
     name: str = "addition"
-    min_digits: int = setting(3, "[1, inf)")
+    min_digits: int = setting(3, "[1, 1000]")
     """The shortest operand."""
-    max_digits: int = setting(4, "[1, inf)")
+    max_digits: int = setting(4, "[1, 1000]")
     """Difficulty: the longest operand. A worked digit takes at most 9 tokens."""
 
     def __post_init__(self) -> None:

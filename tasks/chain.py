@@ -21,9 +21,9 @@ class ChainConfig(GeneratedConfig):
     """Arithmetic chain: start value, a run of operations from left to right, the result modulo `modulus`."""
 
     name: str = "chain"
-    min_operations: int = setting(3, "[1, inf)")
+    min_operations: int = setting(3, "[1, 10000]")
     """The shortest chain."""
-    max_operations: int = setting(6, "[1, inf)")
+    max_operations: int = setting(6, "[1, 10000]")
     """Difficulty: the longest chain. A worked step takes 5 tokens (9 at most with styles=3)."""
     modulus: int = setting(10, "[2, 100]")
     """Results are taken modulo this."""

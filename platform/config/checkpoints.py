@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -17,9 +18,9 @@ def model_folder(checkpoint: str) -> Path | None:
     Raises ConfigError for a run directory without a model.
     """
     given = Path(checkpoint)
-    if (given / "config.json").is_file():
+    if os.path.isfile(given / "config.json"):
         return given
-    if not (given / "config.yaml").is_file():
+    if not os.path.isfile(given / "config.yaml"):
         return None
     steps = [(int(match[1]), path) for path in given.glob("checkpoints/*") if (match := _STEP.fullmatch(path.name))]
     candidates = [path for _, path in sorted(steps, reverse=True)] + [given / "start"]
@@ -36,4 +37,4 @@ def run_folder(checkpoint: str) -> Path | None:
     """The run directory that `checkpoint` is, or is a checkpoint of; None when it belongs to no run."""
     given = Path(checkpoint)
     candidates = [given] + ([given.parent.parent] if given.parent.name == "checkpoints" else [])
-    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
+    return next((folder for folder in candidates if os.path.isfile(folder / "config.yaml")), None)

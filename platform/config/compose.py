@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,9 +33,10 @@ from omegaconf.errors import OmegaConfBaseException
 import offtrail
 from offtrail.core.plugins import OUTSIDE, is_plugin
 from offtrail.core.settings import PathKind
-from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
-from offtrail.platform.config.files import Raw, guess, read_file, read_text, yaml_problem
+from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, shortened, show
+from offtrail.platform.config.files import MAX_DEPTH, Raw, guess, read_file, read_text, yaml_problem
 from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys, variant_of
+from offtrail.platform.config.paths import check_name, path_problem
 from offtrail.platform.config.recipe import Stage, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.validate import validate
@@ -57,6 +59,8 @@ class Layer:
 
     def set(self, key: str, value: Raw) -> None:
         """Take `key=value`; a group's plain text is an option."""
+        if key.count(".") > MAX_DEPTH:
+            raise refuse(key, value, f"unknown key: no key has more than {MAX_DEPTH} parts")
         store = self.options if key in GROUPS and isinstance(value, str) else self.values
         if key in store and store[key] != value:
             raise refuse(key, value, f"given twice, also as {show(store[key])}; keep one")
@@ -118,13 +122,16 @@ def parse(argv: Sequence[str]) -> tuple[Layer, Layer]:
 
 
 def _file_argument(argument: str) -> Path:
-    path = Path(argument).expanduser()
-    if path.is_dir() and (path / "config.yaml").is_file():
-        raise ConfigError(f"{argument}: is a run directory; to repeat it give {path / 'config.yaml'}")
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
-        return path
     near = nearest_text(argument, all_paths() | set(GROUPS))
-    raise ConfigError(f"{argument}: neither key=value, group=option nor a YAML file{near}")
+    neither = ConfigError(f"{shortened(argument)}: neither key=value, group=option nor a YAML file{near}")
+    if path_problem(argument):
+        raise neither
+    path = Path(os.path.expanduser(argument))
+    if os.path.isfile(path / "config.yaml"):
+        raise ConfigError(f"{argument}: is a run directory; to repeat it give {path / 'config.yaml'}")
+    if os.path.isfile(path) or path.suffix in (".yaml", ".yml"):
+        return path
+    raise neither
 
 
 def file_layer(path: Path) -> Layer:
@@ -282,10 +289,9 @@ def _structure(path: str, value: Raw, key: Key | None) -> Raw:
 
 def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
     """Set one key; OmegaConf turns texts into numbers by the declared type."""
-    if isinstance(value, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-        raise refuse(key.path, value, "must be UTF-8 text")
+    _check_texts(key.path, value)
     if isinstance(value, str):
-        value = _path(key.path_kind, value)
+        value = _path(key.path, key.path_kind, value)
     if key.type_text == "{name: value}":  # no declared type to go by
         value = guess(value)
     if key.type_text == "{name: {name: value}}":
@@ -296,16 +302,33 @@ def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
         raise _wrong_type(key, value) from None
 
 
-def _path(kind: PathKind, value: str) -> str:
+def _check_texts(key: str, value: Raw) -> None:
+    """What no file, no process and no message can hold is refused in every text, wherever it stands."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_texts(key, name)
+            _check_texts(f"{key}.{name}", item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(key, item)
+    elif isinstance(value, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+        raise refuse(key, value, "must be UTF-8 text")
+    elif isinstance(value, str) and "\0" in value:
+        raise refuse(key, value, "must not hold NUL")
+
+
+def _path(key: str, kind: PathKind, value: str) -> str:
     """`~` expanded, and absolute: a saved configuration means the same from every directory. A folder for what is to be
     made stays as it is typed, and a model's name in the Hugging Face cache is no path.
     """
-    if not kind or not value:
+    if kind in ("", "name") or not value:
         return value
-    path = Path(value).expanduser() if value.startswith("~") else Path(value)
-    if kind == "file" or (kind == "model" and path.is_dir()):
-        return str(path.absolute())
-    return str(path) if value.startswith("~") else value
+    if problem := path_problem(value):
+        raise refuse(key, value, problem)
+    path = os.path.expanduser(value)
+    if kind == "file" or (kind == "model" and os.path.isdir(path)):
+        return str(Path(path).absolute())
+    return path
 
 
 def _paths_within(key: Key, value: Raw) -> Raw:
@@ -314,7 +337,12 @@ def _paths_within(key: Key, value: Raw) -> Raw:
         return value
     variants = variant_keys().get(key.path.partition(".")[0], {})
     return {
-        family: {name: _path(_kind_of(variants.get(family, {}), name), item) for name, item in entries.items()}
+        family: {
+            name: _path(f"{key.path}.{family}.{name}", _kind_of(variants.get(family, {}), name), item)
+            if isinstance(item, str)
+            else item
+            for name, item in entries.items()
+        }
         if isinstance(entries, dict)
         else entries
         for family, entries in value.items()
@@ -383,13 +411,15 @@ def _run_settings(file: Layer, line: Layer) -> RunConfig:
 
 def saved_config(folder: str, name: str) -> Path:
     """runs/NAME/config.yaml of the run to go on with; raises ConfigError when there is none."""
+    if name:
+        check_name("run.name", name)
     saved = sorted(Path(folder).glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
     runs = [path.parent.name for path in saved]
     if not name:
         known = f"; the newest runs in {folder}: {', '.join(runs[:5])}" if runs else ""
         raise refuse("run.resume", True, f"needs run.name=NAME, the run to go on with{known}")
     path = Path(folder) / name / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise refuse("run.name", name, f"no run to resume in {folder}{nearest_text(name, runs)}")
     return path
 

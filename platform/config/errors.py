@@ -5,6 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST_ERROR = 1000
+"""Characters of an error; of a longer one the middle is left out: front and end hold key and reason."""
+LONGEST_VALUE = 200
+"""Characters of a value in it."""
+
 
 class ConfigError(Exception):
     """A user's mistake. ``str()`` is one line, without the ``offtrail: error:`` in front; exit code 2."""
@@ -19,7 +24,7 @@ class FinalError(RuntimeError):
 
 def refuse(key: str, value: object, why: str) -> ConfigError:
     """The error for `key=value`, in the form that every message has."""
-    return ConfigError(f"{key}={show(value)}: {why}")
+    return ConfigError(f"{shortened(key)}={shortened(show(value))}: {why}")
 
 
 def show(value: object) -> str:
@@ -34,8 +39,18 @@ def show(value: object) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with each run of white space made one space, so that an error is always one line."""
-    return " ".join(text.split())
+    """The text with each run of white space made one space, no character that a terminal would obey, and an end: an
+    error is always one line.
+    """
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return shortened(plain, LONGEST_ERROR)
+
+
+def shortened(text: str, longest: int = LONGEST_VALUE) -> str:
+    """The text without its middle, where it is longer than `longest` characters."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]}…({len(text):,} characters)…{text[-longest // 2 :]}"
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
@@ -43,6 +58,8 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 
     ``steps`` → ``learner.steps, sft.steps``: people forget the section more often than they misspell it.
     """
+    if len(name) > LONGEST_VALUE:
+        return []
     known = sorted(set(names))
     whole = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     last = name.rpartition(".")[2]

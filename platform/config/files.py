@@ -17,9 +17,38 @@ from offtrail.platform.config.errors import ConfigError
 # What a value may be before the schema has seen it: text, or lists and mappings of texts.
 Raw = Any
 
+MAX_BYTES = 1 << 20
+"""Of a file of settings: one that is longer is something else."""
+MAX_DEPTH = 32
+"""Of lists and mappings within each other; a recipe's deepest key stands at 6."""
+MAX_VALUES = 10_000
+"""Of a file or an argument, each alias (`*name`) counted as all that it stands for: a few nested ones could stand for
+more than any memory holds."""
+
 
 class _TextLoader(yaml.BaseLoader):
-    """BaseLoader (all scalars are text) that refuses a key given twice, where PyYAML would keep the last."""
+    """BaseLoader (all scalars are text) that is bounded, and refuses a key given twice, where PyYAML keeps the last."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._deepest = self._values = 0
+        self._extent: dict[str, tuple[int, int]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """PyYAML's, counting values and depth as they are once every alias is written out."""
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        depth, deepest, values = self._depth, self._deepest, self._values
+        below, more = self._extent.get(str(event.anchor), (0, 0)) if isinstance(event, yaml.AliasEvent) else (0, 1)
+        self._depth, self._deepest, self._values = depth + 1, depth + 1 + below, values + more
+        if self._deepest > MAX_DEPTH:
+            raise _too_much(event, f"nested more than {MAX_DEPTH} deep")
+        if self._values > MAX_VALUES:
+            raise _too_much(event, f"holds more than {MAX_VALUES:,} values")
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.NodeEvent) and event.anchor and not isinstance(event, yaml.AliasEvent):
+            self._extent[event.anchor] = (self._deepest - depth - 1, self._values - values)
+        self._depth, self._deepest = depth, max(deepest, self._deepest)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -32,6 +61,10 @@ class _TextLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep=True)
 
 
+def _too_much(event: yaml.Event, problem: str) -> yaml.YAMLError:
+    return yaml.composer.ComposerError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
+
+
 def read_text(text: str) -> Raw:
     """One value from the command line; raises yaml.YAMLError."""
     return yaml.load(text, Loader=_TextLoader)
@@ -40,7 +73,13 @@ def read_text(text: str) -> Raw:
 def read_file(path: Path) -> dict[str, Raw]:
     """A YAML mapping; an empty file is an empty one. Raises ConfigError that names the file and the line."""
     try:
-        loaded = read_text(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"{path}: not a file")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: longer than {MAX_BYTES >> 20} MiB, so that it can be no file of settings")
+        loaded = read_text(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:

@@ -59,6 +59,16 @@ class Key:
         return self.type is str or typing.get_origin(self.type) is typing.Literal
 
     @property
+    def has_upper_end(self) -> bool:
+        """Whether its range ends at a number."""
+        return bool(self.limits) and not self.limits.endswith("inf)")
+
+    @property
+    def meaning(self) -> str:
+        """What it is, in brackets, for the end of a message."""
+        return f" ({self.line.rstrip('.')})" if self.line else ""
+
+    @property
     def is_mapping(self) -> bool:
         """Whether the value is a mapping with free names."""
         return typing.get_origin(self.type) is dict

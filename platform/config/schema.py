@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 class RunConfig:
     """The run and its directory."""
 
-    name: str = setting("", resumable=True)
+    name: str = setting("", path="name", resumable=True)
     """Name of the run directory; empty = JOB-TASK-ALGO and the time."""
     dir: str = setting("runs", path="folder", resumable=True)
     """Folder that holds the run directories."""
@@ -31,11 +31,11 @@ class RunConfig:
     """Keys everything that is drawn: start weights, data order, every sampled token."""
     resume: bool = setting(False, resumable=True)
     """Go on with the run of that name from its last checkpoint."""
-    budget_flops: float = setting(0.0, "[0, inf)", resumable=True)
+    budget_flops: float = setting(0.0, "[0, 1e30]", resumable=True)
     """The run ends once all roles (and its cold start) have spent so many FLOPs; 0 = no limit."""
-    budget_tokens: int = setting(0, "[0, inf)", resumable=True)
+    budget_tokens: int = setting(0, "[0, 1e18]", resumable=True)
     """The run ends once its generators (job=sft: its learner) have made (trained) so many tokens; 0 = no limit."""
-    budget_seconds: float = setting(0.0, "[0, inf)", resumable=True)
+    budget_seconds: float = setting(0.0, "[0, 1e9]", resumable=True)
     """The run ends after so many seconds of its broker's lives, all launches together; 0 = no limit."""
 
 
@@ -54,23 +54,23 @@ class RecipeConfig:
 class ModelConfig:
     """The policy: `path`, or the small Qwen3-architecture model that offtrail makes and cold-starts itself."""
 
-    name: str = "tiny"
+    name: str = setting("tiny", path="name")
     """Label of the model; with path it is pretrained, and learning rates are a large model's (configs/model)."""
     path: str = setting("", path="model")
     """A Hugging Face directory or name; empty = make the model below and cold-start it (job=sft), once per cache."""
-    hidden_size: int = setting(64, "[1, inf)")
+    hidden_size: int = setting(64, "[1, 65536]")
     """Width of the made model; a multiple of 2·heads."""
-    layers: int = setting(3, "[1, inf)")
+    layers: int = setting(3, "[1, 1024]")
     """Its layers."""
-    heads: int = setting(4, "[1, inf)")
+    heads: int = setting(4, "[1, 1024]")
     """Its query heads."""
-    kv_heads: int = setting(2, "[1, inf)")
+    kv_heads: int = setting(2, "[1, 1024]")
     """Its key and value heads; must divide heads."""
-    mlp_size: int = setting(192, "[1, inf)")
+    mlp_size: int = setting(192, "[1, 1048576]")
     """Width of its MLP."""
-    init_std: float = setting(0.05, "(0, inf)")
+    init_std: float = setting(0.05, "(0, 10]")
     """Standard deviation of its start weights."""
-    max_length: int = setting(256, "[2, inf)")
+    max_length: int = setting(256, "[2, 16777216]")
     """Longest prompt + answer, in tokens, that the local engine and the learner hold."""
 
 
@@ -119,7 +119,7 @@ class SftConfig:
     """Optimizer updates."""
     batch_size: int = setting(32, "[1, inf)")
     """Problems of an update, fresh in each."""
-    lr: float = setting(4e-3, "(0, inf)")
+    lr: float = setting(4e-3, "(0, 10]")
     """Peak learning rate of AdamW; with model.path 1e-5."""
     betas: tuple[float, float] = setting((0.9, 0.98), "[0, 1)")
     """Decay of AdamW's first and second moment."""
@@ -133,9 +133,9 @@ class SftConfig:
 class BatchConfig:
     """One learner step."""
 
-    groups: int = setting(16, "[1, inf)")
+    groups: int = setting(16, "[1, 1048576]")
     """B, the groups of a batch."""
-    group_size: int = setting(8, "[1, inf)")
+    group_size: int = setting(8, "[1, 65536]")
     """G, the samples of a group."""
 
 
@@ -143,13 +143,13 @@ class BatchConfig:
 class SamplingConfig:
     """How training samples are drawn. top_p and top_k would bias the importance ratios and are refused in training."""
 
-    temperature: float = 1.0
+    temperature: float = setting(1.0, "[0, 100]")
     """Logits are divided by it; the learner divides its own by the same."""
-    max_new_tokens: int = setting(64, "[1, inf)")
+    max_new_tokens: int = setting(64, "[1, 16777216]")
     """An answer is cut here, unfinished."""
     growth_step: int = setting(0, "[0, inf)")
     """From this learner step on answers may be growth_factor times as long; 0 = never."""
-    growth_factor: float = setting(2.0, "[1, inf)")
+    growth_factor: float = setting(2.0, "[1, 1000]")
     """What max_new_tokens is multiplied by from growth_step on."""
     top_p: float = 1.0
     """1 = off."""
@@ -180,7 +180,7 @@ class StalenessConfig:
 class OptimConfig:
     """AdamW."""
 
-    lr: float = setting(2e-4, "[0, inf)")
+    lr: float = setting(2e-4, "[0, 10]")
     """Constant after the warm-up; with model.path 1e-6, unless algo says its own."""
     betas: tuple[float, float] = setting((0.9, 0.95), "[0, 1)")
     """Decay of the first and second moment."""
@@ -200,7 +200,7 @@ class LearnerConfig:
 
     steps: int = setting(40, "[1, inf)", resumable=True)
     """Learner steps, each one batch and one new version."""
-    ranks: int = setting(1, "[1, inf)")
+    ranks: int = setting(1, "[1, 65536]")
     """Processes of the FSDP2 world; 1 trains the plain module."""
     minibatches: int = setting(2, "[1, inf)")
     """K, optimizer updates of a learner step; B must be divisible by it."""
@@ -217,7 +217,7 @@ class LearnerConfig:
     """Liger's Triton kernels in the decoder; auto: where there is CUDA and liger-kernel is installed."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    threads: int = setting(1, "[1, inf)", resumable=True)
+    threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of each rank."""
     checkpoint_every: int = setting(10, "[1, inf)", resumable=True)
     """In learner steps; the last step is always saved."""
@@ -229,11 +229,11 @@ class LearnerConfig:
 class GeneratorConfig:
     """The rollout processes."""
 
-    count: int = setting(1, "[1, inf)", resumable=True)
+    count: int = setting(1, "[1, 1024]", resumable=True)
     """Generator processes."""
-    max_in_flight: int = setting(64, "[1, inf)", resumable=True)
+    max_in_flight: int = setting(64, "[1, 1048576]", resumable=True)
     """Groups leased to all generators together."""
-    threads: int = setting(1, "[1, inf)", resumable=True)
+    threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of each generator."""
     max_restarts: int = setting(3, "[0, inf)", resumable=True)
     """A generator that dies is started again so often in one launch; then the run fails."""
@@ -252,7 +252,7 @@ class EngineConfig:
     """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights and the KV cache."""
-    max_running: int = setting(256, "[1, inf)")
+    max_running: int = setting(256, "[1, 65536]")
     """Samples that decode together."""
     kv_on_update: Literal["recompute", "keep"] = "recompute"
     """When weights change under unfinished samples: recompute their KV cache under the new weights, or keep the old."""
@@ -272,13 +272,13 @@ class SglangConfig(EngineConfig):
     rules: ClassVar[str] = "offtrail.platform.engines.sglang.rules"
 
     name: str = "sglang"
-    servers: int = setting(1, "[1, inf)", resumable=True)
+    servers: int = setting(1, "[1, 1024]", resumable=True)
     """Servers that each generator starts; the evaluator has one of its own."""
     urls: list[str] = setting([], resumable=True)
     """Servers that run already, in place of started ones; their keys in $OFFTRAIL_SGLANG_KEY and …_ADMIN_KEY."""
     address: str = setting("127.0.0.1", resumable=True)
     """Where started servers listen."""
-    tensor_parallel: int = setting(1, "[1, inf)", resumable=True)
+    tensor_parallel: int = setting(1, "[1, 1024]", resumable=True)
     """GPUs of a server."""
     flags: str = ""
     """Further flags of `sglang.launch_server`, as on its command line."""
@@ -291,9 +291,9 @@ class SglangConfig(EngineConfig):
     """Of a prompt at least so long one sample goes ahead, and the others find it in the server's radix cache."""
     stream_interval: int = setting(32, "[1, inf)", resumable=True)
     """Tokens between two reports of a running sample; what a dead server had reported is counted as lost."""
-    start_seconds: float = setting(600.0, "(0, inf)", resumable=True)
+    start_seconds: float = setting(600.0, "(0, 1e9]", resumable=True)
     """The longest that a server may take to start."""
-    hang_seconds: float = setting(120.0, "(0, inf)", resumable=True)
+    hang_seconds: float = setting(120.0, "(0, 1e9]", resumable=True)
     """A server that has work, or is asked for its health, and says nothing for so long is killed and started anew."""
     max_restarts: int = setting(10, "[0, inf)", resumable=True)
     """The role fails when one of its servers has died more often."""
@@ -307,11 +307,11 @@ class EvalConfig:
     """In learner steps; 0 = only the first and the last version."""
     prompts: int = setting(512, "[1, inf)")
     """Held-out prompts, the same for every version."""
-    samples: int = setting(1, "[1, inf)")
+    samples: int = setting(1, "[1, 65536]")
     """Answers drawn for each prompt."""
-    temperature: float = setting(1.0, "[0, inf)")
+    temperature: float = setting(1.0, "[0, 100]")
     """0 = greedy."""
-    threads: int = setting(1, "[1, inf)", resumable=True)
+    threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of the evaluator."""
     max_restarts: int = setting(3, "[0, inf)", resumable=True)
     """An evaluator that dies is started again so often in one launch; then the run fails."""
@@ -332,7 +332,7 @@ class WeightsConfig:
     """shm, disk: write only what changed since the version before; pays where most bytes stay (bfloat16, small lr)."""
     full_every: int = setting(10, "[1, inf)")
     """With delta every so many versions are written whole, so that a reader can begin there."""
-    bucket_mb: int = setting(512, "[1, inf)")
+    bucket_mb: int = setting(512, "[1, 1048576]")
     """distributed, ipc: tensors are sent together in buckets of about so many MiB."""
     probe_every: int = setting(5, "[0, inf)")
     """Versions between two fixed-text probes of engine against learner; 0 = none."""
@@ -348,11 +348,11 @@ class BrokerConfig:
     """Address to bind; any but loopback requires CURVE keys, made per run."""
     port: int = setting(0, "[0, 65535]")
     """0 = any free port."""
-    heartbeat_seconds: float = setting(1.0, "(0, inf)")
+    heartbeat_seconds: float = setting(1.0, "(0, 1e9]")
     """Period of every role's heartbeat."""
     lease_heartbeats: int = setting(30, "[1, inf)")
     """A lease goes to another generator after so many lost heartbeats; never because an answer is long."""
-    deadline_seconds: float = setting(600.0, "(0, inf)")
+    deadline_seconds: float = setting(600.0, "(0, 1e9]")
     """The longest a role waits for another without progress before it fails and says for what (I4)."""
 
 
@@ -364,7 +364,7 @@ class ServeConfig:
     """Address to listen at; the API key is printed, or taken from $OFFTRAIL_SGLANG_KEY."""
     port: int = setting(30000, "[0, 65535]")
     """0 = any free port."""
-    temperature: float = setting(0.6, "[0, inf)")
+    temperature: float = setting(0.6, "[0, 100]")
     """job=chat: of the answers; 0 = greedy."""
 
 

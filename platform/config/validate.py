@@ -13,7 +13,7 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from offtrail.algos.config import incompatible
@@ -22,6 +22,7 @@ from offtrail.core.settings import out_of_limits
 from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.keys import flatten, keys_of
+from offtrail.platform.config.paths import check_name
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
 from offtrail.tasks.jsonl import JsonlConfig
 from offtrail.tasks.mixture import MixtureConfig
@@ -42,22 +43,42 @@ def schema_is_this_one(config: Config) -> None:
         raise refuse("schema_version", config.schema_version, f"this offtrail has {SCHEMA_VERSION}; leave the key out")
 
 
+LARGEST = 1e9
+"""Of a number whose range has no upper end; with those that have, no sum or product of a few overflows."""
+LARGEST_ENTRY = 2**63 - 1
+"""Of a number in a mapping with free names, whose meaning is not known here: what a message and a database hold."""
+
+
 def numbers_are_in_range(config: Config) -> None:
-    """The range that stands at each field, and no nan or infinity anywhere."""
+    """The range that stands at each field, and no nan, infinity or absurd size anywhere."""
     for key in keys_of(config).values():
-        if isinstance(key.default, float) and not math.isfinite(key.default):
-            raise refuse(key.path, key.default, "must be a finite number")
+        largest = LARGEST_ENTRY if key.is_mapping or key.has_upper_end else LARGEST
+        for name, number in _numbers(key.path, key.default):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise refuse(name, number, "must be a finite number")
+            if not key.has_upper_end and abs(number) > largest:
+                raise refuse(name, number, f"must be {'≤' if number > 0 else '≥ −'} {largest:,.0f}{key.meaning}")
         if complaint := out_of_limits(key.default, key.limits):
-            raise ConfigError(f"{key.path}={complaint}")
+            raise ConfigError(f"{key.path}={complaint}{key.meaning}")
 
 
-def run_name_is_a_folder_name(config: Config) -> None:
-    """No path in run.name: the place is run.dir."""
-    name = config.run.name
-    if name and not re.fullmatch(r"[\w+-][\w.+=-]{0,199}", name):
-        raise refuse(
-            "run.name", name, "letters, digits and . _ - + = only, not beginning with a dot; folders go to run.dir"
-        )
+def _numbers(path: str, value: object) -> Iterator[tuple[str, float]]:
+    """(where it stands, number) of every number in a value, however deep."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(f"{path}.{name}", item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(path, item)
+    elif isinstance(value, (int, float)):
+        yield path, value
+
+
+def names_stay_in_their_folder(config: Config) -> None:
+    """No path in a name that a folder is named after; an empty one means a default."""
+    for key in keys_of(config).values():
+        if key.path_kind == "name" and (key.default or key.path != "run.name"):
+            check_name(key.path, key.default)
 
 
 def made_model_has_whole_heads(config: Config) -> None:
@@ -89,11 +110,14 @@ def model_paths_are_here(config: Config) -> None:
 
 
 def _model_is_here(key: str, given: str, give: str = "a Hugging Face model folder, or leave it empty") -> None:
-    if not given or (Path(given) / "config.json").is_file():
+    if not given or os.path.isfile(Path(given) / "config.json"):
         return
-    if Path(given).exists():
+    if os.path.isfile(Path(given) / "adapter_config.json"):
+        merge = "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), with peft"
+        raise refuse(key, given, f"is a LoRA adapter, not a model; merge it into its model first: {merge}")
+    if os.path.exists(given):
         raise refuse(key, given, "holds no config.json; a Hugging Face model folder has one")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) or given.startswith("."):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given, re.ASCII) or given.startswith("."):
         raise refuse(key, given, f"no such folder; give {give}")
     cached = hub_cache() / f"models--{given.replace('/', '--')}" / "snapshots"
     if not any(cached.glob("*/config.json")):
@@ -114,7 +138,9 @@ def task_files_are_here(config: Config) -> None:
     if not task.path:
         raise ConfigError("task.path=: a file of problems is needed, one JSON object a line: task.path=FILE.jsonl")
     for key, path in (("task.path", task.path), ("task.eval_path", task.eval_path)):
-        if path and not Path(path).is_file():
+        if path and os.path.isdir(path):
+            raise refuse(key, path, "is a folder; give a JSON-lines file of it, one problem a line")
+        if path and not os.path.isfile(path):
             raise refuse(key, path, "no such file; give a JSON-lines file, one problem a line")
 
 
@@ -259,7 +285,7 @@ def warmup_ends_before_training(config: Config) -> None:
 def devices_are_known(config: Config) -> None:
     """`cpu` or a CUDA device; whether it is there, torch says when the role starts."""
     for key, device in (("learner.device", config.learner.device), ("engine.device", config.engine.device)):
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
             raise refuse(key, device, "must be cpu, cuda or cuda:N")
 
 
@@ -347,7 +373,7 @@ def a_lease_expires_before_the_run(config: Config) -> None:
 RULES: tuple[Callable[[Config], None], ...] = (
     schema_is_this_one,
     numbers_are_in_range,
-    run_name_is_a_folder_name,
+    names_stay_in_their_folder,
     made_model_has_whole_heads,
     a_pretrained_model_has_a_path,
     model_paths_are_here,

@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
     flags = {"--help" if argument == "-h" else argument for argument in argv if argument.startswith("-")}
     _refuse_unknown(flags)
+    _require_current_directory()
     if "--help" in flags:
         from offtrail.platform.config.help import help_text
 
@@ -96,6 +97,14 @@ def _refuse_unknown(flags: set[str]) -> None:
         raise ConfigError(
             f"{flag}: unknown flag; flags: {', '.join(FLAGS)}{hint}; settings are key=value without dashes"
         )
+
+
+def _require_current_directory() -> None:
+    """Paths are made absolute from it, and code from outside the tree is looked for in it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current directory is gone; change to one that is there") from None
 
 
 def require_packages() -> None:

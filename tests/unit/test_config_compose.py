@@ -47,9 +47,9 @@ def test_values_get_their_declared_type():
 
 @pytest.mark.parametrize("text", ["1e3", "0012", "true", "off", "null", "[a]", "{a: b}", "12:30", "a=b", "x#y", ""])
 def test_a_text_is_taken_as_it_stands(text, tmp_path):
-    assert compose([f"model.name={text}"]).model.name == text
+    assert compose([f"prompt.system={text}"]).prompt.system == text
     quoted = "'" + text + "'"
-    assert compose([write(tmp_path / "a.yaml", f"model: {{name: {quoted}}}")]).model.name == text
+    assert compose([write(tmp_path / "a.yaml", f"prompt: {{system: {quoted}}}")]).prompt.system == text
 
 
 def test_yaml_off_is_not_false(tmp_path):
@@ -186,7 +186,7 @@ def test_dollar_braces_are_latex_not_interpolation(tmp_path):
 def test_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/some/home")
     assert compose(["run.dir=~/runs"]).run.dir == "/some/home/runs"
-    assert compose(["model.name=~/runs"]).model.name == "~/runs"
+    assert compose(["prompt.system=~/runs"]).prompt.system == "~/runs"
 
 
 def test_saved_text_has_no_run_name():
@@ -205,7 +205,7 @@ def test_load_config_is_what_was_saved(tmp_path):
 
 # For any valid overrides x: compose(dump(compose(x))) == compose(x)
 
-FREE_TEXT = {"model.name", "task.prompt_field", "task.answer_field", "task.answer_after", "weights.dir", "run.dir"}
+FREE_TEXT = {"prompt.system", "task.prompt_field", "task.answer_field", "task.answer_after", "weights.dir", "run.dir"}
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     ["${x}", r"\${x}", r"\\", "off", "null", "1e-3", "0x1f", "~", "", " a ", "a\nb", "- a", "a: b", "#", "\x85\ufeff"]
 )
@@ -285,7 +285,7 @@ def test_every_number_has_a_range_at_its_field():
     tables = [module.keys_of(Config()), *(keys for variants in variant_keys().values() for keys in variants.values())]
     numbers = {path for keys in tables for path, key in keys.items() if key.type in (int, float) and not key.limits}
     # the first is compared with a constant, the others have a rule that says why training bounds them
-    assert numbers == {"schema_version", "sampling.temperature", "sampling.top_p", "sampling.top_k"}
+    assert numbers == {"schema_version", "sampling.top_p", "sampling.top_k"}
 
 
 def test_a_class_that_changes_a_default_keeps_the_range():

@@ -51,14 +51,14 @@ MISTAKES = [
     (["learner.steps=[3]"], "learner.steps=[3]: must be a whole number", []),
     (["task=mixture", "task.weights=2"], "task.weights=2: must be a mapping", ["{chain: 0.5, addition: 0.5}"]),
     (["task=mixture", "task.weights.chain=x"], "task.weights.chain=x: must be a number", []),
-    (["model.name=\udcff"], "model.name=\udcff: must be UTF-8 text", []),
+    (["model.name=\udcff"], "model.name=\\udcff: must be UTF-8 text", []),
     # the command line itself
     (["learner.steps"], "learner.steps: neither key=value", ["nearest: learner.steps"]),
     (["learner.steps=3", "learner.steps=4"], "learner.steps=4: given twice", ["3"]),
     (["task=chain", "task=addition"], "task=addition: given twice", ["chain"]),
     (["no/such/file.yaml"], "no/such/file.yaml: no such file", []),
     # ranges
-    (["batch.group_size=0"], "batch.group_size=0: must be ≥ 1", []),
+    (["batch.group_size=0"], "batch.group_size=0: must be in [1, 65536] (G, the samples of a group)", []),
     (["staleness.max=-1"], "staleness.max=-1: must be ≥ 0", []),
     (["learner.optim.lr=nan"], "learner.optim.lr=nan: must be a finite number", []),
     (["broker.port=70000"], "broker.port=70000: must be in [0, 65535]", []),
@@ -67,6 +67,32 @@ MISTAKES = [
     (["task.noise=3"], "task.noise=3.0: must", []),
     (["run.name=../x"], "run.name=../x: letters", ["run.dir"]),
     (["run.name=.hidden"], "run.name=.hidden: letters", []),
+    (["generator.count=1000000"], "generator.count=1000000: must be in [1, 1024] (Generator processes)", []),
+    (["broker.deadline_seconds=1e300"], "broker.deadline_seconds=1e+300: must be in (0, 1e9]", []),
+    (["learner.optim.lr=1e300"], "learner.optim.lr=1e+300: must be in [0, 10]", []),
+    (["learner.steps=9999999999"], "learner.steps=9999999999: must be ≤ 1,000,000,000 (Learner steps, each", []),
+    (["sampling.growth_factor=1e308", "sampling.growth_step=1"], "sampling.growth_factor=1e+308: must be in [1, ", []),
+    ([f"broker.lease_heartbeats={'9' * 400}"], f"broker.lease_heartbeats={'9' * 100}…(400 characters)…", ["≤ 1,000,"]),
+    (["task=mixture", "task.weights.chain=inf"], "task.weights.chain=inf: must be a finite number", []),
+    (["task=mixture", "task.settings.chain.noise=nan"], "task.settings.chain.noise=nan: must be a finite number", []),
+    (
+        ["task=mixture", "task.settings.chain.styles=9223372036854775808"],
+        "task.settings.chain.styles=",
+        ["≤ 9,223,372"],
+    ),
+    # names and paths
+    (["model.name=../../../x"], "model.name=../../../x: letters, digits", ["a folder is named after it"]),
+    (["model.name="], "model.name=: letters, digits", []),
+    ([f"run.name={'é' * 200}"], f"run.name={'é' * 200}: has 400 bytes, at most 100: a folder", []),
+    (["run.name=../x", "run.resume=true"], "run.name=../x: letters", ["run.dir"]),
+    ([f"model.path=/{'a' * 256}"], f"model.path=/{'a' * 99}…(257 characters)", ["256 bytes", "255"]),
+    ([f"run.dir={'a/' * 3000}"], "run.dir=", ["6,000 bytes", "4,095"]),
+    (["checkpoint=a\0b", "job=chat"], "checkpoint=a\\x00b: must not hold NUL", []),
+    (["prompt.template_kwargs={a: {b: a\0b}}"], "prompt.template_kwargs=", ["malformed"]),
+    (["x" * 300], f"{'x' * 100}…(300 characters)…", ["neither key=value"]),
+    (["/dev/null/x.yaml"], "/dev/null/x.yaml: cannot be read", []),
+    (["task.settings" + ".a" * 40 + "=1"], "task.settings.a", ["32 parts"]),
+    (["task.weights=" + "[" * 3000 + "]" * 3000], "task.weights=[[[", ["nested more than 32 deep"]),
     # rules between keys
     (["batch.groups=15"], "batch.groups=15: must be divisible by learner.minibatches=2", []),
     (["learner.ranks=65"], "learner.ranks=65", ["64 samples"]),
@@ -114,12 +140,12 @@ MISTAKES = [
     (["algo.kl_coef=0.1"], "algo.kl_coef=0.1", ["algo.kl=none"]),
     (["task=mixture", "task.weights.sudoku=1"], "task.weights=sudoku", ["chain"]),
     # SGLang servers
-    (["engine=sglang", "engine.servers=0"], "engine.servers=0: must be ≥ 1", []),
-    (["engine=sglang", "engine.tensor_parallel=0"], "engine.tensor_parallel=0: must be ≥ 1", []),
+    (["engine=sglang", "engine.servers=0"], "engine.servers=0: must be in [1, 1024] (Servers", []),
+    (["engine=sglang", "engine.tensor_parallel=0"], "engine.tensor_parallel=0: must be in [1, 1024]", []),
     (["engine=sglang", "engine.prefix_tokens=-1"], "engine.prefix_tokens=-1: must be ≥ 0", []),
     (["engine=sglang", "engine.stream_interval=0"], "engine.stream_interval=0: must be ≥ 1", []),
-    (["engine=sglang", "engine.start_seconds=0"], "engine.start_seconds=0.0: must be > 0", []),
-    (["engine=sglang", "engine.hang_seconds=0"], "engine.hang_seconds=0.0: must be > 0", []),
+    (["engine=sglang", "engine.start_seconds=0"], "engine.start_seconds=0.0: must be in (0, 1e9]", []),
+    (["engine=sglang", "engine.hang_seconds=0"], "engine.hang_seconds=0.0: must be in (0, 1e9]", []),
     (["engine=sglang", "engine.max_restarts=-1"], "engine.max_restarts=-1: must be ≥ 0", []),
     (["engine=sglang", "engine.address=myhost"], "engine.address=myhost: must be an IP address", ["127.0.0.1"]),
     (["engine=sglang", "engine.tensor_parallel=2"], "engine.tensor_parallel=2: needs engine.device=cuda", []),
@@ -146,7 +172,7 @@ MISTAKES = [
     (["engine=sglang", "engine.urls=[http://a:1]"], "eval.engine=same: must be local with engine.urls", []),
     # weight channels
     (["weights.full_every=0"], "weights.full_every=0: must be ≥ 1", []),
-    (["weights.bucket_mb=0"], "weights.bucket_mb=0: must be ≥ 1", []),
+    (["weights.bucket_mb=0"], "weights.bucket_mb=0: must be in [1, 1048576]", []),
     (["weights.channel=distributed"], "weights.channel=distributed: needs engine=sglang, not local", ["shm or disk"]),
     (["weights.channel=ipc"], "weights.channel=ipc: needs engine=sglang, not local", ["shm or disk"]),
     (["engine=sglang", "weights.channel=ipc", "weights.delta=true"], "weights.delta=true: is for weights.channel=", []),
@@ -177,7 +203,7 @@ MISTAKES = [
     (["job=chat", "checkpoint=/no/such"], "checkpoint=/no/such: no such folder; give a run directory", []),
     (["job=serve", "checkpoint=nobody/model"], "checkpoint=nobody/model: neither a folder nor in the Hugging", ["hf "]),
     (["serve.port=65536"], "serve.port=65536: must be in [0, 65535]", []),
-    (["serve.temperature=-1"], "serve.temperature=-1.0: must be ≥ 0", []),
+    (["serve.temperature=-1"], "serve.temperature=-1.0: must be in [0, 100]", []),
     (["serve.address=here"], "serve.address=here: must be an IP address", []),
     # paths
     (["model.path=/no/such/model"], "model.path=/no/such/model: no such folder", []),
@@ -286,6 +312,33 @@ def test_a_held_out_file_must_exist(tmp_path):
     path = write(tmp_path / "p.jsonl", "")
     text = message("task=gsm8k", f"task.path={path}", f"task.eval_path={path}2")
     assert text.startswith(f"task.eval_path={path}2: no such file")
+
+
+def test_a_lora_adapter_is_no_model(tmp_path):
+    write(tmp_path / "adapter_config.json", "{}")
+    assert f"model.path={tmp_path}: is a LoRA adapter, not a model; merge it" in message(f"model.path={tmp_path}")
+
+
+def test_a_folder_is_no_file_of_problems(tmp_path):
+    assert message("task=gsm8k", f"task.path={tmp_path}").startswith(f"task.path={tmp_path}: is a folder; give a JSON-")
+
+
+def test_an_alias_counts_as_all_that_it_stands_for(tmp_path):
+    """Nine levels of ten: 260 bytes that stand for a billion values."""
+    bomb = ["&a0 [x,x,x,x,x,x,x,x,x,x]"] + [f"&a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    text = message(write(tmp_path / "a.yaml", f"task: {{settings: [{', '.join(bomb)}]}}"))
+    assert text.startswith(f"{tmp_path}/a.yaml, line 1: malformed YAML: holds more than 10,000 values")
+    deep = ["&a0 [x]"] + [f"&a{i} [*a{i - 1}]" for i in range(1, 40)]
+    assert "nested more than 32 deep" in message(write(tmp_path / "b.yaml", f"task: {{settings: [{', '.join(deep)}]}}"))
+    shared = write(tmp_path / "c.yaml", "learner: {optim: {betas: &b [0.8, 0.9]}}\nsft: {betas: *b}\n")
+    assert compose([shared]).sft.betas == (0.8, 0.9)
+
+
+def test_a_file_of_settings_has_an_end(tmp_path):
+    path = write(tmp_path / "a.yaml", "# long\n" * 200_000)
+    assert message(path) == f"{path}: longer than 1 MiB, so that it can be no file of settings"
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert message(str(tmp_path / "pipe.yaml")) == f"{tmp_path}/pipe.yaml: not a file"
 
 
 def test_malformed_yaml_names_file_and_line(tmp_path):

@@ -149,6 +149,16 @@ def test_help_into_a_closed_pipe():
     assert done.stderr == ""
 
 
+def test_a_current_directory_that_is_gone(tmp_path):
+    command = (
+        f"cd {tmp_path} && mkdir here && cd here && rmdir ../here && {sys.executable} {ROOT / 'launch.py'} --dry-run"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (
+        2, "offtrail: error: the current directory is gone; change to one that is there\n",
+    )  # fmt: skip
+
+
 def test_version():
     assert run("--version").stdout == f"offtrail {offtrail.__version__}\n"
 
