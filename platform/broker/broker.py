@@ -21,24 +21,26 @@ from typing import Any
 from offtrail.core.types import Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
 from offtrail.platform.broker.archive import Archive
-from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.authority import check_hello, check_sender
+from offtrail.platform.broker.database import LedgerError, UnfitError
 from offtrail.platform.broker.deadlines import TICK_SECONDS, Deadlines
 from offtrail.platform.broker.ending import Ending
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.ledger import FILE, Ledger
-from offtrail.platform.broker.polls import NO_ARRAYS, REFUSALS, Answer, LongPoll, Polls, Wire
+from offtrail.platform.broker.polls import NO_ARRAYS, Answer, LongPoll, Polls, Wire
 from offtrail.platform.broker.resume import check_same_run, check_whole, cold_start_of
-from offtrail.platform.broker.roster import Member, Roster, names
+from offtrail.platform.broker.roster import Member, Roster
 from offtrail.platform.broker.rules import GroupRules
 from offtrail.platform.broker.run_metrics import LARGEST, RunMetrics, plain
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS, roles_of
 from offtrail.platform.tracking.recorder import Recorder
+from offtrail.platform.wire.auth import is_remote
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.groups import group_frames, group_from, unpack_group
 from offtrail.platform.wire.messages import (
-    PROTOCOL,
+    LAUNCHER,
     Acknowledged,
     BatchReply,
     Beat,
@@ -152,22 +154,30 @@ class Broker:
 
     def handle(self, envelope: Envelope) -> None:
         """Answer one request, or hold it."""
-        if (member := self.roster.get(envelope.peer_name)) is not None:
+        if (member := self.roster.sender(envelope.peer)) is not None:
             member.heard = self.clock()
         if not isinstance(envelope.message, Heartbeat | StatusRequest):
             self.polls.dirty = True
         try:
+            check_sender(envelope, self.roster)
             answer = self._handlers[type(envelope.message)](envelope.message, envelope)
-        except REFUSALS as error:
-            log.warning("%s: %s", envelope.peer_name, error)
-            answer = self._refused(error), NO_ARRAYS
-        if answer is not None:
-            self.wire.reply(envelope, *answer)
+            if answer is not None:
+                self.wire.reply(envelope, *answer)
+        except Exception as error:
+            self.wire.reply(envelope, self._refused(error, envelope.peer_name))
         self._catch_up()
 
-    def _refused(self, error: Exception) -> Message:
-        """The answer to a request that raised ``error``. What the disk does not take ends the run."""
-        return Error(error=self.ending.broken(error) if isinstance(error, LedgerError | OSError) else str(error))
+    def _refused(self, error: Exception, peer: str) -> Message:
+        """The answer to a request that raised ``error``, whatever that is. What the disk does not take ends the run."""
+        if isinstance(error, LedgerError | OSError):
+            return Error(error=self.ending.broken(error))
+        if isinstance(error, RequestError | WireError | UnfitError):
+            log.warning("%s: %s", peer, error)
+            return Error(error=str(error))
+        log.error("a request of %s could not be carried out", peer, exc_info=error)
+        return Error(
+            error=f"the broker could not carry it out ({type(error).__name__}: {error}): see logs/broker-0.log"
+        )
 
     def _catch_up(self) -> None:
         """What a reply need not wait for: files that are made of what the ledger holds already."""
@@ -176,6 +186,8 @@ class Broker:
                 self.later.pop(0)()
             except (LedgerError, OSError) as error:
                 self.ending.broken(error)
+            except Exception:
+                log.exception("a file could not be brought up to date with the ledger")
 
     def serve_held(self) -> None:
         """Answer the long polls that can be answered; after the end, all of them."""
@@ -203,18 +215,17 @@ class Broker:
 
     def on_hello(self, hello: Hello, envelope: Envelope) -> Answer:
         """A role begins, or begins again: then its leases go back, and the learner's replay starts over."""
-        if hello.protocol != PROTOCOL:
-            raise RequestError(
-                f"protocol {hello.protocol} was spoken, this broker speaks {PROTOCOL}: install one version of offtrail"
-            )
-        if hello.run != self.run_dir.name:
-            raise RequestError(
-                f"run {hello.run!r} was asked for, this broker serves {self.run_dir.name!r}: dial its own endpoint.json"
-            )
+        here = not is_remote(self.config.broker.address)
+        check_hello(hello, self.run_dir.name, self.roster, here=here)
         name = f"{hello.role}-{hello.index}"
-        again = name in self.roster
-        life = self.ledger.records.life(hello.role, hello.index)
-        self.roster.add(Member(hello.role, hello.index, hello.pid, life, self.clock()))
+        before = self.roster.get(name)
+        # A process that comes back under a new connection goes on with its cumulative charges.
+        again = before is not None
+        life = before.life if before and before.pid == hello.pid else self.ledger.records.life(hello.role, hello.index)
+        self.roster.add(Member(hello.role, hello.index, hello.pid, life, self.clock(), envelope.peer))
+        start = self.ledger.checkpoint
+        if hello.role == LAUNCHER:
+            return Welcome(run=self.run_dir.name, step=start), NO_ARRAYS
         self.polls.forget(name)
         self.ledger.return_leases(name)
         if again and name == "learner-0":
@@ -223,7 +234,6 @@ class Broker:
             self.evaluations.pinned.clear()
         self.deadlines.progress()
         log.info("%s is here (pid %d)", name, hello.pid)
-        start = self.ledger.checkpoint
         return Welcome(run=self.run_dir.name, step=start, evaluate=self.evaluations.due(start)), NO_ARRAYS
 
     # ------------------------------------------------------------------ generators
@@ -286,7 +296,6 @@ class Broker:
     def on_next_batch(self, request: NextBatch, envelope: Envelope) -> Answer | None:
         """The batch of a step, durable in its order before it leaves; held while there are not enough groups."""
         step = request.step
-        self._member(envelope)
 
         def serve() -> Answer | None:
             if self.ending.status or step >= self.ledger.last:
@@ -314,9 +323,10 @@ class Broker:
 
     def on_commit(self, message: Commit, envelope: Envelope) -> Answer:
         """A version is out. Its batch is trained, durably, with its metrics; then everybody is told."""
-        self._member(envelope)
         if message.version != message.step + 1 and message.step >= 0:
             raise RequestError(f"step {message.step} cannot make version {message.version}")
+        if "step" in message.metrics:
+            raise RequestError("a metric named step: that is the row's own number")
         if message.step < 0:
             if (outcome := self.scheduler.start(message.version, message.checksum)) != "repeated":
                 self.numbers.mark()
@@ -349,7 +359,6 @@ class Broker:
 
     def on_checkpointed(self, message: Checkpointed, envelope: Envelope) -> Answer:
         """Batches before it need no payload any more: they leave the spool for the archive."""
-        self._member(envelope)
         if not self.ledger.checkpoint <= message.step <= self.scheduler.version:
             raise RequestError(f"checkpoint {message.step}: the newest version is {self.scheduler.version}")
         self.ledger.checkpointed(message.step)
@@ -364,7 +373,6 @@ class Broker:
 
     def on_next_eval(self, request: NextEval, envelope: Envelope) -> Answer | None:
         """The oldest version that is due and not scored; held while there is none."""
-        self._member(envelope)
 
         def serve() -> Answer | None:
             if self.ending.status:
@@ -382,11 +390,12 @@ class Broker:
 
     def on_eval_result(self, message: EvalResult, envelope: Envelope) -> Answer:
         """Scores of one version go to its row of metrics.jsonl."""
-        self._member(envelope)
         if not 0 <= message.version <= self.scheduler.version:
             raise RequestError(
                 f"version {message.version} was scored, but the newest version is {self.scheduler.version}"
             )
+        if strange := [name for name in message.metrics if not name.startswith("eval/")]:
+            raise RequestError(f"a score named {strange[0]!r}: the evaluator's are eval/…")
         scores = {name: value for name, value in message.metrics.items() if abs(value) <= LARGEST}
         self.numbers.dropped += len(message.metrics) - len(scores)
         self.ledger.records.evaluated(message.version, scores)
@@ -403,16 +412,15 @@ class Broker:
         """A sign of life; its counters go to the compute ledger, but for what is no number of a counter."""
         beat, dropped = plain(beat)
         self.numbers.dropped += dropped
-        member = self.roster.get(f"{beat.role}-{beat.index}")
-        if member is not None and member.pid == beat.pid:
-            member.heard = self.clock()
-            if member.take(beat, self.clock()):
-                self.deadlines.progress()
-            seconds = {f"{name} seconds": value for name, value in beat.seconds.items()}
-            try:
-                self.ledger.records.charge([(beat.role, beat.index, member.life, {**beat.compute, **seconds})])
-            except LedgerError as error:  # the beat must still be answered: it is what says stop
-                self.ending.broken(error)
+        member = self.roster.members[f"{beat.role}-{beat.index}"]
+        member.heard = self.clock()
+        if member.take(beat, self.clock()):
+            self.deadlines.progress()
+        seconds = {f"{name} seconds": value for name, value in beat.seconds.items()}
+        try:
+            self.ledger.records.charge([(beat.role, beat.index, member.life, {**beat.compute, **seconds})])
+        except LedgerError as error:  # the beat must still be answered: it is what says stop
+            self.ending.broken(error)
         return Beat(version=self.scheduler.version, stop=bool(self.ending.status)), NO_ARRAYS
 
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
@@ -447,7 +455,7 @@ class Broker:
     # ------------------------------------------------------------------ small things
 
     def _member(self, envelope: Envelope) -> Member:
-        member = self.roster.get(envelope.peer_name)
-        if member is None:
-            raise RequestError(f"{envelope.peer_name} has not said Hello; known are {names(self.roster)}")
+        """The sender of a message that `check_sender` has let through."""
+        member = self.roster.sender(envelope.peer)
+        assert member is not None
         return member

@@ -8,7 +8,6 @@ States: status "" while the run goes on; then completed | failed | interrupted. 
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from offtrail.platform.broker.run_metrics import Metrics, RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking.summary import write_summary
-from offtrail.platform.wire.auth import needs_keys
+from offtrail.platform.wire.auth import is_remote
 from offtrail.platform.wire.messages import Failure, Status
 
 log = logging.getLogger("offtrail.broker")
@@ -166,12 +165,4 @@ class Ending:
         """Whether a role may still ask. On one host its process says so, elsewhere its heartbeats."""
         if self.clock() - member.heard > 3 * self.config.broker.heartbeat_seconds:
             return False
-        if needs_keys(self.config.broker.address):
-            return True
-        try:
-            os.kill(member.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
+        return member.runs(here=not is_remote(self.config.broker.address))

@@ -14,17 +14,11 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from offtrail.platform.broker.database import LedgerError, UnfitError
-from offtrail.platform.broker.scheduler import RequestError
-from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.messages import Message, VersionHint
 from offtrail.platform.wire.sockets import Envelope
 
 HOLD_SECONDS = 1.0
 """A long poll is answered after so long, with what it waits for."""
-
-REFUSALS = (RequestError, WireError, UnfitError, LedgerError, OSError)
-"""What a request may raise and is told; anything else is a bug, and ends the broker."""
 
 Arrays = Sequence[npt.NDArray[Any]]
 Answer = tuple[Message, Arrays]
@@ -70,7 +64,7 @@ class Wire(Protocol):
 class Polls:
     """The long polls of a run by role, one each, and since when each role waits.
 
-    ``wire`` answers one, ``refused`` makes the answer of what was raised while the poll's own was made.
+    ``wire`` answers one, ``refused`` makes the answer out of what was raised for a peer, while its own was made.
     ``dirty``: something has happened since they were last served.
     """
 
@@ -78,7 +72,7 @@ class Polls:
         self,
         clock: Callable[[], float],
         wire: Wire,
-        refused: Callable[[Exception], Message],
+        refused: Callable[[Exception, str], Message],
     ) -> None:
         self.clock, self.wire, self.refused = clock, wire, refused
         self.held: dict[str, LongPoll] = {}
@@ -105,8 +99,8 @@ class Polls:
             try:
                 answer = poll.serve() if dirty or late else None
                 sentence = poll.sentence() if late and answer is None else ""
-            except REFUSALS as error:
-                answer, sentence = (self.refused(error), NO_ARRAYS), ""
+            except Exception as error:
+                answer, sentence = (self.refused(error, peer), NO_ARRAYS), ""
             if answer is not None:
                 self.waits.pop(peer, None)
             elif late:

@@ -1,17 +1,21 @@
 """Who takes part in the run: one Member for each role process, fed by its heartbeats.
 
-Called by broker.py. Invariant: shares of time are differences between two heartbeats of one process over the time
+Called by broker.py. A member is one connection of one process: its messages are those of the peer that said Hello for
+it, whatever other peer knows its name. The launcher takes part too, but is none of the members: it has no heartbeat.
+
+Invariant: shares of time are differences between two heartbeats of one process over the time
 between them, so that they lie in [0, 1] however short a learner step is. They begin at the first heartbeat after the
 first version is out: start-up is in none of them.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from offtrail.platform.wire.messages import Heartbeat
+from offtrail.platform.wire.messages import LAUNCHER, Heartbeat
 
 
 @dataclass
@@ -23,6 +27,8 @@ class Member:
     pid: int
     life: int
     heard: float
+    peer: bytes = b""
+    """The connection that said Hello."""
     beat: Heartbeat | None = None
     beat_at: float = 0.0
     mark: tuple[float, dict[str, float]] | None = None
@@ -32,6 +38,18 @@ class Member:
     def name(self) -> str:
         """Such as generator-0: the identity under which it dials."""
         return f"{self.role}-{self.index}"
+
+    def runs(self, *, here: bool) -> bool:
+        """Whether its process may be there still. ``here``: on this host, where its process id says so."""
+        if self.lost or not here:
+            return not self.lost
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
 
     def take(self, beat: Heartbeat, now: float) -> bool:
         """Note a heartbeat; whether the compute ledger moved since the last one."""
@@ -56,9 +74,11 @@ class Roster:
     """The members by name, such as generator-0."""
 
     members: dict[str, Member] = field(default_factory=dict)
+    launcher: Member | None = None
     starts: Counter[str] = field(default_factory=Counter)
     """Processes that have said Hello, by name."""
     _pids: dict[str, int] = field(default_factory=dict)
+    _senders: dict[bytes, Member] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members.values())
@@ -67,18 +87,29 @@ class Roster:
         return name in self.members
 
     def get(self, name: str) -> Member | None:
-        """The member of that name, if it has said Hello."""
-        return self.members.get(name)
+        """The member of that name, or the launcher, if it has said Hello."""
+        return self.launcher if name.startswith(f"{LAUNCHER}-") else self.members.get(name)
+
+    def sender(self, peer: bytes) -> Member | None:
+        """Whose connection that is."""
+        return self._senders.get(peer)
 
     def add(self, member: Member) -> None:
         """A role process begins; it takes the place of an earlier one of its name."""
+        if (before := self.get(member.name)) is not None:
+            self._senders.pop(before.peer, None)
+        self._senders[member.peer] = member
+        if member.role == LAUNCHER:
+            self.launcher = member
+            return
         self.starts[member.name] += member.pid != self._pids.get(member.name)
         self._pids[member.name] = member.pid
         self.members[member.name] = member
 
     def remove(self, name: str) -> None:
         """Its process has died; another one may begin under its name."""
-        self.members.pop(name, None)
+        if (member := self.members.pop(name, None)) is not None:
+            self._senders.pop(member.peer, None)
 
     @property
     def restarts(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ so `run.resume=true` goes on from there.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from offtrail.platform.tracking.progress import Progress
 from offtrail.platform.tracking.summary import read_summary
 from offtrail.platform.wire.auth import make_keys
 from offtrail.platform.wire.codec import WireError
-from offtrail.platform.wire.messages import Failure, Status, StatusRequest, StopRun
+from offtrail.platform.wire.messages import LAUNCHER, Failure, Hello, Status, StatusRequest, StopRun
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, RefusedError, WaitError
 
 STATUS_PERIOD_S = 0.5
@@ -113,7 +114,14 @@ class Run:
         """The line to the broker. Raises WaitError while endpoint.json is not there, WireError when it is damaged."""
         if self.client is None:
             endpoint = Endpoint.read(self.run_dir / "endpoint.json", 0.0)
-            self.client = Client(endpoint, "launcher-0", ClientKeys.read(self.run_dir))
+            client = Client(endpoint, f"{LAUNCHER}-0", ClientKeys.read(self.run_dir))
+            hello = Hello(role=LAUNCHER, index=0, pid=os.getpid(), run=self.run_dir.name)
+            try:
+                client.request(hello, what="a welcome", deadline_s=2.0)
+            except BaseException:
+                client.close()
+                raise
+            self.client = client
         return self.client
 
     def status(self) -> Status | None:
@@ -146,7 +154,7 @@ class Run:
             except (WireError, RefusedError):
                 return False
             except WaitError:
-                if self.client is None:
+                if not (self.run_dir / "endpoint.json").exists():
                     return False
         return False
 

@@ -77,8 +77,8 @@ class HeartbeatThread:
     def _read(self, client: Client, timeout_s: float) -> list[int]:
         replies = client.poll(timeout_s)
         for _, message, _ in replies:
-            self._answered = time.monotonic()
-            if isinstance(message, Beat):
+            if isinstance(message, Beat):  # an Error says that the process is not in the run any more: it is lost
+                self._answered = time.monotonic()
                 self.version = max(self.version, message.version)
                 self.stop = self.stop or message.stop
         return [ticket for ticket, _, _ in replies]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
 import sys
 from operator import attrgetter
@@ -73,7 +74,7 @@ def check_device(context: RoleContext) -> None:
 
 def report_failure(context: RoleContext, error: str, final: bool) -> None:
     """Best effort: the launcher sees the exit status anyway, the broker's word only says why sooner."""
-    from offtrail.platform.wire.messages import Failure
+    from offtrail.platform.wire.messages import Failure, Hello
     from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
 
     if context.role == "broker":
@@ -81,6 +82,8 @@ def report_failure(context: RoleContext, error: str, final: bool) -> None:
     try:
         endpoint = Endpoint.read(context.run_dir / "endpoint.json", 1.0)
         client = Client(endpoint, f"{context.role}-{context.index}-failure", ClientKeys.read(context.run_dir))
+        hello = Hello(role=context.role, index=context.index, pid=os.getpid(), run=context.run_dir.name)
+        client.request(hello, what="a welcome", deadline_s=2.0)  # its own line is closed, if it ever had one
         failure = Failure(role=context.role, index=context.index, error=error, final=final)
         client.request(failure, what="an acknowledged failure", deadline_s=2.0)
         client.close()

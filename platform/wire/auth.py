@@ -57,7 +57,7 @@ def make_keys(run_dir: Path, address: str) -> ServerKeys | None:
     On a loopback ``address`` there are none: keys of an earlier start are removed, and the result is None.
     """
     folder = run_dir / "keys"
-    if not needs_keys(address):
+    if not is_remote(address):
         shutil.rmtree(folder, ignore_errors=True)
         return None
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def make_keys(run_dir: Path, address: str) -> ServerKeys | None:
     return ServerKeys(public, secret, frozenset(allowed))
 
 
-def needs_keys(address: str) -> bool:
+def is_remote(address: str) -> bool:
     """Whether a broker on this address can be reached from another host, and therefore requires CURVE."""
     if address == "localhost":
         return False

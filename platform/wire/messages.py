@@ -3,22 +3,39 @@
     generator ── Hello, LeaseRequest, SubmitGroup, FailGroup, ReturnLeases ──► broker
     learner 0 ── Hello, NextBatch, Commit, Checkpointed ─────────────────────► broker
     evaluator ── Hello, NextEval, EvalResult ────────────────────────────────► broker
-    all roles ── Heartbeat, Failure ─────────────────────────────────────────► broker ◄── StatusRequest ── launcher
+    all roles ── Heartbeat, Failure ─────────────────────────────────────────► broker
+    launcher ── Hello, StatusRequest, Failure, StopRun ──────────────────────► broker
     broker ── VersionHint (PUB) ──► all
 
 Arrays travel as raw frames behind the header (codec.py); here stand only the headers. A reply to a long poll
 (LeaseRequest, NextBatch, NextEval) may be empty: `waiting` says for what the broker waits, and the role asks again.
+
+Invariant: what a peer sends is within the ranges of its fields, or the codec refuses it: every integer fits SQLite's 64
+bits and an exact float. What is measured may be any float here: who counts with it leaves out what is no number.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from offtrail.core.types import Axis, Lease, Problem, ScoredBy
 
-PROTOCOL = 2
+PROTOCOL = 3
+
+Index = Annotated[int, Meta(ge=0, lt=1 << 16)]
+"""Of a process among those of its role."""
+Pid = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+"""A group, a slot, an attempt, a number of tokens: JSON's largest exact integer is the end."""
+Version = Annotated[int, Meta(ge=0, lt=1 << 31)]
+"""Of the weights, or the step that makes the next one: arrays hold them as int32."""
+VersionOrNone = Annotated[int, Meta(ge=-1, lt=1 << 31)]
+"""−1 where there is none."""
+Name = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=1 << 20)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -28,11 +45,11 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class Hello(Message, frozen=True):
     """First message of a role: the broker refuses another protocol or another run."""
 
-    role: str
-    index: int
-    pid: int
-    run: str
-    protocol: int = PROTOCOL
+    role: Name
+    index: Index
+    pid: Pid
+    run: Name
+    protocol: Count = PROTOCOL
 
 
 class Welcome(Message, frozen=True):
@@ -48,7 +65,7 @@ class Welcome(Message, frozen=True):
 class LeaseRequest(Message, frozen=True):
     """Ask for up to ``room`` groups."""
 
-    room: int
+    room: Count
 
 
 class Leases(Message, frozen=True):
@@ -63,16 +80,16 @@ class Leases(Message, frozen=True):
 class GroupHeader(Message, frozen=True):
     """The scalars of core.types.Group; its arrays stand in frames. ``channels``: (name, axis) of each."""
 
-    group: int
-    slot: int
-    attempt: int
+    group: Count
+    slot: Count
+    attempt: Count
     problem: Problem
-    generator: str
+    generator: Name
     temperature: float
-    component_names: list[str]
-    channels: list[tuple[str, Axis]] = []
-    scored_by: dict[str, ScoredBy] = {}
-    queued_version: int = -1
+    component_names: list[Name]
+    channels: list[tuple[Name, Axis]] = []
+    scored_by: dict[Name, ScoredBy] = {}
+    queued_version: VersionOrNone = -1
     queued_at: float = 0.0
 
 
@@ -93,23 +110,23 @@ class GroupAck(Message, frozen=True):
 class FailGroup(Message, frozen=True):
     """The holder gives the group up: it is refused as ``reason`` (failed, filtered, stale)."""
 
-    group: int
-    attempt: int
-    reason: str
-    detail: str = ""
+    group: Count
+    attempt: Count
+    reason: Name
+    detail: Text = ""
 
 
 class ReturnLeases(Message, frozen=True):
     """The holder cannot finish these, as (group, attempt): they are issued again, nothing is refused."""
 
-    leases: list[tuple[int, int]]
-    detail: str
+    leases: list[tuple[Count, Count]]
+    detail: Text
 
 
 class NextBatch(Message, frozen=True):
     """Ask for the batch of a learner step."""
 
-    step: int
+    step: Version
 
 
 class BatchReply(Message, frozen=True):
@@ -137,14 +154,14 @@ class Commit(Message, frozen=True):
     last one once it is committed is committed again, pinned.
     """
 
-    step: int
-    version: int
-    checksum: str
+    step: VersionOrNone
+    version: Version
+    checksum: Name
     pinned: bool = False
-    metrics: dict[str, float] = {}
-    histograms: dict[str, list[float]] = {}
-    texts: dict[str, str] = {}
-    tokens: int = 0
+    metrics: dict[Name, float] = {}
+    histograms: dict[Name, list[float]] = {}
+    texts: dict[Name, Text] = {}
+    tokens: Count = 0
 
 
 class Committed(Message, frozen=True):
@@ -161,8 +178,8 @@ class Committed(Message, frozen=True):
 class Checkpointed(Message, frozen=True):
     """The checkpoint in ``path`` covers all batches before ``step``: their payloads may go to the archive."""
 
-    step: int
-    path: str
+    step: Version
+    path: Text
 
 
 class NextEval(Message, frozen=True):
@@ -180,9 +197,9 @@ class EvalJob(Message, frozen=True):
 class EvalResult(Message, frozen=True):
     """Scores of one version, names as in docs/metrics.md (eval/…)."""
 
-    version: int
-    metrics: dict[str, float]
-    texts: dict[str, str] = {}
+    version: Version
+    metrics: dict[Name, float]
+    texts: dict[Name, Text] = {}
 
 
 class Heartbeat(Message, frozen=True):
@@ -192,15 +209,15 @@ class Heartbeat(Message, frozen=True):
     the cumulative charges of the compute ledger (I6).
     """
 
-    role: str
-    index: int
-    pid: int
-    activity: str
-    waiting_on: str
+    role: Name
+    index: Index
+    pid: Pid
+    activity: Name
+    waiting_on: Text
     since: float
-    seconds: dict[str, float]
-    compute: dict[str, float]
-    gauges: dict[str, float] = {}
+    seconds: dict[Name, float]
+    compute: dict[Name, float]
+    gauges: dict[Name, float] = {}
 
 
 class Beat(Message, frozen=True):
@@ -213,9 +230,9 @@ class Beat(Message, frozen=True):
 class Failure(Message, frozen=True):
     """A role says why it dies, or the launcher how one has died. ``final``: another start would not cure it."""
 
-    role: str
-    index: int
-    error: str
+    role: Name
+    index: Index
+    error: Text
     final: bool = False
 
 
@@ -239,8 +256,8 @@ class StopRun(Message, frozen=True):
     Its groups stay in the ledger, where they are durable already; only a completed run archives what is left.
     """
 
-    status: str
-    reason: str = ""
+    status: Annotated[str, Meta(pattern="^(completed|failed|interrupted)$")]
+    reason: Text = ""
 
 
 class Acknowledged(Message, frozen=True):
@@ -263,4 +280,14 @@ RequestMessage = (
     Hello | LeaseRequest | SubmitGroup | FailGroup | ReturnLeases | NextBatch | Commit | Checkpointed | NextEval
     | EvalResult | Heartbeat | Failure | StatusRequest | StopRun
 )  # fmt: skip
+LAUNCHER = "launcher"
+SENDERS: dict[type[Message], str] = {
+    **dict.fromkeys((LeaseRequest, SubmitGroup, FailGroup, ReturnLeases), "generator"),
+    **dict.fromkeys((NextBatch, Commit, Checkpointed), "learner"),
+    **dict.fromkeys((NextEval, EvalResult), "evaluator"),
+    StopRun: LAUNCHER,
+}
+"""Whose message it is. Hello and StatusRequest are anybody's; a Heartbeat or a Failure speaks of the process that sends
+it, and the launcher may send the Failure of any.
+"""
 ReplyMessage = Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | Beat | Status | Acknowledged | Error

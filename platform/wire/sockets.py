@@ -5,7 +5,7 @@
     Client SUB    ◄── [header] ─────────────────── PUB Server         hints: only the newest is kept, any may be lost
 
 Invariants: bytes that are not a message never kill either end (the server answers Error, the client raises WireError);
-a reply to a former process of the same identity is dropped by its ticket; whoever waits says for what, on whom, since
+a reply goes to the client that asked, under its ticket; whoever waits says for what, on whom, since
 when, and ends at a deadline (I4). Sockets are not thread-safe: one thread per Client or Server.
 """
 
@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 import zmq
 
-from offtrail.platform.wire.auth import ClientKeys, ServerKeys, ZapGate, make_keys, needs_keys, write_private
+from offtrail.platform.wire.auth import ClientKeys, ServerKeys, ZapGate, is_remote, make_keys, write_private
 from offtrail.platform.wire.codec import Array, Frame, WireError, decode, encode
 from offtrail.platform.wire.messages import Error, Message, RequestMessage, VersionHint
 
@@ -96,8 +96,8 @@ class Envelope:
 
     @property
     def peer_name(self) -> str:
-        """The sender's identity as text."""
-        return self.peer.decode(errors="replace")
+        """The name that the sender gave itself: whose connection it is, the broker knows by ``peer`` alone."""
+        return self.peer.partition(b"/")[0].decode(errors="replace")
 
 
 class Server:
@@ -107,7 +107,7 @@ class Server:
     """
 
     def __init__(self, address: str, port: int = 0, keys: ServerKeys | None = None) -> None:
-        if keys is None and needs_keys(address):
+        if keys is None and is_remote(address):
             raise ValueError(
                 f"broker.address={address} can be reached from other hosts and needs CURVE keys: "
                 "make them with make_keys(run_dir, address), or set broker.address=127.0.0.1"
@@ -117,7 +117,7 @@ class Server:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = ZapGate(self._context, keys.allowed) if keys else None
         self._requests = self._socket(zmq.ROUTER, keys)
-        # A restarted role comes back under its old identity before the old connection is known to be dead.
+        # A client that dials again comes back before its old connection is known to be dead.
         self._requests.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._hints = self._socket(zmq.PUB, keys)
         try:
@@ -176,7 +176,8 @@ class Server:
 
 
 class Client:
-    """Dials the broker under ``identity``, which must be unique among the living; reconnects by itself.
+    """Dials the broker and calls itself ``identity``; reconnects by itself. No other client gets its replies, even one
+    that calls itself the same: each has a number of its own, which nobody else knows.
 
     Raises ValueError when the endpoint wants CURVE and there are no keys.
     """
@@ -186,7 +187,7 @@ class Client:
             raise ValueError(f"the broker at {endpoint.url} requires CURVE keys: run where runs/NAME/keys can be read")
         self.endpoint, self.identity = endpoint, identity
         self._requests = self._socket(zmq.DEALER, keys)
-        self._requests.setsockopt(zmq.IDENTITY, identity.encode())
+        self._requests.setsockopt(zmq.IDENTITY, f"{identity}/{secrets.token_hex(8)}".encode())
         self._requests.connect(endpoint.url)
         self._hints = self._socket(zmq.SUB, keys)
         self._hints.setsockopt(zmq.CONFLATE, 1)

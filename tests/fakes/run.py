@@ -111,7 +111,7 @@ class Run:
         return welcome
 
     def everybody(self) -> None:
-        for role in ("learner", "generator", "evaluator"):
+        for role in ("launcher", "learner", "generator", "evaluator"):
             self.hello(role)
         start = self.broker.ledger.checkpoint
         self.commit(-1, start)

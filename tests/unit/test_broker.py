@@ -36,6 +36,7 @@ from offtrail.platform.wire.messages import (
     FailGroup,
     Failure,
     GroupAck,
+    Heartbeat,
     Hello,
     LeaseRequest,
     Leases,
@@ -56,10 +57,119 @@ from offtrail.platform.wire.messages import (
 def test_a_role_of_another_run_or_protocol_or_without_hello_is_told_so(start: Callable[..., Run]) -> None:
     run = start()
     hello = Hello(role="generator", index=0, pid=1, run="other")
-    assert "run 'other' was asked for, this broker serves 'run'" in run.ask("generator-0", hello, Error).error
+    assert "run 'other' was asked for, this broker serves another" in run.ask("generator-0", hello, Error).error
     hello = Hello(role="generator", index=0, pid=1, run="run", protocol=99)
     assert "protocol 99 was spoken" in run.ask("generator-0", hello, Error).error
     assert "generator-0 has not said Hello" in run.ask("generator-0", LeaseRequest(room=1), Error).error
+
+
+OWN = {
+    "generator": [LeaseRequest(room=1), FailGroup(group=0, attempt=1, reason="x"), ReturnLeases(leases=[], detail="")],
+    "learner": [NextBatch(step=0), Commit(step=-1, version=0, checksum="evil"), Checkpointed(step=0, path="x")],
+    "evaluator": [NextEval(), EvalResult(version=0, metrics={"eval/accuracy": 9.0})],
+    "launcher": [StopRun(status="completed")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", [message for messages in OWN.values() for message in messages], ids=repr)
+def test_a_message_is_taken_only_from_the_role_whose_it_is(message: Message, start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.hello("learner", 1)
+    before = run.ask("x", StatusRequest(), Status)
+    for role in ("launcher", "learner", "generator", "evaluator"):
+        if message not in OWN[role]:
+            assert f"from {role}-0: it is the " in run.ask(f"{role}-0", message, Error).error
+    assert "learner-1" in run.ask("learner-1", message, Error).error
+    assert "x has not said Hello" in run.ask("x", message, Error).error
+    assert run.ask("x", StatusRequest(), Status) == before
+
+
+def test_a_failure_is_told_by_the_role_itself_or_by_the_launcher(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    failure = Failure(role="learner", index=0, error="says another")
+    assert "stranger has not said Hello" in run.ask("stranger", failure, Error).error
+    assert "each tells its own" in run.ask("generator-0", failure, Error).error
+    assert run.broker.ending.status == ""
+    run.ask("learner-0", failure, Acknowledged)
+    assert run.broker.ending.status == "failed"
+
+
+def test_a_second_peer_under_the_name_of_a_living_role_does_not_take_over(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    held = run.lease().leases
+    assert "generator-0 has not said Hello" in run.ask("generator-0/thief", LeaseRequest(room=8), Error).error
+    hello = Hello(role="generator", index=0, pid=os.getppid(), run="run")
+    refused = run.ask("generator-0/thief", hello, Error).error
+    assert refused == f"generator-0 is process {os.getpid()}, which is there still: a name has one process"
+    assert (
+        "launcher-0 is process"
+        in run.ask("x", Hello(role="launcher", index=3, pid=os.getppid(), run="run"), Error).error
+    )
+    assert run.submit(held[0], 0).accepted  # by its holder, as before
+    run.beat("generator", pid=os.getpid())
+    stranger = Heartbeat(role="generator", index=0, pid=os.getppid(), activity="x", waiting_on="", since=0.0,
+                         seconds={"busy/x": 1e9}, compute={})  # fmt: skip
+    assert "it is not in the run" in run.ask("generator-0-heartbeat/thief", stranger, Error).error
+    assert "busy/x seconds" not in run.broker.ledger.records.charges().get("generator", {})
+
+
+def test_a_name_is_free_once_its_process_is_lost(start: Callable[..., Run]) -> None:
+    run = start(broker__address="0.0.0.0")  # elsewhere a process id says nothing, its heartbeats do
+    run.everybody()
+    hello = Hello(role="generator", index=0, pid=os.getpid() + 1, run="run")
+    assert "there still" in run.ask("generator-0/new", hello, Error).error
+    for _ in range(7):
+        run.clock.now += 1.0
+        run.beat("learner")
+        run.broker.tick()
+    run.ask("generator-0/new", hello, Welcome)
+    assert "has not said Hello" in run.ask("generator-0", LeaseRequest(room=1), Error).error
+
+
+def test_a_process_that_says_hello_again_goes_on_with_its_charges(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.beat("generator", compute={"decoded_tokens": 5.0})
+    run.hello("generator")
+    run.beat("generator", compute={"decoded_tokens": 7.0})
+    assert run.broker.ledger.records.charges()["generator"]["decoded_tokens"] == 7.0
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyError("x"), OverflowError("too large"), ZeroDivisionError()])
+def test_whatever_a_handler_raises_is_its_senders_answer(
+    error: Exception, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start()
+    run.everybody()
+
+    def broken(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.broker.scheduler, "fail", broken)
+        refused = run.ask("generator-0", FailGroup(group=0, attempt=1, reason="failed"), Error).error
+        assert f"{type(error).__name__}: {error}" in refused
+        patch.setattr(run.broker.scheduler, "batch", broken)
+        assert type(error).__name__ in run.ask("learner-0", NextBatch(step=0), Error).error
+    assert run.lease().leases
+
+
+@pytest.mark.parametrize("message", [
+    EvalResult(version=0, metrics={"step": 7.0}),
+    EvalResult(version=0, metrics={"reward/accuracy": 1.0}),
+    Commit(step=0, version=1, checksum="c1", metrics={"step": 7.0}),
+], ids=repr)  # fmt: skip
+def test_a_row_of_metrics_keeps_its_own_names(message: Message, start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.make()
+    run.ask("learner-0", NextBatch(step=0), BatchReply)
+    peer = "learner-0" if isinstance(message, Commit) else "evaluator-0"
+    assert "named" in run.ask(peer, message, Error).error
+    assert run.broker.scheduler.version == 0
 
 
 def test_nobody_gets_a_lease_before_the_first_version_is_out(start: Callable[..., Run]) -> None:
@@ -408,6 +518,7 @@ def test_a_killed_generators_leases_go_to_the_next_one_and_its_restart_is_counte
     assert run.summary()["restarts"] == {"generator-0": 1}
     again = run.again()
     again.everybody()
+    again.ask("launcher-0", Failure(role="evaluator", index=0, error="was killed by SIGKILL"), Acknowledged)
     again.hello("evaluator", pid=os.getpid() + 1)
     again.ask("launcher-0", StopRun(status="interrupted", reason=""), Acknowledged)
     assert again.summary()["restarts"] == {"generator-0": 1, "evaluator-0": 1}
@@ -431,7 +542,7 @@ def test_a_role_that_no_start_would_cure_or_that_has_none_ends_the_run_with_its_
     run = start(generator__max_restarts=restarts)
     run.everybody()
     run.make()
-    run.ask("x", Failure(role=role, index=0, error="ValueError: no", final=final), Acknowledged)
+    run.ask(f"{role}-0", Failure(role=role, index=0, error="ValueError: no", final=final), Acknowledged)
     assert run.beat("learner").stop
     status = run.ask("launcher-0", StatusRequest(), Status)
     assert (status.failures[0].error, status.finished) == ("ValueError: no", False)

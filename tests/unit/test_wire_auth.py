@@ -6,19 +6,19 @@ import stat
 
 import pytest
 
-from offtrail.platform.wire.auth import ClientKeys, ServerKeys, make_keys, needs_keys
+from offtrail.platform.wire.auth import ClientKeys, ServerKeys, is_remote, make_keys
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.sockets import Client, Endpoint, Server, WaitError
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"])
 def test_loopback_needs_no_keys(address):
-    assert not needs_keys(address)
+    assert not is_remote(address)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "10.0.0.7", "192.168.1.1", "::", "node-3", "*", "localhost.evil.org"])
-def test_any_other_address_needs_keys(address):
-    assert needs_keys(address)
+def test_any_other_address_is_remote(address):
+    assert is_remote(address)
 
 
 def test_keys_are_made_per_run_and_only_their_owner_reads_them(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -12,8 +13,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from offtrail.core.types import Problem
 from offtrail.platform.wire.codec import DTYPES, LARGE_BYTES, MAX_BYTES, WireError, decode, encode
-from offtrail.platform.wire.messages import PROTOCOL, Acknowledged, Commit, Heartbeat, Hello, LeaseRequest, VersionHint
+from offtrail.platform.wire.messages import (
+    PROTOCOL,
+    Acknowledged,
+    Checkpointed,
+    Commit,
+    EvalResult,
+    FailGroup,
+    Failure,
+    GroupHeader,
+    Heartbeat,
+    Hello,
+    LeaseRequest,
+    Message,
+    NextBatch,
+    ReturnLeases,
+    StopRun,
+    SubmitGroup,
+    VersionHint,
+)
 
 ARRAYS = st.lists(
     st.sampled_from(DTYPES).flatmap(
@@ -197,3 +217,35 @@ def test_heartbeats_round_trip():
     beat = Heartbeat(role="learner", index=0, pid=4, activity="busy/update", waiting_on="", since=1.5,
                      seconds={"busy/update": 2.0}, compute={"flops": 1e12}, gauges={"x": 1.0})  # fmt: skip
     assert decode(encode(beat)) == (beat, [])
+
+
+BEYOND = [-(1 << 63), -2, 1 << 53, 1 << 63, (1 << 64) - 1]
+HEADER = {"group": 0, "slot": 0, "attempt": 1, "problem": Problem("t", 0, "p", "a"), "generator": "g",
+          "temperature": 1.0, "component_names": []}  # fmt: skip
+BEAT = {"role": "g", "index": 0, "pid": 1, "activity": "a", "waiting_on": "", "since": 0.0, "seconds": {},
+        "compute": {}}  # fmt: skip
+HELLO = {"role": "g", "index": 0, "pid": 1, "run": "r"}
+
+
+def out_of_range() -> Iterator[Message]:
+    """One field beyond its range in each."""
+    for value in BEYOND:
+        yield from (Hello(**HELLO | {name: value}) for name in ("index", "pid", "protocol"))
+        yield from (SubmitGroup(header=GroupHeader(**HEADER | {n: value})) for n in ("group", "slot", "attempt"))
+        yield SubmitGroup(header=GroupHeader(**HEADER, queued_version=value))
+        yield from (LeaseRequest(room=value), NextBatch(step=value), Checkpointed(step=value, path="x"))
+        yield from (FailGroup(group=value, attempt=1, reason="failed"), FailGroup(group=0, attempt=value, reason="x"))
+        yield from (ReturnLeases(leases=[(0, 1), (value, 1)], detail=""), EvalResult(version=value, metrics={}))
+        yield from (Commit(step=value, version=1, checksum="c"), Commit(step=0, version=value, checksum="c"))
+        yield from (Commit(step=0, version=1, checksum="c", tokens=value), Failure(role="g", index=value, error="e"))
+        yield Heartbeat(**BEAT | {"index": value})
+    long = "x" * 257
+    yield from (Hello(**HELLO | {"role": long}), Hello(**HELLO | {"run": long}))
+    yield from (Heartbeat(**BEAT | {"compute": {long: 1.0}}), EvalResult(version=0, metrics={long: 1.0}))
+    yield from (FailGroup(group=0, attempt=1, reason=long), StopRun(status="well"))
+
+
+@pytest.mark.parametrize("message", [*out_of_range()], ids=lambda message: repr(message)[:120])
+def test_a_value_out_of_its_fields_range_is_refused_where_it_enters(message: Message):
+    with pytest.raises(WireError, match=r"^header: "):
+        decode(encode(message))
