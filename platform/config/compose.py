@@ -397,7 +397,7 @@ def _unknown(path: str, value: Raw, keys: Mapping[str, Key], base: Config) -> Co
         chosen = getattr(base, group).name
         return refuse(path, value, f"not a key of {group}.name={chosen}, but of {group}.name={'|'.join(owners)}")
     near = nearest_text(path, set(keys) | set(GROUPS)) or nearest_text(path, all_paths())
-    return refuse(path, value, f"unknown key{near or '; python launch.py --help lists all'}")
+    return refuse(path, value, f"unknown key{near or '; python launch.py --help all lists every one'}")
 
 
 # Resume

@@ -14,6 +14,7 @@ import difflib
 import importlib.util
 import io
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -53,17 +54,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     flags = {"--help" if argument == "-h" else argument for argument in argv if argument.startswith("-")}
+    settings = [argument for argument in argv if not argument.startswith("-")]
     _refuse_unknown(flags)
     _require_current_directory()
     if "--help" in flags:
         from offtrail.platform.config.help import help_text
 
-        show(help_text())
+        show(help_text(settings, shutil.get_terminal_size((100, 24)).columns))
         return 0
     if "--version" in flags:
         show(f"offtrail {offtrail.__version__}\n")
         return 0
-    config = compose([argument for argument in argv if not argument.startswith("-")])
+    config = compose(settings)
     if "--dry-run" in flags:
         show(to_yaml(config))
         return 0

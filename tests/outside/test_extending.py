@@ -42,15 +42,6 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
-def test_every_command_of_a_page_is_composed(folder: Path, page: Path):
-    commands = re.findall(r"^python launch\.py (.*)$", page.read_text(), re.MULTILINE)
-    assert commands
-    for line in commands:
-        done = command(folder, *line.split(), "--dry-run")
-        assert done.returncode == 0, done.stderr
-
-
 def test_a_tasks_settings_are_keys_like_any_other_and_are_saved(folder: Path):
     first = command(folder, "task=my_tasks:Largest", "task.digits=5", "--dry-run")
     assert yaml.safe_load(first.stdout)["task"] == {

@@ -1,6 +1,7 @@
 """The command as it is typed: exit code 2 and one line for a mistake, no traceback, no torch, nothing started."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 import offtrail
+from offtrail.platform.config.help import help_text
 from offtrail.platform.config.keys import GROUPS, all_paths
 
 ROOT = Path(__file__).parents[2]
@@ -124,17 +126,38 @@ def test_dry_run_prints_the_configuration_and_makes_nothing(tmp_path):
     assert run("printed.yaml", "--dry-run", cwd=tmp_path).stdout == done.stdout
 
 
-def test_help_lists_every_key_group_and_option():
-    done = run("--help")
+def test_help_is_an_overview_of_groups_and_sections():
+    done = run("--help", COLUMNS="80")
     assert (done.returncode, done.stderr) == (0, "")
-    words = set(done.stdout.split())
-    assert all_paths() <= words
-    assert {f"{group}=" for group in GROUPS} <= words
-    assert "chain_hard" in words
-    line = next(line for line in done.stdout.splitlines() if line.split()[:1] == ["staleness.max"])
-    assert line.split(maxsplit=4)[1:4] == ["int", "=", "2"]
-    assert line.endswith("η: no token older than this is trained; 0 = the synchronous loop. (≥ 0)")
-    assert run("-h").stdout == done.stdout
+    first = [line.split()[0] for line in done.stdout.splitlines() if line.split()]
+    assert {f"{group}=" for group in GROUPS} <= set(first)
+    assert {path.partition(".")[0] for path in all_paths()} <= set(first)
+    assert "chain_hard" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[20:])) <= 80  # the examples above are as long as they are
+    assert len(done.stdout.splitlines()) < 80
+    assert run("-h", COLUMNS="80").stdout == done.stdout
+
+
+def test_help_of_all_lists_every_key_within_the_terminals_width():
+    text = help_text(["all"], 70)
+    assert all_paths() == {line.split()[0] for line in text.splitlines() if re.match(r"  [a-z]", line)} & all_paths()
+    assert max(map(len, text.splitlines())) <= 70
+    start = text.splitlines().index(f"  {'staleness.max':<30} int = 2")
+    line = "η: no token older than this is trained; 0 = the synchronous loop. (≥ 0)"
+    assert " ".join(" ".join(text.splitlines()[start + 1 : start + 3]).split()) == line
+
+
+def test_help_of_a_section_a_variant_and_a_key():
+    algo, ppo = help_text(["algo"]), help_text(["algo=ppo"])
+    assert {"algo.kl", "algo.dual_clip", "algo.gae_lambda", "algo.tau"} <= set(algo.split())
+    assert {"algo.kl", "algo.gae_lambda"} <= set(ppo.split())
+    assert "algo.tau" not in ppo
+    assert "batch." not in algo
+    assert help_text(["learner.optim"]).count(" = ") == 6
+    assert help_text(["eval.every"]).splitlines()[1].split() == ["eval.every", "int", "=", "10"]
+    assert help_text(["batch.groups", "sft"]) == help_text(["batch.groups"]) + "\n" + help_text(["sft"])
+    assert help_text(["batch.groups=4"]) == help_text(["batch.groups"])  # a command line with --help at its end
+    assert refused("--help", "algos").startswith("--help algos: no such section or key; nearest: algo")
 
 
 def test_help_on_a_terminal_that_has_only_ascii():
