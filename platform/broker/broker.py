@@ -112,7 +112,9 @@ class Broker:
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
         self.archive.seal(self.ledger.shards.unsealed())
-        self.evaluations = Evaluations(self.ledger, config.eval.every, scores="evaluator" in JOBS[config.job])
+        self.evaluations = Evaluations(
+            self.ledger, config.eval.every, config.eval.waiting_mb << 20, scores="evaluator" in JOBS[config.job]
+        )
         self.ending = Ending(config, run_dir, self.scheduler, self.evaluations, self.archive, self.numbers, clock)
         self.polls = Polls(clock, wire, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
@@ -297,12 +299,14 @@ class Broker:
         """The batch of a step, durable in its order before it leaves; held while there are not enough groups."""
         step = request.step
 
+        def behind() -> str:
+            return self.evaluations.behind(step, self.scheduler.version)
+
         def serve() -> Answer | None:
             if self.ending.status or step >= self.ledger.last:
                 over = bool(self.ending.status)
                 return BatchReply(step=step, headers=[], stop=over, finished=not over), NO_ARRAYS
-            groups = self.scheduler.batch(step)
-            if groups is None:
+            if behind() or (groups := self.scheduler.batch(step)) is None:
                 return None
             self.deadlines.progress()
             return self._batch_reply(step, groups)
@@ -310,10 +314,13 @@ class Broker:
         def empty(sentence: str) -> Message:
             return BatchReply(step=step, headers=[], waiting=sentence)
 
+        def why() -> str:
+            return behind() or self.scheduler.why_no_batch(step)
+
         def idle() -> bool:  # it asks for the next batch while it trains this one: it waits once that version is out
             return step == self.scheduler.version
 
-        return self.polls.hold(LongPoll(envelope, serve, empty, lambda: self.scheduler.why_no_batch(step), idle))
+        return self.polls.hold(LongPoll(envelope, serve, empty, why, idle))
 
     def _batch_reply(self, step: int, groups: Sequence[int]) -> Answer:
         frames = [group_frames(unpack_group(body)) for body in self.ledger.payloads(groups)]
@@ -342,8 +349,8 @@ class Broker:
             self.deadlines.progress()
             self.wire.hint(VersionHint(version=self.scheduler.version))
             self.later.append(self.ending.write_summary)
-        if message.pinned:
-            self.evaluations.pinned.add(message.version)
+        if message.pinned_bytes:
+            self.evaluations.pinned[message.version] = message.pinned_bytes
         self.ending.check()
         due = self.evaluations.due(message.version + 1)
         return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged", evaluate=due), NO_ARRAYS

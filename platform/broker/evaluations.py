@@ -13,12 +13,13 @@ from offtrail.platform.broker.ledger import Ledger
 
 class Evaluations:
     """The evaluation schedule of one run: versions 0, every ``every``-th, and the last; none at all without an
-    evaluator (``scores``). ``pinned``: of this life.
+    evaluator (``scores``). ``pinned``: of this life, with the bytes that each keeps until it is scored; all that wait
+    keep at most ``max_bytes``, or are one.
     """
 
-    def __init__(self, ledger: Ledger, every: int, *, scores: bool = True) -> None:
-        self.ledger, self.every, self.scores = ledger, every, scores
-        self.pinned: set[int] = set()
+    def __init__(self, ledger: Ledger, every: int, max_bytes: int, *, scores: bool = True) -> None:
+        self.ledger, self.every, self.max_bytes, self.scores = ledger, every, max_bytes, scores
+        self.pinned: dict[int, int] = {}
 
     def due(self, version: int) -> bool:
         """Whether a version is to be scored, and is not yet."""
@@ -27,7 +28,20 @@ class Evaluations:
 
     def next(self) -> int | None:
         """The oldest version that waits for the evaluator."""
-        return min(self.pinned - self.ledger.records.scored(), default=None)
+        return min(self.pinned.keys() - self.ledger.records.scored(), default=None)
+
+    def behind(self, step: int, newest: int) -> str:
+        """What a learner that asks for the batch of ``step`` waits for first, and on whom (I4); empty = nothing.
+
+        ``newest``: the newest version that is out. Who asks ahead has older versions on the way; they count.
+        """
+        if not self.due(step + 1) or (version := self.next()) is None:
+            return ""
+        waiting = [self.pinned[v] for v in self.pinned.keys() - self.ledger.records.scored()]
+        coming = 1 + sum(self.due(v) for v in range(newest + 1, step + 1))
+        if sum(waiting) + coming * max(waiting) <= self.max_bytes:
+            return ""
+        return f"a score of version {version} from evaluator-0: {len(waiting)} wait, as many as eval.waiting_mb lets"
 
     def why_none(self, newest: int) -> str:
         """What the evaluator waits for, and on whom (I4). ``newest``: the newest version that is out."""

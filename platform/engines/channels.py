@@ -42,8 +42,8 @@ class Channel(Protocol):
     def publish(self, version: int, tensors: Mapping[str, Tensor], probe: Sequence[float] = ()) -> str:
         """Make the version visible, whole or not at all; its checksum."""
 
-    def pin(self, version: int) -> None:
-        """Keep the version, the newest, readable from the store until it is unpinned."""
+    def pin(self, version: int) -> int:
+        """Keep the version, the newest, readable from the store until it is unpinned; how many bytes that keeps."""
 
     def serve_late_readers(self) -> None:
         """Called now and then while the learner waits: readers that came late get what they lack."""

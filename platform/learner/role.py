@@ -78,7 +78,7 @@ class Learner:
     """State of one rank; each public method is one verb of the loop. ``step``: learner steps done = newest version.
 
     ``saved``: the version of the newest checkpoint. ``committed``: the newest commit, rank 0's. ``evaluate``: the next
-    version to be published is due for evaluation, as rank 0 was told.
+    version to be published is due for evaluation, as rank 0 was told. ``pinned_bytes``: what its pin keeps.
     """
 
     context: RoleContext
@@ -95,6 +95,7 @@ class Learner:
     evaluate: bool
     committed: Commit | None = None
     publish_seconds: float = 0.0
+    pinned_bytes: int = 0
     unacknowledged: tuple[int, int] | None = None
     """Version and ticket of a commit whose acknowledgement is still to come: nothing more is published before it."""
 
@@ -142,7 +143,7 @@ class Learner:
             for version, tensors in checkpoint.read_window(checkpoint.path_of(self.context.run_dir, self.step)).items():
                 self.publisher.publish(version, tensors)
         checksum = self._publish()
-        self._commit(Commit(step=-1, version=self.step, checksum=checksum, pinned=self.evaluate))
+        self._commit(Commit(step=-1, version=self.step, checksum=checksum, pinned_bytes=self.pinned_bytes))
 
     def publish(self, batch: Batch | SampleTable, report: Report) -> None:
         """Publish the new version, then commit the batch with its metrics. The acknowledgement comes while the next
@@ -169,7 +170,7 @@ class Learner:
                 step=self.step - 1,
                 version=self.step,
                 checksum=checksum,
-                pinned=self.evaluate,
+                pinned_bytes=self.pinned_bytes,
                 metrics=metrics,
                 histograms=histograms,
                 texts=texts,
@@ -199,9 +200,9 @@ class Learner:
     def finish(self) -> None:
         """The newest version is the last one: keep it for the evaluator, and write its checkpoint, if not done yet."""
         self._settle()
-        if self.publisher is not None and self.committed is not None and not self.committed.pinned:
-            self.publisher.pin(self.step)
-            self._commit(Commit(step=self.step - 1, version=self.step, checksum=self.committed.checksum, pinned=True))
+        if self.publisher is not None and self.committed is not None and not self.committed.pinned_bytes:
+            kept, checksum = self.publisher.pin(self.step), self.committed.checksum
+            self._commit(Commit(step=self.step - 1, version=self.step, checksum=checksum, pinned_bytes=kept))
             self._settle()
         if self.saved != self.step:
             self.checkpoint()
@@ -245,8 +246,7 @@ class Learner:
                 return checksum_of(tensors) if self.world.main else ""
             started = time.monotonic()
             checksum = self.publisher.publish(self.step, tensors, probe)
-            if self.evaluate:
-                self.publisher.pin(self.step)
+            self.pinned_bytes = self.publisher.pin(self.step) if self.evaluate else 0
             self.publish_seconds = time.monotonic() - started
         return checksum
 

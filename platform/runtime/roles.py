@@ -28,6 +28,8 @@ class RoleRow:
     """Where it computes; none is needed."""
     restarts: str = ""
     """How often one of its processes may be started again; never: its death ends the run."""
+    nice: str = ""
+    """What its processes add to their CPU niceness; 0."""
     world: bool = False
     """Whether its processes are the ranks of one torch.distributed world."""
 
@@ -42,7 +44,13 @@ ROLES = (
         device="engine.device",
         restarts="generator.max_restarts",
     ),
-    RoleRow("evaluator", threads="eval.threads", device="engine.device", restarts="eval.max_restarts"),
+    RoleRow(
+        "evaluator",
+        threads="eval.threads",
+        device="engine.device",
+        restarts="eval.max_restarts",
+        nice="eval.nice",
+    ),
 )
 JOBS = {"rl": ("broker", "learner", "generator", "evaluator"), "sft": ("broker", "learner")}
 """Job → its roles in the order in which they start: the broker first, for every other one dials it."""
@@ -58,6 +66,7 @@ class RoleSpec:
     device: str = ""
     restarts: int = 0
     restarts_key: str = ""
+    nice: int = 0
     world: int = 0
 
     @property
@@ -83,15 +92,12 @@ def role_of(config: Config, role: str, index: int) -> RoleSpec:
 
 
 def _specs(row: RoleRow, config: Config) -> list[RoleSpec]:
-    count, threads, restarts = (_number(config, key, default) for key, default in _numbers(row))
+    count, threads = _number(config, row.count, 1), _number(config, row.threads, 1)
+    restarts, nice = _number(config, row.restarts, 0), _number(config, row.nice, 0)
     return [
-        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, count if row.world else 0)
+        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, nice, count if row.world else 0)
         for index in range(count)
     ]
-
-
-def _numbers(row: RoleRow) -> tuple[tuple[str, int], ...]:
-    return (row.count, 1), (row.threads, 1), (row.restarts, 0)
 
 
 def _number(config: Config, key: str, default: int) -> int:

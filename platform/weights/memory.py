@@ -199,10 +199,10 @@ class MemoryChannel:
         self.bytes_published += self.bytes_last
         return digest
 
-    def pin(self, version: int) -> None:
-        """A copy in the store, for the evaluator."""
+    def pin(self, version: int) -> int:
+        """A copy in the store, for the evaluator; its bytes."""
         self.store.publish(version, {name: view.cpu() for name, view in self._held[version].views.items()})
-        self.store.pin(version)
+        return self.store.pin(version)
 
     def serve_late_readers(self) -> None:
         """Nothing: a server that was started anew is given handles by its engine."""

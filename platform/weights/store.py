@@ -150,9 +150,9 @@ class Publisher:
         self._retire()
         return digest
 
-    def pin(self, version: int) -> None:
+    def pin(self, version: int) -> int:
         """Keep ``version`` readable until a subscriber unpins it: a second name for the same bytes, no copy. A version
-        that holds changes is written whole.
+        that holds changes is written whole. Returns how many bytes that keeps.
 
         Raises:
             WeightsError: the version is not in the folder (any more).
@@ -168,8 +168,10 @@ class Publisher:
             raise WeightsError(
                 f"version {version} is not in {self.folder} any more: pin it when it is published"
             ) from error
-        os.replace(temporary, _path(self.folder / _PINNED, version))
+        kept = _path(self.folder / _PINNED, version)
+        os.replace(temporary, kept)
         temporary.unlink(missing_ok=True)  # renaming a link over a link of the same file leaves both
+        return kept.stat().st_size
 
     def serve_late_readers(self) -> None:
         """Nothing: readers come by themselves."""

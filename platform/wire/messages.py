@@ -150,14 +150,14 @@ class Commit(Message, frozen=True):
     ``metrics`` are the scalars of the step; ``histograms`` name → values; ``texts`` name → markdown for TensorBoard;
     ``tokens``: output tokens trained.
     Step −1 publishes the start: version 0 with no batch, or after a restart the checkpoint's version again.
-    ``pinned``: the version's weights are kept until the evaluator has read them. A version that turns out to be the
-    last one once it is committed is committed again, pinned.
+    ``pinned_bytes``: what the version's weights take up until the evaluator has scored them; 0 = not kept. A version
+    that turns out to be the last one once it is committed is committed again, pinned.
     """
 
     step: VersionOrNone
     version: Version
     checksum: Name
-    pinned: bool = False
+    pinned_bytes: Count = 0
     metrics: dict[Name, float] = {}
     histograms: dict[Name, list[float]] = {}
     texts: dict[Name, Text] = {}

@@ -69,6 +69,10 @@ class FakeWire:
         self.hints.append(message.version)
 
 
+PINNED_BYTES = 1 << 20
+"""What a version that waits for its score keeps."""
+
+
 class Run:
     """A broker, and the roles' side of the talk."""
 
@@ -131,8 +135,9 @@ class Run:
         return self.ask(peer, SubmitGroup(header=header), GroupAck, arrays)
 
     def commit(self, step: int, version: int, checksum: str | None = None, **metrics: float) -> Committed:
+        kept = PINNED_BYTES if self.evaluate else 0
         message = Commit(
-            step=step, version=version, checksum=checksum or f"c{version}", pinned=self.evaluate, metrics=metrics
+            step=step, version=version, checksum=checksum or f"c{version}", pinned_bytes=kept, metrics=metrics
         )
         committed = self.ask("learner-0", message, Committed)
         self.evaluate = committed.evaluate

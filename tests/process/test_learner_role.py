@@ -79,7 +79,7 @@ class ScriptedBroker:
                 over = message.step >= self.stop_at
                 return BatchReply(step=message.step, headers=[], stop=over, finished=not over)
             case Commit():
-                self.said.append(f"commit {message.step} → {message.version}{', pinned' * message.pinned}")
+                self.said.append(f"commit {message.step} → {message.version}{', pinned' * (message.pinned_bytes > 0)}")
                 self.checksums[message.version] = message.checksum
                 self.metrics = message.metrics
                 subscriber = Subscriber(self.channel)

@@ -965,6 +965,32 @@ def test_a_version_that_was_out_before_its_commit_may_make_tokens_but_not_outliv
     assert run.restarted().broker.ledger.tally().refused == {"superseded": 2}
 
 
+def test_a_learner_waits_where_the_versions_without_a_score_keep_as_much_as_they_may(start: Callable[..., Run]) -> None:
+    """Two of one MiB each; a version that nobody scores is made all the same."""
+    run = start(learner__steps=9, eval__every=1, eval__waiting_mb=2)
+    run.everybody()
+    run.train()
+    waits = run.ask("learner-0", NextBatch(step=1), BatchReply)
+    assert not waits.headers
+    assert waits.waiting.startswith(
+        "a score of version 0 from evaluator-0: 2 wait, as many as eval.waiting_mb lets, since "
+    )
+    held = run.send("learner-0", NextBatch(step=1))
+    run.ask("evaluator-0", EvalResult(version=0, metrics={"eval/accuracy": 0.5}), Acknowledged)
+    run.broker.serve_held()
+    assert run.reply(held, BatchReply).headers
+    ahead = run.ask("learner-0", NextBatch(step=2), BatchReply)  # version 2 is on its way, and will wait too
+    assert ahead.waiting.startswith("a score of version 1 from evaluator-0: 1 wait")
+
+
+def test_one_version_may_wait_whatever_it_keeps_and_others_are_made_meanwhile(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=9, eval__every=3, eval__waiting_mb=0)
+    run.everybody()
+    run.train()
+    run.train()
+    assert run.ask("learner-0", NextBatch(step=2), BatchReply).waiting.startswith("a score of version 0 from evaluator")
+
+
 def test_versions_of_before_the_restart_are_not_handed_to_the_evaluator(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()
@@ -1134,7 +1160,7 @@ def learn(context: RoleContext) -> None:
     step, pinned = connection.welcome.step, connection.welcome.evaluate
 
     def commit(step: int, version: int) -> bool:
-        return ask(Commit(step=step, version=version, checksum=f"c{version}", pinned=pinned)).evaluate  # type: ignore[attr-defined]
+        return ask(Commit(step=step, version=version, checksum=f"c{version}", pinned_bytes=int(pinned))).evaluate  # type: ignore[attr-defined]
 
     pinned = commit(-1, step)
     while not (batch := ask(NextBatch(step=step))).stop:  # type: ignore[attr-defined]

@@ -115,8 +115,7 @@ def test_pinned_versions_stay_until_unpinned(publisher, reader):
     for version in range(4):
         publisher.publish(version, tensors(version))
         if version == 0:
-            publisher.pin(0)
-            publisher.pin(0)
+            assert publisher.pin(0) == publisher.pin(0) == publisher.bytes_last
     assert reader.newest() == 3
     assert value(reader, 0) == 0
     reader.unpin(0)

@@ -114,10 +114,10 @@ class DistributedChannel:
                 old.unlink(missing_ok=True)
         return digest
 
-    def pin(self, version: int) -> None:
-        """A copy in the store, for the evaluator."""
+    def pin(self, version: int) -> int:
+        """A copy in the store, for the evaluator; its bytes."""
         self.store.publish(version, {name: tensor.cpu() for name, tensor in self._tensors.items()})
-        self.store.pin(version)
+        return self.store.pin(version)
 
     def serve_late_readers(self) -> None:
         """Push the newest version to servers that came up since."""
