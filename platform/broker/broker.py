@@ -35,6 +35,7 @@ from offtrail.platform.broker.run_metrics import LARGEST, RunMetrics, plain
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS, roles_of
+from offtrail.platform.tracking.diagnosis import Diagnosis
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.wire.auth import is_remote
 from offtrail.platform.wire.codec import WireError
@@ -214,6 +215,7 @@ class Broker:
         if 0 in evals:
             rows.insert(0, {"step": 0, **evals[0]})
         self.recorder.restore(rows)
+        self.ending.diagnosis = Diagnosis(self.config, rows)
 
     def on_hello(self, hello: Hello, envelope: Envelope) -> Answer:
         """A role begins, or begins again: then its leases go back, and the learner's replay starts over."""
@@ -361,6 +363,8 @@ class Broker:
         metrics = {**message.metrics, **row}
         outcome = self.scheduler.commit(step, message.checksum, metrics)
         self.ledger.records.put(self.numbers.remarks())
+        for line in self.ending.diagnosis.take({**metrics, "step": step + 1}):
+            log.warning("%s", line)
         self.later.append(lambda: self.recorder.step({**metrics, "step": step + 1}, message.histograms, message.texts))
         return outcome
 

@@ -22,6 +22,7 @@ from offtrail.platform.broker.roster import Member
 from offtrail.platform.broker.run_metrics import Metrics, RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Scheduler
 from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking.diagnosis import Diagnosis
 from offtrail.platform.tracking.summary import write_summary
 from offtrail.platform.wire.auth import is_remote
 from offtrail.platform.wire.messages import Failure, Status
@@ -35,7 +36,9 @@ LINGER_HEARTBEATS = 30
 
 
 class Ending:
-    """How the run has ended, or stands. ``summary``: the newest contents of summary.json."""
+    """How the run has ended, or stands. ``summary``: the newest contents of summary.json. ``diagnosis``: what does not
+    move in it.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Ending:
         self.failures: list[Failure] = []
         self.ended_at = clock()
         self.audit = self.ledger.audit()
+        self.diagnosis = Diagnosis(config)
         self.summary = self._summarise()
 
     def check(self) -> None:
@@ -123,7 +127,7 @@ class Ending:
         # A run that is killed says nothing any more: until it ends otherwise, it is interrupted.
         status = self.status or "interrupted"
         summary = self.numbers.summary(status, self.reason, self.config.seed, self.scheduler.version, self.audit)
-        return summary | self.budget.row()
+        return summary | self.budget.row() | {"warnings": self.diagnosis.lines}
 
     def write_summary(self) -> None:
         """summary.json as things stand."""

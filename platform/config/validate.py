@@ -19,6 +19,7 @@ from pathlib import Path
 from offtrail.algos.config import incompatible
 from offtrail.core.plugins import PluginError, check, is_plugin
 from offtrail.core.settings import out_of_limits
+from offtrail.platform.config import learnable
 from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.keys import flatten, keys_of
@@ -397,4 +398,5 @@ RULES: tuple[Callable[[Config], None], ...] = (
     weights_have_a_channel,
     addresses_are_numeric,
     a_lease_expires_before_the_run,
+    *learnable.RULES,
 )

@@ -147,6 +147,8 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
     for name, value in shown.items():
         if value is not None:
             table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    for line in summary.get("warnings", ()):
+        table.add_row("warning", line)
     for name in ("learning.png", "summary.json", "logs"):
         if (run_dir / name).exists():
             table.add_row("" if name != "learning.png" else "see", str(run_dir / name))

@@ -17,13 +17,14 @@ HISTOGRAM_POINTS = 200
 """A histogram travels as so many evenly spaced quantiles of its values."""
 
 
-def batch_metrics(batch: Batch, reward: RewardConfig) -> dict[str, float]:
+def batch_metrics(batch: Batch, reward: RewardConfig, vocabulary: int) -> dict[str, float]:
     """reward/* and length/* of one batch, and its share of samples of more than one version. All else that there is to
-    say of staleness the broker counts.
+    say of staleness the broker counts. ``vocabulary``: from this id on the tokenizer has no token.
     """
     groups = batch.groups
     rewards = [g.rewards for g in groups]
     lengths, finish = _all(groups, "lengths"), _all(groups, "finish")
+    tokens = np.concatenate([g.tokens for g in groups])
     mixed = [len(set(s.versions.tolist())) > 1 for g in groups for s in g.samples()]
     components = {name: np.concatenate([g.components[name] for g in groups]) for name in _names(groups, "components")}
     metrics = means(reward, "reward", components) | _channel_means(groups)
@@ -34,6 +35,7 @@ def batch_metrics(batch: Batch, reward: RewardConfig) -> dict[str, float]:
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "length/prompt_mean": float(np.mean([len(g.prompt_tokens) for g in groups])),
+        "length/beyond_tokenizer_share": float((tokens >= vocabulary).sum() / max(1, len(tokens))),
         "length/truncated_share": float(np.mean(finish == FINISH_REASONS.index("length"))),
         "staleness/mixed_sample_share": float(np.mean(mixed)),
     }

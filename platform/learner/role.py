@@ -157,7 +157,7 @@ class Learner:
         metrics, histograms, texts = dict(report.metrics), dict(report.histograms), {}
         metrics["memory/learner_peak_bytes"] = float(peak_memory(self.world.device))
         if isinstance(batch, Batch):
-            metrics |= batch_metrics(batch, self.context.config.reward)
+            metrics |= batch_metrics(batch, self.context.config.reward, self.text.vocabulary)
             histograms |= batch_histograms(batch)
             shown = 0 if batch.replay else self.context.config.tracking.sample_texts
             texts = sample_texts(batch, self.text.tokenizer.decode, shown)

@@ -31,6 +31,8 @@ _OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")
 class Text:
     """The tokenizer of a Hugging Face directory, how a problem is put to it, and the token ids that end an answer.
 
+    ``vocabulary``: from this id on it has no token; a model's embedding may have more rows, as padding.
+
     ``chats``: prompts go through the chat template. ``stop_token_ids``: all that generation_config.json, config.json or
     the tokenizer name as eos (one or several each), and the token that the chat template ends an answer with; the first
     is the one that worked answers are taught to end with.
@@ -53,6 +55,7 @@ class Text:
         self._prefix = [] if self.chats else added_in_front(self.tokenizer)
         self._generation_prompt = self._rendered_generation_prompt() if self.chats else ""
         self.stop_token_ids = self._stop_ids(model_dir)
+        self.vocabulary = max(self.tokenizer.get_vocab().values()) + 1
 
     # --- to the model ---
 

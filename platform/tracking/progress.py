@@ -40,6 +40,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
         self._step = -1
         self._trend: deque[float] = deque(maxlen=TREND_STEPS)
+        self._warned: set[str] = set()
         self._live = Live(console=self._console, auto_refresh=False) if self.mode == "live" else None
 
     def __enter__(self) -> Progress:
@@ -59,6 +60,10 @@ class Progress:
         fresh = step > self._step
         if fresh:
             self._note(step, status)
+        for line in status.summary.get("warnings", ()):
+            if line not in self._warned:
+                self._warned.add(line)
+                self.tell(f"warning: {line}")
         if self._live:
             self._live.update(self.view(status), refresh=True)
         elif self.mode == "plain" and fresh and step > 0:

@@ -786,6 +786,26 @@ def test_the_brokers_part_of_a_steps_metrics_by_hand(start: Callable[..., Run]) 
     assert row["throughput/trained_tokens_per_second"] == row["throughput/generated_tokens_per_second"] == 3.0
 
 
+def test_a_run_that_does_not_move_says_so_in_its_status_and_summary_also_after_a_restart(
+    start: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(learner__steps=3)
+    run.everybody()
+    assert run.summary()["warnings"] == []
+    for _ in range(2):
+        run.train(**{"policy/lr": 0.0})
+    run = run.again(learner__steps=3)
+    run.everybody()
+    assert run.summary()["warnings"] == []
+    run.train(**{"policy/lr": 0.0})
+    [line] = run.summary()["warnings"]
+    assert line == "steps 1 to 3: policy/lr was 0 (learner.optim.lr): the policy does not move"
+    assert run.ask("launcher-0", StatusRequest(), Status).summary["warnings"] == [line]
+    assert caplog.text.count(line) == 1
+    run = run.again(learner__steps=3)
+    assert run.summary()["warnings"] == [line]
+
+
 def test_a_group_of_another_size_is_taken_where_the_driver_may_make_one_and_counts_as_it_is(
     start: Callable[..., Run],
 ) -> None:

@@ -348,7 +348,7 @@ def test_what_a_batch_tells_by_itself(make_batch: MakeBatch) -> None:
     batch.groups[1].finish[0] = 1
     batch.groups[1].queued_version = 3
     batch.groups[1].versions[3:] = 3
-    metrics = batch_metrics(batch, RewardConfig())
+    metrics = batch_metrics(batch, RewardConfig(), 50)
     assert {name for name in metrics if name.startswith("staleness/")} == {"staleness/mixed_sample_share"}
     assert staleness(batch).tolist() == [0, 0, 0, 2, 1, 1, 1, 1]
     assert staleness_in_flight(batch).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
@@ -365,13 +365,13 @@ def test_what_scores_and_steps_tell_by_themselves(make_batch: MakeBatch) -> None
     for group in batch.groups:
         group.channels["leaf"] = Channel("sample", np.zeros(2, np.int32))
         group.channels["visits"] = Channel("node", np.ones(5, np.float32))
-    metrics = batch_metrics(batch, RewardConfig())
+    metrics = batch_metrics(batch, RewardConfig(), 50)
     # scores 2, 1, −1 in each group; three steps for two samples
     assert {name: value for name, value in metrics.items() if name.startswith("channel/")} == {
         "channel/prm": pytest.approx(2 / 3)
     }
     assert metrics["length/steps"] == 1.5
-    assert "length/steps" not in batch_metrics(make_batch(0), RewardConfig())
+    assert "length/steps" not in batch_metrics(make_batch(0), RewardConfig(), 50)
 
 
 def test_a_histogram_is_made_of_values() -> None:

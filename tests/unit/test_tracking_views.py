@@ -146,6 +146,14 @@ def test_the_live_view_fits_80_columns():
     assert max(len(line.rstrip()) for line in console.export_text().splitlines()) <= 80
 
 
+@pytest.mark.parametrize("mode", ["live", "plain"])
+def test_a_warning_is_said_once(mode):
+    states = [status(step) for step in (7, 8, 9)]
+    for state in states[1:]:
+        state.summary["warnings"] = ["steps 1 to 8: no answer ends"]
+    assert shown(mode, *states, terminal=mode == "live").count("warning: steps 1 to 8: no answer ends") == 1
+
+
 def test_the_live_view_shows_failures_and_lives_without_metrics():
     empty = Status(
         summary={},
