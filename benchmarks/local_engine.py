@@ -56,13 +56,14 @@ SETTINGS = [(attention, cache) for attention in ("sdpa", "eager") for cache in (
 
 @dataclass(frozen=True)
 class Work:
-    """Prompts and where their samples end: at ``lengths``, or at ``eos`` if there are none."""
+    """Prompts and where their samples end: at ``lengths``, or at ``eos`` or after ``most`` tokens if there are none."""
 
     prompts: list[Int32]
     lengths: list[int] | None
     eos: int
     pad: int
     device: str
+    most: int = MAX_NEW
 
 
 class EndAt(StoppingCriteria):
@@ -79,7 +80,7 @@ class EndAt(StoppingCriteria):
 def run_engine(engine: LocalEngine, work: Work, repeat: int) -> int:
     """Useful tokens that the engine made of the work."""
     stop = () if work.lengths else (work.eos,)
-    lengths = work.lengths or [MAX_NEW] * len(work.prompts)
+    lengths = work.lengths or [work.most] * len(work.prompts)
     engine.generate(
         [
             Request(i, prompt, 1, Sampling(length, stop_token_ids=stop, seed=repeat))
@@ -97,7 +98,7 @@ def run_generate(model: Any, cache: str | None, work: Work, in_flight: int, repe
     """Useful tokens that `generate` made of the work, batch by batch."""
     torch.manual_seed(repeat)
     config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=MAX_NEW, pad_token_id=work.pad, cache_implementation=cache,
+        do_sample=True, top_k=0, max_new_tokens=work.most, pad_token_id=work.pad, cache_implementation=cache,
         eos_token_id=None if work.lengths else work.eos, disable_compile=True,
     )  # fmt: skip
     tokens = 0
@@ -127,10 +128,10 @@ def run_generate(model: Any, cache: str | None, work: Work, in_flight: int, repe
 
 def run_continuous(model: Any, work: Work, in_flight: int) -> int:
     """Tokens that transformers' continuous batching made of one filling of equal lengths."""
-    config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=MAX_NEW // 2, pad_token_id=work.pad, eos_token_id=-1
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=work.most, pad_token_id=work.pad, eos_token_id=-1)
+    blocks = ContinuousBatchingConfig(
+        num_blocks=(1 + -(-work.most // 128)) * in_flight, block_size=128, max_batch_tokens=1024
     )
-    blocks = ContinuousBatchingConfig(num_blocks=2 * in_flight, block_size=128, max_batch_tokens=1024)
     prompts = [prompt.tolist() for prompt in work.prompts[:in_flight]]
     results = model.generate_batch(
         prompts, generation_config=config, continuous_batching_config=blocks, progress_bar=False, warmup=False
@@ -229,7 +230,7 @@ def report(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         drawn = np.clip(rng.lognormal(np.log(32), 0.4, len(prompts)).round(), 1, MAX_NEW).astype(int).tolist()
         works = {"ragged": None if args.model else drawn, "equal": [MAX_NEW] * len(prompts)}
         eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        slow = continuous_rate(folder, Work(prompts, None, eos, pad, args.device), in_flight, args.device)
+        slow = continuous_rate(folder, Work(prompts, None, eos, pad, args.device, MAX_NEW // 2), in_flight, args.device)
         for kind, lengths in works.items():
             found = compare(folder, Work(prompts, lengths, eos, pad, args.device), in_flight, args)
             found["continuous_batching"] = round(slow)

@@ -58,7 +58,11 @@ Measured = dict[str, Any]
 
 
 class Trl:
-    """TRL on a completed run's start model and configuration; one call is one training."""
+    """TRL on a completed run's start model and configuration; one call is one training. ``parts``: micro-batches of an
+    update.
+    """
+
+    parts = 1
 
     def __init__(self, run: Run, threads: int) -> None:
         logging.disable(logging.WARNING)
@@ -95,8 +99,8 @@ class Trl:
         B, G, K, optim = config.batch.groups, config.batch.group_size, config.learner.minibatches, config.learner.optim
         return GRPOConfig(
             output_dir=str(self.run.folder / "trl"), seed=seed, max_steps=steps * K, use_cpu=True, bf16=False,
-            per_device_train_batch_size=B * G // K, gradient_accumulation_steps=1, steps_per_generation=K,
-            num_generations=G, num_iterations=1, shuffle_dataset=False,
+            per_device_train_batch_size=B * G // (K * self.parts), gradient_accumulation_steps=self.parts,
+            steps_per_generation=K * self.parts, num_generations=G, num_iterations=1, shuffle_dataset=False,
             max_completion_length=config.sampling.max_new_tokens, temperature=config.sampling.temperature,
             beta=0.0, epsilon=config.algo.clip_low, epsilon_high=config.algo.clip_high, loss_type="bnpo",
             scale_rewards="group", cache_implementation=cache,

@@ -1,0 +1,287 @@
+"""A model of 135M parameters on two cores: the whole asynchronous run against TRL, and the engine against transformers.
+
+    python benchmarks/real_model.py [--model DIR] [--steps 5] [--trl-steps 2] [KEY=VALUE …]
+
+Without --model it is SmolLM2-135M's architecture with random weights and a byte-pair tokenizer as large as its own
+(49,152), so that every answer is as long as it may be. B = 2 groups of G = 8 samples of 256 new tokens at T = 1, one
+update a batch (K = 1), GRPO, AdamW, float32; the reward is the share of vowels among an answer's letters.
+
+samples_per_second_ratio: trained samples a second, ours ÷ TRL's. Ours: the real command, from the commit of version
+WARM until generation ends, by the broker's clock. TRL: GRPOTrainer on two threads after its first step, with the
+fastest of its settings here: attention and cache of `generate` as measured below, and the batch in one or in four
+micro-batches. No evaluation, logging or checkpoint is in TRL's figure; our evaluator scores versions 0 and last.
+
+memory_ratio: the largest sum over all processes, ours ÷ TRL's leaner setting. A sum is proportional set sizes (PSS:
+what n processes share counts 1/n in each), looked at every half second, and what stands in the weight channel without
+being mapped. It covers everything from start to end: import, load, training, and our checkpoint.
+
+engine: useful tokens per second of CPU time of one thread, ENGINE_TOKENS a sample, at B·G samples in flight and at what
+the run has in flight (`staleness.max` lets it generate ahead), against transformers' `generate` with B·G (its best
+setting of those in local_engine.py) and its continuous batching.
+
+The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from common import Arm, Run, cores, launch, machine, say
+from local_engine import SETTINGS, Work, rate, run_continuous, run_engine, run_generate
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vs_trl import Trl
+
+from offtrail.platform.config.schema import LocalConfig
+from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.model.text import Text
+from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.registry import make_task
+
+B, G, NEW_TOKENS, LONGEST = 2, 8, 256, 320
+WARM, TAIL = 1, 3
+"""Versions before the clock starts, and after it stops: staleness.max and one more, while which nothing generates."""
+ENGINE_TOKENS = 128
+MICRO_BATCHES = (1, 4)
+LOOK_SECONDS = 0.5
+VOCABULARY, END = 49_152, "<|endoftext|>"
+REWARD = '''
+def share(answered):
+    """Vowels among the letters."""
+    letters = [c for c in answered.text.lower() if c.isalpha()]
+    return sum(c in "aeiou" for c in letters) / max(1, len(letters))
+'''
+
+Measured = dict[str, Any]
+
+
+def start_model(folder: Path) -> None:
+    """SmolLM2-135M's architecture with random weights. Tokens are bytes and pairs of bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in letters for b in letters][: VOCABULARY - 1 - len(letters)]
+    vocabulary = {token: i for i, token in enumerate((END, *letters, *(a + b for a, b in pairs)))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
+            rope_theta=1e5, tie_word_embeddings=True, initializer_range=1 / 24, bos_token_id=0, eos_token_id=0,
+            pad_token_id=0, dtype="float32",
+        )
+    )  # fmt: skip
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=0, pad_token_id=0)
+    model.save_pretrained(folder)
+
+
+class Memory:
+    """The largest sum of memory over this process's descendants while ``watching``."""
+
+    def __init__(self) -> None:
+        self.peak, self.parts = 0, dict[str, int]()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at them every LOOK_SECONDS."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._look_until, args=(done,))
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _look_until(self, done: threading.Event) -> None:
+        while not done.wait(LOOK_SECONDS):
+            parts: dict[str, int] = {}
+            mapped = 0
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    fields = _rollup(process.pid)
+                    name = _role(process.cmdline())
+                except (psutil.Error, OSError):  # it has just left
+                    continue
+                parts[name] = parts.get(name, 0) + fields["Pss"] - fields["Pss_Shmem"]
+                mapped += fields["Pss_Shmem"]
+            channels = Path("/dev/shm").glob("offtrail-*/**/*.safetensors")
+            held = {found.st_ino: found.st_blocks * 512 for found in _stats(channels)}
+            parts["weight channel and shared memory"] = max(mapped, sum(held.values()))
+            if sum(parts.values()) > self.peak:
+                self.peak, self.parts = sum(parts.values()), parts
+
+
+def _stats(paths: Iterator[Path]) -> Iterator[os.stat_result]:
+    for path in paths:
+        try:
+            yield path.stat()
+        except FileNotFoundError:
+            continue
+
+
+def _rollup(pid: int) -> dict[str, int]:
+    """Fields of /proc/PID/smaps_rollup, in bytes."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+
+
+def _role(command: list[str]) -> str:
+    """What a process is, by its command line."""
+    modules = {"launch.py": "launcher", "verifier.worker": "verifiers", "reaper": "reaper", "spawn_main": "arm"}
+    for role in ("broker", "learner", "generator", "evaluator"):
+        if role in command:
+            return role
+    return next((name for part, name in modules.items() if part in " ".join(command)), "other")
+
+
+class TrlInParts(Trl):
+    """TRL with a batch in ``parts`` micro-batches, and no engine beside it for evaluations."""
+
+    def __init__(self, run: Run, threads: int, parts: int) -> None:
+        logging.disable(logging.WARNING)
+        torch.set_num_threads(threads)
+        self.run, self.config, self.text, self.parts = run, run.config, Text(run.start), parts
+
+
+class Engines:
+    """Tokens per CPU second of one thread, by the engine, by `generate` or by continuous batching."""
+
+    def __init__(self, folder: Path, samples: int) -> None:
+        torch.set_num_threads(1)
+        logging.disable(logging.WARNING)
+        text, task = Text(folder), make_task(ChainConfig(), 0)
+        self.folder, self.end = folder, text.stop_token_ids[0]
+        self.prompts = text.encode_all([task.train(i) for i in range(samples)])
+
+    def __call__(
+        self, way: str, in_flight: int, tokens: int, setting: tuple[str, str | None] = ("sdpa", None)
+    ) -> float:
+        """One filling of ``in_flight`` samples of at most ``tokens`` new tokens."""
+        work = Work(self.prompts[:in_flight], None, self.end, self.end, "cpu", tokens)
+        if way == "engine":
+            config = LocalConfig(max_running=in_flight)
+            engine = LocalEngine(self.folder, config, max_length=LONGEST, threads=1)
+            return rate(lambda: run_engine(engine, work, 0), "cpu")
+        attention = "paged|sdpa" if way == "continuous" else setting[0]
+        model = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation=attention).eval()
+        if way == "continuous":
+            return rate(lambda: run_continuous(model, work, in_flight), "cpu")
+        return rate(lambda: run_generate(model, setting[1], work, in_flight, 0), "cpu")
+
+
+def compare_engines(folder: Path, core: int) -> Measured:
+    """All rates, the best setting of `generate`, and the engine's ratios to the better of the two others."""
+    ahead = 3 * B * G
+    arm = Arm(Engines, folder, ahead, cores={core})
+    trials = {setting: arm.measure("generate", B * G, ENGINE_TOKENS // 4, setting) for setting in SETTINGS}
+    best = max(trials, key=trials.__getitem__)
+    found = {
+        f"engine_{B * G}": arm.measure("engine", B * G, ENGINE_TOKENS),
+        f"engine_{ahead}": arm.measure("engine", ahead, ENGINE_TOKENS),
+        f"generate_{B * G}": arm.measure("generate", B * G, ENGINE_TOKENS, best),
+        f"continuous_{B * G}": arm.measure("continuous", B * G, ENGINE_TOKENS),
+    }
+    arm.close()
+    theirs = max(found[f"generate_{B * G}"], found[f"continuous_{B * G}"])
+    return {
+        "tokens_per_cpu_second": {name: round(value, 1) for name, value in found.items()},
+        "generate_setting": best,
+        "same_in_flight_ratio": round(found[f"engine_{B * G}"] / theirs, 2),
+        "ahead_ratio": round(found[f"engine_{ahead}"] / theirs, 2),
+    }
+
+
+def ours(folder: Path, model: Path, args: argparse.Namespace) -> tuple[Run, Measured]:
+    """The real command, with the memory of all its processes."""
+    (folder / "vowels.py").write_text(REWARD)
+    steps = WARM + args.steps + TAIL
+    keys = [
+        f"model.path={model}", f"model.max_length={LONGEST}", f"batch.groups={B}", f"batch.group_size={G}",
+        f"sampling.max_new_tokens={NEW_TOKENS}", f"learner.steps={steps}", f"learner.checkpoint_every={steps}",
+        "learner.minibatches=1", "learner.tokens_per_microbatch=1280", "tracking.gradient_cosine=false",
+        "reward.weights={vowels:share: 1.0}", "eval.every=0", f"eval.prompts={G}", *args.keys,
+    ]  # fmt: skip
+    memory = Memory()
+    with memory.watching():
+        run = launch(folder, "ours", keys)
+    last = steps - TAIL
+    return run, {
+        "samples_per_second": B * G * (last - WARM) / run.seconds(WARM, last),
+        "learner_busy": run.mean("time/learner_busy", WARM, last),
+        "generator_busy": run.mean("time/generator_busy", WARM, last),
+        "length": run.mean("length/mean", WARM, last),
+        "peak_bytes": memory.peak, "peak_parts": memory.parts,
+    }  # fmt: skip
+
+
+def trl(run: Run, parts: int, steps: int, setting: tuple[str, str | None], both: set[int]) -> Measured:
+    """TRL on two threads, with the memory of its process."""
+    memory = Memory()
+    with memory.watching():
+        arm = Arm(TrlInParts, run, 2, parts, cores=both, threads=2)
+        seconds = arm.measure(0, WARM + steps, *setting)["seconds"]
+        arm.close()
+    rate = B * G * steps / (seconds[-1] - seconds[WARM])
+    return {"samples_per_second": rate, "peak_bytes": memory.peak, "peak_parts": memory.parts}
+
+
+def report(folder: Path, args: argparse.Namespace) -> Measured:
+    """One part after the other, so that each has the machine."""
+    about, (one, other) = machine(), cores()
+    model = args.model
+    if model is None:
+        start_model(model := folder / "model")
+    engines = compare_engines(model, one)
+    say(f"engines: {engines}")
+    run, mine = ours(folder, model, args)
+    say(f"ours: {mine}")
+    arms: dict[int, Measured] = {}
+    for parts in MICRO_BATCHES:
+        arms[parts] = trl(run, parts, args.trl_steps, engines["generate_setting"], {one, other})
+        say(f"TRL in {parts} micro-batches: {arms[parts]}")
+    fastest = max(arm["samples_per_second"] for arm in arms.values())
+    leanest = min(arm["peak_bytes"] for arm in arms.values())
+    return {
+        "benchmark": "real_model", "samples_per_second_ratio": round(mine["samples_per_second"] / fastest, 3),
+        "memory_ratio": round(mine["peak_bytes"] / leanest, 3), "engine": engines,
+        "ours": shown(mine), "trl": {f"{parts} micro-batches": shown(arm) for parts, arm in arms.items()},
+        "settings": {"B": B, "G": G, "new_tokens": NEW_TOKENS, "model": str(args.model or "random"), **about},
+    }  # fmt: skip
+
+
+def shown(found: Measured) -> Measured:
+    """Rounded; memory in MiB."""
+    parts = {name: round(size / 2**20) for name, size in found["peak_parts"].items()}
+    rest = {name: round(value, 3) for name, value in found.items() if isinstance(value, float)}
+    return rest | {"peak_mib": round(found["peak_bytes"] / 2**20), "peak_parts_mib": parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a Hugging Face directory in place of random weights")
+    parser.add_argument("--steps", type=int, default=5, help="learner steps of ours under the clock")
+    parser.add_argument("--trl-steps", type=int, default=2, help="steps of TRL under the clock, for each setting")
+    parser.add_argument("keys", nargs="*", help="keys of the run, as launch.py takes them")
+    with tempfile.TemporaryDirectory(prefix="real-model-") as folder:
+        print(json.dumps(report(Path(folder), parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
