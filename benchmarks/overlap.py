@@ -38,6 +38,7 @@ from common import Arm, Run, Stopwatch, cores, launch, machine, say
 from offtrail.core.types import Batch, Group, Lease
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.engines.make import local_config
 from offtrail.platform.generator.role import training_sampling
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.make import make_trainer
@@ -76,7 +77,7 @@ class Generation:
         self.text = Text(run.start)
         self.engine = LocalEngine(
             run.start,
-            self.config.engine,
+            local_config(self.config.engine),
             max_length=self.config.model.max_length,
             threads=self.config.generator.threads,
         )

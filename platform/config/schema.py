@@ -31,6 +31,8 @@ class RunConfig:
     """Keys everything that is drawn: start weights, data order, every sampled token."""
     resume: bool = setting(False, resumable=True)
     """Go on with the run of that name from its last checkpoint."""
+    memory_check: Literal["refuse", "warn", "off"] = setting("refuse", resumable=True)
+    """Before a start the roles' memory is estimated: one that is larger than what is free is refused, or only told."""
     budget_flops: float = setting(0.0, "[0, 1e30]", resumable=True)
     """The run ends once all roles (and its cold start) have spent so many FLOPs; 0 = no limit."""
     budget_tokens: int = setting(0, "[0, 1e18]", resumable=True)
@@ -263,6 +265,8 @@ class LocalConfig(EngineConfig):
     """The local engine: continuous batching over Hugging Face weights with a KV cache, in the role's own process."""
 
     name: str = "local"
+    kv_cache_mb: int = setting(2048, "[1, inf)")
+    """What the KV cache may grow to, in MiB: samples wait while those that run might fill it. One always runs."""
 
 
 @dataclass

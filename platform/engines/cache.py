@@ -41,6 +41,8 @@ class KVCache:
             for _ in range(spec.layers)
         ]
         self._dtype, self._device = dtype, device
+        self.token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_size * dtype.itemsize
+        """What one token's keys and values take."""
         self._batched_products = device.type == "cpu" and dtype == torch.float32
         self._index()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Float32, Int32
-from offtrail.platform.config.schema import EngineConfig
+from offtrail.platform.config.schema import LocalConfig
 from offtrail.platform.engines.cache import Continuation, KVCache, Prefill, Sequences, joined
 from offtrail.platform.engines.decoder import Attend, Decoder, read_spec, read_weights
 from offtrail.platform.engines.limits import check_request, check_tokens
@@ -48,15 +48,15 @@ class _Due(NamedTuple):
 class LocalEngine:
     """``core.protocols.Engine`` over the model in ``model_dir`` (config.json and model.safetensors).
 
-    ``max_length`` bounds prompt + answer, in tokens, and ``config.max_running`` the samples that decode together; the
-    KV cache grows with those that do. ``threads`` is set for torch in this process. ``counters`` holds, besides the
-    protocol's, ``scored_tokens``. A prompt of P tokens counts P − 1 as prefilled, since the first decode step feeds its
-    last, and P − 1 as prefix hits for each further sample of the request.
+    ``max_length`` bounds prompt + answer, in tokens, and ``config`` the samples that decode together, by their number
+    and by the KV cache, which grows with them. ``threads`` is set for torch in this process. ``counters`` holds,
+    besides the protocol's, ``scored_tokens``. A prompt of P tokens counts P − 1 as prefilled, since the first decode
+    step feeds its last, and P − 1 as prefix hits for each further sample of the request.
 
     ValueError on an architecture, tensor or length that the model does not have.
     """
 
-    def __init__(self, model_dir: Path, config: EngineConfig, *, max_length: int, threads: int) -> None:
+    def __init__(self, model_dir: Path, config: LocalConfig, *, max_length: int, threads: int) -> None:
         torch.set_num_threads(threads)
         spec = read_spec(model_dir)
         if max_length > spec.max_positions:
@@ -87,7 +87,7 @@ class LocalEngine:
 
     @property
     def capacity(self) -> int:
-        """Samples that decode together."""
+        """Samples that decode together, at most."""
         return self._config.max_running
 
     @property
@@ -235,7 +235,7 @@ class LocalEngine:
         Returns the tokens to keep of the last prompt, where some of its samples did not enter and it is not kept yet.
         """
         slots = self._slots
-        while self._waiting and (room := self._config.max_running - slots.running):
+        while self._waiting and (room := self._room()) > 0:
             pending = self._waiting[0]
             prefix = pending.request.prompt_tokens[:-1]
             left = pending.request.samples - pending.entered
@@ -254,6 +254,14 @@ class LocalEngine:
             self._waiting.popleft()
             self._prompt_kv = None
         return 0
+
+    def _room(self) -> int:
+        """How many more samples may run, should each become as long as the longest of them and the next may."""
+        slots, next_one = self._slots, self._waiting[0].request
+        longest = len(next_one.prompt_tokens) + next_one.sampling.max_new_tokens
+        longest = max(longest, int(slots.limit[: slots.running].max(initial=0)))
+        most = max(1, (self._config.kv_cache_mb << 20) // (longest * self._cache.token_bytes))
+        return min(self._config.max_running, most) - slots.running
 
     def _decode(self, due: Sequence[_Due]) -> Tensor:
         """Logits [n, V] of the next token of each running sample.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from offtrail.core.protocols import Engine
-from offtrail.platform.config.schema import SglangConfig
+from offtrail.platform.config.schema import EngineConfig, LocalConfig, SglangConfig
 from offtrail.platform.runtime.context import RoleContext
 
 
@@ -28,7 +28,15 @@ def make_engine(context: RoleContext) -> Engine:
         )
     from offtrail.platform.engines.local import LocalEngine
 
-    return LocalEngine(context.start_model, config.engine, max_length=longest, threads=threads)
+    return LocalEngine(context.start_model, local_config(config.engine), max_length=longest, threads=threads)
+
+
+def local_config(engine: EngineConfig) -> LocalConfig:
+    """The embedded engine's settings: also beside another engine, whose device, dtype and numbers it then shares."""
+    if isinstance(engine, LocalConfig):
+        return engine
+    shared = {field.name: getattr(engine, field.name) for field in fields(EngineConfig)}
+    return LocalConfig(**shared | {"name": "local"})
 
 
 def first_device(engine: SglangConfig, generators: int, context: RoleContext) -> str:

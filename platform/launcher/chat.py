@@ -27,6 +27,7 @@ from offtrail.core.protocols import Request
 from offtrail.core.types import Int32, Problem, Sampling
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.engines.make import local_config
 from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
 from offtrail.platform.engines.sglang.servers import ServerError, Servers
 from offtrail.platform.launcher.serve import LOOK_SECONDS, make_server, positions, served_model, text_of
@@ -184,7 +185,7 @@ class Local:
         self.longest = min(positions(model), LOCAL_LENGTH)
         self._engine = LocalEngine(
             model,
-            dataclasses.replace(config.engine, max_running=1),
+            dataclasses.replace(local_config(config.engine), max_running=1),
             max_length=self.longest,
             threads=config.generator.threads,
         )

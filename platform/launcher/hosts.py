@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from offtrail.platform.launcher.memory import Watched
 from offtrail.platform.runtime.host import free_port
 from offtrail.platform.runtime.roles import RoleSpec
 
@@ -55,8 +56,12 @@ class LocalHandle:
     process: subprocess.Popen[bytes]
     log: Path
 
+    def __post_init__(self) -> None:
+        self._memory = Watched(self.process.pid)
+
     def poll(self) -> int | None:
         """See Handle."""
+        self._memory.look()
         return self.process.poll()
 
     def end(self, kill: bool) -> None:
@@ -70,6 +75,8 @@ class LocalHandle:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
         words = f"; last words: {lines[-1].strip()}" if lines and code >= 0 else ""
+        if code == -signal.SIGKILL:
+            words = f": {self._memory.why_killed(self.name.rpartition('-')[0])}"
         return f"{self.name} {how}{words} (log: {self.log})"
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.hosts import LocalHosts
+from offtrail.platform.launcher.memory import check as check_memory
 from offtrail.platform.launcher.recipe import Outcome, run_recipe
 from offtrail.platform.launcher.run import Run, watch
 from offtrail.platform.launcher.serve import run_serve
@@ -60,6 +61,7 @@ def run_to_its_end(config: Config, run_dir: Path, interrupted: list[int]) -> Out
 def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """A training job: the start model, then every role until the end; how it ended, and why."""
     prepare_start_model(config, run_dir, interrupted, run_roles)
+    check_memory(config, run_dir)
     run = Run(config, run_dir, LocalHosts(run_dir))
     try:
         run.start_all()

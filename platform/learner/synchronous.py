@@ -17,6 +17,7 @@ import torch
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.engines.make import local_config
 from offtrail.platform.evaluator.answers import Answers, InProcess
 from offtrail.platform.generator.role import training_sampling
 from offtrail.platform.learner.checkpoint import gather
@@ -49,7 +50,7 @@ class Synchronous:
         self.config = config
         self.task = make_task(config.task, config.run.seed)
         self.engine = LocalEngine(
-            start, config.engine, max_length=config.model.max_length, threads=config.generator.threads
+            start, local_config(config.engine), max_length=config.model.max_length, threads=config.generator.threads
         )
         judge = InProcess(make_reward(config.reward, self.task.verify))
         self.answers = Answers(config, self.engine, Text(start, config.prompt), judge, "synchronous")

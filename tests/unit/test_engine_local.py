@@ -134,6 +134,27 @@ def test_the_cache_is_as_large_as_what_ran_and_not_as_what_may(models):
     assert local.kv_bytes == before
 
 
+def test_samples_wait_while_those_that_run_might_fill_the_cache(models):
+    local = LocalEngine(models[0], LocalConfig(kv_cache_mb=1), max_length=512, threads=1)
+    most = (1 << 20) // (500 * 2 * 2 * 2 * 8 * 4)
+    requests = [Request(i, prompt(100), 5, Sampling(400)) for i in range(2)]
+    local.generate(requests)
+    local.step()
+    assert most == 8
+    assert local._slots.running == 8
+    done = run(local, [])
+    free = run(engine(models[0], max_length=512, max_running=16), requests)
+    assert {key: c.tokens.tolist() for key, c in done.items()} == {key: c.tokens.tolist() for key, c in free.items()}
+    assert local.kv_bytes <= 1.25 * (1 << 20)
+
+
+def test_one_sample_runs_however_small_the_cache_may_be(models):
+    local = LocalEngine(models[0], LocalConfig(kv_cache_mb=1), max_length=500, threads=1)
+    local._cache.token_bytes = 1 << 20
+    done = run(local, [Request(0, prompt(10), 3, Sampling(4))])
+    assert [len(c.tokens) for c in done.values()] == [4, 4, 4]
+
+
 def test_a_cache_that_grows_gives_the_same_bits_as_one_that_was_large(models):
     grown, large = engine(models[0], max_running=64), engine(models[0], max_running=64)
     run(large, [Request(0, prompt(4), 64, Sampling(150))])

@@ -1,0 +1,277 @@
+"""What a run will hold in this host's memory, role by role, against what is free: before its roles start.
+
+    the start model's config.json and file headers ─► Shape ┐
+    the configuration ───────────────────────────────────────┴─► estimate ─► Parts ─► check ─► StartError, a warning
+
+It is an estimate from above at full length (`model.max_length`), of host memory: what stands on a GPU is not in it.
+docs/memory.md has it beside measured peaks.
+
+Watched is what a role's process really holds, so that a SIGKILL can be explained: the kernel kills without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from offtrail.algos.config import PpoConfig
+from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.engines.make import local_config
+from offtrail.platform.model.start import StartError
+from offtrail.platform.runtime.host_memory import FreeMemory, free_memory, kills, resident
+from offtrail.platform.runtime.roles import roles_of
+
+WARN_SHARE = 0.85
+"""Of the free memory."""
+MIB = 1 << 20
+LOOK_SECONDS = 0.5
+BASES = {"broker": 130 * MIB, "learner": 420 * MIB, "generator": 370 * MIB, "evaluator": 370 * MIB}
+"""A role's process with what it imports and no model; measured."""
+BASE = 160 * MIB
+"""Launcher and reaper."""
+VERIFIER = 60 * MIB
+FLOAT32 = 4
+HEAD_LOGITS = 1 << 25
+"""Logits that the learner's head holds at a time, at least (model/head.py)."""
+SAMPLED_BYTES = 28
+"""Of each logit of a decode step: what sampling makes of it, in float32 and float64 (engines/sampler.py)."""
+
+
+TOKEN_KEYS = "learner.tokens_per_microbatch or activation_checkpointing"
+SAMPLE_KEYS = {
+    "generator": "engine.kv_cache_mb, engine.max_running, batch.group_size or staleness.max",
+    "evaluator": "engine.kv_cache_mb, engine.max_running or eval.prompts",
+}
+LOWER = {"learner": TOKEN_KEYS, **SAMPLE_KEYS}
+"""Role → the keys that lower its memory."""
+
+
+@dataclass
+class Watched:
+    """A role's process: the most that it was seen to hold, and the least that was free meanwhile."""
+
+    pid: int
+    peak: int = 0
+    least_free: FreeMemory | None = None
+    kills_before: int | None = field(default_factory=lambda: kills())
+    _looked: float = -LOOK_SECONDS
+
+    def look(self) -> None:
+        """While it runs, as often as one likes: every LOOK_SECONDS it is done."""
+        if time.monotonic() < self._looked + LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        self.peak = max(self.peak, resident(self.pid))
+        free = free_memory()
+        if free is not None and (self.least_free is None or free.bytes < self.least_free.bytes):
+            self.least_free = free
+
+    def why_killed(self, role: str) -> str:
+        """The likely cause of a SIGKILL that nobody here sent, and what to do."""
+        now, least = kills(), self.least_free
+        seen = f"it was seen to hold {gib(self.peak)}" + (
+            f", and {gib(least.bytes)} were free on {least.bound} at the least" if least is not None else ""
+        )
+        counted = None if now is None or self.kills_before is None else now - self.kills_before
+        if counted == 0:
+            return f"the kernel has counted no kill for lack of memory (oom_kill), so that somebody sent it; {seen}"
+        likely = "likely out of memory" if counted is None else f"out of memory: oom_kill rose by {counted}"
+        lower = f"; lower {LOWER[role]}" if role in LOWER else ""
+        return f"{likely}; {seen}{lower}, or stop what else runs there"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder, as far as its memory depends on it. ``parameters``: how many numbers its files hold."""
+
+    parameters: int
+    vocabulary: int
+    hidden: int
+    layers: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    @property
+    def kv_numbers(self) -> int:
+        """Keys and values of one token, in numbers."""
+        return 2 * self.layers * self.kv_heads * self.head_size
+
+    @property
+    def kept_numbers(self) -> int:
+        """What one token's forward pass keeps for its backward, in numbers: of each layer about ten vectors of its
+        width, four of its MLP's, and queries, keys and values twice.
+        """
+        return self.layers * (8 * self.hidden + 4 * self.mlp + 2 * (self.heads + 2 * self.kv_heads) * self.head_size)
+
+
+@dataclass(frozen=True)
+class Part:
+    """``bytes`` that a role will hold as ``what``, and the ``keys`` that lower it."""
+
+    role: str
+    what: str
+    bytes: int
+    keys: str = ""
+
+
+def check(config: Config, run_dir: Path, free: FreeMemory | None = None) -> None:
+    """Raise StartError where the run will need more than is free, with the sum and the keys that lower it; say so on
+    stderr where it comes near. Nothing where ``run.memory_check`` is off, or there is no way to know.
+    """
+    free = free or free_memory()
+    parts = list(estimate(config, run_dir / "start")) if config.run.memory_check != "off" else []
+    needed = sum(part.bytes for part in parts)
+    if free is None or needed <= WARN_SHARE * free.bytes:
+        return
+    told = f"the roles may need {gib(needed)} of memory, {gib(free.bytes)} are free on {free.bound}: {table(parts)}"
+    if needed <= free.bytes or config.run.memory_check == "warn":
+        print(f"offtrail: warning: {told}", file=sys.stderr, flush=True)
+        return
+    raise StartError(f"{told}; lower what is named, or set run.memory_check=warn to start all the same")
+
+
+def table(parts: list[Part]) -> str:
+    """The sum role by role, the largest first, and in each what is large."""
+    total = sum(part.bytes for part in parts)
+    roles = [(role, list(found)) for role, found in groupby(parts, key=lambda part: part.role)]
+    roles.sort(key=lambda item: -sum(part.bytes for part in item[1]))
+    return ", ".join(f"{role} {gib(sum(part.bytes for part in found))}{_within(found, total)}" for role, found in roles)
+
+
+def _within(parts: list[Part], total: int) -> str:
+    large = sorted((part for part in parts if part.bytes > total / 20), key=lambda part: -part.bytes)
+    named = [f"{part.what} {gib(part.bytes)}{f' by {part.keys}' if part.keys else ''}" for part in large]
+    return f" ({', '.join(named)})" if named else ""
+
+
+def gib(size: float) -> str:
+    """Such as 1.5 GiB."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def estimate(config: Config, start: Path) -> Iterator[Part]:
+    """What each role of the job will hold; nothing where the model's config.json does not say its sizes."""
+    shape = read_shape(start) if (start / "config.json").is_file() else made_shape(config)
+    if shape is None:
+        return
+    counts: dict[str, int] = {}
+    for spec in roles_of(config):
+        counts[spec.role] = counts.get(spec.role, 0) + 1
+    yield Part("launcher", "Python", BASE)
+    for role, count in counts.items():
+        yield Part(role, "Python", count * BASES[role])
+        yield from {"learner": _learner, "generator": _generators, "evaluator": _evaluator}.get(role, _nothing)(
+            config, shape, count
+        )
+    if "generator" in counts and config.weights.channel == "shm":
+        # Versions that stay readable, one to write the next into, and one pinned for the evaluator
+        kept = config.staleness.max + 2 if config.staleness.mode == "exact" else 2
+        yield Part("weight channel", f"{kept + 2} versions", (kept + 2) * shape.parameters * _engine_bytes(config))
+
+
+def _nothing(config: Config, shape: Shape, count: int) -> Iterator[Part]:
+    yield from ()
+
+
+def _learner(config: Config, shape: Shape, ranks: int) -> Iterator[Part]:
+    """Float32 parameters, gradients and AdamW's two moments, and what the backward pass needs of a micro-batch."""
+    learner, algo, sft = config.learner, config.algo, config.job == "sft"
+    if learner.device != "cpu":
+        return
+    copies = 4 + (config.tracking.gradient_cosine and not sft) + (algo.needs_ref and not sft)
+    copies += 4 if isinstance(algo, PpoConfig) and not sft else 0
+    yield Part("learner", "parameters, gradients and optimizer", copies * FLOAT32 * shape.parameters)
+    longest = config.model.max_length
+    update = config.sft.batch_size if sft else config.batch.groups * config.batch.group_size // learner.minibatches
+    tokens = max(longest, min(learner.tokens_per_microbatch, update * longest // ranks))
+    kept = shape.layers * shape.hidden + shape.kept_numbers // shape.layers
+    kept = tokens * (kept if learner.activation_checkpointing else shape.kept_numbers)
+    width = FLOAT32 if learner.dtype == "float32" else 2
+    yield Part("learner", f"activations of {tokens} tokens", ranks * width * kept, TOKEN_KEYS)
+    logits = min(max(HEAD_LOGITS, shape.vocabulary * shape.hidden // 2), update * longest * shape.vocabulary)
+    yield Part("learner", "the head", ranks * FLOAT32 * (logits + 2 * shape.vocabulary * shape.hidden))
+
+
+def _generators(config: Config, shape: Shape, count: int) -> Iterator[Part]:
+    """What admission can put in flight, over all generators."""
+    groups = min(config.generator.max_in_flight, (config.staleness.max + 1) * config.batch.groups)
+    samples = min(count * _running(config, shape), groups * config.batch.group_size)
+    yield from _engines("generator", config, shape, count, samples)
+
+
+def _evaluator(config: Config, shape: Shape, count: int) -> Iterator[Part]:
+    samples = min(_running(config, shape), config.eval.prompts * config.eval.samples)
+    yield from _engines("evaluator", config, shape, count, samples)
+
+
+def _engines(role: str, config: Config, shape: Shape, count: int, samples: int) -> Iterator[Part]:
+    yield Part(role, "verifiers", count * config.reward.workers * VERIFIER)
+    local = not isinstance(config.engine, SglangConfig) or (role == "evaluator" and config.eval.engine == "local")
+    if not local or config.engine.device != "cpu":
+        return
+    width, longest, keys = _engine_bytes(config), config.model.max_length, SAMPLE_KEYS[role]
+    yield Part(role, "weights", count * shape.parameters * width)
+    cache = samples * longest * shape.kv_numbers * width
+    # While the start model is read it stands beside the weights; the cache comes later.
+    yield Part(role, f"{samples} samples of {longest} tokens", max(cache, count * shape.parameters * width), keys)
+    yield Part(role, "sampling", samples * shape.vocabulary * SAMPLED_BYTES, keys)
+
+
+def _running(config: Config, shape: Shape) -> int:
+    """Samples of full length that one local engine lets run."""
+    sample = config.model.max_length * shape.kv_numbers * _engine_bytes(config)
+    cache = local_config(config.engine).kv_cache_mb * MIB
+    return min(config.engine.max_running, max(1, cache // sample))
+
+
+def _engine_bytes(config: Config) -> int:
+    return 2 if config.engine.dtype == "bfloat16" else FLOAT32
+
+
+def made_shape(config: Config) -> Shape:
+    """Of the model that offtrail makes itself; its vocabulary is 61 tokens."""
+    model = config.model
+    head = model.hidden_size // model.heads
+    attention = model.hidden_size * head * (2 * model.heads + 2 * model.kv_heads)
+    parameters = 61 * model.hidden_size + model.layers * (attention + 3 * model.hidden_size * model.mlp_size)
+    return Shape(
+        parameters, 61, model.hidden_size, model.layers, model.mlp_size, model.heads, model.kv_heads, head
+    )  # fmt: skip
+
+
+def read_shape(model_dir: Path) -> Shape | None:
+    """Of a Hugging Face directory with safetensors; None where something is missing or named otherwise."""
+    try:
+        config: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
+        config = config.get("text_config", config)
+        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        return Shape(
+            parameters=sum(map(_numbers, sorted(model_dir.glob("*.safetensors")))),
+            vocabulary=int(config["vocab_size"]),
+            hidden=hidden,
+            layers=int(config["num_hidden_layers"]),
+            mlp=int(config["intermediate_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_size=int(config.get("head_dim") or hidden // heads),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+        return None
+
+
+def _numbers(file: Path) -> int:
+    """How many numbers a safetensors file holds, by its header."""
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header: dict[str, Any] = json.loads(opened.read(min(size, 100 * MIB)))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")

@@ -1,0 +1,95 @@
+"""How much memory this host still gives, and what the kernel has killed for the lack of it. From /proc and /sys alone.
+
+A control group (a container, a Slurm job, a systemd unit) may give less than the machine has; of several limits on the
+way up to the root the tightest counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """``bytes`` that may still be taken, bounded by ``bound``: the machine's, or a control group's by its path."""
+
+    bytes: int
+    bound: str
+
+
+def free_memory(root: Path = Path("/")) -> FreeMemory | None:
+    """What may still be taken: page cache can be, whoever filled it. None where there is no /proc/meminfo."""
+    machine = _fields(root / "proc/meminfo").get("MemAvailable")
+    if machine is None:
+        return None
+    found = FreeMemory(machine * 1024, "this machine")
+    for group in _groups(root):
+        limit, used = (
+            _number(group, "memory.max", "memory.limit_in_bytes"),
+            _number(group, "memory.current", "memory.usage_in_bytes"),
+        )
+        if limit is None or used is None:
+            continue
+        stat = _fields(group / "memory.stat")
+        cache = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+        found = min(found, FreeMemory(max(0, limit - used + cache), f"control group {group}"), key=lambda f: f.bytes)
+    return found
+
+
+def kills(root: Path = Path("/")) -> int | None:
+    """Processes killed so far for lack of memory, in this process's control group, or else on the machine; None where
+    neither is counted.
+    """
+    for group in _groups(root):
+        counted = _fields(group / "memory.events").get("oom_kill")
+        if counted is not None:
+            return counted
+    return _fields(root / "proc/vmstat").get("oom_kill")
+
+
+def resident(pid: int) -> int:
+    """Bytes that a process has in memory, shared ones among them; 0 where it is gone."""
+    return _fields(Path(f"/proc/{pid}/status")).get("VmRSS", 0) * 1024
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """The control group of this process that bounds memory, and those above it: version 2, or version 1's."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        group = top / path.lstrip("/")
+        while group.is_relative_to(top):
+            if group.is_dir():
+                yield group
+            if group == top:
+                break
+            group = group.parent
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """Lines of a name and a number; empty where the file is not there."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.replace(":", " ").split() for line in lines)
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) > 1 and pair[1].isdigit()}
+
+
+def _number(group: Path, *names: str) -> int | None:
+    """The first of these files that holds a number: "max" is none."""
+    for name in names:
+        try:
+            text = (group / name).read_text().strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() else None
+    return None
