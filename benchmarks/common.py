@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from transformers.utils import logging as transformers_logging
 
 from offtrail.core.types import FINISH_REASONS, Batch, Group, Problem
+from offtrail.platform.broker.archive import read_archive
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.schema import Config
 
@@ -64,9 +64,9 @@ class Run:
     def batches(self, first: int, last: int) -> list[Batch]:
         """The batches that trained version ``first`` into version ``last``, out of the archive."""
         groups: dict[int, list[tuple[int, Group]]] = {step: [] for step in range(first, last)}
-        for shard in sorted((self.folder / "trajectories").glob("*.parquet")):
-            wanted = [("state", "==", "trained"), ("batch", ">=", first), ("batch", "<", last)]
-            table = pq.read_table(shard, filters=wanted).to_pandas(ignore_metadata=True)
+        wanted = [("state", "==", "trained"), ("batch", ">=", first), ("batch", "<", last)]
+        for shard in read_archive(self.folder, filters=wanted):
+            table = shard.to_pandas(ignore_metadata=True)
             for (step, place, _), samples in table.groupby(["batch", "position", "group"], sort=True):
                 groups[int(step)].append((int(place), _group(samples)))
         return [

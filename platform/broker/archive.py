@@ -4,7 +4,9 @@
 
 Invariant: a payload is deleted only after the file that holds it stands under its final name. A file without a leading
 dot is whole. The plan is durable and decides what a shard holds, so that writing it again after a crash replaces it by
-itself. The broker's loop never waits for a shard; it only deletes the payloads afterwards.
+itself. The broker's loop never waits for a shard; it only deletes the payloads afterwards. What Parquet cannot hold is
+left out and named (the payload stays in the ledger); what the disk does not take ends the run. Every page has a
+checksum, and `read_archive` verifies it: a shard that is damaged or gone is told by name.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offtrail.core.types import FINISH_REASONS, Channel, Group, Int32
-from offtrail.platform.broker.shards import read_shard
+from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.shards import names_standing, read_shard
 from offtrail.platform.wire.groups import unpack_group
 
 SHARD_BYTES = 32 << 20
@@ -141,17 +145,61 @@ def problem_value(problem: Any, name: str) -> Any:
     return dict(value) if name == "meta" else [dict(m) for m in value] if name == "messages" else value
 
 
-def write_shard(ledger: Path, folder: Path, run: str, name: str) -> None:
-    """Write one planned shard and seal it by rename. OSError or ArrowException when the disk does not take it."""
-    groups = [(facts, unpack_group(body)) for facts, body in read_shard(ledger, name)]
+def write_shard(ledger: Path, folder: Path, run: str, name: str) -> dict[int, str]:
+    """Write one planned shard and seal it by rename; the groups that it could not hold, and why.
+
+    OSError when the disk does not take it, LedgerError when the ledger cannot be read.
+    """
+    groups, left_out = [], {}
+    for facts, body in read_shard(ledger, name):
+        try:
+            group = unpack_group(body)
+            _rows(run, facts, group)
+        except Exception as error:  # whatever an older broker let in
+            left_out[facts["group"]] = f"the archive cannot hold it ({type(error).__name__}: {error})"
+        else:
+            groups.append((facts, group))
     folder.mkdir(exist_ok=True)
     partial = folder / f".{name}"
     try:
-        pq.write_table(table(run, groups), partial, compression="zstd")
+        pq.write_table(table(run, groups), partial, compression="zstd", write_page_checksum=True)
         os.replace(partial, folder / name)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    return left_out
+
+
+class ArchiveError(ValueError):
+    """A shard is damaged or gone; one line with its path and the way out."""
+
+
+def read_archive(run_dir: Path, pattern: str = "*.parquet", **options: Any) -> Iterator[pa.Table]:
+    """The sealed shards of a run whose names match, in the order of their names; ``options``: of pq.read_table.
+
+    Raises ArchiveError where one is damaged, or was sealed and is not there.
+    """
+    folder = run_dir / "trajectories"
+    names = {path.name for path in folder.glob(pattern)}
+    way_out = "put a copy of it back: its groups are nowhere else, and only a new run would make such again"
+    for name in names_standing(run_dir / "ledger.sqlite"):
+        if Path(name).match(pattern) and name not in names:
+            raise ArchiveError(f"{folder / name}: is gone, though it was sealed; {way_out}")
+    for name in sorted(names):
+        try:
+            yield pq.read_table(folder / name, page_checksum_verification=True, **options)
+        except (OSError, pa.ArrowException) as error:
+            words = " ".join(str(error).split())
+            raise ArchiveError(f"{folder / name}: is damaged ({words}); {way_out}") from error
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """What became of a shard: its file stands but for the groups ``left_out``, or it is set aside for ``why``."""
+
+    name: str
+    left_out: dict[int, str] = field(default_factory=dict)
+    why: str = ""
 
 
 class Archive:
@@ -160,7 +208,7 @@ class Archive:
     def __init__(self, ledger: Path, folder: Path, run: str) -> None:
         self._ledger, self._folder, self._run = ledger, folder, run
         self._todo: queue.Queue[str | None] = queue.Queue()
-        self._done: queue.Queue[tuple[str, Exception | None]] = queue.Queue()
+        self._done: queue.Queue[Sealed | Exception] = queue.Queue()
         self._asked: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="archive", daemon=True)
         self._thread.start()
@@ -172,15 +220,15 @@ class Archive:
                 self._asked.add(name)
                 self._todo.put(name)
 
-    def done(self) -> list[str]:
-        """Shards that stand since the last call. Raises OSError, naming the folder, when one could not be written."""
-        names: list[str] = []
+    def done(self) -> list[Sealed]:
+        """What became of shards since the last call. Raises OSError, naming the file, when the disk took one not."""
+        found: list[Sealed] = []
         while not self._done.empty():
-            name, error = self._done.get()
-            if error is not None:
-                raise OSError(f"{self._folder / name}: {error}") from error
-            names.append(name)
-        return names
+            sealed = self._done.get()
+            if isinstance(sealed, Exception):
+                raise sealed
+            found.append(sealed)
+        return found
 
     def close(self) -> None:
         """Finish the shard in the works and end the thread; the rest waits for the next start."""
@@ -192,7 +240,10 @@ class Archive:
     def _work(self) -> None:
         while (name := self._todo.get()) is not None:
             try:
-                write_shard(self._ledger, self._folder, self._run, name)
-                self._done.put((name, None))
+                self._done.put(Sealed(name, write_shard(self._ledger, self._folder, self._run, name)))
+            except LedgerError as error:
+                self._done.put(error)
+            except OSError as error:
+                self._done.put(OSError(f"{self._folder / name}: {error}"))
             except Exception as error:
-                self._done.put((name, error))
+                self._done.put(Sealed(name, why=f"no file can be made of it ({type(error).__name__}: {error})"))

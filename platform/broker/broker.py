@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from offtrail.core.types import Problem
+from offtrail.core.types import Group, Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
-from offtrail.platform.broker.archive import Archive
+from offtrail.platform.broker.archive import Archive, Sealed
 from offtrail.platform.broker.authority import check_hello, check_sender
 from offtrail.platform.broker.database import LedgerError, UnfitError
 from offtrail.platform.broker.deadlines import TICK_SECONDS, Deadlines
@@ -39,7 +39,7 @@ from offtrail.platform.tracking.diagnosis import Diagnosis
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.wire.auth import is_remote
 from offtrail.platform.wire.codec import WireError
-from offtrail.platform.wire.groups import group_frames, group_from, unpack_group
+from offtrail.platform.wire.groups import group_frames, group_from
 from offtrail.platform.wire.messages import (
     LAUNCHER,
     Acknowledged,
@@ -112,6 +112,7 @@ class Broker:
         self.numbers = RunMetrics(self.ledger, self.roster, clock, cold_start)
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
+        self.ledger.shards.miss(run_dir / "trajectories")
         self.archive.seal(self.ledger.shards.unsealed())
         self.evaluations = Evaluations(
             self.ledger, config.eval.every, config.eval.waiting_mb << 20, scores="evaluator" in JOBS[config.job]
@@ -187,7 +188,7 @@ class Broker:
         while self.later:
             try:
                 self.later.pop(0)()
-            except (LedgerError, OSError) as error:
+            except (LedgerError, UnfitError, OSError) as error:
                 self.ending.broken(error)
             except Exception:
                 log.exception("a file could not be brought up to date with the ledger")
@@ -200,12 +201,20 @@ class Broker:
     def tick(self) -> None:
         """What time brings: sealed shards, lost holders, starvation, deadlines, a spent budget."""
         try:
-            for name in self.archive.done():
-                self.ledger.shards.sealed(name)
+            for shard in self.archive.done():
+                self._note_sealed(shard)
             self.deadlines.tick()
             self.ending.check()
-        except (LedgerError, OSError) as error:
+        except (LedgerError, UnfitError, OSError) as error:
             self.ending.broken(error)
+
+    def _note_sealed(self, shard: Sealed) -> None:
+        for line in [shard.why] if shard.why else shard.left_out.values():
+            log.warning("%s: %s", shard.name, line)
+        if shard.why:
+            self.ledger.shards.set_aside(shard.name, shard.why)
+        else:
+            self.ledger.shards.sealed(shard.name, shard.left_out)
 
     # ------------------------------------------------------------------ the beginning
 
@@ -308,7 +317,9 @@ class Broker:
             if self.ending.status or step >= self.ledger.last:
                 over = bool(self.ending.status)
                 return BatchReply(step=step, headers=[], stop=over, finished=not over), NO_ARRAYS
-            if behind() or (groups := self.scheduler.batch(step)) is None:
+            if behind() or (ids := self.scheduler.batch(step)) is None:
+                return None
+            if (groups := self.scheduler.contents(step, ids)) is None:
                 return None
             self.deadlines.progress()
             return self._batch_reply(step, groups)
@@ -324,8 +335,8 @@ class Broker:
 
         return self.polls.hold(LongPoll(envelope, serve, empty, why, idle))
 
-    def _batch_reply(self, step: int, groups: Sequence[int]) -> Answer:
-        frames = [group_frames(unpack_group(body)) for body in self.ledger.payloads(groups)]
+    def _batch_reply(self, step: int, groups: Sequence[Group]) -> Answer:
+        frames = [group_frames(group) for group in groups]
         arrays = [array for _, parts in frames for array in parts]
         replay = step < self.scheduler.replay_until
         return BatchReply(step=step, headers=[header for header, _ in frames], replay=replay), arrays
@@ -437,6 +448,8 @@ class Broker:
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
         """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words."""
         name = f"{failure.role}-{failure.index}"
+        if failure.batch >= 0 and not self.ending.status:
+            self.scheduler.blame(failure.batch, failure.error)
         if failure.final or name not in self.restartable:
             self.ending.failures.append(failure)
             self.ending.end("failed", f"{name}: {failure.error}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from offtrail.platform.broker.archive import SHARD_BYTES, Archive
 from offtrail.platform.broker.budget import Budget
-from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.database import LedgerError, UnfitError
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.broker.roster import Member
@@ -104,7 +104,7 @@ class Ending:
         """The disk does not take what must be durable: nothing more is acknowledged, the run fails in one line."""
         line = (
             str(error)
-            if isinstance(error, LedgerError)
+            if isinstance(error, LedgerError | UnfitError)
             else (
                 f"{self.run_dir}: {error}; nothing acknowledged is lost: free space (or make it writable) "
                 "and go on with run.resume=true"
@@ -115,13 +115,13 @@ class Ending:
         return line
 
     def seal(self) -> None:
-        """Plan the shards of what may leave the spool, and have them written."""
-        self.ledger.shards.plan(SHARD_BYTES, self.ledger.checkpoint)
+        """Plan the shards of what may leave the spool (all of it once the run is completed), and have them written."""
+        self.ledger.shards.plan(SHARD_BYTES, self.ledger.checkpoint, everything=self.status == "completed")
         self.archive.seal(self.ledger.shards.unsealed())
 
     def recount(self) -> None:
-        """The audit of the summary is as new as the last call."""
-        self.audit = self.ledger.audit()
+        """The audit of the summary is as new as the last call; here, of what came since the last one."""
+        self.audit = self.ledger.auditor.recent(self.ledger.checkpoint)
 
     def _summarise(self) -> dict[str, Any]:
         # A run that is killed says nothing any more: until it ends otherwise, it is interrupted.

@@ -11,8 +11,9 @@ payloads are kept until a checkpoint covers them; *trained once* holds in the li
    attempt+1 └─┘   attempt+1  ▼                    ▼
                            refused  ◄──────────────┘  superseded
 
-The schema (tables.py) itself refuses any other move, and counts inside the transaction of the move. `audit` recounts
-from the rows, the payloads and the batch log.
+The schema (tables.py) itself refuses any other move, and counts inside the transaction of the move. audit.py recounts
+from the rows, the payloads and the batch log. No call's cost grows with the run's age: what a summary needs of all of
+it is kept as it comes.
 
 One connection (database.py: what durable means) serves this, `records` (metrics, evaluations, charges, remarks) and
 `shards` (the archive's side).
@@ -26,8 +27,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from offtrail.platform.broker.admission import Tally
+from offtrail.platform.broker.audit import Auditor
 from offtrail.platform.broker.database import Database, LedgerError
-from offtrail.platform.broker.records import Records, put_metrics, put_remark
+from offtrail.platform.broker.mend import mend
+from offtrail.platform.broker.records import Records, put_aside, put_metrics, put_remark
 from offtrail.platform.broker.rows import Ages, Arrival, Audit, Grant, GroupRow
 from offtrail.platform.broker.shards import Shards
 
@@ -48,7 +51,11 @@ class Ledger:
         self.file = Database(path)
         self.records = Records(self.file)
         self.shards = Shards(self.file)
+        self.auditor = Auditor(self.file)
+        self._trained: Ages | None = None
+        """The staleness of all trained batches, once it was asked for; None: to be read anew."""
         try:
+            mend(self.file)
             self._arrivals = int(self.file.one("SELECT COALESCE(MAX(arrival) + 1, 0) FROM groups"))
         except LedgerError:
             self.close()
@@ -79,26 +86,8 @@ class Ledger:
         return int(self.file.one("SELECT COALESCE(MAX(id) + 1, 0) FROM groups"))
 
     def audit(self) -> Audit:
-        """Recount everything from the rows, the payloads and the batch log, trusting no counter."""
-        self.file.forget()
-        admitted, rows = self.file.rows("SELECT COALESCE(MAX(id) + 1, 0), COUNT(*) FROM groups")[0]
-        log = "SELECT j.value AS id FROM batches b, json_each(b.ids) j"
-        lost = {
-            i for (i,) in self.file.rows(f"SELECT id FROM groups WHERE state IN ('training', 'trained') EXCEPT {log}")
-        }
-        lost |= {
-            i for (i,) in self.file.rows(f"{log} EXCEPT SELECT id FROM groups WHERE state IN ('training', 'trained')")
-        }
-        unkept = self.file.rows(
-            "SELECT g.id FROM groups g LEFT JOIN payloads p ON p.id = g.id LEFT JOIN shards s ON s.name = g.shard "
-            "WHERE p.id IS NULL AND (state IN ('queued', 'training') OR state = 'trained' AND COALESCE(sealed, 0) = 0)"
-        )
-        lost |= {i for (i,) in unkept}
-        if admitted != rows:
-            lost |= set(range(admitted)) - {i for (i,) in self.file.rows("SELECT id FROM groups")}
-        drift = abs(rows - self.file.one("SELECT COALESCE(SUM(n), 0) FROM tally"))
-        twice = self.file.one(f"SELECT COALESCE(SUM(n - 1), 0) FROM (SELECT COUNT(*) AS n FROM ({log}) GROUP BY id)")
-        return Audit(admitted, len(lost) + drift, twice)
+        """Recount everything; see audit.py."""
+        return self.auditor.whole()
 
     # ------------------------------------------------------------------ leases
 
@@ -244,15 +233,9 @@ class Ledger:
         """One past the last logged batch."""
         return int(self.file.one("SELECT COALESCE(MAX(step) + 1, 0) FROM batches"))
 
-    def payloads(self, groups: Sequence[int]) -> list[bytes]:
-        """The packed groups, in the order asked for; LedgerError when one is gone."""
-        found = dict(self.file.fetch(f"SELECT id, body FROM payloads WHERE id IN ({','.join(map(str, groups))})"))
-        missing = [g for g in groups if g not in found]
-        if missing:
-            raise LedgerError(
-                f"{self.file.path}: no payload of groups {missing}; the file was changed by something else"
-            )
-        return [found[g] for g in groups]
+    def payloads(self, groups: Sequence[int]) -> dict[int, bytes]:
+        """Group → its packed body, of those that are in the spool."""
+        return dict(self.file.fetch(f"SELECT id, body FROM payloads WHERE id IN ({','.join(map(str, groups))})"))
 
     def log_batch(self, step: int, groups: Sequence[int]) -> None:
         """Queued → training: the ordered ids are durable when this returns, before anyone trains on them."""
@@ -286,12 +269,17 @@ class Ledger:
 
     def ages(self, step: int | None = None) -> Ages:
         """Staleness of one logged batch, or of all trained ones."""
-        where = "step = ?" if step is not None else "trained = 1"
+        if step is None:
+            self._trained = self._trained or self._ages_where("trained = 1")
+            return self._trained
+        return self._ages_where("step = ?", step)
+
+    def _ages_where(self, where: str, *values: int) -> Ages:
         rows = self.file.rows(
             "SELECT COALESCE(SUM(tokens), 0), COALESCE(SUM(stale_tokens), 0), COALESCE(SUM(age_sum), 0), "
             "COALESCE(MAX(age_max), 0), COALESCE(SUM(flight_sum), 0), COALESCE(SUM(queue_sum), 0) "
             f"FROM batches WHERE {where}",
-            *([step] if step is not None else []),
+            *values,
         )
         return Ages(*rows[0])
 
@@ -319,7 +307,10 @@ class Ledger:
     def publish(self, version: int, checksum: str) -> bool:
         """A version is out without a batch: the start, or a checkpoint's again. True when it differs from the log."""
         with self.file.change() as db:
-            return self._publish(db, version, checksum)
+            diverged = self._publish(db, version, checksum)
+        if diverged:
+            self._forget()
+        return diverged
 
     def commit(self, step: int, checksum: str, metrics: Mapping[str, float]) -> bool:
         """Training → trained for the batch of ``step``, with version step+1 and its metrics, in one transaction.
@@ -331,7 +322,17 @@ class Ledger:
             db.execute("UPDATE groups SET state = 'trained' WHERE batch = ? AND state = 'training'", (step,))
             db.execute("UPDATE batches SET trained = 1 WHERE step = ?", (step,))
             put_metrics(db, step + 1, metrics)
+        if diverged:
+            self._forget()
+        else:
+            self._trained = self._trained and self._trained + self.ages(step)
+            self.records.trained(metrics)
         return diverged
+
+    def _forget(self) -> None:
+        """Steps were taken back: the sums over all of them are to be read anew."""
+        self._trained = None
+        self.records.forget()
 
     def _publish(self, db: sqlite3.Connection, version: int, checksum: str) -> bool:
         logged = self.checksum(version)
@@ -342,8 +343,9 @@ class Ledger:
             return False
         lineage = self.lineage
         if logged is not None:
-            lineage += 1
             self._supersede(db, version)
+        if db.execute("SELECT 1 FROM versions WHERE version = ? AND lineage = ?", (version, lineage)).fetchone():
+            lineage += 1  # it was made before, and that one is dead
         db.execute("INSERT INTO versions VALUES (?, ?, ?, 0)", (version, lineage, checksum))
         return logged is not None
 
@@ -368,6 +370,29 @@ class Ledger:
             (version, version),
         ).fetchall()
         self._refuse(db, [i for (i,) in dead], "superseded", f"version {version} was made anew and differs")
+
+    def unlog(self, step: int, unfit: Mapping[int, str]) -> None:
+        """Take the batch of ``step``, which is not trained, and all after it back: its ``unfit`` groups are refused as
+        `failed`, each for the reason given, and set aside; the others are queued again. A version that was made of this
+        batch before (it is replayed) is dead, because the next one differs.
+        """
+        with self.file.change() as db:
+            if self.newest > step:
+                self._supersede(db, step + 1)
+            # Trap: a lease that needs a version which is to be made anew would keep the places below it from being
+            # filled, and it is these that the version waits for.
+            ahead = [i for (i,) in db.execute("SELECT id FROM groups WHERE state = 'leased' AND needs > ?", (step,))]
+            self._refuse(db, ahead, "superseded", f"version {step + 1} is to be made anew")
+            db.execute("DELETE FROM batches WHERE step >= ?", (step,))
+            db.execute(
+                "UPDATE groups SET state = 'queued', batch = NULL, position = NULL "
+                "WHERE batch >= ? AND state = 'training'",
+                (step,),
+            )
+            for group, why in unfit.items():
+                self._refuse(db, [group], "failed", why)
+                put_aside(db, f"group {group} of batch {step}", why)
+        self._forget()
 
     # ------------------------------------------------------------------ last version, checkpoints, restarts
 
@@ -407,6 +432,7 @@ class Ledger:
                 "SELECT id FROM groups WHERE state = 'queued' AND max_version > ?", (self.newest,)
             ).fetchall()
             self._refuse(db, [i for (i,) in orphans], "superseded", "a token of a version that was never committed")
+        self._forget()
 
     def release(self) -> None:
         """No holder of an earlier life is left: every lease waits to be issued again, under a new attempt."""

@@ -12,12 +12,17 @@ from collections.abc import Mapping, Sequence
 
 from offtrail.platform.broker.database import Database
 
+SHOWN = 20
+"""Of what was set aside, in the summary."""
+
 
 class Records:
     """Metrics, evaluations, compute and remarks of one run; every public method is one transaction."""
 
     def __init__(self, database: Database) -> None:
         self.file = database
+        self._means: dict[str, tuple[float, int]] = {}
+        """Sum and number of a metric over all steps, for those that were asked for."""
 
     def metrics(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl: "step" and the scalars of each learner step, in order."""
@@ -26,20 +31,41 @@ class Records:
         ]
 
     def mean_metric(self, name: str) -> float | None:
-        """Mean of one scalar over all steps that have it."""
-        value = self.file.one("SELECT AVG(json_extract(metrics, '$.\"' || ? || '\"')) FROM steps", name)
-        return None if value is None else float(value)
+        """Mean of one scalar over all steps that have it. All of them are read once, then each as it comes."""
+        if name not in self._means:
+            values = f"SELECT {_metric('steps')} AS value FROM steps"
+            self._means[name] = self.file.rows(f"SELECT TOTAL(value), COUNT(value) FROM ({values})", name)[0]
+        total, count = self._means[name]
+        return total / count if count else None
+
+    def trained(self, metrics: Mapping[str, float]) -> None:
+        """These metrics of one more step are in the ledger now."""
+        for name, (total, count) in self._means.items():
+            if math.isfinite(value := metrics.get(name, math.nan)):
+                self._means[name] = total + value, count + 1
+
+    def forget(self) -> None:
+        """Steps were taken back: what is remembered of them is read anew."""
+        self._means.clear()
 
     def edge_metrics(self, name: str) -> tuple[float | None, float | None]:
         """One scalar at the first and the last step."""
-        found = [
+        first, last = (
+            self.file.rows(f"SELECT {_metric('steps')} FROM steps ORDER BY step {way} LIMIT 1", name)
+            for way in ("ASC", "DESC")
+        )
+        return (first[0][0] if first else None), (last[0][0] if last else None)
+
+    def edge_scores(self, name: str) -> tuple[float | None, float | None]:
+        """One score of the first and the last version that have it."""
+        value = _metric("evals")
+        first, last = (
             self.file.rows(
-                f"SELECT json_extract(metrics, '$.\"' || ? || '\"') FROM steps ORDER BY step {way} LIMIT 1", name
+                f"SELECT {value} FROM evals WHERE {value} IS NOT NULL ORDER BY version {way} LIMIT 1", name, name
             )
             for way in ("ASC", "DESC")
-        ]
-        first, last = (rows[0][0] if rows else None for rows in found)
-        return first, last
+        )
+        return (first[0][0] if first else None), (last[0][0] if last else None)
 
     def evaluated(self, version: int, metrics: Mapping[str, float]) -> None:
         """The scores of one version."""
@@ -50,9 +76,9 @@ class Records:
         """Scores by version, in order."""
         return {v: json.loads(m) for v, m in self.file.rows("SELECT version, metrics FROM evals ORDER BY version")}
 
-    def scored(self) -> set[int]:
-        """The versions that have scores."""
-        return {version for (version,) in self.file.rows("SELECT version FROM evals")}
+    def scored(self, version: int) -> bool:
+        """Whether a version has scores."""
+        return bool(self.file.rows("SELECT 1 FROM evals WHERE version = ?", version))
 
     def life(self, role: str, place: int) -> int:
         """A number for a role's new process: its charges add to those of its earlier lives."""
@@ -84,6 +110,12 @@ class Records:
         rows = self.file.rows("SELECT value FROM meta WHERE key = ?", key)
         return rows[0][0] if rows else None
 
+    def aside(self) -> list[str]:
+        """What cannot be read, trained or archived and was set aside, and why: SHOWN of it, and how many more."""
+        rows = self.file.rows("SELECT what, why FROM aside ORDER BY what LIMIT ?", SHOWN)
+        more = int(self.file.one("SELECT COUNT(*) FROM aside")) - len(rows)
+        return [f"{what}: {why}" for what, why in rows] + ([f"and {more} more"] if more else [])
+
     def put(self, remarks: Mapping[str, str]) -> None:
         """Set remarks about the run."""
         with self.file.change() as db:
@@ -96,9 +128,19 @@ def put_remark(db: sqlite3.Connection, key: str, value: str) -> None:
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
 
+def put_aside(db: sqlite3.Connection, what: str, why: str) -> None:
+    """Within a transaction: name what was set aside, and why."""
+    db.execute("INSERT OR REPLACE INTO aside VALUES (?, ?)", (what, why))
+
+
 def put_metrics(db: sqlite3.Connection, version: int, metrics: Mapping[str, float]) -> None:
     """Within a transaction: the metrics of the step that made ``version``."""
     db.execute("INSERT OR REPLACE INTO steps VALUES (?, ?)", (version, _json(metrics)))
+
+
+def _metric(table: str) -> str:
+    """One scalar of a row, named by the query's next value."""
+    return f"json_extract({table}.metrics, '$.\"' || ? || '\"')"
 
 
 def _json(metrics: Mapping[str, float]) -> str:

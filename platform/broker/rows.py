@@ -54,6 +54,16 @@ class Ages:
     flight_sum: int = 0
     queue_sum: int = 0
 
+    def __add__(self, other: Ages) -> Ages:
+        return Ages(
+            self.tokens + other.tokens,
+            self.stale_tokens + other.stale_tokens,
+            self.age_sum + other.age_sum,
+            max(self.age_max, other.age_max),
+            self.flight_sum + other.flight_sum,
+            self.queue_sum + other.queue_sum,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Audit:

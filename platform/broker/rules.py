@@ -45,6 +45,10 @@ class GroupRules:
         longest = len(group.prompt_tokens) + int(group.lengths.max())
         if self.longest and longest > self.longest:
             return f"a prompt and its answer take {longest} tokens, above model.max_length={self.longest}"
+        return self.without_channel(group)
+
+    def without_channel(self, group: Group) -> str:
+        """Why the learner could make no advantages of the group, or ""."""
         channel = group.channels.get(self.channel)
         if self.channel and (channel is None or channel.axis not in ("step", "token")):
             found = {name: made.axis for name, made in group.channels.items()}

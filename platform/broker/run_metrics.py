@@ -165,7 +165,7 @@ class RunMetrics:
     def summary(self, status: str, reason: str, seed: int, version: int, audit: Audit) -> dict[str, Any]:
         """The contents of summary.json (versions and git_commit are added where it is written)."""
         ledger, tally, ages = self.ledger, self.ledger.tally(), self.ledger.ages()
-        evals = [scores["eval/accuracy"] for scores in ledger.records.evals().values() if "eval/accuracy" in scores]
+        score_first, score_last = ledger.records.edge_scores("eval/accuracy")
         first, last = ledger.records.edge_metrics("reward/accuracy")
         loss_first, loss_last = ledger.records.edge_metrics("loss/sft")
         of_sft = {} if loss_first is None else {"loss/sft_first": loss_first, "loss/sft_last": loss_last}
@@ -174,8 +174,8 @@ class RunMetrics:
             **({"reason": reason} if reason else {}),
             "steps": max(0, version),
             "wall_seconds": self.wall_seconds,
-            "eval/accuracy_first": evals[0] if evals else None,
-            "eval/accuracy_last": evals[-1] if evals else None,
+            "eval/accuracy_first": score_first,
+            "eval/accuracy_last": score_last,
             "reward/accuracy_first": first,
             "reward/accuracy_last": last,
             **of_sft,
@@ -193,6 +193,7 @@ class RunMetrics:
             "weights/publish_seconds_mean": ledger.records.mean_metric("weights/publish_seconds"),
             "restarts": self.restarts,
             **({"values_dropped": self.dropped} if self.dropped else {}),
+            **({"set_aside": aside} if (aside := ledger.records.aside()) else {}),
             "lineage": ledger.lineage,
             "seed": seed,
         }

@@ -11,9 +11,10 @@ I1 (ledger.py) and I2, I2b (admission.py) hold after every call, whatever the or
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
@@ -27,7 +28,7 @@ from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.broker.problems import ProblemError, Problems
 from offtrail.platform.broker.rows import Arrival, Grant, GroupRow
 from offtrail.platform.broker.rules import GroupRules
-from offtrail.platform.wire.groups import pack_group
+from offtrail.platform.wire.groups import pack_group, unpack_group
 
 log = logging.getLogger("offtrail.broker")
 
@@ -305,6 +306,53 @@ class Scheduler:
             self.handed = step
         return groups
 
+    def contents(self, step: int, ids: Sequence[int]) -> list[Group] | None:
+        """The groups of a logged batch. None where one of them cannot be read or trained: it is set aside, and the
+        batch is to be formed anew.
+        """
+        bodies, groups, unfit = self.ledger.payloads(ids), list[Group](), dict[int, str]()
+        for group in ids:
+            try:
+                groups.append(self._trainable(bodies, group))
+            except ValueError as error:
+                unfit[group] = str(error)
+        if not unfit:
+            return groups
+        self.set_aside(step, unfit)
+        return None
+
+    def _trainable(self, bodies: dict[int, bytes], group: int) -> Group:
+        if group not in bodies:
+            raise ValueError("its payload is gone from the ledger")
+        found = unpack_group(bodies[group], self.rules.vocab_size)
+        if detail := self.rules.without_channel(found):
+            raise ValueError(detail)
+        return found
+
+    def set_aside(self, step: int, unfit: dict[int, str]) -> None:
+        """Groups of a logged batch that cannot be trained are refused, whatever the log says; nothing after the batch
+        is logged any more, and the open slots are filled again.
+        """
+        for group, why in unfit.items():
+            log.warning("group %d of batch %d is set aside: %s", group, step, why)
+        self.ledger.unlog(step, unfit)
+        self.handed, self.replay_until = min(self.handed, step - 1), min(self.replay_until, step)
+
+    def blame(self, step: int, error: str) -> None:
+        """The learner has failed on the batch of ``step``: durable, for the next launch to go on without it."""
+        self.ledger.records.put({"unfit": json.dumps({"step": step, "error": error})})
+
+    def _drop_blamed(self) -> None:
+        """A batch that the learner of an earlier launch has failed on is set aside whole: nobody knows which group of
+        it was to blame, and the replay would end in the same way.
+        """
+        if not (noted := self.ledger.records.get("unfit")):
+            return
+        step, error = json.loads(noted)["step"], json.loads(noted)["error"]
+        if (groups := self.ledger.batch(step)) and step >= self.ledger.checkpoint:
+            self.set_aside(step, dict.fromkeys(groups, f"the learner failed on its batch: {error}"))
+        self.ledger.records.put({"unfit": ""})
+
     def _form(self, step: int, newest: int | None) -> list[int] | None:
         """Log the batch of ``step``; None while a group is missing, or has a token of a version above ``newest``."""
         rows = self._without_stale(step)[: self.admission.batch]
@@ -368,6 +416,7 @@ class Scheduler:
         self.ledger.rewind()
         self.version = self.handed = -1
         self.replay_until = self.ledger.logged()
+        self._drop_blamed()
 
     def end_here(self, why: str) -> None:
         """The run ends with what was begun: with the newest version, or with the one that the last logged batch makes.

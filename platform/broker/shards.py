@@ -3,17 +3,23 @@
     plan ──► the archive's thread: read_shard, write, rename ──► sealed
 
 The plan is durable before a file is written, so that a crash between the file's rename and `sealed` writes the same
-file again.
+file again. What no file can hold is set aside: its payload stays in the ledger, and the run goes on without it.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from offtrail.platform.broker.database import Database, LedgerError
+from offtrail.platform.broker.records import put_aside, put_remark
+
+GROWTH = 16
+"""A shard is planned once what waits for it is this part of what was planned before, or a shard's full size: the files
+of a long run are few, and those of a short one come soon.
+"""
 
 
 class Shards:
@@ -22,35 +28,62 @@ class Shards:
     def __init__(self, database: Database) -> None:
         self.file = database
 
-    def plan(self, shard_bytes: int, checkpoint: int) -> None:
-        """Assign every payload that may leave the spool to a shard of about ``shard_bytes``, durably.
+    def plan(self, shard_bytes: int, checkpoint: int, *, everything: bool = False) -> None:
+        """Assign the payloads that may leave the spool to shards of about ``shard_bytes``, durably; where they are too
+        few for a file (GROWTH), only if ``everything`` is to go.
 
         May leave: groups of batches before the version ``checkpoint``, and refused groups.
         """
-        kept = "FROM groups g JOIN payloads p ON p.id = g.id WHERE g.shard IS NULL"
+        # CROSS JOIN: by the payloads, which are few, not by the groups, which are all that ever were.
+        kept = "FROM payloads p CROSS JOIN groups g ON g.id = p.id WHERE g.shard IS NULL"
         trained = self.file.rows(
             f"SELECT batch, g.id, length(body) {kept} AND state = 'trained' AND batch < ? ORDER BY batch, position",
             checkpoint,
         )
         refused = self.file.rows(f"SELECT NULL, g.id, length(body) {kept} AND state = 'refused' ORDER BY g.id")
+        planned = int(self.file.one("SELECT COALESCE(MAX(value), '0') FROM meta WHERE key = 'planned_bytes'"))
+        enough = 0 if everything else min(shard_bytes, planned // GROWTH)
+        kinds = [rows for rows in (trained, refused) if rows and sum(size for _, _, size in rows) >= enough]
+        if not kinds:
+            return
         with self.file.change() as db:
-            number = int(self.file.one("SELECT COUNT(*) FROM shards"))
-            for parts in _cut(trained, shard_bytes), _cut(refused, shard_bytes):
-                for part in parts:
-                    name = _shard_name(number, part)
-                    db.execute("INSERT INTO shards (name) VALUES (?)", (name,))
-                    db.executemany("UPDATE groups SET shard = ? WHERE id = ?", [(name, i) for _, i, _ in part])
-                    number += 1
+            last = self.file.one("SELECT MAX(name) FROM shards")
+            number = int(last.partition("_")[0]) + 1 if last else 0
+            for part in (part for rows in kinds for part in _cut(rows, shard_bytes)):
+                name = _shard_name(number, part)
+                db.execute("INSERT INTO shards (name) VALUES (?)", (name,))
+                db.executemany("UPDATE groups SET shard = ? WHERE id = ?", [(name, i) for _, i, _ in part])
+                number += 1
+                planned += sum(size for _, _, size in part)
+            put_remark(db, "planned_bytes", str(planned))
 
     def unsealed(self) -> list[str]:
         """Planned shards whose file may not stand yet."""
         return [name for (name,) in self.file.rows("SELECT name FROM shards WHERE sealed = 0 ORDER BY name")]
 
-    def sealed(self, name: str) -> None:
-        """The shard's file stands: its payloads leave the spool."""
+    def sealed(self, name: str, left_out: Mapping[int, str] | None = None) -> None:
+        """The shard's file stands: its payloads leave the spool, but for those of the groups that it could not hold."""
+        left_out = left_out or {}
         with self.file.change() as db:
-            db.execute("DELETE FROM payloads WHERE id IN (SELECT id FROM groups WHERE shard = ?)", (name,))
+            ids = [(i,) for (i,) in db.execute("SELECT id FROM groups WHERE shard = ?", (name,)) if i not in left_out]
+            db.executemany("DELETE FROM payloads WHERE id = ?", ids)
             db.execute("UPDATE shards SET sealed = 1 WHERE name = ?", (name,))
+            for group, why in left_out.items():
+                put_aside(db, f"group {group} in {name}", why)
+
+    def set_aside(self, name: str, why: str) -> None:
+        """No file can be made of the shard: its payloads stay in the ledger."""
+        with self.file.change() as db:
+            db.execute("UPDATE shards SET sealed = 2 WHERE name = ?", (name,))
+            put_aside(db, name, why)
+
+    def miss(self, folder: Path) -> None:
+        """Name the shards that were sealed and whose file is not in ``folder`` any more."""
+        sealed = self.file.rows("SELECT name FROM shards WHERE sealed = 1")
+        with self.file.change() as db:
+            for (name,) in sealed:
+                if not (folder / name).is_file():
+                    put_aside(db, name, "its file is gone, though it was sealed")
 
 
 Planned = tuple[int | None, int, int]
@@ -78,9 +111,23 @@ def _shard_name(number: int, part: Sequence[Planned]) -> str:
     return f"{number:06d}_batches_{first[0]:06d}-{last[0]:06d}.parquet"
 
 
+def names_standing(path: Path) -> list[str]:
+    """The shards whose file must stand, by a ledger that perhaps another process writes; none where there is none."""
+    if not path.is_file():
+        return []
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        return [name for (name,) in db.execute("SELECT name FROM shards WHERE sealed = 1 ORDER BY name")]
+    except sqlite3.Error as error:
+        raise LedgerError(f"{path}: {error}") from error
+    finally:
+        db.close()
+
+
 def read_shard(path: Path, name: str) -> list[tuple[dict[str, Any], bytes]]:
     """The groups of a planned shard, as (what the ledger says of it, payload): for another thread, read only."""
     db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    db.text_factory = lambda text: text.decode(errors="replace")
     try:
         rows = db.execute(
             "SELECT g.id, state, reason, detail, batch, position, lineage, body "

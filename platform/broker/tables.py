@@ -5,7 +5,7 @@
 - The counts by state move with the groups, in the same transaction (triggers `count_admission`, `count_move`).
 """
 
-LEDGER_SCHEMA = 3
+LEDGER_SCHEMA = 4
 """Kept as the file's user_version; another one is refused."""
 
 TABLES = """
@@ -48,12 +48,18 @@ CREATE TABLE versions (
     version INTEGER, lineage INTEGER, checksum TEXT NOT NULL, dead INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (version, lineage)
 ) WITHOUT ROWID;
+CREATE INDEX lineages ON versions(lineage);
 CREATE TABLE steps (step INTEGER PRIMARY KEY, metrics TEXT NOT NULL);
 CREATE TABLE evals (version INTEGER PRIMARY KEY, metrics TEXT NOT NULL);
 CREATE TABLE charges (
     role TEXT, place INTEGER, life INTEGER, name TEXT, amount REAL NOT NULL, PRIMARY KEY (role, place, life, name)
 ) WITHOUT ROWID;
-CREATE TABLE shards (name TEXT PRIMARY KEY, sealed INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+CREATE TABLE shards (
+    name TEXT PRIMARY KEY,
+    sealed INTEGER NOT NULL DEFAULT 0     -- 1: its file stands; 2: it cannot be written and was set aside
+) WITHOUT ROWID;
+CREATE INDEX unsealed ON shards(name) WHERE sealed = 0;
+CREATE TABLE aside (what TEXT PRIMARY KEY, why TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE tally (
     state TEXT, reason TEXT, n INTEGER NOT NULL, tokens INTEGER NOT NULL, PRIMARY KEY (state, reason)
 ) WITHOUT ROWID;

@@ -143,6 +143,7 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
         "staleness mean / max": _pair(summary, "staleness/mean", "staleness/max"),
         "stale tokens": summary.get("staleness/stale_token_share"),
         "groups trained / lost / twice": _pair(summary, "groups/trained", "groups/lost", "groups/duplicated"),
+        "set aside": _set_aside(summary),
         "busy learner / generator": _pair(summary, "learner/busy_fraction", "generator/busy_fraction"),
     }
     table = Table.grid(padding=(0, 2))
@@ -160,6 +161,12 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
 def _stages(summary: dict[str, Any]) -> str | None:
     stages = summary.get("stages", {}).items()
     return ", ".join(f"{name} {told.get('status', 'not begun')}" for name, told in stages) or None
+
+
+def _set_aside(summary: dict[str, Any]) -> str | None:
+    """What could not be read, trained or archived; summary.json has the rest of it."""
+    lines = summary.get("set_aside") or []
+    return f"{lines[0]}{f', and {len(lines) - 1} more in summary.json' if lines[1:] else ''}" if lines else None
 
 
 def _between(summary: dict[str, Any], name: str) -> str | None:

@@ -68,12 +68,15 @@ def write_right_answers(run_dir: Path) -> Path:
 
 
 def trained_samples(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The archived samples of trained groups, in the order of training."""
-    import pyarrow.parquet as pq  # slow to import
+    """The archived samples of trained groups, in the order of training. ConfigError when a shard is damaged or gone."""
+    from offtrail.platform.broker.archive import ArchiveError, read_archive  # slow to import
 
     rows: list[dict[str, Any]] = []
-    for shard in sorted((run_dir / "trajectories").glob("*_batches_*.parquet")):
-        rows += pq.read_table(shard, columns=COLUMNS).to_pylist()
+    try:
+        for shard in read_archive(run_dir, "*_batches_*.parquet", columns=COLUMNS):
+            rows += shard.to_pylist()
+    except ArchiveError as error:
+        raise ConfigError(str(error)) from error
     trained = (row for row in rows if row["state"] == "trained")
     return iter(sorted(trained, key=lambda row: (row["batch"], row["position"], row["sample"])))
 

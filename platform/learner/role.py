@@ -35,10 +35,10 @@ from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
 from offtrail.platform.learner.data import LocalSource, make_examples
 from offtrail.platform.learner.make import make_sft_trainer, make_trainer
-from offtrail.platform.learner.objectives import rows_of_pairs
+from offtrail.platform.learner.objectives import StalenessError, rows_of_pairs
 from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
-from offtrail.platform.learner.train import Report, Trainer
+from offtrail.platform.learner.train import DivergedError, Report, Trainer
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.model.check import ModelError
 from offtrail.platform.model.packing import SampleTable, lay_out
@@ -56,6 +56,19 @@ from offtrail.tasks.jsonl import task_template
 
 log = logging.getLogger("offtrail.learner")
 
+FAULTS_OF_A_BATCH = (ArithmeticError, AssertionError, DivergedError, LookupError, StalenessError, TypeError, ValueError)
+"""What a batch can raise in training. Not among them: a full memory, a disk, a network, a GPU."""
+
+
+class BatchError(RuntimeError):
+    """A batch cannot be trained. ``batch``: its step, which the broker is told (process.py)."""
+
+    def __init__(self, batch: int, error: Exception) -> None:
+        self.batch = batch
+        super().__init__(
+            f"batch {batch} cannot be trained ({type(error).__name__}: {error}); run.resume=true goes on without it"
+        )
+
 
 def main(context: RoleContext) -> None:
     """Run until the broker says stop."""
@@ -63,7 +76,7 @@ def main(context: RoleContext) -> None:
     try:
         learner.publish_start()
         while (batch := learner.source.next(learner.step)) is not None:
-            report = learner.trainer.step(learner.step, batch)
+            report = learner.train(batch)
             learner.publish(batch, report)
             learner.checkpoint_if_due()
         if learner.source.finished:
@@ -144,6 +157,13 @@ class Learner:
                 self.publisher.publish(version, tensors)
         checksum = self._publish()
         self._commit(Commit(step=-1, version=self.step, checksum=checksum, pinned_bytes=self.pinned_bytes))
+
+    def train(self, batch: Batch | SampleTable) -> Report:
+        """One step. Raises BatchError where it fails for what the batch holds; the next launch goes on without it."""
+        try:
+            return self.trainer.step(self.step, batch)
+        except FAULTS_OF_A_BATCH as error:
+            raise BatchError(self.step, error) from error
 
     def publish(self, batch: Batch | SampleTable, report: Report) -> None:
         """Publish the new version, then commit the batch with its metrics. The acknowledgement comes while the next

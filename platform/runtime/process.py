@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         importlib.import_module(f"offtrail.platform.{role}.role").main(context)
     except Exception as error:
         log.exception("%s-%d failed", role, index)
-        report_failure(context, f"{type(error).__name__}: {error}", final=is_final(error))
+        report_failure(context, error)
         return FINAL_STATUS if is_final(error) else 1
     return 0
 
@@ -73,8 +73,10 @@ def check_device(context: RoleContext) -> None:
         require_device(key, attrgetter(key)(context.config))
 
 
-def report_failure(context: RoleContext, error: str, final: bool) -> None:
-    """Best effort: the launcher sees the exit status anyway, the broker's word only says why sooner."""
+def report_failure(context: RoleContext, error: Exception) -> None:
+    """Best effort: the launcher sees the exit status anyway, the broker's word only says why sooner, and on which batch
+    (``error.batch``, the learner's).
+    """
     from offtrail.platform.wire.messages import Failure, Hello
     from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
 
@@ -85,7 +87,13 @@ def report_failure(context: RoleContext, error: str, final: bool) -> None:
         client = Client(endpoint, f"{context.role}-{context.index}-failure", ClientKeys.read(context.run_dir))
         hello = Hello(role=context.role, index=context.index, pid=os.getpid(), run=context.run_dir.name)
         client.request(hello, what="a welcome", deadline_s=2.0)  # its own line is closed, if it ever had one
-        failure = Failure(role=context.role, index=context.index, error=error, final=final)
+        failure = Failure(
+            role=context.role,
+            index=context.index,
+            error=f"{type(error).__name__}: {error}",
+            final=is_final(error),
+            batch=getattr(error, "batch", -1),
+        )
         client.request(failure, what="an acknowledged failure", deadline_s=2.0)
         client.close()
     except Exception:

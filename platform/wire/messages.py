@@ -228,12 +228,15 @@ class Beat(Message, frozen=True):
 
 
 class Failure(Message, frozen=True):
-    """A role says why it dies, or the launcher how one has died. ``final``: another start would not cure it."""
+    """A role says why it dies, or the launcher how one has died. ``final``: another start would not cure it.
+    ``batch``: the learner step whose batch it failed on, or −1.
+    """
 
     role: Name
     index: Index
     error: Text
     final: bool = False
+    batch: VersionOrNone = -1
 
 
 class StatusRequest(Message, frozen=True):

@@ -146,7 +146,8 @@ class Run:
     def make(self, room: int = 8) -> list[Lease]:
         leases = self.lease(room).leases
         for lease in leases:
-            assert self.submit(lease, max(0, self.broker.scheduler.version)).accepted
+            newest = max(0, self.broker.scheduler.version)
+            assert self.submit(lease, newest if lease.exact_version < 0 else lease.exact_version).accepted
         return leases
 
     def train(self, checkpoint: bool = True, **metrics: float) -> BatchReply:

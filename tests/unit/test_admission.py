@@ -141,7 +141,7 @@ def test_a_group_without_signal_gives_its_place_back_and_is_kept(
         assert "filtered: all 2" in verdict.reason
         assert f"algo.filter_groups={filter_}" in verdict.reason
         assert ledger.tally().refused == {"filtered": 1}
-        assert unpack_group(ledger.payloads([lease.group])[0]).rewards.tolist() == group.rewards.tolist()
+        assert unpack_group(ledger.payloads([lease.group])[lease.group]).rewards.tolist() == group.rewards.tolist()
         assert scheduler.batch(0) is None
         [again] = scheduler.grant("a", 9, 1, 2.0)
         assert (again.group, again.slot) == (1, lease.slot)  # another problem in the same place
@@ -396,7 +396,8 @@ class History(RuleBasedStateMachine):
         outcome = self.scheduler.commit(step, self.checksum(step + 1), {"loss": 1.0})
         self.mind_budget()
         assert outcome == ("diverged" if logged not in (None, self.checksum(step + 1)) else "new")
-        assert self.ledger.lineage == lineage + (outcome == "diverged")
+        again = self.rows(f"SELECT 1 FROM versions WHERE version = {step + 1} AND lineage = {lineage} AND dead = 1")
+        assert self.ledger.lineage == lineage + bool(again)
         if outcome == "diverged":
             self.current.clear()
             event("diverged")
@@ -428,12 +429,35 @@ class History(RuleBasedStateMachine):
         for name in self.ledger.shards.unsealed() if archived else []:
             self.ledger.shards.sealed(name)
 
+    def poison(self, ahead: int, data: st.DataObject) -> None:
+        """Some groups of a logged batch that nobody was given yet cannot be read or trained."""
+        step = self.scheduler.version + ahead
+        groups = self.ledger.batch(step)
+        if not groups or step <= self.scheduler.handed:
+            return
+        remade = self.ledger.newest > step
+        unfit = data.draw(st.lists(st.sampled_from(groups), min_size=1, unique=True))
+        self.scheduler.set_aside(step, dict.fromkeys(unfit, "poison"))
+        self.mind_budget()
+        event("set aside")
+        if remade:
+            event("set aside in a replay")
+            self.current.clear()
+            self.world += 1
+            self.differs_from = step + 1
+            self.made = {v: c for v, c in self.made.items() if v < self.differs_from}
+
     @rule(
-        whole=st.booleans(), differs=st.sampled_from([True, True, False]), after=st.integers(0, 3), more=st.booleans()
+        whole=st.booleans(),
+        differs=st.sampled_from([True, True, False]),
+        after=st.integers(0, 3),
+        more=st.booleans(),
+        poisoned=st.integers(-1, 2),
+        data=st.data(),
     )
-    def restart(self, whole: bool, differs: bool, after: int, more: bool) -> None:
+    def restart(self, whole: bool, differs: bool, after: int, more: bool, poisoned: int, data: st.DataObject) -> None:
         """Of everything, perhaps with a larger budget, or of the learner alone; in a world whose replay may differ some
-        versions later.
+        versions later, and may meet poison.
         """
         if whole:
             self.spent = self.spent and not more
@@ -451,6 +475,8 @@ class History(RuleBasedStateMachine):
         if self.scheduler.start(self.ledger.checkpoint, self.checksum(self.ledger.checkpoint)) == "diverged":
             self.current.clear()
         self.mind_budget()
+        if poisoned >= 0:
+            self.poison(poisoned, data)
 
     # --- what holds after every step
 
@@ -465,6 +491,7 @@ class History(RuleBasedStateMachine):
         refused = dict(self.rows("SELECT reason, COUNT(*) FROM groups WHERE state = 'refused' GROUP BY reason"))
         assert {r: n for r, n in tally.refused.items() if n} == refused
         assert (audit.lost, audit.duplicated) == (0, 0)
+        assert self.ledger.auditor.recent(self.ledger.checkpoint) == audit
 
     @invariant()
     def the_end_is_never_before_what_was_begun(self) -> None:

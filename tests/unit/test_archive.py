@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from offtrail.core.types import Channel, Group, Problem, ScoredBy
-from offtrail.platform.broker.archive import SCHEMA, Archive, write_shard
+from offtrail.platform.broker.archive import SCHEMA, Archive, Sealed, write_shard
 from offtrail.platform.broker.ledger import FILE, Ledger
 from offtrail.platform.broker.rows import Arrival, Audit, Grant
 from offtrail.platform.wire.groups import pack_group
@@ -76,7 +76,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def seal(ledger: Ledger, tmp_path: Path) -> list[str]:
     """Through the thread, as the broker does it."""
     ledger.shards.plan(1 << 20, ledger.checkpoint)
-    names, done = ledger.shards.unsealed(), list[str]()
+    names, done = ledger.shards.unsealed(), list[Sealed]()
     archive = Archive(ledger.file.path, tmp_path / "trajectories", "run")
     archive.seal(names)
     archive.seal(names)  # asked for twice, written once
@@ -85,9 +85,9 @@ def seal(ledger: Ledger, tmp_path: Path) -> list[str]:
         done += archive.done()
         time.sleep(0.005)
     archive.close()
-    for name in done:
-        ledger.shards.sealed(name)
-    return done
+    for shard in done:
+        ledger.shards.sealed(shard.name, shard.left_out)
+    return [shard.name for shard in done]
 
 
 def test_a_shard_holds_every_sample_of_its_groups_in_training_order(ledger: Ledger, tmp_path: Path) -> None:
