@@ -20,7 +20,8 @@ def total(config: RewardConfig, components: Mapping[str, Float32], *, task: str,
     rewards = np.zeros(size, np.float64)
     for name, weight in config.weights.items():
         if config.applies(name, task) and config.counts(name, step):
-            rewards += weight * np.nan_to_num(components[name].astype(np.float64), nan=0.0)
+            scores = components[name].astype(np.float64)
+            rewards += weight * np.where(np.isnan(scores), 0.0, scores)
     return rewards.astype(np.float32)
 
 

@@ -319,7 +319,7 @@ class EvalConfig:
     """torch threads of the evaluator."""
     nice: int = setting(19, "[0, 19]", resumable=True)
     """What the evaluator adds to its CPU niceness: learner and generators come first where cores are few."""
-    waiting_mb: int = setting(1024, "[0, inf)", resumable=True)
+    waiting_mb: int = setting(1024, "[0, 1048576]", resumable=True)
     """Versions that wait for their score keep at most so many MiB of weights, or are one; then the learner waits."""
     max_restarts: int = setting(3, "[0, inf)", resumable=True)
     """An evaluator that dies is started again so often in one launch; then the run fails."""

@@ -73,7 +73,7 @@ class Answers:
 
         Raises ValueError when no prompt leaves room.
         """
-        prompts = [self.text.encode(problem) for problem in problems]
+        prompts = self.text.encode_all(problems)
         fits = self._fitting(prompts, sampling)
         made: dict[int, Group] = {}
         for place, group in self._made(problems, prompts, fits, samples, sampling, first, reload):
