@@ -432,7 +432,9 @@ class A3poConfig(WeightConfig):
 
 @dataclass
 class TisConfig(WeightConfig):
-    """Token-level truncated importance sampling on w = π_prox/π_beh (arXiv:2505.24298, eq. 5, w truncated)."""
+    """Token-level truncated importance sampling on w = π_prox/π_beh (arXiv:2505.24298, eq. 5, w truncated). The
+    default: what engine and learner do not agree on cannot become the whole update.
+    """
 
     name: str = "tis"
     cap: float = setting(2.0, "(0, inf)")

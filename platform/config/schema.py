@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from offtrail.algos.config import AlgoConfig, CorrectionConfig, DecoupledConfig, GrpoConfig
+from offtrail.algos.config import AlgoConfig, CorrectionConfig, GrpoConfig, TisConfig
 from offtrail.core.settings import section, setting
 from offtrail.rewards.config import RewardConfig
 from offtrail.search.config import SearchConfig
@@ -407,7 +407,7 @@ class Config:
     task: TaskConfig = section(ChainConfig)
     prompt: PromptConfig = section(PromptConfig)
     algo: AlgoConfig = section(GrpoConfig)
-    correction: CorrectionConfig = section(DecoupledConfig)
+    correction: CorrectionConfig = section(TisConfig)
     reward: RewardConfig = section(RewardConfig)
     engine: EngineConfig = section(LocalConfig)
     search: SearchConfig = section(SearchConfig)

@@ -70,7 +70,8 @@ def test_every_option_composes(tmp_path):
     write(tmp_path / "config.json", "{}")
     for group in GROUPS:
         for option in options_of(group):
-            extra = {"gsm8k": [f"task.path={problems}"], "pretrained": [f"model.path={tmp_path}"]}.get(option, [])
+            file, model = [f"task.path={problems}"], [f"model.path={tmp_path}"]
+            extra = {"gsm8k": file, "jsonl": file, "pretrained": model}.get(option, [])
             section = getattr(compose([f"{group}={option}", *extra]), group)
             given = read_file(OPTIONS_DIR / group / f"{option}.yaml")
             assert section.name == given.get("name", option)

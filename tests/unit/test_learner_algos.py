@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from offtrail.algos.config import DecoupledConfig
 from offtrail.algos.value import value_loss
 from offtrail.core.types import Batch
 from offtrail.platform.config.compose import compose, options_of
@@ -105,8 +106,9 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("budget", GOLDEN)
-def test_the_default_is_what_it_was(budget: int, start_dir: Path, make_batch: MakeBatch) -> None:
+def test_decoupled_grpo_is_what_it_was(budget: int, start_dir: Path, make_batch: MakeBatch) -> None:
     config = Config()
+    config.correction = DecoupledConfig()
     config.learner.optim.lr, config.learner.tokens_per_microbatch = 1e-3, budget
     trainer = trainer_of(config, start_dir)
     rows = [trainer.step(step, make_batch(step)).metrics for step in range(3)]
