@@ -5,10 +5,14 @@ The only role that binds: every other one reads endpoint.json and dials.
 
 from __future__ import annotations
 
+import logging
+
 from offtrail.platform.broker.broker import Broker
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.wire.sockets import Server, ServerKeys
 from offtrail.tasks.registry import make_task
+
+log = logging.getLogger("offtrail.broker")
 
 
 def main(context: RoleContext) -> None:
@@ -25,6 +29,7 @@ def main(context: RoleContext) -> None:
         try:
             # Last of all: whoever reads it finds a broker that answers.
             server.endpoint.write(run_dir / "endpoint.json")
+            log.info("listening")
             broker.run()
         finally:
             broker.close()

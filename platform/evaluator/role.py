@@ -38,6 +38,7 @@ def main(context: RoleContext) -> None:
     connection, deadline = context.connect(), context.config.broker.deadline_seconds
     weights = Subscriber(context.weights_folder)
     evaluation = Evaluation(context, connection.activity)
+    log.info("loaded")
     waiting_for = "broker"
     try:
         while True:

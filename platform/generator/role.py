@@ -6,6 +6,7 @@ learner (versions), and waits only while the engine is empty.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from offtrail.core.protocols import Driver
@@ -21,11 +22,14 @@ from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.rewards.total import total
 from offtrail.search.registry import make_driver
 
+log = logging.getLogger("offtrail.generator")
+
 
 def main(context: RoleContext) -> None:
     """Run until the broker says stop."""
     connection = context.connect()
     rollout = open_rollout(context, connection)
+    log.info("loaded")
     try:
         while not rollout.stopping:
             rollout.take_replies()

@@ -73,8 +73,10 @@ class BatchError(RuntimeError):
 def main(context: RoleContext) -> None:
     """Run until the broker says stop."""
     learner = Learner.open(context)
+    log.info("loaded")
     try:
         learner.publish_start()
+        log.info("version %d is out", learner.step)
         while (batch := learner.source.next(learner.step)) is not None:
             report = learner.train(batch)
             learner.publish(batch, report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.heartbeat import HeartbeatThread
 from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+
+log = logging.getLogger("offtrail")
 
 OWN_NAMES = re.compile(r"v\d{8,}\.(safetensors|json)|lock|handles\.sock|verdict-\w+\.\d+(\.writing)?")
 
@@ -71,6 +74,7 @@ class RoleContext:
         hello = Hello(role=self.role, index=self.index, pid=os.getpid(), run=self.run_dir.name, protocol=PROTOCOL)
         welcome, _ = client.request(hello, what="a welcome", deadline_s=settings.deadline_seconds)
         assert isinstance(welcome, Welcome)
+        log.info("welcomed")
         heartbeat = HeartbeatThread(endpoint, self.role, self.index, keys, activity, settings.heartbeat_seconds)
         return Connection(client, heartbeat, activity, welcome)
 

@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
     os.nice(role_of(context.config, role, index).nice)
     try:
         check_device(context)
-        importlib.import_module(f"offtrail.platform.{role}.role").main(context)
+        module = importlib.import_module(f"offtrail.platform.{role}.role")
+        log.info("imported")
+        module.main(context)
     except Exception as error:
         log.exception("%s-%d failed", role, index)
         report_failure(context, error)
