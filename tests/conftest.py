@@ -1,7 +1,14 @@
-"""What several test files share: a start model, batches of ragged groups, and one real SGLang server."""
+"""What several test files share: a start model, batches of ragged groups, and one real SGLang server.
+
+A session fails when anything of it is left on the machine at its end (leftovers.py). With `-n 2 --dist loadgroup` unit
+tests go to a worker by files, the others one by one, but for those that share a module's fixture.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from leftovers import Session
 from offtrail.core.types import Batch, Group, Problem
 from offtrail.platform.config.schema import ModelConfig, SglangConfig
 
@@ -22,6 +30,55 @@ settings.register_profile("offtrail", deadline=None)
 settings.load_profile("offtrail")
 
 MakeBatch = Callable[..., Batch]
+SESSION = pytest.StashKey[Session]()
+LEFT = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary folders of all processes of the session stand in one of its own; workers of xdist belong to it."""
+    if not hasattr(config, "workerinput"):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path stays, to be looked at
+        temporary = Path(tempfile.mkdtemp(prefix="offtrail-tests-"))
+        os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
+        config.stash[SESSION] = Session(temporary)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The groups of xdist, that one worker runs."""
+    for item in items:
+        folder, place = item.path.parent.name, f"{item.path.parent.name}/{item.path.stem}"
+        info = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+        shares = any(made.scope == "module" for found in info.values() for made in found[-1:])
+        item.add_marker(pytest.mark.xdist_group(place if folder == "unit" or shares else item.nodeid))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """After the last test, and the end of the workers."""
+    if (mine := session.config.stash.get(SESSION, None)) is not None:
+        runs = session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+        session.config.stash[LEFT] = mine.left(runs)
+        if session.config.stash[LEFT]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What is left; and what tests have recorded as ``told``, which a worker cannot print."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, words in report.user_properties:
+            if name == "told":
+                terminalreporter.write_line(str(words))
+    if left := config.stash.get(LEFT, []):
+        terminalreporter.section("left behind by this session", red=True)
+        for line in left:
+            terminalreporter.write_line(line)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Everything temporary goes."""
+    if (mine := config.stash.get(SESSION, None)) is not None:
+        shutil.rmtree(mine.temporary, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,17 +87,30 @@ def weights_folder(config: Config, run_dir: Path) -> Path:
     """
     if config.weights.channel == "disk" and not config.weights.dir:
         return run_dir / "weights"
+    return Path(config.weights.dir or "/dev/shm") / own_name(run_dir)
+
+
+def own_name(run_dir: Path) -> str:
+    """offtrail-USER-TAG: what the processes of a run call what they make elsewhere."""
     tag = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
-    return Path(config.weights.dir or "/dev/shm") / f"offtrail-{os.getuid()}-{tag}"
+    return f"offtrail-{os.getuid()}-{tag}"
+
+
+def make_temporary(run_dir: Path, name: str) -> Path:
+    """A new folder for temporary files, which goes with the run's leftovers also where its maker is killed."""
+    return Path(tempfile.mkdtemp(prefix=f"{own_name(run_dir)}-{name}-"))
 
 
 def remove_leftovers(config: Config, run_dir: Path) -> None:
-    """Give back what the processes of a run shared: shared memory, sockets in it, and the addresses of servers.
+    """Give back what the processes of a run shared: shared memory, sockets in it, temporary folders, and the addresses
+    of servers.
 
     Called when none of them is left: by the launcher, or by its reaper where it was killed.
     """
     remove_shared_memory(config, run_dir)
     shutil.rmtree(run_dir / "servers", ignore_errors=True)
+    for folder in Path(tempfile.gettempdir()).glob(f"{own_name(run_dir)}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_shared_memory(config: Config, run_dir: Path) -> None:

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,16 @@ class Finished:
 
 Command = Callable[..., list[str]]
 Launch = Callable[..., Finished]
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """A run that its test left by a failed assertion ends with it."""
+    before = set(psutil.Process().children())
+    yield
+    for child in set(psutil.Process().children()) - before:
+        child.kill()
+        child.wait()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +18,10 @@ import psutil
 import pytest
 
 import offtrail
-from offtrail.platform.config.schema import SglangConfig
+from offtrail.platform.config.schema import Config, SglangConfig
 from offtrail.platform.engines.sglang import health, lifecycle, versions
 from offtrail.platform.engines.sglang.servers import ServerError, Servers, read_addresses
+from offtrail.platform.runtime.context import own_name, remove_leftovers
 
 FakeServers = Callable[..., Servers]
 
@@ -259,7 +261,7 @@ time.sleep(600)
 """
 
 
-def test_servers_die_with_an_owner_that_is_killed(folder: Path) -> None:
+def test_servers_die_with_an_owner_that_is_killed_and_the_run_takes_what_they_left(folder: Path) -> None:
     (folder / "plan").write_text("serve")
     path = os.pathsep.join((str(Path(offtrail.__file__).parents[1]), str(Path(__file__).parent)))
     with subprocess.Popen(
@@ -275,6 +277,11 @@ def test_servers_die_with_an_owner_that_is_killed(folder: Path) -> None:
     while alive(start["pid"]) or alive(start["child"]):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    left = list(Path(tempfile.gettempdir()).glob(f"{own_name(folder / 'run')}-sglang-*"))
+    assert len(left) == 1
+    remove_leftovers(Config(), folder / "run")
+    assert not left[0].exists()
+    assert not (folder / "run" / "servers").exists()
 
 
 # Attached

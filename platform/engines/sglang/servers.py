@@ -17,7 +17,6 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +36,7 @@ from offtrail.platform.engines.sglang.lifecycle import (
     WatchedServer,
 )
 from offtrail.platform.engines.sglang.serve import ADMIN_KEY_VARIABLE, KEY_VARIABLE
+from offtrail.platform.runtime.context import make_temporary
 from offtrail.platform.runtime.host import free_port
 from offtrail.platform.wire.auth import write_private
 
@@ -100,6 +100,7 @@ class Servers:
         self._config, self._model, self._owner, self._command = config, model, owner, command
         self._public = public or Public("", "", 0)
         self._max_length, self._threads, self._weight_version = max_length, threads, weight_version
+        self._run_dir = run_dir
         self._logs, self._file = run_dir / "logs", run_dir / "servers" / f"{owner}.json"
         self._key, self._admin_key = self._keys()
         self._pool = ThreadPoolExecutor(max_workers=count + 2, thread_name_prefix="sglang-health")
@@ -113,7 +114,7 @@ class Servers:
 
     def start(self) -> None:
         """Launch all processes (none with engine.urls) and return at once; `ready` says who is up."""
-        self._temporary = Path(tempfile.mkdtemp(prefix="offtrail-sglang-"))
+        self._temporary = make_temporary(self._run_dir, "sglang")
         self._write()
         for server in self._watched():
             server.start()

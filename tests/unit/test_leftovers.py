@@ -1,0 +1,58 @@
+"""What fails a session: each kind of thing that a test can leave behind, and nothing of anybody else's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import leftovers
+from leftovers import MARK, Session
+from offtrail.platform.runtime.context import own_name
+
+SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+
+@pytest.fixture
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    monkeypatch.setenv(MARK, "")
+    monkeypatch.setattr(leftovers, "SHARED", tmp_path / "shm")
+    monkeypatch.setattr(leftovers, "LEAVE_SECONDS", 0.1)
+    for name in ("shm", "tmp", "runs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "shm" / "sgl-old").touch()
+    return Session(tmp_path / "tmp")
+
+
+def test_a_session_that_cleaned_up_has_left_nothing(session: Session, tmp_path: Path) -> None:
+    other = subprocess.Popen(SLEEPS, env=os.environ | {MARK: "another session's"})
+    with open(tmp_path / "shm" / "sem.mp-held", "w"):
+        (tmp_path / "shm" / "offtrail-0-another").mkdir()
+        (tmp_path / "tmp" / "of-pytest").mkdir()
+        left = session.left(tmp_path / "runs")
+    assert (left, other.poll()) == ([], None)
+    other.kill()
+    other.wait()
+    assert sorted(path.name for path in (tmp_path / "shm").iterdir()) == [
+        "offtrail-0-another",
+        "sem.mp-held",
+        "sgl-old",
+    ]
+
+
+def test_processes_shared_memory_and_folders_are_named_and_removed(session: Session, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "test_x" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    made = [tmp_path / "shm" / own_name(run), tmp_path / "shm" / "sgl-new", tmp_path / "tmp" / "offtrail-0-x-sglang-1"]
+    for path in made:
+        path.mkdir() if path.name.startswith("offtrail") else path.touch()
+    process = subprocess.Popen(SLEEPS, start_new_session=True)
+    lines = session.left(tmp_path / "runs")
+    assert process.wait(30) == -9
+    assert lines == [f"process {process.pid}: {' '.join(SLEEPS)}", *map(str, made)]
+    assert not any(path.exists() for path in made)
