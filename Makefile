@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two busy processes on two cores want one thread each; the launcher sets its roles' own.
 export OMP_NUM_THREADS ?= 1
+# Tests on two cores; tests/conftest.py says which of them belong together.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo test lint prove bench oracles sglang-cpu clean
 
@@ -10,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/python launch.py
 
 test: .venv/installed .venv/sglang-installed lint
-	$(BIN)/pytest -m "not prove"
+	$(PYTEST) -m "not prove" --durations 20
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -19,7 +22,7 @@ lint: .venv/installed
 
 # Long learning runs and long series of kills.
 prove: .venv/installed .venv/sglang-installed
-	$(BIN)/pytest -m prove --timeout 3600
+	$(PYTEST) -m prove --timeout 3600 --durations 0
 
 # Real SGLang servers on a CPU; the tests start them, the demo does without.
 sglang-cpu: .venv/sglang-installed

@@ -49,8 +49,11 @@ def nothing_goes_on() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return os.environ | {"OFFTRAIL_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "100"}
+def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One cache of start models for all workers: of launches that want the same one at once, one makes it."""
+    mine = tmp_path_factory.getbasetemp()
+    session = mine.parent if hasattr(request.config, "workerinput") else mine
+    return os.environ | {"OFFTRAIL_CACHE": str(session / "cache"), "COLUMNS": "100"}
 
 
 @pytest.fixture

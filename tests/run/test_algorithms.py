@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,11 @@ def test_dynamic_sampling_repeats_in_exact_mode(launch: Any) -> None:
         assert [row.get(name) for row in first.rows] == [row.get(name) for row in second.rows], name
 
 
-@pytest.fixture(scope="module")
-def peaks() -> dict[str, float]:
-    """Algorithm → the learner's peak memory in bytes, of the runs below."""
-    return {}
-
-
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("algo", LEARNERS)
 def test_the_main_algorithms_learn_the_embedded_default(
-    algo: str,
-    environment: dict[str, str],
-    tmp_path: Path,
-    peaks: dict[str, float],
-    capsys: pytest.CaptureFixture[str],
+    algo: str, environment: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     command = [sys.executable, str(ROOT / "launch.py"), f"algo={algo}", f"run.dir={tmp_path}", "run.name=learns"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1700)
@@ -71,10 +62,7 @@ def test_the_main_algorithms_learn_the_embedded_default(
     summary = json.loads((tmp_path / "learns" / "summary.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "learns" / "metrics.jsonl").read_text().splitlines()]
     first, last = summary["eval/accuracy_first"], summary["eval/accuracy_last"]
-    peaks[algo] = rows[-1]["memory/learner_peak_bytes"]
-    with capsys.disabled():
-        print(f"\n{algo}: held-out accuracy {first:.3f} → {last:.3f}, learner's peak {peaks[algo] / 2**20:.0f} MiB")
-        if algo == "ppo" and "grpo" in peaks:
-            print(f"peak memory of ppo / grpo: {peaks['ppo'] / peaks['grpo']:.2f}")
+    peak = rows[-1]["memory/learner_peak_bytes"] / 2**20
+    record_property("told", f"{algo}: held-out accuracy {first:.3f} → {last:.3f}, learner's peak {peak:.0f} MiB")
     assert first < 0.7
     assert last >= 0.90
