@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,10 @@ def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return os.environ | {"OFFTRAIL_CACHE": str(session / "cache"), "COLUMNS": "100"}
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> Command:
-    """The command line of a run named ``name``: a small, quick run of the default task unless told otherwise."""
+def command_in(folder: Path) -> Command:
+    """The command line of a run named ``name`` in ``folder``: a small, quick run of the default task unless told
+    otherwise.
+    """
 
     def make(name: str, *overrides: str) -> list[str]:
         small = [
@@ -67,20 +69,36 @@ def command(tmp_path: Path) -> Command:
         ]  # fmt: skip
         given = {override.split("=")[0] for override in overrides}
         kept = [override for override in small if override.split("=")[0] not in given]
-        run = [f"run.name={name}", f"run.dir={tmp_path}"]
+        run = [f"run.name={name}", f"run.dir={folder}"]
         return [sys.executable, str(ROOT / "launch.py"), *run, *kept, *overrides]
 
     return make
 
 
-@pytest.fixture
-def launch(command: Command, environment: dict[str, str], tmp_path: Path) -> Launch:
-    """Run the command to its end."""
+def launcher(environment: dict[str, str], folder: Path) -> Launch:
+    """Run the command to its end, in a folder."""
 
     def run(name: str, *overrides: str) -> Finished:
-        done = subprocess.run(
-            command(name, *overrides), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280
-        )
-        return Finished(done.returncode, done.stdout + done.stderr, tmp_path / name)
+        command = command_in(folder)(name, *overrides)
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=280)
+        return Finished(done.returncode, done.stdout + done.stderr, folder / name)
 
     return run
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """The command line of a run in the test's own folder."""
+    return command_in(tmp_path)
+
+
+@pytest.fixture
+def launch(environment: dict[str, str], tmp_path: Path) -> Launch:
+    """Run the command to its end, in the test's own folder."""
+    return launcher(environment, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def launch_in(environment: dict[str, str]) -> Callable[[Path], Launch]:
+    """The same for a run that several tests look at, by its folder."""
+    return partial(launcher, environment)

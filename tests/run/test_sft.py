@@ -35,10 +35,10 @@ def charged(run_dir: Path, name: str) -> float:
         )
 
 
-@pytest.fixture
-def whole(launch: Any) -> Any:
-    """One rank to the end."""
-    run = launch("whole", *SMALL)
+@pytest.fixture(scope="module")
+def whole(launch_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One rank to the end; nothing changes it."""
+    run = launch_in(tmp_path_factory.mktemp("sft"))("whole", *SMALL)
     assert run.code == 0, run.output
     return run
 
