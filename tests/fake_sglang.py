@@ -35,8 +35,8 @@ from aiohttp import web
 
 from fakes.endpoints import Api
 from fakes.manager import Manager
-from offtrail.platform.engines.decoder import read_spec
 from offtrail.platform.engines.sglang.serve import die_with, keys_as_flags
+from offtrail.platform.engines.spec import read_spec
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -61,10 +61,10 @@ from offtrail.core.protocols import Completion, Engine, Request
 from offtrail.core.types import Float32, Sampling
 from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
 from offtrail.platform.engines.channels import Channel, Reader, open_channel, open_reader
-from offtrail.platform.engines.decoder import read_spec
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.engines.sglang.engine import SglangEngine
 from offtrail.platform.engines.sglang.job import Job
+from offtrail.platform.engines.spec import read_spec
 from offtrail.platform.engines.stops import StopStrings
 from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.model.packing import lay_out, pack

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offtrail.core.types import Int32
-from offtrail.platform.engines.decoder import Attend, Spec
+from offtrail.platform.engines.decoder import Attend
+from offtrail.platform.engines.spec import Spec
 
 Int64 = npt.NDArray[np.int64]
 _COLUMN_STEP = 8

@@ -26,10 +26,11 @@ from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Float32, Int32
 from offtrail.platform.config.schema import LocalConfig
 from offtrail.platform.engines.cache import Continuation, KVCache, Prefill, Sequences, joined
-from offtrail.platform.engines.decoder import Attend, Decoder, read_spec, read_weights
+from offtrail.platform.engines.decoder import Attend, Decoder, read_weights
 from offtrail.platform.engines.limits import check_request, check_tokens
 from offtrail.platform.engines.sampler import draw, keep, log_probabilities
 from offtrail.platform.engines.slots import Pending, Slots, queue, stacked
+from offtrail.platform.engines.spec import read_spec
 from offtrail.platform.engines.stops import StopStrings
 
 Int64 = npt.NDArray[np.int64]
@@ -59,10 +60,7 @@ class LocalEngine:
     def __init__(self, model_dir: Path, config: LocalConfig, *, max_length: int, threads: int) -> None:
         torch.set_num_threads(threads)
         spec = read_spec(model_dir)
-        if max_length > spec.max_positions:
-            raise ValueError(
-                f"model.max_length={max_length} is above the model's {spec.max_positions} positions; lower it"
-            )
+        spec.check_length(max_length)
         self.version = 0
         self.vocab_size = spec.vocab_size
         self.counters: dict[str, float] = dict.fromkeys(

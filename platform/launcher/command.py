@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import offtrail
 from offtrail.platform.config.compose import compose, to_yaml
 from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
 
@@ -70,6 +71,7 @@ def _run(argv: Sequence[str]) -> int:
         show(to_yaml(config))
         return 0
     require_packages()
+    require_models(config)
     if config.job in ("rl", "sft"):
         require_task_reward_and_driver(config)
     if config.job == "chat":
@@ -117,6 +119,30 @@ def require_packages() -> None:
         raise ConfigError(
             f"{sys.executable} lacks {names}: install offtrail into it (pip install -e .), or `make demo`"
         )
+
+
+def require_models(config: Config) -> None:
+    """Raise ConfigError where no role could read a model that the configuration names, or its engine compute it."""
+    from offtrail.platform.config.checkpoints import model_folder
+    from offtrail.platform.engines.spec import read_spec
+    from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of
+
+    served = config.job in ("serve", "chat")
+    local = config.engine.name == "local" or (config.job == "rl" and config.eval.engine == "local")
+    for key, given in ((key.path, key.default) for key in keys_of(config).values() if key.path_kind == "model"):
+        folder = (model_folder(given) or folder_of(given)) if given else None
+        if folder is None:  # there is none to make, or it is refused by name already
+            continue
+        check_model(key, given, folder, trained=not served)
+        if key == ("checkpoint" if served else "model.path"):
+            check_tokenizer(key, given, folder, config.prompt)
+            if config.job in ("rl", "chat") and local:
+                try:
+                    spec = read_spec(folder)
+                    if not served:
+                        spec.check_length(config.model.max_length)
+                except ValueError as error:
+                    raise ConfigError(str(error).replace(f"model.path={folder}", f"{key}={given}")) from None
 
 
 def require_task_reward_and_driver(config: Config) -> None:

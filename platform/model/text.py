@@ -20,6 +20,7 @@ import numpy as np
 
 from offtrail.core.types import Int32, Problem
 from offtrail.platform.config.schema import PromptConfig
+from offtrail.platform.model.folder import without_bos, without_template
 from offtrail.tasks.base import TaskError
 
 TASK_FILE = "offtrail.json"
@@ -247,16 +248,8 @@ def _wants_chat(tokenizer: Any, prompt: PromptConfig, model_dir: Path) -> bool:
         return False
     if tokenizer.chat_template:
         return True
-    if prompt.chat == "always":
-        raise ValueError(
-            f"prompt.chat=always: the tokenizer of {model_dir} has no chat template; take prompt.chat=never"
-        )
-    for key, value in (("system", prompt.system), ("template_kwargs", prompt.template_kwargs)):
-        if value:
-            raise ValueError(
-                f"prompt.{key}={value}: the tokenizer of {model_dir} has no chat template to put it into; leave it "
-                "out, or write it into task.template"
-            )
+    if reason := without_template(prompt, model_dir):
+        raise ValueError(reason)
     return False
 
 
@@ -273,7 +266,7 @@ def _set_bos(tokenizer: Any, bos: str, model_dir: Path) -> None:
     if bos == "auto" or begins == (bos == "always"):
         return
     if tokenizer.bos_token_id is None:
-        raise ValueError(f"prompt.bos=always: the tokenizer of {model_dir} has no BOS token; take prompt.bos=auto")
+        raise ValueError(without_bos(model_dir))
     tokenizer.add_bos_token = bos == "always"
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from offtrail.core.protocols import Request
 from offtrail.core.types import Int32, Sampling
 from offtrail.platform.config.schema import LocalConfig
-from offtrail.platform.engines.decoder import Spec, read_spec, read_weights
+from offtrail.platform.engines.decoder import read_weights
 from offtrail.platform.engines.local import LocalEngine, _Due
+from offtrail.platform.engines.spec import Spec, read_spec
 
 RADIX_ENTRIES = 256
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")

@@ -22,8 +22,8 @@ from transformers import (
 from offtrail.core.protocols import Request
 from offtrail.core.types import Sampling
 from offtrail.platform.config.schema import LocalConfig
-from offtrail.platform.engines.decoder import read_spec
 from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.engines.spec import read_spec
 
 SIZES = {
     "hidden_size": 48,

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from offtrail.algos.config import PpoConfig
 from offtrail.platform.config.schema import Config
-from offtrail.platform.engines.decoder import read_spec
+from offtrail.platform.engines.spec import read_spec
 from offtrail.platform.learner.make import make_critic, make_policy, make_sft_trainer
 from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.role import layer_classes
