@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offtrail.algos.config import (
+from offtrail.algos.config import Level
+from offtrail.algos.correction_config import (
     CORRECTIONS,
     A3poConfig,
     Age,
@@ -36,7 +37,6 @@ from offtrail.algos.config import (
     GeoConfig,
     IcepopConfig,
     K3FilterConfig,
-    Level,
     SeqMaskConfig,
     SeqTisConfig,
     TisConfig,

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from offtrail.algos.config import ALGOS, AlgoConfig, CorrectionConfig
+from offtrail.algos.config import ALGOS, AlgoConfig
+from offtrail.algos.correction_config import CorrectionConfig
 from offtrail.algos.corrections import Correction, correct
 from offtrail.algos.kl import kl_estimate
 from offtrail.algos.metrics import BINS, BUCKET_SUMS, BUCKETS, MAXIMA, SUMS, LossMetrics, bin_of

@@ -19,15 +19,8 @@ import torch
 from torch import Tensor
 
 from offtrail.algos.advantages import optimal_baseline
-from offtrail.algos.config import (
-    AlgoConfig,
-    BapoConfig,
-    CorrectionConfig,
-    M2poConfig,
-    SeqTisConfig,
-    VcpoConfig,
-    WeightConfig,
-)
+from offtrail.algos.config import AlgoConfig, BapoConfig
+from offtrail.algos.correction_config import CorrectionConfig, M2poConfig, SeqTisConfig, VcpoConfig, WeightConfig
 from offtrail.algos.corrections import correct, sequence_weights
 from offtrail.algos.objectives import clamp_log_ratio
 from offtrail.algos.samples import Samples

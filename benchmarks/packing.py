@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from offtrail.algos.config import GrpoConfig, TisConfig
+from offtrail.algos.config import GrpoConfig
+from offtrail.algos.correction_config import TisConfig
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.core.types import Batch, Group
 from offtrail.platform.config.schema import Config

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from offtrail.algos.config import ALGOS, CORRECTIONS
+from offtrail.algos.config import ALGOS
+from offtrail.algos.correction_config import CORRECTIONS
 from offtrail.core.plugins import OUTSIDE, is_plugin
 from offtrail.core.settings import PathKind, told
 from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from offtrail.algos.config import PpoConfig, VcpoConfig
+from offtrail.algos.config import PpoConfig
+from offtrail.algos.correction_config import VcpoConfig
 from offtrail.platform.config.errors import refuse
 from offtrail.platform.config.schema import Config
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from offtrail.algos.config import AlgoConfig, CorrectionConfig, GrpoConfig, TisConfig
+from offtrail.algos.config import AlgoConfig, GrpoConfig
+from offtrail.algos.correction_config import CorrectionConfig, TisConfig
 from offtrail.core.settings import section, setting
 from offtrail.rewards.config import RewardConfig
 from offtrail.search.config import SearchConfig

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from offtrail.algos.config import incompatible
+from offtrail.algos.pairs import incompatible
 from offtrail.core.plugins import PluginError, check, is_plugin
 from offtrail.core.settings import out_of_limits
 from offtrail.platform.config import learnable
@@ -146,7 +146,7 @@ def task_files_are_here(config: Config) -> None:
 
 
 def objective_and_correction_fit(config: Config) -> None:
-    """No importance weight counts twice; the reason stands in algos/config.py."""
+    """No importance weight counts twice; the reason stands in algos/pairs.py."""
     reason = incompatible(config.algo, config.correction)
     if reason is not None:
         raise ConfigError(reason)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from offtrail.algos.advantages import estimate, overlong_penalty
 from offtrail.algos.aggregation import sample_weights
-from offtrail.algos.config import needs_whole_update
 from offtrail.algos.kl import kl_estimate
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.algos.metrics import LossMetrics
+from offtrail.algos.pairs import needs_whole_update
 from offtrail.algos.process import StepScores
 from offtrail.algos.update import Prepared, prepare_update
 from offtrail.algos.value import SUMS as VALUE_SUMS

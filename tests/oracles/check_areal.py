@@ -17,13 +17,11 @@ from areal.api.cli_args import RejectionSamplingConfig
 from areal.utils.functional import functional as areal
 from cases import Case
 
-from offtrail.algos.config import (
+from offtrail.algos.config import GrpoConfig, GspoConfig, SapoConfig
+from offtrail.algos.correction_config import (
     CorrectionConfig,
     DecoupledConfig,
-    GrpoConfig,
-    GspoConfig,
     IcepopConfig,
-    SapoConfig,
     TisConfig,
     UncorrectedConfig,
 )

@@ -15,18 +15,13 @@ from verl.trainer.ppo import rollout_corr_helper as corrections
 from verl.workers.config import ActorConfig
 
 from offtrail.algos.advantages import estimate, gae, terminal_rewards, whiten
-from offtrail.algos.config import (
-    CispoConfig,
+from offtrail.algos.config import CispoConfig, DppoConfig, GrpoConfig, GspoConfig, ReinforceConfig, SapoConfig
+from offtrail.algos.correction_config import (
     CorrectionConfig,
     DecoupledConfig,
-    DppoConfig,
     GeoConfig,
-    GrpoConfig,
-    GspoConfig,
     IcepopConfig,
     K3FilterConfig,
-    ReinforceConfig,
-    SapoConfig,
     SeqTisConfig,
     TisConfig,
 )

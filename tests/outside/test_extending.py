@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from offtrail.algos.advantages import estimate
-from offtrail.algos.config import CorrectionConfig, GrpoConfig
+from offtrail.algos.config import GrpoConfig
+from offtrail.algos.correction_config import CorrectionConfig
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.platform.config.compose import compose
 from offtrail.tasks.registry import make_task

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from offtrail.algos.config import AlgoConfig, CriticConfig, GrpoConfig, PpoConfig, TisConfig
+from offtrail.algos.config import AlgoConfig, CriticConfig, GrpoConfig, PpoConfig
+from offtrail.algos.correction_config import TisConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
 from offtrail.platform.learner import checkpoint

@@ -6,33 +6,27 @@ import math
 import pytest
 import torch
 
-from offtrail.algos.config import (
-    ALGOS,
+from offtrail.algos.config import ALGOS, BapoConfig, GrpoConfig, GspoConfig, PpoConfig, ReinforceConfig
+from offtrail.algos.correction_config import (
     CORRECTIONS,
     A3poConfig,
-    BapoConfig,
     CorrectionConfig,
     DecoupledConfig,
     GeoConfig,
-    GrpoConfig,
-    GspoConfig,
     IcepopConfig,
     K3FilterConfig,
     M2poConfig,
-    PpoConfig,
-    ReinforceConfig,
     SeqMaskConfig,
     SeqTisConfig,
     TisConfig,
     UncorrectedConfig,
     VcpoConfig,
     VetoConfig,
-    incompatible,
-    needs_whole_update,
 )
 from offtrail.algos.corrections import correct, interpolated_prox
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.algos.metrics import SUMS
+from offtrail.algos.pairs import incompatible, needs_whole_update
 from offtrail.algos.samples import Samples
 from offtrail.algos.update import Prepared, bapo_bounds, m2po_keep, prepare_update, score_norms, vcpo_lr_scale
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offtrail.algos.config import CorrectionConfig, DecoupledConfig, GrpoConfig, TisConfig
+from offtrail.algos.config import GrpoConfig
+from offtrail.algos.correction_config import CorrectionConfig, DecoupledConfig, TisConfig
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.algos.metrics import LossMetrics, bin_of, quantiles
 

@@ -12,8 +12,6 @@ from offtrail.algos.config import (
     AspoConfig,
     BapoConfig,
     CispoConfig,
-    CorrectionConfig,
-    DecoupledConfig,
     DppoConfig,
     GrpoConfig,
     GspoConfig,
@@ -22,6 +20,7 @@ from offtrail.algos.config import (
     SapoConfig,
     ToprConfig,
 )
+from offtrail.algos.correction_config import CorrectionConfig, DecoupledConfig
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.algos.objectives import OBJECTIVES, Tokens
 from offtrail.algos.samples import Samples

@@ -15,15 +15,8 @@ import torch
 
 from offtrail.algos.advantages import overlong_penalty
 from offtrail.algos.aggregation import sample_weights
-from offtrail.algos.config import (
-    CispoConfig,
-    CorrectionConfig,
-    GrpoConfig,
-    GspoConfig,
-    SapoConfig,
-    SeqMaskConfig,
-    TisConfig,
-)
+from offtrail.algos.config import CispoConfig, GrpoConfig, GspoConfig, SapoConfig
+from offtrail.algos.correction_config import CorrectionConfig, SeqMaskConfig, TisConfig
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.platform.model.head import Head, token_logprobs
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from offtrail.algos.advantages import estimate
-from offtrail.algos.config import GrpoConfig, PpoConfig, ProcessConfig, VcpoConfig, incompatible
+from offtrail.algos.config import GrpoConfig, PpoConfig, ProcessConfig
+from offtrail.algos.correction_config import VcpoConfig
+from offtrail.algos.pairs import incompatible
 from offtrail.algos.process import StepScores, process_advantages, process_rewards
 
 PAIR = torch.tensor([0, 0])

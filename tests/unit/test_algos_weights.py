@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from offtrail.algos.config import CORRECTIONS, A3poConfig, GrpoConfig, needs_whole_update
+from offtrail.algos.config import GrpoConfig
+from offtrail.algos.correction_config import CORRECTIONS, A3poConfig
 from offtrail.algos.loss import LossInput, policy_loss
+from offtrail.algos.pairs import needs_whole_update
 from offtrail.algos.update import prepare_update
 from offtrail.platform.config.compose import compose, options_of
 from offtrail.platform.config.schema import Config

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from offtrail.algos.config import DecoupledConfig
+from offtrail.algos.correction_config import DecoupledConfig
 from offtrail.algos.value import value_loss
 from offtrail.core.types import Batch
 from offtrail.platform.config.compose import compose, options_of

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offtrail.algos.config import TisConfig
+from offtrail.algos.correction_config import TisConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner import checkpoint

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offtrail.algos.config import Aggregation, CorrectionConfig, GrpoConfig, ProcessConfig, TisConfig
+from offtrail.algos.config import Aggregation, GrpoConfig, ProcessConfig
+from offtrail.algos.correction_config import CorrectionConfig, TisConfig
 from offtrail.core.types import Axis, Batch, Channel, Group
 from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
 from offtrail.platform.learner.objectives import ChannelError, PolicyGradient, StalenessError
