@@ -25,6 +25,8 @@ from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.forks import fork_server
+from offtrail.platform.runtime.roles import roles_of
 
 FLAGS = ("--help", "--version", "--dry-run")
 # What the roles import, checked here so that a missing one is one line and not five tracebacks.
@@ -80,6 +82,8 @@ def _run(argv: Sequence[str]) -> int:
         return chat(config)
     run_dir, lock = prepare(config)
     with lock:
+        if any(spec.forks for spec in roles_of(config)):
+            fork_server()  # it imports torch while this process prepares the run
         from offtrail.platform.launcher.jobs import launch
 
         return launch(config, run_dir)

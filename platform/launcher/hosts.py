@@ -1,7 +1,8 @@
 """Where roles run: the protocol that run.py starts them by, and its first backend, the processes of this host.
 
     Run ── start(spec, command, log) ──► Hosts ──► Handle: poll, end, exit_report
-                                           └─ local: Popen, and a reaper that outlives a killed launcher
+                                           └─ local: a fork of the fork server or Popen, and a reaper that outlives
+                                                     a killed launcher
 
 A backend knows processes and addresses and nothing of a run: neither order, nor restarts, nor the broker.
 """
@@ -13,11 +14,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from offtrail.platform.launcher.forks import Forked, fork_server
 from offtrail.platform.launcher.memory import Watched
 from offtrail.platform.runtime.host import free_port
 from offtrail.platform.runtime.roles import RoleSpec
@@ -53,7 +55,7 @@ class LocalHandle:
     """A child process."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
 
     def __post_init__(self) -> None:
@@ -71,7 +73,8 @@ class LocalHandle:
 
     def exit_report(self) -> str:
         """See Handle."""
-        code = self.process.returncode
+        code = self.process.poll()
+        assert code is not None
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
         words = f"; last words: {lines[-1].strip()}" if lines and code >= 0 else ""
@@ -99,15 +102,11 @@ class LocalHosts:
     def start(self, spec: RoleSpec, command: Sequence[str], log: Path) -> LocalHandle:
         """See Hosts. A process group of its own: Ctrl-C on the terminal is the launcher's alone."""
         # Two busy processes on two cores: more threads than asked for make both several times slower.
-        env = os.environ | {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"} | self._rank(spec)
+        env = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"} | self._rank(spec)
+        words = [*command, str(os.getpid())]
         with log.open("ab") as out:
-            process = subprocess.Popen(
-                [*command, str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=env,
-                process_group=0,
+            process = self._forked(spec, words, env, out.fileno()) or subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=os.environ | env, process_group=0
             )
         self._tell(f"{process.pid}\n")
         return LocalHandle(spec.name, process, log)
@@ -119,6 +118,11 @@ class LocalHosts:
         with contextlib.suppress(OSError):
             self._reaper.stdin.close()
         self._reaper.wait()
+
+    def _forked(self, spec: RoleSpec, words: Sequence[str], env: Mapping[str, str], out: int) -> Forked | None:
+        """None where it cannot be, and is started as a process of its own."""
+        server = fork_server() if spec.forks else None
+        return server.fork(words, env, out) if server is not None else None
 
     def _rank(self, spec: RoleSpec) -> dict[str, str]:
         """What torch.distributed asks of the environment, as torchrun sets it."""

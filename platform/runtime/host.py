@@ -1,4 +1,4 @@
-"""What a process asks of its host: to end with its parent, and for a free port."""
+"""What a process asks of its host: to end with its parent, to be shown under another name, and for a free port."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
 def die_with(parent: int, signum: int = signal.SIGKILL) -> None:
@@ -21,6 +23,19 @@ def die_with(parent: int, signum: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
     if os.getppid() != parent:  # it was gone before the request took effect
         os._exit(1)
+
+
+def rename_process(command: Sequence[str], name: str) -> None:
+    """Show ``command`` as this process's command line, cut to the room that its own takes, and ``name`` as its name
+    (Linux).
+    """
+    if sys.platform != "linux":
+        return
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end of proc(5), counted from the state
+    words = b"".join(word.encode() + b"\0" for word in command)[: end - start - 1]
+    ctypes.memmove(start, words.ljust(end - start, b"\0"), end - start)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
 def free_port(address: str = "127.0.0.1", port: int = 0) -> int:

@@ -58,7 +58,9 @@ JOBS = {"rl": ("broker", "learner", "generator", "evaluator"), "sft": ("broker",
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """One process. ``device`` and ``restarts_key`` are keys; ``world``: how many ranks its world has, 0 = no world."""
+    """One process. ``device`` and ``restarts_key`` are keys; ``world``: how many ranks its world has, 0 = no world.
+    ``forks``: it computes, and on a CPU, so that a fork server can become it (CUDA outlives no fork).
+    """
 
     role: str
     index: int = 0
@@ -68,6 +70,7 @@ class RoleSpec:
     restarts_key: str = ""
     nice: int = 0
     world: int = 0
+    forks: bool = False
 
     @property
     def name(self) -> str:
@@ -94,8 +97,10 @@ def role_of(config: Config, role: str, index: int) -> RoleSpec:
 def _specs(row: RoleRow, config: Config) -> list[RoleSpec]:
     count, threads = _number(config, row.count, 1), _number(config, row.threads, 1)
     restarts, nice = _number(config, row.restarts, 0), _number(config, row.nice, 0)
+    forks = bool(row.device) and attrgetter(row.device)(config) == "cpu"
+    world = count if row.world else 0
     return [
-        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, nice, count if row.world else 0)
+        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, nice, world, forks)
         for index in range(count)
     ]
 
