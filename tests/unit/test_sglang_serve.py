@@ -142,6 +142,35 @@ def test_a_process_dies_with_its_parent() -> None:
             time.sleep(0.01)
 
 
+FORKS = """
+import multiprocessing, os, time
+from offtrail.platform.engines.sglang.serve import fork_children
+
+def child(pipe):
+    grandchild = multiprocessing.Process(target=time.sleep, args=(600,))
+    grandchild.start()
+    print(os.getpid(), grandchild.pid, multiprocessing.get_start_method(), flush=True)
+    time.sleep(600)
+
+fork_children()
+multiprocessing.set_start_method("spawn", force=True)  # as sglang does
+multiprocessing.Process(target=child, args=(lambda: "cannot be sent to a process that is spawned",)).start()
+time.sleep(600)
+"""
+
+
+def test_children_on_a_cpu_are_forks_and_each_ends_with_the_process_that_made_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True, env=ENV) as parent:
+        try:
+            assert parent.stdout is not None
+            *pids, method = parent.stdout.readline().split()
+            parent.kill()
+            assert parent.stdout.read() == ""  # ends when nobody holds the pipe any more
+        finally:
+            parent.kill()
+    assert (len(pids), method) == (2, "fork")
+
+
 def test_a_process_whose_parent_is_gone_leaves_at_once() -> None:
     code = f"{DIE}die_with(1 << 30); print('stays')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=ENV)
