@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -128,3 +129,10 @@ def test_what_computes_on_a_cpu_is_forked_and_nothing_else() -> None:
 def test_elsewhere_there_is_no_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert forks.fork_server.__wrapped__() is None
+
+
+@pytest.mark.parametrize("module", ["launcher.jobs", "launcher.reaper", "broker.role", "verifier.worker"])
+def test_who_computes_nothing_imports_no_torch(module: str) -> None:
+    code = f"import sys, offtrail.platform.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
