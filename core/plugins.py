@@ -61,18 +61,33 @@ def check(name: str, *, what: str) -> None:
     For code that imports torch, where nothing else may. Attributes are read from the source, where there is one.
     """
     module_name, attribute = _parts(name, what)
-    _look_in_current_directory()
-    try:
-        spec = importlib.util.find_spec(module_name)
-    except ModuleNotFoundError:
-        spec = None
-    except Exception as error:  # of the packages that it stands in
-        raise _broken(name, module_name, what, error) from error
-    if spec is None:
-        raise _no_module(name, module_name, what)
-    defined = _defined(spec)
+    defined = _defined(_find(name, what))
     if defined is not None and attribute not in defined:
         raise _no_attribute(name, module_name, attribute, what, defined)
+
+
+def check_settings(
+    source: str, settings: Mapping[str, Any], *, what: str, name: str = "", given: int = 1, given_to_class: int = 0
+) -> None:
+    """Raise PluginError when ``bind`` would, as far as the source tells: the module itself is not imported.
+
+    ``source``: `package.module:attribute`, called ``name`` in messages. ``given_to_class``: like ``given``, of a
+    class's `__init__`. What is decorated, imported or made by a call shows its parameters only when it is loaded.
+    """
+    node = (_defined(_find(source, what)) or {}).get(source.rpartition(":")[2])
+    if isinstance(node, ast.ClassDef) and not node.decorator_list:
+        made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        node, given = (made[0] if made else None), given_to_class + 1
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.decorator_list:
+        return
+    a = node.args
+    named = [*a.posonlyargs, *a.args]
+    needed = dict.fromkeys((arg.arg for arg in named), True)
+    needed |= dict.fromkeys((arg.arg for arg in named[len(named) - len(a.defaults) :]), False)
+    before = {arg.arg for arg in named[: max(given, len(a.posonlyargs))]}
+    needed |= {arg.arg: default is None for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True)}
+    known = {key: n for key, n in needed.items() if key not in before}
+    _check_fit(known, settings, a.kwarg is not None, name or source, what)
 
 
 def bind(
@@ -83,16 +98,36 @@ def bind(
     ``name`` is the target's, ``what`` the key that holds the settings. Raises PluginError at an unknown or missing one.
     """
     parameters = list(inspect.signature(target).parameters.values())[0 if isinstance(target, type) else given :]
-    known = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    known = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    _check_fit({p.name: p.default is p.empty for p in known}, settings, anything, name, what)
+    return partial(target, **settings)
+
+
+def _check_fit(known: Mapping[str, bool], settings: Mapping[str, Any], anything: bool, name: str, what: str) -> None:
+    """``known``: parameter → whether it must be given. ``anything``: others are taken too."""
     for key, value in settings.items():
         if key not in known and not anything:
             takes, hint = ", ".join(known) or "none", _nearest(key, known)
             raise PluginError(f"{what}.{key}={value}: no such setting; {name} takes {takes}{hint}")
-    for key, parameter in known.items():
-        if parameter.default is parameter.empty and key not in settings:
+    for key, needed in known.items():
+        if needed and key not in settings:
             raise PluginError(f"{what}.{key}: is needed by {name}; set it")
-    return partial(target, **settings)
+
+
+def _find(name: str, what: str) -> ModuleSpec:
+    """Where the module of ``name`` is. Raises PluginError where it is nowhere."""
+    module_name, _ = _parts(name, what)
+    _look_in_current_directory()
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except ModuleNotFoundError:
+        spec = None
+    except Exception as error:  # of the packages that it stands in
+        raise _broken(name, module_name, what, error) from error
+    if spec is None:
+        raise _no_module(name, module_name, what)
+    return spec
 
 
 def _parts(name: str, what: str) -> tuple[str, str]:
@@ -109,28 +144,31 @@ def _look_in_current_directory() -> None:
     importlib.invalidate_caches()  # a file written since the last look is found
 
 
-def _defined(spec: ModuleSpec) -> set[str] | None:
-    """Names that a module's source binds at its top level; None where the source cannot tell."""
+def _defined(spec: ModuleSpec) -> dict[str, ast.stmt] | None:
+    """Names that a module's source binds at its top level, and what binds each last; None where the source cannot
+    tell.
+    """
     if spec.origin is None or not spec.origin.endswith(".py"):
         return None
     try:
         tree = ast.parse(Path(spec.origin).read_bytes())
     except (OSError, SyntaxError):
         return None  # importing it says it better
-    names: set[str] = set()
+    names: dict[str, ast.stmt] = {}
     for node in tree.body:
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                names.add(name)
+                names[name] = node
             case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
-                names |= {alias.asname or alias.name.partition(".")[0] for alias in aliases}
+                names |= {alias.asname or alias.name.partition(".")[0]: node for alias in aliases}
             case ast.Assign() | ast.AnnAssign():
-                names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+                bound = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+                names |= {part.id: node for part in bound if isinstance(part.ctx, ast.Store)}
             case ast.Expr():
                 pass
             case _:  # bound under a condition, in a loop, …
                 return None
-    return None if names & {"*", "__getattr__"} else names
+    return None if names.keys() & {"*", "__getattr__"} else names
 
 
 def _no_module(name: str, module_name: str, what: str) -> PluginError:

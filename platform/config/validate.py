@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from offtrail.algos.pairs import incompatible
-from offtrail.core.plugins import PluginError, check, is_plugin
+from offtrail.core.plugins import PluginError, check, check_settings, is_plugin
 from offtrail.core.settings import out_of_limits
 from offtrail.platform.config import learnable
 from offtrail.platform.config.checkpoints import model_folder
@@ -25,6 +25,7 @@ from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.keys import flatten, keys_of
 from offtrail.platform.config.paths import check_name
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
+from offtrail.search.config import OutsideConfig
 from offtrail.tasks.jsonl import JsonlConfig
 from offtrail.tasks.mixture import MixtureConfig
 
@@ -256,13 +257,21 @@ def exact_staleness_is_repeatable(config: Config) -> None:
 
 
 def code_from_outside_is_here(config: Config) -> None:
-    """`module:function` names something; it is loaded where it is used, and the launcher tries that first."""
-    for name in filter(is_plugin, config.reward.weights):
-        check(name, what="reward.weights")
-    if config.algo.loss:
-        check(config.algo.loss, what="algo.loss")
-    if is_plugin(config.algo.advantage):
-        check(config.algo.advantage, what="algo.advantage")
+    """`module:function` names something that takes its settings, as its source tells: it is loaded where it is used."""
+    reward, algo, search = config.reward, config.algo, config.search
+    for name in reward.weights:
+        source = name if is_plugin(name) else f"offtrail.rewards.components.{name}:score"
+        check(source, what="reward.weights")
+        check_settings(source, reward.settings.get(name, {}), what=f"reward.settings.{name}", name=name)
+    if algo.loss:
+        check(algo.loss, what="algo.loss")
+        check_settings(algo.loss, algo.loss_settings, what="algo.loss_settings")
+    if is_plugin(algo.advantage):
+        check(algo.advantage, what="algo.advantage")
+        check_settings(algo.advantage, algo.advantage_settings, what="algo.advantage_settings", given=3)
+    if isinstance(search, OutsideConfig):
+        check(search.name, what="search.name")
+        check_settings(search.name, search.settings, what="search.settings", given=3, given_to_class=3)
 
 
 def reward_names_the_tasks_there_are(config: Config) -> None:

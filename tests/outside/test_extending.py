@@ -19,6 +19,7 @@ from offtrail.algos.config import GrpoConfig
 from offtrail.algos.correction_config import CorrectionConfig
 from offtrail.algos.loss import LossInput, policy_loss
 from offtrail.platform.config.compose import compose
+from offtrail.platform.launcher.command import main
 from offtrail.tasks.registry import make_task
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,14 @@ def grumpy(answered, *, mood): return 1.0
         ("algo.loss=my_losses:soft_clap", "my_losses has no soft_clap; nearest: soft_clip"),
         ("algo.loss=clip", "algo.loss=clip: must be package.module:attribute"),
         ("algo.loss_settings.width=3", "algo.loss_settings: nothing reads them"),
+        (
+            "algo.loss=my_losses:soft_clip algo.loss_settings.widht=3",
+            "algo.loss_settings.widht=3: no such setting; my_lo",
+        ),
+        (
+            "algo.advantage=my_advantages:bounded algo.advantage_settings.limt=3",
+            "algo.advantage_settings.limt=3: no such setting; my_advantages:bounded takes limit; nearest: limit",
+        ),
         ("algo.advantage=my_advantages:bound", "my_advantages has no bound; nearest: bounded"),
         ("algo.advantage=grup", "algo.advantage=grup: must be one of group, rloo"),
         ("reward.weights.wrong:happy=1", "reward.weights=wrong:happy: wrong has no happy"),
@@ -97,7 +106,10 @@ def grumpy(answered, *, mood): return 1.0
             "search=my_drivers:SecndTry",
             "search.name=my_drivers:SecndTry: my_drivers has no SecndTry; nearest:",
         ),
-        ("search=my_drivers:SecondTry search.settings.mroe=2", "search.settings={'mroe': 2}: my_drivers:SecondTry is"),
+        (
+            "search=my_drivers:SecondTry search.settings.mroe=2",
+            "search.settings.mroe=2: no such setting; my_drivers:Sec",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_starts(folder: Path, argument: str, line: str):
@@ -107,6 +119,24 @@ def test_a_mistake_is_one_line_before_anything_starts(folder: Path, argument: st
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["algo.loss=my_losses:soft_clip", "algo.loss_settings.widht=3"],
+        ["algo.advantage=my_advantages:bounded", "algo.advantage_settings.limt=3"],
+        ["reward.weights.my_rewards:brevity=1", "reward.settings.my_rewards:brevity.longst=3"],
+        ["search=my_drivers:SecondTry", "search.settings.mroe=2"],
+    ],
+)
+def test_a_misspelt_setting_shows_in_a_dry_run_which_loads_no_code(
+    arguments: list[str], importable: None, capsys: pytest.CaptureFixture[str]
+):
+    before = set(sys.modules)
+    assert main([*arguments, "--dry-run"]) == 2
+    assert f"{arguments[1]}: no such setting" in capsys.readouterr().err
+    assert not {name for name in set(sys.modules) - before if name.startswith("my_")}
 
 
 def test_a_mixture_holds_a_family_from_outside(folder: Path, monkeypatch: pytest.MonkeyPatch):

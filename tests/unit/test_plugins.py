@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from offtrail.core.plugins import PluginError, check, is_plugin, load
+from offtrail.core.plugins import PluginError, bind, check, check_settings, is_plugin, load
 
 SOURCE = """
 from math import tau as circle
@@ -94,3 +94,67 @@ def test_a_users_file_never_takes_the_place_of_pythons(folder):
 def test_only_a_colon_makes_a_plugin():
     assert is_plugin("a:b")
     assert not is_plugin("accuracy")
+
+
+SETTINGS = """
+import functools
+def loss(tokens, width=1, *, deep): ...
+def anything(tokens, **settings): ...
+def bare(tokens): ...
+def estimator(rewards, group_of, lengths, limit=.5): ...
+class Judge:
+    def __init__(self, strict, mood=1): ...
+class Driver:
+    def __init__(self, lease, sampling, generator, more=1): ...
+class Plain: ...
+@functools.cache
+def decorated(tokens): ...
+made = functools.partial(loss, width=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "line"),
+    [
+        ("loss", {"deep": 1}, ""),
+        ("loss", {"deep": 1, "width": 2}, ""),
+        ("loss", {"deep": 1, "widht": 2}, "k.widht=2: no such setting; m:loss takes width, deep; nearest: width"),
+        ("loss", {"width": 2}, "k.deep: is needed by m:loss; set it"),
+        ("anything", {"x": 1}, ""),
+        ("bare", {"tokens": 1}, "k.tokens=1: no such setting; m:bare takes none"),
+        ("estimator", {"limit": 1}, ""),
+        ("estimator", {"lengths": 1}, "k.lengths=1: no such setting; m:estimator takes limit"),
+        ("Judge", {"strict": 1, "mood": 2}, ""),
+        ("Judge", {}, "k.strict: is needed by m:Judge; set it"),
+        ("Judge", {"strict": 1, "self": 2}, "k.self=2: no such setting; m:Judge takes strict, mood"),
+    ],
+)
+def test_settings_are_checked_by_the_source_as_by_the_loaded_function(
+    folder: Path, name: str, settings: dict[str, int], line: str
+):
+    (folder / "users_settings.py").write_text(SETTINGS)
+    given = 3 if name == "estimator" else 1
+    source = f"users_settings:{name}"
+
+    def by_source():
+        check_settings(source, settings, what="k", name=f"m:{name}", given=given)
+
+    def by_loading():
+        bind(load(source, what="k"), settings, name=f"m:{name}", what="k", given=given)
+
+    for look in (by_source, by_loading):
+        if not line:
+            look()
+            continue
+        with pytest.raises(PluginError) as error:
+            look()
+        assert str(error.value) == line
+
+
+def test_what_the_source_does_not_show_is_left_to_the_load(folder: Path):
+    (folder / "users_settings.py").write_text(SETTINGS)
+    for name in ("Plain", "decorated", "made", "functools"):
+        check_settings(f"users_settings:{name}", {"x": 1}, what="k")
+    check_settings("users_settings:Driver", {"more": 2}, what="k", given_to_class=3)
+    with pytest.raises(PluginError, match=r"k\.lease=2: no such setting; users_settings:Driver takes more"):
+        check_settings("users_settings:Driver", {"lease": 2}, what="k", given_to_class=3)
