@@ -1,25 +1,27 @@
 """Public sets from local JSON-lines files, such as GSM8K: one object a line with a question and a worked answer.
 
-Invariants: a line that cannot be used stops the run with its file and number; data order is one permutation of the
-training problems per epoch, keyed by (seed, epoch); no prompt of the held-out side is ever trained on, whether it comes
-from ``eval_path`` or from the hash split.
+Invariants: a line that cannot be used stops the run with its file and number; a set of answers that `verify` cannot
+read stops it too, and of one that has some the run says so before it starts (`remarks`); data order is one permutation
+of the training problems per epoch, keyed by (seed, epoch); no prompt of the held-out side is ever trained on, whether
+it comes from ``eval_path`` or from the hash split.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from offtrail.core.problem import Problem
 from offtrail.core.settings import setting
 from offtrail.tasks.base import TaskError, tagged
 from offtrail.tasks.config import TaskConfig, check
+from offtrail.tasks.lines import read_objects
 from offtrail.tasks.split import is_held_out, place, stream
 
 
@@ -38,6 +40,9 @@ class JsonlConfig(TaskConfig):
     """Field of the worked answer."""
     answer_after: str = "####"
     """The gold answer is what follows this mark in the answer field; empty = the whole field."""
+    compare: Literal["value", "text"] = "value"
+    """How an answer is compared with the gold one. value: as a number where that is one (18 is $18.00), else as text;
+    text: always the same text, up to blanks."""
     template: str = "{prompt}"
     """How a prompt is put to the model; {prompt} is the problem's text, or its last message's."""
     messages_field: str = ""
@@ -55,10 +60,13 @@ def task_template(config: TaskConfig) -> str:
 
 
 NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s*\$?\s*(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*))?(?:\s*/\s*(?P<below>\d+))?",
+    r"(?P<sign>[-+]?)\s*\$?\s*(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*))?"
+    r"(?:[eE](?P<exponent>[-+]?\d{1,2}))?(?:\s*/\s*(?P<below>\d+))?",
     re.ASCII,
 )
 LONGEST_NUMBER = 100
+MEANT_BY_VALUE = re.compile(r"[\d\\]")
+"""An answer with a digit or LaTeX in it means a value that can be written in other ways, too."""
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -73,6 +81,7 @@ class Record:
     solution: str
     answer: str
     messages: tuple[dict[str, str], ...] = ()
+    line: int = 0
 
 
 class JsonlTask:
@@ -84,6 +93,8 @@ class JsonlTask:
         self.name, self.config, self.seed = config.name, config, seed
         self._train: list[Record] = []
         self._held_out: list[Record] = []
+        self.remarks: list[str] = []
+        """What is to be said of the files before a run."""
         if load:
             self._load()
 
@@ -107,8 +118,8 @@ class JsonlTask:
         return tagged(CALCULATOR.sub("", problem.meta["solution"]), problem.answer)
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
-        """Equal as numbers where the gold answer is one, else the same text up to blanks."""
-        gold = number(problem.answer)
+        """Equal as numbers where the gold answer is one (task.compare=value), else the same text up to blanks."""
+        gold = number(problem.answer) if self.config.compare == "value" else None
         if gold is None:
             return answer_text.split() == problem.answer.split()
         return number(answer_text) == gold
@@ -121,9 +132,9 @@ class JsonlTask:
         config = self.config
         if not config.path:
             raise TaskError("task.path is empty: task=jsonl needs task.path=FILE.jsonl with one problem a line")
-        records = list(read(Path(config.path), "task.path", config))
+        records = self._read("task.path", config.path)
         if config.eval_path:
-            held_out = list(read(Path(config.eval_path), "task.eval_path", config))
+            held_out = self._read("task.eval_path", config.eval_path)
         else:
             held_out = [r for r in records if is_held_out(self.name, r.prompt, config.held_out_share)]
         prompts = {record.prompt: record for record in held_out}
@@ -135,6 +146,12 @@ class JsonlTask:
                 " ones are taken out; lower task.held_out_share, or name another task.eval_path"
             )
 
+    def _read(self, key: str, path: str) -> list[Record]:
+        records = read(Path(path), key, self.config)
+        if self.config.compare == "value" and (remark := remark_on(records, f"{key}={path}")):
+            self.remarks.append(remark)
+        return records
+
     def _problem(self, record: Record, index: int) -> Problem:
         template, meta = self.config.template, {"solution": record.solution}
         if record.messages:
@@ -144,31 +161,31 @@ class JsonlTask:
         return Problem(self.name, index, template.replace("{prompt}", record.prompt), record.answer, meta)
 
 
-def read(path: Path, key: str, config: JsonlConfig) -> Iterator[Record]:
+def read(path: Path, key: str, config: JsonlConfig) -> list[Record]:
     """The usable lines of a file; blank lines are skipped. Raises TaskError with file and line number."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise TaskError(f"{key}={path}: {error.strerror or error}; name a readable JSON-lines file") from error
-    empty = True
-    for i, line in enumerate(lines, start=1):
-        if line.strip():
-            empty = False
-            yield record_of(line, f"{key}={path}, line {i}", config)
-    if empty:
-        raise TaskError(f"{key}={path}: the file holds no problems; write one JSON object a line")
+    return [record_of(row, line, f"{key}={path}, line {line}", config) for line, row in read_objects(path, key)]
 
 
-def record_of(line: bytes, where: str, config: JsonlConfig) -> Record:
+def remark_on(records: list[Record], where: str) -> str:
+    """What to say of answers that `verify` can only compare as text though they mean a value, such as `18%`; empty
+    where there are none. TaskError where there is nothing else.
+    """
+    numbers = sum(number(record.answer) is not None for record in records)
+    others = [record for record in records if number(record.answer) is None and MEANT_BY_VALUE.search(record.answer)]
+    if not others:
+        return ""
+    example = f"such as {others[0].answer[:60]!r} in line {others[0].line}"
+    way = "write them as plain numbers, or say task.compare=text, or take a task of your own (docs/extending/tasks.md)"
+    if not numbers and 2 * len(others) > len(records):
+        raise TaskError(f"{where}: none of its {len(records):,} answers can be read as a number, {example}; {way}")
+    return (
+        f"{where}: of {len(records):,} answers {numbers:,} can be read as numbers; {len(others):,} others with digits "
+        f"or LaTeX, {example}, count as right only where the very same text is answered; {way}"
+    )
+
+
+def record_of(row: dict[str, object], line: int, where: str, config: JsonlConfig) -> Record:
     """Check and cut one line. Raises TaskError that opens with ``where``."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{where}: not valid JSON ({error}); write one object a line, or delete the line") from None
-    if not isinstance(row, dict):
-        raise TaskError(
-            f"{where}: holds {type(row).__name__}, not an object; write {{…}} with the fields, or delete the line"
-        )
     messages = message_list(row, config.messages_field, where) if config.messages_field else ()
     prompt = as_lines(messages) if messages else field_text(row, config.prompt_field, "prompt_field", where)
     answer = field_text(row, config.answer_field, "answer_field", where)
@@ -180,7 +197,7 @@ def record_of(line: bytes, where: str, config: JsonlConfig) -> Record:
         )
     if not gold.strip():
         raise TaskError(f"{where}: no answer after {config.answer_after!r}; add it, or delete the line")
-    return Record(prompt, solution.strip(), gold.strip(), messages)
+    return Record(prompt, solution.strip(), gold.strip(), messages, line)
 
 
 def message_list(row: dict[str, object], name: str, where: str) -> tuple[dict[str, str], ...]:
@@ -214,14 +231,21 @@ def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
         known = ", ".join(map(repr, row)) or "none"
         what = "no answer" if key == "answer_field" else "no prompt"
         raise TaskError(f"{where}: {what}: no field {name!r} (fields: {known}); add it, or set task.{key}")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise TaskError(
             f"{where}: field {name!r} is {type(value).__name__}, not text; mend the line, or set task.{key}"
         )
-    text = str(value)
+    if isinstance(value, Decimal) and abs(value.adjusted()) >= LONGEST_NUMBER:
+        raise TaskError(f"{where}: field {name!r} is a number of more than {LONGEST_NUMBER} digits; mend the line")
+    text = format(value, "f") if isinstance(value, Decimal) else str(value)  # 1e-05 as 0.00001
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise TaskError(
             f"{where}: field {name!r} holds half a surrogate pair, which is no text; mend or delete the line"
+        )
+    if "\f" in text or "\b" in text:
+        raise TaskError(
+            f'{where}: field {name!r} holds a control character, which is what "\\frac" or "\\beta" means in JSON; '
+            'write LaTeX as "\\\\frac"'
         )
     if not text.strip():
         what = "no answer" if key == "answer_field" else "no prompt"
@@ -230,12 +254,12 @@ def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of `18`, `18.0`, `$1,800.50`, `-3/4` or `18.`; None for anything else, a unit included."""
+    """The exact value of `18`, `18.0`, `$1,800.50`, `-3/4`, `1e-05` or `18.`; None for anything else."""
     text = text.strip()
     match = NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
     if match is None or not (match["whole"] or match["decimals"]):
         return None
-    above = Fraction(f"{match['whole'].replace(',', '') or '0'}.{match['decimals'] or '0'}")
+    above = Fraction(f"{match['whole'].replace(',', '') or '0'}.{match['decimals'] or '0'}e{match['exponent'] or '0'}")
     below = int(match["below"] or 1)
     if below == 0:
         return None

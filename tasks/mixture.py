@@ -14,7 +14,7 @@ from typing import Any
 
 from offtrail.core.plugins import is_plugin
 from offtrail.core.problem import Problem
-from offtrail.tasks.base import Task
+from offtrail.tasks.base import Task, TaskError
 from offtrail.tasks.config import TaskConfig, check
 from offtrail.tasks.registry import families, family_config, make_task
 from offtrail.tasks.split import stream
@@ -56,7 +56,10 @@ class MixtureTask:
         self.name, self.families = config.name, dict[str, Task]()
         for name in config.weights:
             settings = family_config(name, config.settings.get(name, {}), config.held_out_share)
-            self.families[name] = make_task(settings, seed, load=load)
+            try:
+                self.families[name] = make_task(settings, seed, load=load)
+            except TaskError as error:
+                raise TaskError(f"task.settings.{name}: {error}") from None
         total = sum(config.weights.values())
         self._ends = list(accumulate(share / total for share in config.weights.values()))
         self._names = list(config.weights)

@@ -90,6 +90,12 @@ def from_outside(task: Task) -> list[Task]:
     return [member for name, member in members.items() if is_plugin(name)]
 
 
+def remarks_on(task: Task) -> list[str]:
+    """What a task (of a mixture each family) has to say of its data before a run."""
+    members: Mapping[str, Task] = getattr(task, "families", {task.name: task})
+    return [remark for member in members.values() for remark in getattr(member, "remarks", [])]
+
+
 def check_promises(task: Task, n: int) -> None:
     """Look at the first problems of a task from outside the tree for what every task promises; not a proof.
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import offtrail
 from offtrail.platform.config.compose import compose, to_yaml
-from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.errors import ConfigError, one_line
 from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
@@ -159,10 +159,12 @@ def require_task_reward_and_driver(config: Config) -> None:
     from offtrail.search.registry import SearchError
     from offtrail.search.registry import check as check_driver
     from offtrail.tasks.base import TaskError
-    from offtrail.tasks.registry import check_promises, from_outside, make_task
+    from offtrail.tasks.registry import check_promises, from_outside, make_task, remarks_on
 
     try:
         task = make_task(config.task, config.run.seed)
+        for remark in remarks_on(task):
+            print(f"offtrail: note: {one_line(remark)}", file=sys.stderr)
         if config.job == "rl":
             shares = Counter(problem.task for problem in task.held_out(config.eval.prompts))
             for one in from_outside(task):

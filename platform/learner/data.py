@@ -9,7 +9,6 @@ step alone, so that every rank makes the same one and a resumed run trains what 
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Sequence
@@ -22,8 +21,9 @@ from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.model.packing import SampleTable
 from offtrail.platform.model.text import Text
-from offtrail.tasks.base import Task
+from offtrail.tasks.base import Task, TaskError
 from offtrail.tasks.jsonl import as_lines, permutation
+from offtrail.tasks.lines import read_objects
 from offtrail.tasks.registry import make_task
 
 log = logging.getLogger("offtrail.learner")
@@ -143,24 +143,15 @@ def read_examples(path: Path, prompt_field: str, answer_field: str) -> list[Prob
     assistant's answer. Each becomes a Problem, ``task`` naming the file and ``index`` the line.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"sft.path={path}: {error.strerror or error}; name a readable JSON-lines file") from error
-    rows = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
-        raise DataError(f"sft.path={path}: the file holds no examples; write one JSON object a line")
-    return [_example(line, i, path, prompt_field, answer_field) for i, line in rows]
+        rows = read_objects(path, "sft.path")
+    except TaskError as error:
+        raise DataError(str(error)) from None
+    return [_example(row, number, path, prompt_field, answer_field) for number, row in rows]
 
 
-def _example(line: bytes, number: int, path: Path, prompt_field: str, answer_field: str) -> Problem:
+def _example(row: dict[str, Any], number: int, path: Path, prompt_field: str, answer_field: str) -> Problem:
     name = f"sft.path={path}"
     where = f"{name}, line {number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}); write one object a line, or delete the line") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: holds {type(row).__name__}, not an object; write {{…}}, or delete the line")
     given = row.get(prompt_field, row.get("messages"))
     if not isinstance(given, list):
         prompt = _text(row, prompt_field, "sft.prompt_field", where)

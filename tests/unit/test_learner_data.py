@@ -91,7 +91,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: Any, complaint: str) ->
 def test_a_file_that_is_not_there_or_empty_and_text_that_the_tokenizer_lacks(tmp_path: Path, start_dir: Path) -> None:
     with pytest.raises(DataError, match="No such file or directory; name a readable"):
         read_examples(tmp_path / "none", "prompt", "answer")
-    with pytest.raises(DataError, match="the file holds no examples"):
+    with pytest.raises(DataError, match="the file holds no lines"):
         read_examples(write(tmp_path / "f", ""), "prompt", "answer")
     with pytest.raises(TaskError, match="the tokenizer does not know all of 'Größe'"):
         examples(write(tmp_path / "g", {"prompt": "Größe", "answer": "1"}), start_dir)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +22,8 @@ from hypothesis import strategies as st
 from offtrail.core.types import Problem
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, number
+from offtrail.tasks.mixture import MixtureConfig, MixtureTask
+from offtrail.tasks.registry import remarks_on
 from offtrail.tasks.split import is_held_out, stream
 
 
@@ -98,7 +107,12 @@ def test_too_few_held_out(hundred: str):
         ('{"question": "  ", "answer": "#### 4"}', r"line 3: no prompt: field 'question' is empty"),
         ('{"question": ["a"], "answer": "#### 4"}', r"line 3: field 'question' is list, not text"),
         ('{"question": true, "answer": "#### 4"}', r"line 3: field 'question' is bool, not text"),
-        ("[" * 100_000, r"line 3: not valid JSON"),
+        ("[" * 100_000, r"line 3: not valid JSON \(nested too deep\)"),
+        ('{"question": "\\frac", "answer": "#### 4"}', r"line 3: field 'question' holds a control char"),
+        ('{"question": "\\sin"}', r"line 3: not valid JSON \(Invalid \\escape, column 15\); write"),
+        ('{"question": "a", "answer": "#1", "answer": "#2"}', r"line 3: the key 'answer' is given twice; keep one"),
+        ('{"question": "a", "answer": NaN}', r"line 3: NaN is no number in JSON"),
+        ('{"question": "a", "answer": 1e101}', r"line 3: field 'answer' is a number of more than 100 digits"),
         ('{"question": "a \\ud800", "answer": "#### 4"}', r"line 3: field 'question' holds half a surrogate pair"),
     ],
 )  # fmt: skip
@@ -112,7 +126,7 @@ def test_a_bad_line_is_an_error_with_its_number(tmp_path: Path, line: str, messa
 def test_bytes_that_are_no_text_are_an_error_with_their_line(tmp_path: Path):
     path = tmp_path / "bytes.jsonl"
     path.write_bytes(json.dumps(row(1)).encode() + b'\n{"question": "\xff\xfe", "answer": "#### 1"}\n')
-    with pytest.raises(TaskError, match=r"bytes.jsonl, line 2: not valid JSON"):
+    with pytest.raises(TaskError, match=r"bytes.jsonl, line 2: not valid JSON \(byte 15 of the line is no UTF-8\)"):
         JsonlTask(JsonlConfig(path=str(path)), 0)
 
 
@@ -123,7 +137,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, hundred: str):
         JsonlTask(JsonlConfig(path=str(tmp_path / "none.jsonl")), 0)
     with pytest.raises(TaskError, match=r"task.eval_path=.*: Is a directory"):
         JsonlTask(JsonlConfig(path=hundred, eval_path=str(tmp_path)), 0)
-    with pytest.raises(TaskError, match=r"the file holds no problems"):
+    with pytest.raises(TaskError, match=r"the file holds no lines"):
         JsonlTask(JsonlConfig(path=write(tmp_path / "empty.jsonl", "", "")), 0)
     with pytest.raises(TaskError, match=r"none of its 100 problems is left for training"):
         JsonlTask(JsonlConfig(path=hundred, eval_path=hundred), 0)
@@ -150,7 +164,8 @@ def test_other_fields_and_numbers_as_answers(tmp_path: Path):
         ("-3", -3),
         ("-$3", -3), ("+3", 3), ("1,234,567", 1234567), (".5", Fraction(1, 2)), ("1/2", Fraction(1, 2)),
         ("0", 0), ("-0", 0),
-        ("-3 / 4", Fraction(-3, 4)), ("007", 7), ("1.5/3", Fraction(1, 2)),
+        ("-3 / 4", Fraction(-3, 4)), ("007", 7), ("1.5/3", Fraction(1, 2)), ("1e3", 1000),
+        ("-1.5E-05", Fraction(-3, 200000)),
     ],
 )  # fmt: skip
 def test_numbers(text: str, value: int | Fraction):
@@ -159,8 +174,8 @@ def test_numbers(text: str, value: int | Fraction):
 
 @pytest.mark.parametrize(
     "text",
-    ["", ".", "$", "-", "1,23", "12,3456", "1 000", "18 apples", "18%", "1/0", "1e3", "0x10", "1_0", "--3", "1.2.3",
-     "٣", "²", "inf", "nan", "18 18", "=18", "9" * 101, "1/2/3"],
+    ["", ".", "$", "-", "1,23", "12,3456", "1 000", "18 apples", "18%", "1/0", "1e", "1e100", "0x10", "1_0", "--3",
+     "1.2.3", "٣", "²", "inf", "nan", "18 18", "=18", "9" * 101, "1/2/3"],
 )  # fmt: skip
 def test_what_is_no_number(text: str):
     assert number(text) is None
@@ -187,6 +202,113 @@ def test_answers_that_are_no_numbers_are_compared_as_text():
     assert task.verify(Problem("jsonl", 0, "q", "x + 1", {}), " x  + 1 ")
     assert not task.verify(Problem("jsonl", 0, "q", "x + 1", {}), "1 + x")
     assert not task.verify(Problem("jsonl", 0, "q", "18", {}), "eighteen")
+
+
+@pytest.mark.parametrize("written", ["1e-05", "0.00001", "1.0E-5", "0.000010"])
+def test_equal_numbers_of_a_file_are_equal_answers(tmp_path: Path, written: str):
+    path = write(tmp_path / "small.jsonl", f'{{"question": "q", "answer": {written}}}')
+    task = JsonlTask(JsonlConfig(path=path, answer_after="", held_out_share=0.0), 0)
+    assert all(task.verify(task.train(0), text) for text in ("1e-05", "0.00001", "1/100000", ".00001"))
+    assert not task.verify(task.train(0), "0.00002")
+    assert "e" not in task.train(0).answer.lower()  # what job=sft teaches is a plain number
+
+
+# Answers that mean a value which the verifier cannot read
+
+
+FORMATS = ["18%", r"\frac{1}{2}", r"\boxed{18}", "18 apples", "−3", "1 1/2", "1 000", "5 m/s"]
+
+
+def of_answers(path: Path, *answers: str, **settings: Any) -> JsonlTask:
+    rows = ({"question": f"q{i}", "answer": answer} for i, answer in enumerate(answers))
+    return JsonlTask(JsonlConfig(path=write(path, *rows), answer_after="", held_out_share=0.0, **settings), 0)
+
+
+def test_a_set_whose_answers_cannot_be_read_is_refused(tmp_path: Path):
+    with pytest.raises(
+        TaskError, match=r"none of its 8 answers can be read as a number, such as '18%' in line 1; write"
+    ):
+        of_answers(tmp_path / "a.jsonl", *FORMATS)
+    task = of_answers(tmp_path / "a.jsonl", *FORMATS, compare="text")
+    assert task.remarks == []
+    problems = [task.train(i) for i in range(8)]
+    assert all(task.verify(problem, problem.answer) for problem in problems)
+    assert not any(task.verify(problem, "18") for problem in problems)
+
+
+@pytest.mark.parametrize("answer", FORMATS)
+def test_a_set_with_some_such_answers_says_how_many_and_which(tmp_path: Path, answer: str):
+    task = of_answers(tmp_path / "a.jsonl", "18", "$1,800.50", answer, "Paris")
+    (remark,) = task.remarks
+    assert remark.startswith(
+        f"task.path={tmp_path}/a.jsonl: of 4 answers 2 can be read as numbers; 1 others with digits"
+    )
+    assert f"such as {answer!r} in line 3" in remark
+    mixed = MixtureConfig(weights={"jsonl": 1.0}, settings={"jsonl": {"path": task.config.path, "answer_after": ""}})
+    assert len(remarks_on(MixtureTask(mixed, 0))) == 1
+
+
+def test_words_are_compared_as_words_without_a_word(tmp_path: Path):
+    assert of_answers(tmp_path / "a.jsonl", "Paris", "x + y", "B").remarks == []
+    assert of_answers(tmp_path / "b.jsonl", "18", "-3/4", "1e-05").remarks == []
+
+
+# Files of another kind
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+OTHERS: dict[str, tuple[Callable[[Path, list[dict[str, Any]]], object], str]] = {
+    "p.parquet": (parquet, "is a Parquet file, not JSON lines; convert it: "),
+    "array.json": (lambda path, rows: path.write_text(json.dumps(rows)), "is one JSON array of 3 objects, not"),
+    "pretty.json": (lambda path, rows: path.write_text(json.dumps(rows, indent=2)), "is one JSON array of 3 objects"),
+    "inside.json": (
+        lambda path, rows: path.write_text(json.dumps({"v": 1, "data": rows}, indent=2)),
+        "is one JSON object over 17 lines, not JSON lines; ",
+    ),
+    "a table.csv": (table, "is a table (.csv), not JSON lines; "),
+    "utf16.jsonl": (
+        lambda path, rows: path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-16"),
+        "is UTF-16 text, not JSON lines; make it plain first: iconv -f UTF-16 -t UTF-8 ",
+    ),
+    "le.jsonl": (
+        lambda path, rows: path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-16-le"),
+        "is UTF-16 text without its mark, or no text at all, not",
+    ),
+    "packed.jsonl": (
+        lambda path, rows: path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())),
+        "is compressed (gzip), not JSON lines; make it plain first: gunzip ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_another_kind_is_called_so_and_the_command_makes_lines_of_it(tmp_path: Path, name: str):
+    make, words = OTHERS[name]
+    make(tmp_path / name, [row(i) for i in range(3)])
+    with pytest.raises(TaskError) as caught:
+        JsonlTask(JsonlConfig(path=str(tmp_path / name)), 0)
+    assert str(caught.value).startswith(f"task.path={tmp_path}/{name}: {words}")
+    command = str(caught.value).rpartition(": ")[2]
+    if "rows" in command:
+        command = str(caught.value).partition("convert it: ")[2].replace("python -c", f"{sys.executable} -c", 1)
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True, timeout=120)
+        (lines,) = tmp_path.glob("*.lines.jsonl")
+    elif "iconv" in command:
+        lines = tmp_path / "plain.jsonl"
+        lines.write_bytes(subprocess.run(command, shell=True, capture_output=True, check=True, timeout=120).stdout)
+    else:
+        return
+    assert JsonlTask(JsonlConfig(path=str(lines), held_out_share=0.0), 0).train(0).answer in ("0", "2", "4")
 
 
 DATA = os.environ.get("OFFTRAIL_DATA", "")

@@ -1,0 +1,124 @@
+"""JSON-lines files: one object a line, read strictly, since what is guessed here is trained on.
+
+A line that is no object, holds a key twice, or a number that is none (NaN, Infinity) is an error with its number. A
+file of another kind is called what it is, with the command that makes lines of it. Numbers keep the value that is
+written: whole ones are int, the others Decimal.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NoReturn
+
+from offtrail.tasks.base import TaskError
+
+OTHER_KINDS = (
+    (b"PAR1", "a Parquet file", "import pyarrow.parquet as p; rows = p.read_table(sys.argv[1]).to_pylist()"),
+    (b"ARROW1", "an Arrow file", "import pyarrow.feather as p; rows = p.read_table(sys.argv[1]).to_pylist()"),
+    (b"\x1f\x8b", "compressed (gzip)", "gunzip"),
+    (b"\x28\xb5\x2f\xfd", "compressed (zstd)", "unzstd"),
+    (b"BZh", "compressed (bzip2)", "bunzip2"),
+    (b"\xfd7zXZ", "compressed (xz)", "unxz"),
+    (b"PK\x03\x04", "a zip archive", "unzip"),
+    (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
+)
+"""How a file of another kind begins, what it is, and what makes lines, or plain bytes, of it."""
+ROWS_OF_JSON = "rows = json.load(open(sys.argv[1]))"
+ROWS_OF_TABLE = "import csv; rows = csv.DictReader(open(sys.argv[1]), delimiter={delimiter!r})"
+
+
+def read_objects(path: Path, key: str) -> list[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of each line that is not blank. Raises TaskError that opens with ``key=path``."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"{key}={path}: {error.strerror or error}; name a readable JSON-lines file") from error
+    _refuse_other_kinds(content, path, key)
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise TaskError(f"{key}={path}: the file holds no lines; write one JSON object a line")
+    objects = []
+    for number, line in lines:
+        try:
+            objects.append((number, _object(line, number)))
+        except ValueError as error:
+            _refuse_one_document(content, lines, path, key)
+            raise TaskError(f"{key}={path}, line {number}: {error}") from None
+    return objects
+
+
+def _object(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(
+            line.decode("utf-8-sig" if number == 1 else "utf-8"),
+            parse_float=Decimal,
+            parse_constant=_no_number,
+            object_pairs_hook=_once,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid JSON (byte {error.start + 1} of the line is no UTF-8); {MEND}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno}); {MEND}") from None
+    except RecursionError:
+        raise ValueError(f"not valid JSON (nested too deep); {MEND}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"holds {type(row).__name__}, not an object; write {{…}} with the fields, or delete the line")
+    return row
+
+
+MEND = "write one object a line, or delete the line"
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON; write one, or delete the line")
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is given twice; keep one")
+    return found
+
+
+def _refuse_other_kinds(content: bytes, path: Path, key: str) -> None:
+    for begins, kind, way in OTHER_KINDS:
+        if content.startswith(begins):
+            raise TaskError(f"{key}={path}: is {kind}, not JSON lines; {_way_out(path, way)}")
+    if b"\0" in content[:1024]:
+        what = "UTF-16 text without its mark, or no text at all"
+        raise TaskError(f"{key}={path}: is {what}, not JSON lines; {_way_out(path, 'iconv -f UTF-16LE -t UTF-8')}")
+    if path.suffix in (".csv", ".tsv") and content[:1] != b"{":
+        way = ROWS_OF_TABLE.format(delimiter="\t" if path.suffix == ".tsv" else ",")
+        raise TaskError(f"{key}={path}: is a table ({path.suffix}), not JSON lines; {_way_out(path, way)}")
+
+
+def _refuse_one_document(content: bytes, lines: Sequence[tuple[int, bytes]], path: Path, key: str) -> None:
+    """The whole file as one array, or one object over several lines, is a common other form."""
+    if content.strip()[:1] not in (b"[", b"{"):
+        return
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(whole, list) and all(isinstance(row, dict) for row in whole):
+        way = _way_out(path, ROWS_OF_JSON)
+        raise TaskError(f"{key}={path}: is one JSON array of {len(whole):,} objects, not JSON lines; {way}")
+    if isinstance(whole, dict) and len(lines) > 1:
+        inside = [name for name, rows in whole.items() if isinstance(rows, list)]
+        way = _way_out(path, f"{ROWS_OF_JSON}[{(inside or ['FIELD'])[0]!r}]")
+        raise TaskError(f"{key}={path}: is one JSON object over {len(lines):,} lines, not JSON lines; {way}")
+
+
+def _way_out(path: Path, way: str) -> str:
+    """The command, for a shell."""
+    if "rows" not in way:
+        return f"make it plain first: {way} {shlex.quote(str(path))}"
+    code = f"import json, sys; {way}; [print(json.dumps(row, default=str)) for row in rows]"
+    return f'convert it: python -c "{code}" {shlex.quote(str(path))} > {shlex.quote(path.stem)}.lines.jsonl'
