@@ -2,7 +2,7 @@
 
 With d = lp_θ − lp_ref, for tokens drawn from π_θ:
 
-    k1            d               unbiased; as a loss its expected gradient is 0: it does not pull at all
+    k1            d               unbiased; as a loss its expected gradient is 0: it does not pull (refused there)
     k2            d²/2            biased value; as a loss its expected gradient is that of KL(π_θ‖π_ref)
     k3            e^−d − 1 + d    unbiased, ≥ 0; as a loss its expected gradient is that of KL(π_ref‖π_θ) (GRPO, eq. 4)
     k3_weighted   ρ·k3            ρ = π_θ/π_beh attached: value and gradient of KL(π_θ‖π_ref), for tokens of any policy

@@ -80,14 +80,16 @@ def test_sapo():
     case.same(case.ours(SapoConfig(aggregation="token_mean"), CorrectionConfig(), behaviour=case.prox), other)
 
 
-@pytest.mark.parametrize("age", [0, 1, 4])
-def test_interpolated_prox(age):
-    # areal's current version is that of θ, one beyond prox: prox is of version 9 here
+@pytest.mark.parametrize(("age", "current"), [("trained", 9), ("made", 10)])
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+def test_interpolated_prox(staleness, age, current):
+    # areal's trainer calls it at step 9 with 9, and its docstring means the version that the step makes
     case = Case()
     beh, theta = case.flat(case.beh), case.flat(case.logps).detach()
-    versions = torch.full((len(beh),), 9 - age)
-    made = actor.compute_prox_logp_approximations(beh, theta, versions, 10)
-    torch.testing.assert_close(interpolated_prox(theta, beh, torch.full((len(beh),), age)), made["loglinear"])
+    versions = torch.full((len(beh),), 9 - staleness)
+    theirs = actor.compute_prox_logp_approximations(beh, theta, versions, current)["loglinear"]
+    stale = torch.full((len(beh),), staleness)
+    torch.testing.assert_close(interpolated_prox(theta, beh, stale, age=age), theirs)
 
 
 def test_m2po_where_every_token_could_be_clipped():
