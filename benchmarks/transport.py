@@ -27,6 +27,7 @@ import numpy as np
 import zmq
 
 from offtrail.core.types import Group, Problem
+from offtrail.platform.wire.auth import ClientKeys, new_keys
 from offtrail.platform.wire.codec import encode
 from offtrail.platform.wire.groups import group_frames, group_from
 from offtrail.platform.wire.messages import GroupAck, SubmitGroup
@@ -71,8 +72,9 @@ def wire_frames(group: Group) -> list[bytes]:
 
 def receive_wire(pipe: Connection) -> None:
     """Decode, build and check every group, answer with the broker's message."""
-    server = Server("127.0.0.1")
-    pipe.send((server.endpoint.url, server.endpoint.hints_url))
+    keys, shown = new_keys("127.0.0.1")
+    server = Server("127.0.0.1", 0, keys)
+    pipe.send((server.endpoint.url, server.endpoint.hints_url, shown))
     while not pipe.poll():
         for envelope in server.poll(0.02):
             assert isinstance(envelope.message, SubmitGroup)
@@ -87,7 +89,7 @@ def receive_raw(pipe: Connection, copy: bool) -> None:
     socket = context.socket(zmq.ROUTER)
     socket.set_hwm(0)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
-    pipe.send((f"tcp://127.0.0.1:{port}", ""))
+    pipe.send((f"tcp://127.0.0.1:{port}", "", None))
     ack = encode(GroupAck(group=7, accepted=True))
     while not pipe.poll():
         if not socket.poll(20):
@@ -102,13 +104,13 @@ def receive_raw(pipe: Connection, copy: bool) -> None:
     context.destroy(linger=0)
 
 
-def send_wire(endpoint: Endpoint, group: Group, seconds: float) -> float:
+def send_wire(endpoint: Endpoint, keys: ClientKeys, group: Group, seconds: float) -> float:
     """Groups per second through the wire."""
-    client = Client(endpoint, "sender")
+    client = Client(endpoint, "sender", keys)
 
     def send() -> None:
         header, arrays = group_frames(group)
-        client.send(SubmitGroup(header=header), arrays)
+        client.send(SubmitGroup(header=header), arrays, share=True)
 
     rate = windowed(send, lambda: len(client.poll(1.0)), seconds)
     client.close()
@@ -168,9 +170,10 @@ def measure(way: str, group: Group, seconds: float) -> float:
     receiver.start()
     if not here.poll(PATIENCE_S):
         raise TimeoutError(f"the receiver of {way} did not come up in {PATIENCE_S:g} s")
-    endpoint = Endpoint(*here.recv())
+    url, hints_url, keys = here.recv()
+    endpoint = Endpoint(url, hints_url)
     if way == "wire":
-        rate = send_wire(endpoint, group, seconds)
+        rate = send_wire(endpoint, keys, group, seconds)
     else:
         rate = send_raw(endpoint, wire_frames(group), seconds, way == "raw_copy")
     here.send(STOP)

@@ -9,6 +9,7 @@ import logging
 
 from offtrail.platform.broker.broker import Broker
 from offtrail.platform.runtime.context import RoleContext
+from offtrail.platform.runtime.host import take_all_descriptors
 from offtrail.platform.wire.sockets import Server, ServerKeys
 from offtrail.tasks.registry import make_task
 
@@ -22,6 +23,7 @@ def main(context: RoleContext) -> None:
     the settings are another run's.
     """
     config, run_dir = context.config, context.run_dir
+    take_all_descriptors()
     task = make_task(config.task, config.run.seed)
     server = Server(config.broker.address, config.broker.port, ServerKeys.read(run_dir))
     try:

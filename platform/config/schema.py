@@ -354,7 +354,7 @@ class BrokerConfig:
     """The broker's endpoint and patience."""
 
     address: str = "127.0.0.1"
-    """Address to bind; any but loopback requires CURVE keys, made per run."""
+    """Address to bind. Each asks for the run's secret, made at its start; any but loopback encrypts with CURVE."""
     port: int = setting(0, "[0, 65535]")
     """0 = any free port."""
     heartbeat_seconds: float = setting(1.0, "(0, 1e9]")

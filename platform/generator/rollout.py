@@ -149,8 +149,9 @@ class Rollout:
                 self._fail(group.group, group.attempt, refused)
                 continue
             header, arrays = group_frames(group)
-            ticket = self.connection.client.send(SubmitGroup(header=header), arrays)
+            ticket = self.connection.client.send(SubmitGroup(header=header), arrays, share=True)
             self._unacknowledged[ticket] = group.group
+        self.connection.client.flush()
 
     def charge(self) -> None:
         """The cumulative counters of engine and judges into the compute ledger (I6)."""

@@ -29,7 +29,7 @@ class HeartbeatThread:
         endpoint: Endpoint,
         role: str,
         index: int,
-        keys: ClientKeys | None,
+        keys: ClientKeys,
         activity: Activity,
         period_s: float,
     ) -> None:

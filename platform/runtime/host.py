@@ -1,9 +1,10 @@
-"""What a process asks of its host: to end with its parent, to be shown under another name, and for a free port."""
+"""What a process asks of its host: to end with its parent, another name, descriptors, and a free port."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,6 +37,12 @@ def rename_process(command: Sequence[str], name: str) -> None:
     words = b"".join(word.encode() + b"\0" for word in command)[: end - start - 1]
     ctypes.memmove(start, words.ljust(end - start, b"\0"), end - start)
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def take_all_descriptors() -> None:
+    """Raise this process's limit of open files, which is low for `select`'s sake, to what it may have."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def free_port(address: str = "127.0.0.1", port: int = 0) -> int:

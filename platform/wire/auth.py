@@ -1,72 +1,95 @@
-"""Who may speak: CURVE keys made per run, and the ZAP handler that refuses every other key.
+"""Who may speak: the run's secret, made anew at each start, and the gate that lets in nobody without it.
 
-The launcher calls `make_keys`; the broker reads ServerKeys, every other role
-ClientKeys, from runs/NAME/keys (directory 0700, files 0600). The server's public key travels in endpoint.json.
-Invariant: a peer whose public key is not in ServerKeys.allowed gets no answer, and its bytes never reach the codec.
+The launcher calls `make_keys`; the broker reads ServerKeys, every other role ClientKeys, from runs/NAME/keys (directory
+0700, files 0600). On loopback the secret is a password (ZMTP's PLAIN: checked once a connection, at no cost a message);
+on any other address it is a pair of CURVE keys, and everything is encrypted. The server's public key travels in
+endpoint.json.
+
+Invariants: a peer without the secret gets no answer, and its bytes never reach the codec. Strangers and connections are
+bounded: who has not shown the secret in HANDSHAKE_SECONDS is let go, and the descriptors are never used up.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hmac
 import ipaddress
 import json
 import os
-import shutil
+import resource
+import secrets
+import socket as net
+import struct
 import threading
-from dataclasses import dataclass
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import zmq
 from zmq.utils import z85
 
+HANDSHAKE_SECONDS = 10.0
+"""How long a connection may take to show the secret."""
+STRANGERS = 64
+"""Connections at a time that have not shown it yet; those above are closed at once, and may dial again."""
+CONNECTIONS = 4096
+"""Connections at a time, if half of the process's descriptors are as many: above it, new ones are closed at once."""
+
 _ZAP = "inproc://zeromq.zap.01"
+_MONITOR = "inproc://monitor-{}"
+_EVENT = struct.Struct("<HI")
+_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 @dataclass(frozen=True, slots=True)
 class ClientKeys:
-    """A key pair in Z85 text."""
+    """What a role shows: the password, or a CURVE key pair in Z85 text."""
 
-    public: str
-    secret: str
+    password: str = ""
+    public: str = ""
+    secret: str = ""
 
     @classmethod
-    def read(cls, run_dir: Path) -> ClientKeys | None:
-        """The run's client pair, or None where the run has no keys (a broker on loopback)."""
-        found = _read(run_dir / "keys" / "client.json")
-        return None if found is None else cls(found["public"], found["secret"])
+    def read(cls, run_dir: Path) -> ClientKeys:
+        """The run's. ValueError where they cannot be read: they are made when the run starts, for its roles alone."""
+        return cls(**_read(run_dir / "keys" / "client.json"))
 
 
 @dataclass(frozen=True, slots=True)
 class ServerKeys:
-    """The broker's key pair and the client public keys that it lets in."""
+    """What the broker checks: the password, or its CURVE pair and the client keys that it lets in."""
 
-    public: str
-    secret: str
-    allowed: frozenset[str]
+    password: str = ""
+    public: str = ""
+    secret: str = ""
+    allowed: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, run_dir: Path) -> ServerKeys | None:
-        """The run's server pair, or None where the run has no keys."""
+    def read(cls, run_dir: Path) -> ServerKeys:
+        """The run's; ValueError where they cannot be read."""
         found = _read(run_dir / "keys" / "server.json")
-        return None if found is None else cls(found["public"], found["secret"], frozenset(found["allowed"]))
+        return cls(**found | {"allowed": tuple(found["allowed"])})
 
 
-def make_keys(run_dir: Path, address: str) -> ServerKeys | None:
-    """Make fresh pairs for server and clients below run_dir/keys and return the server's.
-
-    On a loopback ``address`` there are none: keys of an earlier start are removed, and the result is None.
-    """
+def make_keys(run_dir: Path, address: str) -> ServerKeys:
+    """Make a fresh secret below run_dir/keys for a broker on ``address``, and return the server's half."""
+    server, client = new_keys(address)
     folder = run_dir / "keys"
-    if not is_remote(address):
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    client_public, client_secret = _pair()
-    public, secret = _pair()
-    write_private(folder / "client.json", json.dumps({"public": client_public, "secret": client_secret}))
-    allowed = [client_public]
-    write_private(folder / "server.json", json.dumps({"public": public, "secret": secret, "allowed": allowed}))
-    return ServerKeys(public, secret, frozenset(allowed))
+    write_private(folder / "client.json", json.dumps(asdict(client)))
+    write_private(folder / "server.json", json.dumps(asdict(server)))
+    return server
+
+
+def new_keys(address: str) -> tuple[ServerKeys, ClientKeys]:
+    """A fresh secret for a broker on ``address``: what it checks, and what its roles show."""
+    if not is_remote(address):
+        password = secrets.token_hex(32)
+        return ServerKeys(password), ClientKeys(password)
+    client = ClientKeys("", *_pair())
+    return ServerKeys("", *_pair(), (client.public,)), client
 
 
 def is_remote(address: str) -> bool:
@@ -93,42 +116,107 @@ def _pair() -> tuple[str, str]:
     return public.decode(), secret.decode()
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the run's start makes it, for the run's user") from None
     return found
 
 
-class ZapGate:
-    """Answers libzmq's question "may this key come in?" (RFC 27) for every socket of one context, on a thread.
+class Gate:
+    """Lets connections in, and counts them, for all sockets of one context, on a thread of its own.
 
-    Bind it before the server's sockets: without a handler, libzmq lets every CURVE client in.
+    It answers libzmq's question "may this peer come in?" (RFC 27); without a handler, libzmq lets every client in. Open
+    it before the server's sockets, `guard` each before it is bound, then `start`.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: frozenset[str]) -> None:
-        self._allowed = {z85.decode(key) for key in allowed}
-        self._socket = context.socket(zmq.REP)
-        self._socket.linger = 0
-        self._socket.bind(_ZAP)
-        self._thread = threading.Thread(target=self._serve, name="zap", daemon=True)
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: ServerKeys) -> None:
+        self._context, self._keys = context, keys
+        self._allowed = {z85.decode(key) for key in keys.allowed}
+        self._zap = context.socket(zmq.REP)
+        self._zap.bind(_ZAP)
+        self._monitors: list[zmq.Socket[bytes]] = []
+        self._open: set[int] = set()
+        self._accepted: deque[tuple[float, int]] = deque()
+        self._shown: deque[float] = deque()
+        self._most = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._thread = threading.Thread(target=self._serve, name="gate", daemon=True)
+
+    def guard(self, socket: zmq.Socket[bytes]) -> None:
+        """Ask every peer of the socket for the secret, and count its connections."""
+        if self._keys.public:
+            socket.curve_server = True
+            socket.curve_publickey = self._keys.public.encode()
+            socket.curve_secretkey = self._keys.secret.encode()
+        else:
+            socket.plain_server = True
+        socket.handshake_ivl = round(1000 * HANDSHAKE_SECONDS)
+        url = _MONITOR.format(len(self._monitors))
+        socket.monitor(url, _EVENTS)
+        monitor = self._context.socket(zmq.PAIR)
+        monitor.connect(url)
+        self._monitors.append(monitor)
+
+    def start(self) -> None:
+        """From now on peers are answered."""
         self._thread.start()
-
-    def _serve(self) -> None:
-        try:
-            while True:
-                self._socket.send_multipart(self._answer(self._socket.recv_multipart()))
-        except zmq.ContextTerminated:
-            self._socket.close()
-
-    def _answer(self, request: list[bytes]) -> list[bytes]:
-        """Request: version, id, domain, address, identity, mechanism, key. Reply: version, id, status, …"""
-        version, request_id = request[0], request[1]
-        allowed = version == b"1.0" and len(request) > 6 and request[5] == b"CURVE" and request[6] in self._allowed
-        status, text = (b"200", b"OK") if allowed else (b"400", b"unknown key")
-        return [b"1.0", request_id, status, text, b"role" if allowed else b"", b""]
 
     def join(self) -> None:
         """Wait for the thread to end; call after the context's termination has begun."""
         self._thread.join()
+
+    def _serve(self) -> None:
+        sockets = [self._zap, *self._monitors]
+        poller = zmq.Poller()
+        for socket in sockets:
+            socket.linger = 0
+            poller.register(socket, zmq.POLLIN)
+        with contextlib.suppress(zmq.ContextTerminated):
+            while True:
+                for socket, _ in poller.poll():
+                    if socket is self._zap:
+                        self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
+                    else:
+                        self._note(*_EVENT.unpack(socket.recv_multipart()[0]))
+        for socket in sockets:
+            socket.close()
+
+    def _answer(self, request: list[bytes]) -> list[bytes]:
+        """Request: version, id, domain, address, identity, mechanism, credentials…; reply: version, id, status, …"""
+        request_id, mechanism, shown = request[1], request[5], request[6:]
+        if self._keys.public:
+            known = mechanism == b"CURVE" and shown[0] in self._allowed
+        else:
+            known = mechanism == b"PLAIN" and hmac.compare_digest(shown[1], self._keys.password.encode())
+        status, text = (b"200", b"OK") if known else (b"400", b"not the run's secret")
+        return [b"1.0", request_id, status, text, b"role" if known else b"", b""]
+
+    def _note(self, event: int, value: int) -> None:
+        """Of a connection; ``value`` is its descriptor where the event is not the handshake's."""
+        now = time.monotonic()
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._shown.append(now)
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._open.discard(value)
+        elif event == zmq.EVENT_ACCEPTED:
+            self._open.add(value)
+            self._accepted.append((now, value))
+            if len(self._open) > self._most or self._strangers(now - HANDSHAKE_SECONDS) > STRANGERS:
+                _shut(value)
+
+    def _strangers(self, since: float) -> int:
+        """How many of the connections accepted since then are open and have not shown the secret."""
+        while self._accepted and self._accepted[0][0] < since:
+            self._accepted.popleft()
+        while self._shown and self._shown[0] < since:
+            self._shown.popleft()
+        return len({fd for _, fd in self._accepted} & self._open) - len(self._shown)
+
+
+def _shut(descriptor: int) -> None:
+    """End a connection that libzmq owns: it sees that the peer has gone, and closes it. Trap: by now the descriptor may
+    be another file's, which `shutdown` leaves alone.
+    """
+    with contextlib.suppress(OSError), net.fromfd(descriptor, net.AF_INET, net.SOCK_STREAM) as connection:
+        connection.shutdown(net.SHUT_RDWR)

@@ -1,8 +1,8 @@
 """Server (the broker's end, the only one that binds) and Client (every other role's end, dials).
 
-    Client DEALER ── [ticket, header, arrays…] ──► ROUTER Server      a request is answered by exactly one reply
-    Client DEALER ◄── [ticket, header, arrays…] ── ROUTER Server      under the same ticket; several may be open
-    Client SUB    ◄── [header] ─────────────────── PUB Server         hints: only the newest is kept, any may be lost
+    Client DEALER ── bundle of requests ──► ROUTER Server      a request is answered by exactly one reply
+    Client DEALER ◄── bundle of replies ─── ROUTER Server      under the same ticket; several may be open
+    Client SUB    ◄── [header] ──────────── PUB Server         hints: only the newest is kept, any may be lost
 
 Invariants: bytes that are not a message never kill either end (the server answers Error, the client raises WireError);
 a reply goes to the client that asked, under its ticket; whoever waits says for what, on whom, since
@@ -15,7 +15,6 @@ import ipaddress
 import json
 import secrets
 import socket as net
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,8 @@ from typing import Any, get_args
 
 import zmq
 
-from offtrail.platform.wire.auth import ClientKeys, ServerKeys, ZapGate, is_remote, make_keys, write_private
+from offtrail.platform.wire.auth import ClientKeys, Gate, ServerKeys, is_remote, make_keys, write_private
+from offtrail.platform.wire.bundle import Letter, bundle, unbundle
 from offtrail.platform.wire.codec import Array, Frame, WireError, decode, encode
 from offtrail.platform.wire.messages import Error, Message, RequestMessage, VersionHint
 
@@ -32,12 +32,21 @@ __all__ = [
     "Client", "ClientKeys", "Endpoint", "Envelope", "RefusedError", "Server", "ServerKeys", "WaitError", "make_keys",
 ]  # fmt: skip
 
-MAX_FRAME_BYTES = 1 << 32
-"""libzmq drops a connection that announces a larger frame, before it allocates."""
+REQUEST_FRAME_BYTES = 64 << 20
+"""The broker drops a connection that announces a larger frame, before it allocates: 16 million tokens of a group."""
+REQUEST_FRAMES = 4096
+"""Frames of one message that the broker reads."""
+PEER_MESSAGES = 64
+"""Messages of one peer that the broker takes in ahead: then it reads that connection no further."""
+PEER_REPLIES = 4096
+"""Messages that wait for one peer to read them: above it, who does not read loses its replies."""
+HINT_REQUEST_BYTES = 1024
+"""To the hints' port come subscriptions only."""
+SHARED_BYTES = 64 * 1024
+"""Letters that may wait leave together once they are so many bytes, or at the next poll."""
 DRAIN = 256
-"""Messages that one poll hands out at most, so that a flood cannot starve the caller's loop."""
+"""Letters that one poll hands out, and a few more: a flood must not starve the caller's loop."""
 
-_TICKET = struct.Struct("<Q")
 _REQUESTS = frozenset(get_args(RequestMessage))
 
 
@@ -57,7 +66,7 @@ class RefusedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the broker listens, and its public key (empty on loopback without keys): runs/NAME/endpoint.json."""
+    """Where the broker listens, and its public key (empty on loopback, without CURVE): runs/NAME/endpoint.json."""
 
     url: str
     hints_url: str
@@ -103,64 +112,83 @@ class Envelope:
 class Server:
     """Binds two ports (requests and hints) on ``address``; ``port`` 0 takes any free one.
 
-    Raises ValueError when the address can be reached from other hosts and there are no keys, or cannot be bound.
+    Raises ValueError when the address can be reached from other hosts and ``keys`` are not CURVE's, or cannot be bound.
     """
 
-    def __init__(self, address: str, port: int = 0, keys: ServerKeys | None = None) -> None:
-        if keys is None and is_remote(address):
+    def __init__(self, address: str, port: int, keys: ServerKeys) -> None:
+        if not keys.public and is_remote(address):
             raise ValueError(
                 f"broker.address={address} can be reached from other hosts and needs CURVE keys: "
                 "make them with make_keys(run_dir, address), or set broker.address=127.0.0.1"
             )
         host = _numeric(address)
-        # A context of its own: the ZAP gate answers for all sockets of a context.
+        # A context of its own: the gate answers for all sockets of a context.
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._gate = ZapGate(self._context, keys.allowed) if keys else None
-        self._requests = self._socket(zmq.ROUTER, keys)
+        self._gate = Gate(self._context, keys)
+        self._requests = _open(self._context, zmq.ROUTER)
+        self._requests.setsockopt(zmq.MAXMSGSIZE, REQUEST_FRAME_BYTES)
+        self._requests.rcvhwm, self._requests.sndhwm = PEER_MESSAGES, PEER_REPLIES
         # A client that dials again comes back before its old connection is known to be dead.
         self._requests.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._hints = self._socket(zmq.PUB, keys)
+        self._hints = _open(self._context, zmq.PUB)
+        self._hints.sndhwm = 16
+        self._hints.setsockopt(zmq.MAXMSGSIZE, HINT_REQUEST_BYTES)
+        for socket in (self._requests, self._hints):
+            self._gate.guard(socket)
+        self._gate.start()
+        self._replies: dict[bytes, list[Letter]] = {}
         try:
             url, hints_url = _bind(self._requests, host, port), _bind(self._hints, host, 0)
         except zmq.ZMQError as error:
             self.close()
             raise ValueError(f"broker.address={address}, broker.port={port} cannot be bound: {error}") from None
-        self.endpoint = Endpoint(url, hints_url, keys.public if keys else "")
-
-    def _socket(self, kind: int, keys: ServerKeys | None) -> zmq.Socket[bytes]:
-        socket = _open(self._context, kind)
-        if keys:
-            socket.curve_server = True
-            socket.curve_publickey = keys.public.encode()
-            socket.curve_secretkey = keys.secret.encode()
-        return socket
+        self.endpoint = Endpoint(url, hints_url, keys.public)
 
     def poll(self, timeout_s: float) -> list[Envelope]:
-        """The requests at hand, at most DRAIN; waits up to ``timeout_s`` for the first. Bad ones are answered here."""
+        """The requests at hand, about DRAIN at most; waits up to ``timeout_s`` for the first. Bad ones are answered
+        here. What was replied until now leaves first.
+        """
+        self.flush()
         envelopes: list[Envelope] = []
         if not _readable(self._requests, timeout_s):
             return envelopes
         while len(envelopes) < DRAIN and (frames := _receive(self._requests)) is not None:
-            if (envelope := self._open_envelope(frames)) is not None:
-                envelopes.append(envelope)
+            envelopes += self._envelopes(frames[0].bytes, frames[1:])
         return envelopes
 
-    def _open_envelope(self, frames: list[zmq.Frame]) -> Envelope | None:
-        peer, ticket = frames[0].bytes, frames[1].bytes if len(frames) > 1 else b""
+    def _envelopes(self, peer: bytes, frames: list[zmq.Frame]) -> list[Envelope]:
+        envelopes = []
         try:
-            if len(ticket) != _TICKET.size:
-                raise WireError(f"a ticket of {len(ticket)} bytes")
-            message, arrays = decode(frames[2:])
-            if type(message) not in _REQUESTS:
-                raise WireError(f"{type(message).__name__} is not a request")
+            if len(frames) > REQUEST_FRAMES:
+                raise WireError(f"a message of {len(frames)} frames; the broker reads {REQUEST_FRAMES}")
+            letters = unbundle(frames)
         except WireError as error:
-            _send(self._requests, [peer, ticket, *encode(Error(error=str(error)))])
-            return None
-        return Envelope(peer, _TICKET.unpack(ticket)[0], message, arrays)
+            self._reply(peer, 0, Error(error=str(error)))
+            return []
+        for ticket, parts in letters:
+            try:
+                message, arrays = decode(parts)
+                if type(message) not in _REQUESTS:
+                    raise WireError(f"{type(message).__name__} is not a request")
+                envelopes.append(Envelope(peer, ticket, message, arrays))
+            except WireError as error:
+                self._reply(peer, ticket, Error(error=str(error)))
+        return envelopes
 
     def reply(self, envelope: Envelope, message: Message, arrays: Sequence[Array] = ()) -> None:
-        """Answer a request. A peer that is gone is no error: its lease ends with its heartbeats."""
-        _send(self._requests, [envelope.peer, _TICKET.pack(envelope.ticket), *encode(message, arrays)])
+        """Answer a request; the answer leaves with the next poll or flush. A peer that is gone is no error: its lease
+        ends with its heartbeats.
+        """
+        self._reply(envelope.peer, envelope.ticket, message, arrays)
+
+    def _reply(self, peer: bytes, ticket: int, message: Message, arrays: Sequence[Array] = ()) -> None:
+        self._replies.setdefault(peer, []).append((ticket, encode(message, arrays)))
+
+    def flush(self) -> None:
+        """Send what was replied."""
+        for peer, letters in self._replies.items():
+            _send(self._requests, [peer, *bundle(letters)])
+        self._replies.clear()
 
     def hint(self, message: VersionHint) -> None:
         """Publish a hint; it may be lost."""
@@ -168,69 +196,88 @@ class Server:
 
     def close(self) -> None:
         """Close the sockets without waiting for unsent frames."""
+        self.flush()
         self._requests.close()
         self._hints.close()
         self._context.term()
-        if self._gate:
-            self._gate.join()
+        self._gate.join()
 
 
 class Client:
     """Dials the broker and calls itself ``identity``; reconnects by itself. No other client gets its replies, even one
     that calls itself the same: each has a number of its own, which nobody else knows.
-
-    Raises ValueError when the endpoint wants CURVE and there are no keys.
     """
 
-    def __init__(self, endpoint: Endpoint, identity: str, keys: ClientKeys | None = None) -> None:
-        if endpoint.public_key and keys is None:
-            raise ValueError(f"the broker at {endpoint.url} requires CURVE keys: run where runs/NAME/keys can be read")
-        self.endpoint, self.identity = endpoint, identity
-        self._requests = self._socket(zmq.DEALER, keys)
+    def __init__(self, endpoint: Endpoint, identity: str, keys: ClientKeys) -> None:
+        self.endpoint, self.identity, self._keys = endpoint, identity, keys
+        self._requests = self._socket(zmq.DEALER)
         self._requests.setsockopt(zmq.IDENTITY, f"{identity}/{secrets.token_hex(8)}".encode())
         self._requests.connect(endpoint.url)
-        self._hints = self._socket(zmq.SUB, keys)
-        self._hints.setsockopt(zmq.CONFLATE, 1)
-        self._hints.subscribe(b"")
-        self._hints.connect(endpoint.hints_url)
-        # Random start: a late reply to a former process of this identity is told by its ticket.
+        self._hints: zmq.Socket[bytes] | None = None
+        # Random start: what another client was asked is told from it by its ticket.
         self._next = secrets.randbits(62)
         self._open: set[int] = set()
         self._early: list[tuple[int, Message, list[Array]]] = []
+        self._letters: list[Letter] = []
+        self._bytes = 0
         self._newest: int | None = None
 
-    def _socket(self, kind: int, keys: ClientKeys | None) -> zmq.Socket[bytes]:
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = _open(zmq.Context.instance(), kind)
-        if self.endpoint.public_key and keys:
+        if self.endpoint.public_key:
             socket.curve_serverkey = self.endpoint.public_key.encode()
-            socket.curve_publickey = keys.public.encode()
-            socket.curve_secretkey = keys.secret.encode()
+            socket.curve_publickey, socket.curve_secretkey = self._keys.public.encode(), self._keys.secret.encode()
+        else:
+            socket.plain_username, socket.plain_password = b"role", self._keys.password.encode()
         return socket
 
-    def send(self, message: Message, arrays: Sequence[Array] = ()) -> int:
+    def send(self, message: Message, arrays: Sequence[Array] = (), *, share: bool = False) -> int:
         """Send a request without waiting; its reply comes from ``poll`` under the returned ticket.
 
-        Arrays may still be read after the call returns: leave them unchanged.
+        Arrays may still be read after the call returns: leave them unchanged. ``share``: it may wait for others to
+        share a frame with, until the next ``poll`` or unshared request. Raises WireError where an array is larger than
+        the broker takes.
         """
+        frames = encode(message, arrays)
+        if (largest := max(map(len, frames))) > REQUEST_FRAME_BYTES:
+            raise WireError(
+                f"{type(message).__name__} has a frame of {largest} bytes; the broker takes {REQUEST_FRAME_BYTES}"
+            )
         ticket = self._next
         self._next += 1
-        _send(self._requests, [_TICKET.pack(ticket), *encode(message, arrays)])
         self._open.add(ticket)
+        self._letters.append((ticket, frames))
+        self._bytes += sum(map(len, frames))
+        if not share or self._bytes >= SHARED_BYTES:
+            self.flush()
         return ticket
+
+    def flush(self) -> None:
+        """Send what waits to share a frame. RefusedError where the broker has refused the run's secret."""
+        if not self._letters:
+            return
+        try:
+            _send(self._requests, bundle(self._letters))
+        except zmq.Again:  # there is no mark to reach: libzmq has given the connection up
+            raise RefusedError(
+                f"the broker at {self.endpoint.url} does not take this run's secret: runs/NAME/keys is of another start"
+            ) from None
+        self._letters, self._bytes = [], 0
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Message, list[Array]]]:
         """Replies at hand as (ticket, message, arrays); waits up to ``timeout_s`` for the first. Error replies too.
 
         About a microsecond when nothing is there and ``timeout_s`` is 0. Raises WireError on bytes that are no message.
         """
+        self.flush()
         replies, self._early = self._early, []
         if not _readable(self._requests, 0.0 if replies else timeout_s):
             return replies
         while len(replies) < DRAIN and (frames := _receive(self._requests)) is not None:
-            ticket = _TICKET.unpack(frames[0].bytes)[0] if len(frames[0]) == _TICKET.size else -1
-            if ticket in self._open:
-                self._open.discard(ticket)
-                replies.append((ticket, *decode(frames[1:])))
+            for ticket, parts in unbundle(frames):
+                if ticket in self._open:
+                    self._open.discard(ticket)
+                    replies.append((ticket, *decode(parts)))
         return replies
 
     def request(
@@ -261,7 +308,12 @@ class Client:
             self._early = others + self._early
 
     def newest_hint(self) -> int | None:
-        """The newest version hinted so far, or None before the first hint. Never waits."""
+        """The newest version hinted since the first call, or None before the first hint. Never waits."""
+        if self._hints is None:
+            self._hints = self._socket(zmq.SUB)
+            self._hints.setsockopt(zmq.CONFLATE, 1)
+            self._hints.subscribe(b"")
+            self._hints.connect(self.endpoint.hints_url)
         if _readable(self._hints, 0.0):
             message, _ = decode([self._hints.recv()])
             if isinstance(message, VersionHint):
@@ -271,19 +323,21 @@ class Client:
     def close(self) -> None:
         """Close the sockets without waiting for unsent frames."""
         self._requests.close()
-        self._hints.close()
+        if self._hints is not None:
+            self._hints.close()
 
 
 def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    """No high-water mark: a ROUTER at its mark drops replies silently, a DEALER's send would stop the decode loop.
-
-    What is in flight is bounded elsewhere, by leases and by one open request a role.
+    """No high-water mark: a DEALER's send would stop the decode loop at it. What is in flight is bounded by leases, by
+    one open request a role, and at the broker's end.
     """
     socket = context.socket(kind)
     socket.linger = 0
     socket.set_hwm(0)
     socket.ipv6 = True
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    # A host that vanishes says no goodbye: the kernel asks, and its descriptor is free again after two minutes.
+    socket.tcp_keepalive, socket.tcp_keepalive_idle = 1, 60
+    socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = 15, 4
     return socket
 
 
@@ -291,7 +345,8 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Frame]) -> None:
     """Frames of zmq.COPY_THRESHOLD (64 KiB) or more are sent from where they lie; smaller ones cost less copied."""
     last = len(frames) - 1
     for i, frame in enumerate(frames):
-        socket.send(frame, zmq.SNDMORE if i < last else 0, copy=len(frame) < zmq.COPY_THRESHOLD)
+        flags = zmq.NOBLOCK | zmq.SNDMORE if i < last else zmq.NOBLOCK
+        socket.send(frame, flags, copy=len(frame) < zmq.COPY_THRESHOLD)
 
 
 def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:

@@ -32,7 +32,7 @@ from offtrail.platform.wire.messages import (
     NextBatch,
     Welcome,
 )
-from offtrail.platform.wire.sockets import Envelope, Server, WaitError
+from offtrail.platform.wire.sockets import Envelope, Server, WaitError, make_keys
 
 MakeBatch = Callable[..., Batch]
 
@@ -105,7 +105,7 @@ def exists(subscriber: Subscriber, version: int) -> bool:
 @contextmanager
 def serving(broker: ScriptedBroker, run_dir: Path) -> Iterator[None]:
     """The broker's endpoint in the run directory, answered by a thread."""
-    server, over = Server("127.0.0.1"), threading.Event()
+    server, over = Server("127.0.0.1", 0, make_keys(run_dir, "127.0.0.1")), threading.Event()
     server.endpoint.write(run_dir / "endpoint.json")
 
     def loop() -> None:

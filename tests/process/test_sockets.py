@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ import zmq
 
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.heartbeat import HeartbeatThread
-from offtrail.platform.wire.codec import encode
+from offtrail.platform.wire.auth import new_keys
+from offtrail.platform.wire.bundle import bundle, unbundle
+from offtrail.platform.wire.codec import WireError, decode, encode
 from offtrail.platform.wire.messages import (
     Acknowledged,
     Beat,
@@ -44,10 +46,12 @@ from offtrail.platform.wire.sockets import (
 )
 
 Answer = Callable[[Envelope], tuple[Message, list[np.ndarray]] | None]
+SERVER, CLIENT = new_keys("127.0.0.1")
+NOT_SERVED = (WaitError, RefusedError)
 
 
 @contextmanager
-def serving(answer: Answer, address: str = "127.0.0.1", keys: ServerKeys | None = None) -> Iterator[Server]:
+def serving(answer: Answer, address: str = "127.0.0.1", keys: ServerKeys = SERVER) -> Iterator[Server]:
     """A server on a thread that answers each request with ``answer``; None leaves it unanswered."""
     ready: list[Server] = []
     bound, stop = threading.Event(), threading.Event()
@@ -73,7 +77,28 @@ def serving(answer: Answer, address: str = "127.0.0.1", keys: ServerKeys | None 
 
 
 @contextmanager
-def dialing(endpoint: Endpoint, identity: str = "generator-0", keys: ClientKeys | None = None) -> Iterator[Client]:
+def dealer(endpoint: Endpoint, *, plain: tuple[bytes, bytes] | None = None) -> Iterator[zmq.Socket]:
+    """A peer that is not a Client."""
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    if plain:
+        socket.plain_username, socket.plain_password = plain
+    socket.connect(endpoint.url)
+    try:
+        yield socket
+    finally:
+        socket.close()
+
+
+def served(stranger: zmq.Socket, message: Message) -> bool:
+    """Whether a request is answered. libzmq gives a refused connection up, and a send without a connection waits."""
+    with suppress(zmq.Again):
+        stranger.send_multipart(bundle([(1, encode(message))]), zmq.NOBLOCK)
+    return bool(stranger.poll(500))
+
+
+@contextmanager
+def dialing(endpoint: Endpoint, identity: str = "generator-0", keys: ClientKeys = CLIENT) -> Iterator[Client]:
     client = Client(endpoint, identity, keys)
     try:
         yield client
@@ -180,22 +205,52 @@ def test_a_refusal_is_raised_with_the_servers_words():
 @pytest.mark.parametrize(
     ("frames", "says"),
     [
-        ([b"12345678", b"garbage"], "header"),
-        ([b"12345678"], "without frames"),
-        ([b"short", b"garbage"], "a ticket of 5 bytes"),
-        ([b"12345678", *encode(Acknowledged())], "Acknowledged is not a request"),
+        ([b"garbage"], "without a table of letters"),
+        ([b""], "without a table of letters"),
+        ([b"\xff" * 8], "a table of 4294967295 letters in a frame of 8 bytes"),
+        ([*bundle([(1, encode(ask(1)))]), b"more"], "1 letters of"),
+        (bundle([(1, [b"garbage"])]), "a header of 7 bytes"),
+        (bundle([(1, [b"x" * 40])]), "does not speak offtrail's protocol"),
+        (bundle([(1, encode(Acknowledged()))]), "Acknowledged is not a request"),
+        ([bytes(8)] + [b""] * 5000, "a message of 5001 frames; the broker reads 4096"),
     ],
 )
 def test_bytes_that_are_no_request_are_answered_and_the_server_lives(frames, says):
     with serving(echo) as server, dialing(server.endpoint, "honest") as client:
-        stranger = zmq.Context.instance().socket(zmq.DEALER)
-        stranger.linger = 0
-        stranger.connect(server.endpoint.url)
-        stranger.send_multipart(frames)
-        assert stranger.poll(20_000)
-        assert says.encode() in b"".join(stranger.recv_multipart())
-        stranger.close()
+        with dealer(server.endpoint, plain=(b"x", CLIENT.password.encode())) as peer:
+            peer.send_multipart(frames)
+            assert peer.poll(20_000)
+            assert says.encode() in b"".join(peer.recv_multipart())
         assert client.request(ask(4), what="an echo", deadline_s=20)[0].version == 4
+
+
+def test_a_letter_that_is_no_request_leaves_the_others_of_its_frame_alone():
+    with serving(echo) as server, dealer(server.endpoint, plain=(b"x", CLIENT.password.encode())) as peer:
+        peer.send_multipart(bundle([(1, encode(ask(1))), (2, [b"garbage"]), (3, encode(ask(3)))]))
+        found = {}
+        while len(found) < 3:
+            assert peer.poll(20_000)
+            found |= {ticket: decode(frames)[0] for ticket, frames in unbundle(peer.recv_multipart())}
+    assert [found[1].version, type(found[2]), found[3].version] == [1, Error, 3]
+
+
+def test_requests_that_share_a_frame_are_answered_each_under_its_own_ticket():
+    arrays = {3: [np.arange(9)], 7: [np.zeros(50_000)], 11: [np.ones(3), np.arange(40_000.0)]}
+    with serving(echo) as server, dialing(server.endpoint) as client:
+        tickets = {client.send(ask(room), arrays.get(room, []), share=True): room for room in range(50)}
+        found = {}
+        while len(found) < 50:
+            found |= {ticket: (message.version, parts) for ticket, message, parts in client.poll(20)}
+    assert {ticket: room for ticket, (room, _) in found.items()} == tickets
+    for room, parts in found.values():
+        assert all(np.array_equal(a, b) for a, b in zip(parts, arrays.get(room, []), strict=True))
+
+
+def test_a_frame_that_the_broker_would_not_take_is_refused_before_it_is_sent():
+    with serving(echo) as server, dialing(server.endpoint) as client:
+        with pytest.raises(WireError, match="LeaseRequest has a frame of 67108872 bytes; the broker takes 67108864"):
+            client.send(ask(1), [np.zeros((64 << 17) + 1)])
+        assert client.request(ask(2), what="an echo", deadline_s=20)[0].version == 2
 
 
 def test_two_clients_of_one_name_get_each_their_own_replies():
@@ -222,11 +277,12 @@ def test_a_client_that_dials_before_the_server_is_up_is_served():
         endpoint = server.endpoint
     with dialing(endpoint) as client:
         ticket = client.send(ask(5))
-        late = Server("127.0.0.1", int(endpoint.url.rsplit(":", 1)[1]))
+        late = Server("127.0.0.1", int(endpoint.url.rsplit(":", 1)[1]), SERVER)
         try:
             envelopes: list[Envelope] = []
             assert eventually(lambda: bool(envelopes.extend(late.poll(0.1)) or envelopes))
             late.reply(envelopes[0], Acknowledged())
+            late.flush()
             assert client.poll(20)[0][:2] == (ticket, Acknowledged())
         finally:
             late.close()
@@ -248,10 +304,10 @@ def test_only_the_newest_hint_is_kept():
 DIES_WHILE_WAITING = """
 import sys
 from offtrail.platform.wire.messages import LeaseRequest
-from offtrail.platform.wire.sockets import Client, Endpoint
-client = Client(Endpoint(*sys.argv[1:]), "learner-0")
-client.send(LeaseRequest(room=1))
-client.poll(600)
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+client = Client(Endpoint(*sys.argv[1:3]), "learner-0", ClientKeys(sys.argv[3]))
+while True:
+    client.send(LeaseRequest(room=1), share=True)
 """
 
 
@@ -260,10 +316,10 @@ def test_a_killed_client_does_not_hurt_the_server():
 
     def answer(envelope: Envelope) -> tuple[Message, list[np.ndarray]] | None:
         seen.append(envelope)
-        return None if envelope.peer_name == "learner-0" else echo(envelope)
+        return echo(envelope)
 
     with serving(answer) as server:
-        urls = [server.endpoint.url, server.endpoint.hints_url]
+        urls = [server.endpoint.url, server.endpoint.hints_url, CLIENT.password]
         path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         victim = subprocess.Popen([sys.executable, "-c", DIES_WHILE_WAITING, *urls], env=os.environ | path)
         try:
@@ -273,13 +329,12 @@ def test_a_killed_client_does_not_hurt_the_server():
             victim.wait()
         with dialing(server.endpoint) as client:
             assert client.request(ask(2), what="an echo", deadline_s=20)[0].version == 2
-        server.reply(seen[0], Acknowledged())  # to nobody: not an error
 
 
 def test_curve_lets_in_the_right_key_and_answers_no_other(tmp_path: Path):
     """0.0.0.0 with keys: the run's key is served; an unknown pair and a client without CURVE get no answer at all."""
     run, other = tmp_path / "run", tmp_path / "other"
-    served = make_keys(run, "0.0.0.0")
+    keys = make_keys(run, "0.0.0.0")
     make_keys(other, "0.0.0.0")
     seen: list[Envelope] = []
 
@@ -287,14 +342,16 @@ def test_curve_lets_in_the_right_key_and_answers_no_other(tmp_path: Path):
         seen.append(envelope)
         return echo(envelope)
 
-    with serving(answer, "0.0.0.0", served) as server:
+    with serving(answer, "0.0.0.0", keys) as server:
         endpoint = server.endpoint
         assert "0.0.0.0" not in endpoint.url
-        with dialing(endpoint, "wrong", ClientKeys.read(other)) as client, pytest.raises(WaitError):
+        with dialing(endpoint, "wrong", ClientKeys.read(other)) as client, pytest.raises(NOT_SERVED):
             client.request(ask(1), what="an echo", deadline_s=0.5)
         plain = Endpoint(endpoint.url, endpoint.hints_url)
-        with dialing(plain, "plain") as client, pytest.raises(WaitError):
+        with dialing(plain, "plain") as client, pytest.raises(NOT_SERVED):
             client.request(ask(1), what="an echo", deadline_s=0.5)
+        with dealer(endpoint) as stranger:
+            assert not served(stranger, ask(1))
         assert seen == []
         with dialing(endpoint, "right", ClientKeys.read(run)) as client:
             assert client.request(ask(1), what="an echo", deadline_s=20)[0].version == 1
@@ -304,6 +361,35 @@ def test_curve_lets_in_the_right_key_and_answers_no_other(tmp_path: Path):
                 return client.newest_hint() == 3
 
             assert eventually(hinted)
+
+
+@pytest.mark.parametrize("shown", [None, (b"role", b"guess"), (CLIENT.password.encode(), b"role")])
+def test_on_loopback_too_nobody_without_the_runs_secret_is_served(shown):
+    seen: list[Envelope] = []
+
+    def answer(envelope: Envelope) -> tuple[Message, list[np.ndarray]]:
+        seen.append(envelope)
+        return echo(envelope)
+
+    with serving(answer) as server:
+        with dealer(server.endpoint, plain=shown) as stranger:
+            assert not served(stranger, StatusRequest())
+        assert seen == []
+        with dialing(server.endpoint) as client:
+            assert client.request(ask(1), what="an echo", deadline_s=20)[0].version == 1
+
+
+def test_a_client_with_another_runs_secret_is_told_so():
+    def refused() -> bool:
+        client.send(ask(1))
+        return False
+
+    with (
+        serving(echo) as server,
+        dialing(server.endpoint, keys=new_keys("127.0.0.1")[1]) as client,
+        pytest.raises(RefusedError, match="does not take this run's secret"),
+    ):
+        eventually(refused)
 
 
 def test_a_heart_beats_learns_the_version_and_sends_its_last_counters():
@@ -316,7 +402,7 @@ def test_a_heart_beats_learns_the_version_and_sends_its_last_counters():
 
     activity = Activity()
     with serving(answer) as server:
-        heartbeat = HeartbeatThread(server.endpoint, "generator", 1, None, activity, 0.02)
+        heartbeat = HeartbeatThread(server.endpoint, "generator", 1, CLIENT, activity, 0.02)
         with activity.waiting("lease", on="broker"):
             assert eventually(lambda: heartbeat.stop)
         assert heartbeat.version >= 3
@@ -331,14 +417,14 @@ def test_a_heart_beats_learns_the_version_and_sends_its_last_counters():
 
 def test_a_heart_measures_how_long_the_broker_is_silent_and_still_closes():
     with serving(lambda envelope: None) as server:
-        heartbeat = HeartbeatThread(server.endpoint, "evaluator", 0, None, Activity(), 0.02)
+        heartbeat = HeartbeatThread(server.endpoint, "evaluator", 0, CLIENT, Activity(), 0.02)
         assert eventually(lambda: heartbeat.lost > 0.2)
         assert (heartbeat.version, heartbeat.stop) == (-1, False)
         heartbeat.close()
 
 
 def test_closing_does_not_wait_for_unsent_frames():
-    client = Client(Endpoint("tcp://127.0.0.1:9", "tcp://127.0.0.1:9"), "a")
+    client = Client(Endpoint("tcp://127.0.0.1:9", "tcp://127.0.0.1:9"), "a", CLIENT)
     client.send(Checkpointed(step=1, path="x"), [np.zeros(1_000_000)])
     closer = threading.Thread(target=client.close, daemon=True)
     closer.start()

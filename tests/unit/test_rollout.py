@@ -46,7 +46,10 @@ class FakeClient:
     sent: list[tuple[int, Message]] = field(default_factory=list)
     inbox: list[tuple[int, Message, list[Any]]] = field(default_factory=list)
 
-    def send(self, message: Message, arrays: Sequence[Any] = ()) -> int:
+    def flush(self) -> None:
+        pass
+
+    def send(self, message: Message, arrays: Sequence[Any] = (), *, share: bool = False) -> int:
         self.sent.append((len(self.sent), message))
         return len(self.sent) - 1
 
