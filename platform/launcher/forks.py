@@ -14,6 +14,8 @@ from functools import cache
 PR_SET_CHILD_SUBREAPER = 36
 PADDING = " " * 5000
 """Room in the command line for those of the roles."""
+IMPORT_SECONDS = 180.0
+"""The longest that the imports may take; after that roles are started by themselves, and say where they hang."""
 
 
 class ForkServer:
@@ -31,6 +33,7 @@ class ForkServer:
             process_group=0,
         )
         theirs.close()
+        self._line.settimeout(IMPORT_SECONDS)
 
     def fork(self, command: Sequence[str], environment: Mapping[str, str], log: int) -> Forked | None:
         """The role that ``command`` names, a child of this process; None where the server is gone.
@@ -42,7 +45,8 @@ class ForkServer:
         try:
             socket.send_fds(self._line, [json.dumps([list(command), dict(environment)]).encode()], [log])
             pid = self._line.recv(32)
-        except OSError:
+        except OSError:  # TimeoutError too
+            self.close()
             return None
         finally:
             set_subreaper(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

@@ -119,6 +119,15 @@ def test_roles_outlive_the_server_and_the_next_one_is_started_by_itself(
     server.close()
 
 
+def test_a_server_that_hangs_is_not_waited_for(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks, "IMPORT_SECONDS", 0.2)
+    server = ForkServer()
+    server._process.send_signal(signal.SIGSTOP)
+    assert server.fork(["python", "-m", "module", "generator", "0"], {}, 1) is None
+    assert server._process.returncode == -signal.SIGKILL
+    assert server.fork(["python", "-m", "module", "generator", "0"], {}, 1) is None
+
+
 def test_what_computes_on_a_cpu_is_forked_and_nothing_else() -> None:
     config = Config()
     assert [spec.name for spec in roles_of(config) if spec.forks] == ["learner-0", "generator-0", "evaluator-0"]
