@@ -1,8 +1,8 @@
 """What a test session has left on this machine: processes, shared memory, folders; conftest.py fails it for any.
 
-A process is the session's when it has the session's mark in its environment, which every child inherits. Shared memory
-is the session's when it bears the name of one of its run directories, or came during it, is of SGLang or of Python's
-multiprocessing, and no process has it open or mapped. Other sessions of the same machine are not looked at.
+A process is the session's when it has the session's mark in its environment, which every child inherits; shared memory
+when it bears the name of one of its run directories. Others name theirs at random: what of SGLang or of Python's
+multiprocessing came during the session is its own when no process has it open or mapped, unless others work here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ MARK = "OFFTRAIL_TEST_SESSION"
 SHARED = Path("/dev/shm")
 FOREIGN = re.compile(r"sgl.*|sem\.mp-.*|psm_.*")
 """Names that others give to shared memory, in processes of ours."""
+WORKING = re.compile(r"\b(pytest|offtrail|launch\.py)\b")
 LEAVE_SECONDS = 15.0
 """The longest that a process which has been told to end may take."""
 
@@ -67,12 +68,18 @@ class Session:
 
     def _unheld(self) -> list[Path]:
         """Looked at twice: what was being made at the first look is held at the second."""
-        new = foreign() - self._before
+        new = set() if self._others_work() else foreign() - self._before
         for _ in range(2 if new else 0):
             time.sleep(0.5)
             names = "\n".join(held(process.pid) for process in psutil.process_iter())
             new = {path for path in new & foreign() if str(path) not in names}
         return sorted(new)
+
+    def _others_work(self) -> bool:
+        """Whether another session, or a run that is none of ours, may be what makes and leaves things."""
+        me = psutil.Process()
+        others = [process for process in psutil.process_iter() if process not in {me, *me.parents()}]
+        return any(WORKING.search(said(process)) for process in others if not self._marked(process))
 
 
 def foreign() -> set[Path]:
@@ -94,5 +101,5 @@ def held(pid: int) -> str:
 def said(process: psutil.Process) -> str:
     """Its command line."""
     with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())[:200]
+        return " ".join(word for word in process.cmdline() if word)[:200]
     return "?"

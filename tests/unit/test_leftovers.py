@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session
     monkeypatch.setenv(MARK, "")
     monkeypatch.setattr(leftovers, "SHARED", tmp_path / "shm")
     monkeypatch.setattr(leftovers, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(leftovers, "WORKING", re.compile("nobody else"))
     for name in ("shm", "tmp", "runs"):
         (tmp_path / name).mkdir()
     (tmp_path / "shm" / "sgl-old").touch()
@@ -56,3 +58,15 @@ def test_processes_shared_memory_and_folders_are_named_and_removed(session: Sess
     assert process.wait(30) == -9
     assert lines == [f"process {process.pid}: {' '.join(SLEEPS)}", *map(str, made)]
     assert not any(path.exists() for path in made)
+
+
+def test_while_others_work_here_what_has_a_random_name_may_be_theirs(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "WORKING", re.compile("another run"))
+    (tmp_path / "shm" / "sgl-new").touch()
+    other = subprocess.Popen([*SLEEPS, "another run"], env=os.environ | {MARK: "another session's"})
+    left = session.left(tmp_path / "runs")
+    other.kill()
+    other.wait()
+    assert left == []
