@@ -37,6 +37,9 @@ Int64 = npt.NDArray[np.int64]
 _PASS_TOKENS = {"cpu": 1024}
 """Padded tokens of one pass over whole sequences: on a CPU few enough to stay in its cache, elsewhere 8192."""
 
+_BLOCK_LOGITS = 1 << 20
+"""Logits sampled together on a CPU: few enough to stay in its cache."""
+
 
 class _Due(NamedTuple):
     """Tokens whose keys and values are to be computed, the slots that they go to, and the tokens before them there."""
@@ -281,26 +284,38 @@ class LocalEngine:
         return self._decoder.logits(hidden)
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The next token [n, 1] of each running sample and its log-probability [n, 1]."""
-        slots, n = self._slots, self._slots.running
-        temperature = self._to_device(slots.temperature[:n, None]) if slots.scaled else None
-        logprobs = log_probabilities(logits, temperature)
+        """The next token [n, 1] of each running sample and its log-probability [n, 1]; a block of rows after the other,
+        since what sampling makes of a logit is seven times as large.
+        """
+        uniforms, n = self._to_device(self._slots.uniforms()), len(logits)
+        block = max(1, _BLOCK_LOGITS // logits.shape[1]) if self._device.type == "cpu" else n
+        parts = [
+            self._draw_rows(logits[rows], uniforms[rows], rows)
+            for rows in (slice(start, min(start + block, n)) for start in range(0, n, block))
+        ]
+        tokens, logprobs = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(logprobs)
+
+    def _draw_rows(self, logits: Tensor, uniforms: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        slots = self._slots
+
+        def column(values: npt.NDArray[Any]) -> Tensor:
+            return self._to_device(values[rows, None])
+
+        logprobs = log_probabilities(logits, column(slots.temperature) if slots.scaled else None)
         if slots.most_alternatives:
-            self._note_alternatives(logprobs)
-        kept = None
-        if slots.filtered:
-            kept = keep(logprobs, self._to_device(slots.top_p[:n, None]), self._to_device(slots.top_k[:n, None]))
-        tokens = draw(logprobs, self._to_device(slots.uniforms()), kept)
+            self._note_alternatives(logprobs, rows)
+        kept = keep(logprobs, column(slots.top_p), column(slots.top_k)) if slots.filtered else None
+        tokens = draw(logprobs, uniforms, kept)
         if slots.any_greedy:
-            tokens = torch.where(self._to_device(slots.greedy[:n, None]), logprobs.argmax(-1, keepdim=True), tokens)
+            tokens = torch.where(column(slots.greedy), logprobs.argmax(-1, keepdim=True), tokens)
         tokens.clamp_(max=self.vocab_size - 1)  # only rows of NaN end past it, and _advance refuses those
         return tokens, logprobs.gather(1, tokens)
 
-    def _note_alternatives(self, logprobs: Tensor) -> None:
-        slots = self._slots
-        rows = np.flatnonzero(slots.alternatives_count[: slots.running])
-        values, ids = logprobs.index_select(0, self._to_device(rows)).topk(slots.most_alternatives)
-        slots.note_alternatives(rows, ids.cpu().numpy().astype(np.int32), values.cpu().numpy())
+    def _note_alternatives(self, logprobs: Tensor, rows: slice) -> None:
+        asking = np.flatnonzero(self._slots.alternatives_count[rows])
+        values, ids = logprobs.index_select(0, self._to_device(asking)).topk(self._slots.most_alternatives)
+        self._slots.note_alternatives(asking + rows.start, ids.cpu().numpy().astype(np.int32), values.cpu().numpy())
 
     def _advance(self, tokens: Tensor, logprobs: Tensor) -> list[Completion]:
         """Note the new tokens; take out and return the samples that they finish."""

@@ -41,8 +41,8 @@ VERIFIER = 60 * MIB
 FLOAT32 = 4
 HEAD_LOGITS = 1 << 25
 """Logits that the learner's head holds at a time, at least (model/head.py)."""
-SAMPLED_BYTES = 28
-"""Of each logit of a decode step: what sampling makes of it, in float32 and float64 (engines/sampler.py)."""
+SAMPLED_BYTES = 8
+"""Of each logit of a decode step: it, and its like in the products before."""
 
 
 TOKEN_KEYS = "learner.tokens_per_microbatch or activation_checkpointing"

@@ -12,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Sampling
 from offtrail.platform.config.schema import LocalConfig
+from offtrail.platform.engines import local as local_engine
 from offtrail.platform.engines.local import LocalEngine
 
 VOCAB = 31
@@ -146,6 +147,18 @@ def test_samples_wait_while_those_that_run_might_fill_the_cache(models):
     free = run(engine(models[0], max_length=512, max_running=16), requests)
     assert {key: c.tokens.tolist() for key, c in done.items()} == {key: c.tokens.tolist() for key, c in free.items()}
     assert local.kv_bytes <= 1.25 * (1 << 20)
+
+
+def test_sampling_in_blocks_of_rows_changes_no_bit(models, monkeypatch):
+    kinds = [{"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.6}, {"alternatives": 2}, {}]
+    requests = [Request(i, prompt(5 + i, i), 2, Sampling(20, **kinds[i % 6])) for i in range(9)]
+    whole = run(engine(models[0], max_running=32), requests)
+    monkeypatch.setattr(local_engine, "_BLOCK_LOGITS", 4 * VOCAB)
+    blocks = run(engine(models[0], max_running=32), requests)
+    for key, completion in whole.items():
+        assert_same(completion, blocks[key])
+        if completion.alternatives is not None:
+            assert completion.alternatives.tokens.tobytes() == blocks[key].alternatives.tokens.tobytes()
 
 
 def test_one_sample_runs_however_small_the_cache_may_be(models):
