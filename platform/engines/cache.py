@@ -36,15 +36,18 @@ class KVCache:
     def __init__(self, spec: Spec, slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
         self._most = slots, -(-max_length // _COLUMN_STEP) * _COLUMN_STEP
         self._kv_heads, self._scale = spec.kv_heads, spec.head_size**-0.5
-        self.slots = self.columns = 0
-        self.layers = [
-            torch.zeros((2, 0, spec.kv_heads, 0, spec.head_size), dtype=dtype, device=device)
-            for _ in range(spec.layers)
-        ]
         self._dtype, self._device = dtype, device
+        self._empty = torch.zeros((2, 0, spec.kv_heads, 0, spec.head_size), dtype=dtype, device=device)
+        self._count = spec.layers
         self.token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_size * dtype.itemsize
         """What one token's keys and values take."""
         self._batched_products = device.type == "cpu" and dtype == torch.float32
+        self.release()
+
+    def release(self) -> None:
+        """Give everything back."""
+        self.slots = self.columns = 0
+        self.layers = [self._empty] * self._count
         self._index()
 
     @property

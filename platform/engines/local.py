@@ -37,6 +37,8 @@ Int64 = npt.NDArray[np.int64]
 _PASS_TOKENS = {"cpu": 1024}
 """Padded tokens of one pass over whole sequences: on a CPU few enough to stay in its cache, elsewhere 8192."""
 
+_IDLE_BYTES = 1 << 28
+"""What an engine without work keeps of its KV cache: more than that was filled by seconds of work."""
 _BLOCK_LOGITS = 1 << 20
 """Logits sampled together on a CPU: few enough to stay in its cache."""
 
@@ -93,7 +95,9 @@ class LocalEngine:
 
     @property
     def kv_bytes(self) -> int:
-        """What the KV cache holds now: it grows with the samples that run and their tokens, and keeps its size."""
+        """What the KV cache holds now: it grows with the samples that run and their tokens, and keeps its size while
+        there is work; a large one is given back then.
+        """
         return self._cache.bytes
 
     @property
@@ -123,7 +127,10 @@ class LocalEngine:
         tokens, logprobs = self._draw(self._decode(due))
         if split:  # now or never: later the weights may be others
             self._prompt_kv = self._cache.copy_out(self._slots.running - 1, split)
-        return self._advance(tokens, logprobs)
+        completions = self._advance(tokens, logprobs)
+        if not self.unfinished and self._cache.bytes > _IDLE_BYTES:
+            self._cache.release()
+        return completions
 
     def lost(self) -> list[int]:
         """None: the engine dies only with its process."""

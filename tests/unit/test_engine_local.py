@@ -161,6 +161,19 @@ def test_sampling_in_blocks_of_rows_changes_no_bit(models, monkeypatch):
             assert completion.alternatives.tokens.tobytes() == blocks[key].alternatives.tokens.tobytes()
 
 
+def test_an_engine_without_work_gives_a_large_cache_back(models, monkeypatch):
+    requests = [Request(i, prompt(5 + i, i), 2, Sampling(20)) for i in range(4)]
+    local = engine(models[0])
+    kept = run(local, requests)
+    assert local.kv_bytes > 0
+    monkeypatch.setattr(local_engine, "_IDLE_BYTES", 0)
+    first, second = run(local, requests), run(local, requests)
+    assert local.kv_bytes == 0
+    for key, completion in kept.items():
+        assert_same(completion, first[key])
+        assert_same(completion, second[key])
+
+
 def test_one_sample_runs_however_small_the_cache_may_be(models):
     local = LocalEngine(models[0], LocalConfig(kv_cache_mb=1), max_length=500, threads=1)
     local._cache.token_bytes = 1 << 20
