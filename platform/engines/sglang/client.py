@@ -43,6 +43,8 @@ RID_FORMAT = "{}{:08x}{:08x}{:08x}"
 """client, serial number of the request, sample, segment: rids of one length, since an abort matches by prefix."""
 COUNTERS = ("decoded_tokens", "prefilled_tokens", "prefix_hit_tokens", "reprefilled_tokens", "attended")
 """``attended``: positions attended to, by all decoded and first prefilled tokens."""
+NOT_FINITE = "NaN happened"
+"""What a server says to have matched when it drew no token of the vocabulary: such an answer would look whole."""
 LONGEST_LINE = 1 << 26
 """Bytes of one streamed report; aiohttp's own limit, 64 KiB, is a few thousand tokens."""
 
@@ -134,6 +136,7 @@ class Client:
         self._waiting: deque[list[Job]] = deque()
         self._done: deque[Completion] = deque()
         self._lost: list[int] = []
+        self._broken: FloatingPointError | None = None
         self._news = threading.Event()
         self._lock = threading.Lock()
         self._telling: set[asyncio.Task[None]] = set()
@@ -150,9 +153,14 @@ class Client:
         self.loop.loop.call_soon_threadsafe(self._enqueue, groups)
 
     def take(self, timeout_s: float) -> tuple[list[Completion], list[int]]:
-        """Finished samples, and requests that are lost, waiting up to ``timeout_s`` for the first of either."""
+        """Finished samples, and requests that are lost, waiting up to ``timeout_s`` for the first of either.
+
+        Raises FloatingPointError once a server's numbers are not finite, as the local engine does.
+        """
         self._news.wait(timeout_s)
         self._news.clear()
+        if self._broken is not None:
+            raise self._broken
         with self._lock:
             done, lost = list(self._done), self._lost
             self._done, self._lost = deque(), []
@@ -206,6 +214,13 @@ class Client:
         except (LostError, aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
             place.suspect = place.suspect or not isinstance(error, LostError)
             self._lose(place, job.serial, f"{type(error).__name__}: {error}")
+            return
+        except FloatingPointError:
+            self._broken = FloatingPointError(
+                f"the weights of version {place.version} give log-probabilities that are not finite, at "
+                f"{place.address.url}"
+            )
+            self._news.set()
             return
         finally:
             place.tasks.pop(key, None)
@@ -261,6 +276,8 @@ class Client:
         self._charge(job)
         first()  # an answer of no token frees its followers too
         reason = own["finish_reason"]
+        if reason.get("matched") == NOT_FINITE:
+            raise FloatingPointError
         if not job.stopped_by and reason.get("matched") in job.request.sampling.stop:
             job.stopped_by = reason["matched"]
         if reason["type"] == "abort" and reason.get("status_code"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +47,7 @@ class Job:
 
     def grow(self, report: dict[str, Any], stops: StopStrings) -> None:
         """Take the new tokens of one report (servers run with --incremental-streaming-output), up to the first that
-        completes a stop string.
+        completes a stop string. Raises FloatingPointError where a log-probability is not finite.
         """
         sampling, meta, start = self.request.sampling, report["meta_info"], len(self.tokens)
         if self.stopped_by:
@@ -59,7 +60,10 @@ class Job:
             if len(new) != len(likeliest):
                 raise LostError(f"sample {self.index}: {len(new)} tokens came with alternatives to {len(likeliest)}")
             self.alternatives += likeliest
-        self.logprobs += [entry[0] for entry in scored]
+        values = [entry[0] for entry in scored]
+        if not all(value is not None and math.isfinite(value) for value in values):
+            raise FloatingPointError
+        self.logprobs += values
         if sampling.stop:
             self._take_until_stop(new, stops)
         else:
