@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ from offtrail.tasks.base import TaskError
 TASK_FILE = "offtrail.json"
 """In a checkpoint, beside the tokenizer: how the task wrote its prompts, {"template": "…{prompt}…"}."""
 _MARK = "\N{WHITE SQUARE}answer\N{WHITE SQUARE}"
+TODAY = date(2024, 7, 26)
+"""What a chat template takes for today, as Llama 3's does where nobody tells it: a prompt is the same on every day, or
+roles would disagree at midnight and a checkpoint be served with other tokens than it was trained on.
+"""
+_STRFTIME = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 
@@ -209,7 +215,7 @@ class Text:
 
 def with_defaults(template: str, prompt: PromptConfig) -> str:
     """A chat template (Jinja) that begins with the system prompt and the keywords of ``prompt`` where its caller gives
-    none.
+    none, and takes TODAY for the date.
     """
     # Trap: each line ends in a block and a newline, which transformers' trim_blocks removes, so that the template
     # itself still begins at the beginning of a line.
@@ -223,6 +229,10 @@ def with_defaults(template: str, prompt: PromptConfig) -> str:
             "{%- if not messages or messages[0]['role'] != 'system' %}"
             f"{{%- set messages = [{first}] + (messages | list) %}}{{%- endif %}}\n"
         )
+    if formats := [match[1] for match in _STRFTIME.findall(template)]:
+        dates = _literal({form: TODAY.strftime(form) for form in formats})
+        told = f"{dates}.get(format, {_literal(TODAY.isoformat())})"
+        lines.append(f"{{%- macro strftime_now(format) %}}{{{{- {told} }}}}{{%- endmacro %}}\n")
     head = "".join(lines)
     return template if template.startswith(head) else head + template
 

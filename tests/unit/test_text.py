@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from offtrail.core.protocols import Request
 from offtrail.core.types import Lease, Problem, Sampling
@@ -128,13 +129,13 @@ def settings(case: Case, tmp_path: Path) -> Config:
     return config
 
 
-def rl_tokens(config: Config, run_dir: Path, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def rollout_of(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The generator's parts; ``judges`` is what turns an answer's tokens into text for verifiers."""
     for name in ("make_engine", "open_reader", "VerifierPool"):
         monkeypatch.setattr(generator, name, lambda *_: None)
-    monkeypatch.setattr(generator, "Judges", lambda *_: None)
+    monkeypatch.setattr(generator, "Judges", lambda pool, scorers, answer_text, rewards: answer_text)
     monkeypatch.setattr(generator, "Rollout", lambda **parts: SimpleNamespace(**parts))
-    rollout = generator.open_rollout(RoleContext(config, run_dir, "generator", 0), None)  # type: ignore[arg-type]
-    return list(rollout.encode(Lease(0, 0, 1, problem, 1, 0)).tolist())
+    return generator.open_rollout(RoleContext(config, run_dir, "generator", 0), None)  # type: ignore[arg-type]
 
 
 def eval_tokens(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -163,7 +164,8 @@ def test_sft_rl_evaluation_chat_and_serve_put_the_same_tokens(
     text = Text(model, config.prompt, task_template=task_template(config.task))
     rows = Traces(task, text, batch_size=1, seed=0, max_length=200).table(0)
     assert rows.prompts[0].tolist() == by_hand("7+5=")
-    assert rl_tokens(config, tmp_path, task.train(0), monkeypatch) == by_hand("7+5=")
+    rollout = rollout_of(config, tmp_path, monkeypatch)
+    assert rollout.encode(Lease(0, 0, 1, task.train(0), 1, 0)).tolist() == by_hand("7+5=")
     assert eval_tokens(config, tmp_path, monkeypatch) == by_hand("2+2=")
 
     # the checkpoint by itself, without its run
@@ -192,7 +194,7 @@ def test_sft_rl_evaluation_chat_and_serve_put_the_same_tokens(
     said = rows.tokens[rows.starts[0] : rows.starts[1]]
     assert vocabulary.decode(said[:-1].tolist()) == case.says
     assert said[-1] == text.stop_token_ids[0]
-    whole = text.answer_text(task.train(0), said)
+    whole = rollout.judges(task.train(0), said)
     scores = make_reward(config.reward, task.verify).judge(task.train(0), [whole], [True])
     assert scores == {"accuracy": [1.0], "format": [1.0]}
 
@@ -286,6 +288,84 @@ def test_defaults_are_written_once_and_a_callers_own_win() -> None:
     assert "{%- set a = none %}" in once
     assert "{%- set b = [true, 1.5] %}" in once
     assert with_defaults("x", PromptConfig()) == "x"
+
+
+DATED = (
+    "{% if date_string is not defined and strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% endif %}\n{{ date_string }}" + TURNS + '{{ strftime_now("%d-%B-%Y") }}{{ strftime_now(messages[0].role) }}'
+)
+
+
+def test_a_template_that_writes_todays_date_is_the_same_on_every_day(
+    make_model: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    expected = "26 Jul 2024user:1+1\n26-July-20242024-07-26"
+    text = Text(make_model(Case("", "", DATED)))
+    assert text.told(Problem("t", 0, "1+1", "")) == expected
+    text.save_pretrained(tmp_path)
+    turn = [{"role": "user", "content": "1+1"}]
+    assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turn, tokenize=False) == expected
+    assert with_defaults(text.tokenizer.chat_template, PromptConfig()) == text.tokenizer.chat_template
+    pinned = PromptConfig(template_kwargs={"date_string": "1 jan"})
+    (tmp_path / "again").mkdir()
+    assert Text(tmp_path, pinned).told(Problem("t", 0, "1+1", "")).startswith("1 januser:1+1")
+
+
+def byte_level(template: str = "<|begin|> $A") -> Tokenizer:
+    """As Llama 3's and GPT-2's: bytes, merges, and a BOS that a post-processor puts."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|begin|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator(TEXTS, trainer)
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<|begin|>", 0)])
+    return made
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 2's and Mistral's: a blank in front of a text, bytes for what is unknown."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<|begin|>", "<|end|>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=340, special_tokens=special))
+    made.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    return made
+
+
+TEXTS = ["what is 12+7? <think>12+7=19</think> <answer>19</answer>", "find the sum of 3 and 4"] * 20
+
+
+@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+@pytest.mark.parametrize("kind", ["byte-level", "byte-level without BOS", "sentencepiece"])
+def test_the_common_kinds_of_tokenizers_put_and_save_a_bos_as_they_are_told(
+    kind: str, bos: Literal["auto", "always", "never"], tmp_path: Path
+) -> None:
+    made = {
+        "byte-level": byte_level,
+        "byte-level without BOS": lambda: byte_level("$A"),
+        "sentencepiece": sentencepiece,
+    }
+    whole = PreTrainedTokenizerFast(tokenizer_object=made[kind](), bos_token="<|begin|>", eos_token="<|end|>")
+    for folder in (tmp_path / "model", tmp_path / "saved"):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    whole.save_pretrained(tmp_path / "model")
+    problem, answer = Problem("t", 0, "what is 12+7?", "19"), "<think>12+7=19</think> <answer>19</answer>"
+    text = Text(tmp_path / "model", PromptConfig(bos=bos))
+    tokens = text.encode(problem).tolist()
+    puts = bos == "always" or (bos == "auto" and kind != "byte-level without BOS")
+    assert tokens == [0] * puts + whole.encode(problem.prompt, add_special_tokens=False)
+    text.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode(problem.prompt) == tokens
+    assert Text(tmp_path / "saved").encode(problem).tolist() == tokens
+    [said] = text.encode_answers([problem], [answer])
+    assert text.decode(said) == answer
+    assert said[-1] == text.stop_token_ids[0] == 1
 
 
 def test_the_keys_are_read_from_the_command_line() -> None:
