@@ -98,10 +98,11 @@ def grpo(x: Tokens, algo: GrpoConfig) -> Surrogate:
 
     A token counts as clipped only where the clip takes its gradient: below with A < 0, above with A > 0. So
     clip_low = 1 never clips a negative advantage. ``dual_clip`` c: the gain is at least c·A for A < 0
-    (arXiv:1912.09729, eq. 5), so a negative token at r > c has no gradient either.
+    (arXiv:1912.09729, eq. 5), so a negative token at r > c has no gradient either; also where ``bounds`` took the place
+    of the clip.
     """
     low, high = x.bounds or (1 - algo.clip_low, 1 + algo.clip_high)
-    return _clip(x.log_ratio(), x.advantages, low, high, 0.0 if x.bounds else algo.dual_clip)
+    return _clip(x.log_ratio(), x.advantages, low, high, algo.dual_clip)
 
 
 def gspo(x: Tokens, algo: GspoConfig) -> Surrogate:
