@@ -448,7 +448,7 @@ class Broker:
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
         """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words."""
         name = f"{failure.role}-{failure.index}"
-        if failure.batch >= 0 and not self.ending.status:
+        if failure.role == "learner" and failure.batch >= 0 and not self.ending.status:
             self.scheduler.blame(failure.batch, failure.error)
         if failure.final or name not in self.restartable:
             self.ending.failures.append(failure)

@@ -161,10 +161,14 @@ class Learner:
         self._commit(Commit(step=-1, version=self.step, checksum=checksum, pinned_bytes=self.pinned_bytes))
 
     def train(self, batch: Batch | SampleTable) -> Report:
-        """One step. Raises BatchError where it fails for what the batch holds; the next launch goes on without it."""
+        """One step. Raises BatchError where it fails for what the broker's batch holds; the next launch goes on without
+        it.
+        """
         try:
             return self.trainer.step(self.step, batch)
         except FAULTS_OF_A_BATCH as error:
+            if not isinstance(batch, Batch):  # the learner's own data: nobody could hand it others
+                raise
             raise BatchError(self.step, error) from error
 
     def publish(self, batch: Batch | SampleTable, report: Report) -> None:

@@ -4,15 +4,19 @@
     evaluator ── EvalResult ──► broker ── Recorder.evaluation ──► runs/NAME/tb/         the same names
 
 Invariant: metrics.jsonl holds exactly one object for each learner step, in order, key "step" = the version it produced;
-row 0 holds the evaluation of version 0. A late evaluation of version n goes into row n: the file is replaced as a
-whole, and a reader never sees a part. An evaluation that is earlier than its row waits for it.
+row 0 holds the evaluation of version 0. A late evaluation of version n goes into row n: the file is written again from
+that row on, so that its cost follows how late it is and not how long the run is. An evaluation that is earlier than its
+row waits for it. A reader that meets a row in the making reads again (``read_rows``).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking.summary import finite, write_atomic
 
 Row = dict[str, Any]
+READINGS, READ_AGAIN_S = 5, 0.02
+"""How often a file is read, and after what pause, before a row of it counts as damaged."""
 
 
 class Recorder:
@@ -36,6 +42,8 @@ class Recorder:
             self._board = TensorBoard(self._tb_folder)
         self._steps: list[int] = []
         self._rows: list[Row] = []
+        self._ends: list[int] = []
+        """Where each row's line ends in the file, in bytes."""
         self._early: dict[int, Row] = {}
         self._replace()
 
@@ -82,7 +90,7 @@ class Recorder:
 
     def evaluation(self, version: int, metrics: Mapping[str, float], texts: Mapping[str, str] | None = None) -> None:
         """Record the evaluation of ``version`` in its row; row 0 is made of nothing else."""
-        if version == 0 or version in self._index():
+        if version == 0 or self._has(version):
             self._put(version, dict(metrics), replace=False)
         else:
             self._early.setdefault(version, {}).update(metrics)
@@ -93,19 +101,19 @@ class Recorder:
         if self._board:
             self._board.close()
 
-    def _index(self) -> set[int]:
-        return set(self._steps)
+    def _has(self, version: int) -> bool:
+        at = bisect_left(self._steps, version)
+        return self._steps[at : at + 1] == [version]
 
     def _put(self, version: int, values: Row, *, replace: bool) -> None:
-        """Append the row where it is the newest, which is the common case; otherwise rewrite the file around it."""
+        """Append the row where it is the newest, which is the common case; otherwise write the file from it on."""
         at = bisect_left(self._steps, version)
         values = finite(values)
         if at == len(self._steps):
             row = {"step": version, **values}
             self._steps.append(version)
             self._rows.append(row)
-            with self._path.open("ab") as file:
-                file.write(_line(row))
+            self._write_from(at)
             return
         if self._steps[at] != version:
             self._steps.insert(at, version)
@@ -114,10 +122,28 @@ class Recorder:
             old = self._rows[at]
             evaluated = {name: value for name, value in old.items() if name.startswith("eval/")}
             self._rows[at] = {**(evaluated if replace else old), **values, "step": version}
+        self._write_from(at)
+
+    def _write_from(self, at: int) -> None:
+        """Row ``at`` and those after it, in one write; all of the file where it is not the one that was written."""
+        try:
+            with self._path.open("r+b") as file:
+                if os.fstat(file.fileno()).st_size == (self._ends[-1] if self._ends else 0):
+                    start = self._ends[at - 1] if at else 0
+                    lines = [_line(row) for row in self._rows[at:]]
+                    file.seek(start)
+                    file.write(b"".join(lines))
+                    file.truncate()  # at the place where the writing ended
+                    self._ends[at:] = _ends(lines, start)
+                    return
+        except FileNotFoundError:
+            pass
         self._replace()
 
     def _replace(self) -> None:
-        write_atomic(self._path, b"".join(map(_line, self._rows)))
+        lines = [_line(row) for row in self._rows]
+        write_atomic(self._path, b"".join(lines))
+        self._ends = _ends(lines, 0)
 
     def _show(
         self,
@@ -134,6 +160,15 @@ class Recorder:
 def read_rows(run_dir: Path) -> list[Row]:
     """The rows of runs/NAME/metrics.jsonl; ValueError names the file and line of one that is not JSON."""
     path = run_dir / "metrics.jsonl"
+    for _ in range(READINGS - 1):
+        try:
+            return _read(path)
+        except ValueError:
+            time.sleep(READ_AGAIN_S)
+    return _read(path)
+
+
+def _read(path: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
@@ -141,6 +176,10 @@ def read_rows(run_dir: Path) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a JSON object ({error})") from None
     return rows
+
+
+def _ends(lines: Sequence[bytes], start: int) -> list[int]:
+    return [start + end for end in accumulate(map(len, lines))]
 
 
 def _line(row: Row) -> bytes:

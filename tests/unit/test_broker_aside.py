@@ -20,6 +20,7 @@ from offtrail.core.types import Channel, Problem
 from offtrail.platform.broker.archive import ArchiveError, read_archive
 from offtrail.platform.broker.ledger import FILE
 from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.jobs import report
 from offtrail.platform.wire.groups import pack_group, unpack_group
 from offtrail.platform.wire.messages import Acknowledged, BatchReply, Checkpointed, EvalResult, Failure, NextBatch
 
@@ -272,3 +273,8 @@ def test_a_damaged_or_missing_shard_is_told_by_name_and_with_the_way_out(start: 
     assert later.summary()["set_aside"] == [f"{shard.name}: its file is gone, though it was sealed"]
     shard.write_bytes(whole)
     assert archived(run) == groups
+
+
+def test_the_terminal_shows_the_first_of_what_was_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(tmp_path, {"status": "completed", "set_aside": ["group 3: why", "group 5: why"]})
+    assert "set aside  group 3: why, and 1 more in summary.json" in " ".join(capsys.readouterr().out.split(" " * 4))

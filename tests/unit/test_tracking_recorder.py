@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking import recorder as module
 from offtrail.platform.tracking.recorder import Recorder, read_rows
 
 
@@ -55,6 +56,39 @@ def test_a_late_evaluation_goes_into_its_row(tmp_path, recorder):
     recorder.evaluation(0, {"eval/accuracy": 0.5})
     assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2, 3]
     assert read_rows(tmp_path)[2] == {"step": 2, "loss/total": 2.0, "eval/accuracy": 0.8}
+
+
+def test_a_late_evaluation_writes_no_row_before_its_own(tmp_path, recorder, monkeypatch):
+    for step in range(1, 101):
+        recorder.step({"step": step, "loss/total": 1.0})
+    written = []
+    line = module._line
+    monkeypatch.setattr(module, "_line", lambda row: written.append(row["step"]) or line(row))
+    inode = (tmp_path / "metrics.jsonl").stat().st_ino
+    recorder.evaluation(98, {"eval/accuracy": 0.8})
+    assert written == [98, 99, 100]
+    recorder.step({"step": 99, "loss/total": 12345.0})
+    recorder.step({"step": 99, "loss/total": 1.0})  # shorter than what was there
+    assert [row["step"] for row in read_rows(tmp_path)] == list(range(1, 101))
+    assert read_rows(tmp_path)[97] == {"step": 98, "loss/total": 1.0, "eval/accuracy": 0.8}
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_text("{}\n")])
+def test_a_file_that_somebody_else_has_changed_is_written_anew(tmp_path, recorder, change):
+    for step in (1, 2, 3):
+        recorder.step({"step": step, "loss/total": 1.0})
+    change(tmp_path / "metrics.jsonl")
+    recorder.evaluation(2, {"eval/accuracy": 0.8})
+    recorder.step({"step": 4})
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_reader_that_meets_a_row_in_the_making_reads_again(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    monkeypatch.setattr(module.time, "sleep", lambda _: path.write_text('{"step": 1}\n{"step": 2}\n'))
+    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2]
 
 
 def test_an_evaluation_before_its_row_waits_for_it(tmp_path, recorder):
