@@ -170,7 +170,7 @@ class CriticConfig:
 
     path: str = setting("", path="model")
     """A Hugging Face directory to start its decoder from, of the policy's vocabulary; empty = the start model's."""
-    lr: float = setting(1e-3, "[0, 10]")
+    lr: float = setting(1e-3, "[0, 10]", resumable="noted")
     """Constant after the warm-up; with model.path 1e-5."""
     betas: tuple[float, float] = setting((0.9, 0.95), "[0, 1)")
     """Decay of the first and second moment."""
@@ -178,7 +178,7 @@ class CriticConfig:
     """Added to the root of the second moment."""
     weight_decay: float = setting(0.0, "[0, inf)")
     """Decoupled."""
-    grad_clip: float = setting(1.0, "(0, inf)")
+    grad_clip: float = setting(1.0, "(0, inf)", resumable="noted")
     """Largest gradient norm."""
     warmup_updates: int = setting(0, "[0, inf)")
     """Optimizer updates of linear warm-up."""

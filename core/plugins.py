@@ -55,6 +55,16 @@ def load(name: str, *, what: str) -> Any:
     return getattr(module, attribute)
 
 
+def source_of(name: str) -> Path | None:
+    """The Python file of the module of ``name``=`package.module:attribute`; None where there is none, or no module."""
+    _look_in_current_directory()
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except Exception:  # of the packages that it stands in; `load` says it better
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None and spec.has_location else None
+
+
 def check(name: str, *, what: str) -> None:
     """Raise PluginError when ``load`` would find no such module or attribute; the module itself is not imported.
 

@@ -20,7 +20,11 @@ PathKind = Literal["", "file", "model", "folder", "name"]
 """
 
 
-def setting(default: T, limits: str = "", *, path: PathKind = "", resumable: bool = False) -> T:
+Resumable = bool | Literal["noted"]
+"""Whether a resumed run may change it. noted: it may, though it decides a step's numbers, and the ledger says so."""
+
+
+def setting(default: T, limits: str = "", *, path: PathKind = "", resumable: Resumable = False) -> T:
     """A field with this default. ``limits``: an interval such as ``[0, 1)``, of each number where there are several."""
     metadata = {"limits": limits, "path": path, "resumable": resumable}
     if isinstance(default, (list, dict)):

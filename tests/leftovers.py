@@ -47,8 +47,8 @@ class Session:
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        named = [SHARED / own_name(file.parent) for file in runs.rglob("config.yaml")]
-        paths = [path for path in named if path.exists()] + self._unheld() + list(self.temporary.glob("offtrail-*"))
+        named = [path for file in runs.rglob("config.yaml") for path in SHARED.glob(f"{own_name(file.parent)}*")]
+        paths = named + self._unheld() + list(self.temporary.glob("offtrail-*"))
         for path in paths:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return lines + [str(path) for path in paths]

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offtrail.core.types import FINISH_REASONS, Channel, Group, Int32
+from offtrail.core.types import FINISH_REASONS, Channel, Group, Int32, Problem, ScoredBy
 from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.shards import names_standing, read_shard
 from offtrail.platform.wire.groups import unpack_group
@@ -200,6 +200,75 @@ class Sealed:
     name: str
     left_out: dict[int, str] = field(default_factory=dict)
     why: str = ""
+
+
+def read_groups(file: Path) -> dict[int, Group]:
+    """The groups of a sealed shard by their number, as they were before. OSError or ArrowException where it is
+    damaged.
+    """
+    rows: dict[int, list[dict[str, Any]]] = {}
+    whole = pq.read_table(file, page_checksum_verification=True)
+    for row in whole.to_pylist():
+        rows.setdefault(row["group"], []).append(row)
+    kinds = {name: np.int32 if pa.types.is_int32(_values(whole, name)) else np.float32 for name in _channels(whole)}
+    return {number: _group(samples, kinds) for number, samples in rows.items()}
+
+
+def _channels(whole: pa.Table) -> list[str]:
+    return [name for name in whole.schema.names if "/" in name]
+
+
+def _values(whole: pa.Table, name: str) -> pa.DataType:
+    kind = whole.schema.field(name).type
+    return kind.value_type if pa.types.is_list(kind) else kind
+
+
+def _group(rows: Sequence[dict[str, Any]], kinds: dict[str, Any]) -> Group:
+    """A group of the rows of its samples."""
+    samples = sorted(rows, key=lambda row: row["sample"])
+    first, told = samples[0], json.loads(samples[0]["problem"])
+    lengths = np.array([len(row["tokens"]) for row in samples], np.int32)
+    starts = np.cumsum(lengths) - lengths
+    columns: dict[str, list[float]] = {}
+    for row in samples:
+        for name, value in row["rewards"]:
+            columns.setdefault(name, []).append(value)
+    ends = [start + end for start, row in zip(starts, samples, strict=True) for end in row["step_ends"]]
+    times = [[row["submitted_at"], row["first_token_at"], row["last_token_at"]] for row in samples]
+    return Group(
+        group=first["group"],
+        slot=first["slot"],
+        attempt=first["attempt"],
+        problem=Problem(**told | {"messages": tuple(told["messages"])}),
+        generator=first["generator"],
+        temperature=first["temperature"],
+        prompt_tokens=np.array(first["prompt_tokens"], np.int32),
+        lengths=lengths,
+        tokens=_joined(samples, "tokens", np.int32),
+        logprobs=_joined(samples, "logprobs", np.float32),
+        versions=_joined(samples, "versions", np.int32),
+        finish=np.array([FINISH_REASONS.index(row["finish"]) for row in samples], np.uint8),
+        rewards=np.array([row["reward"] for row in samples], np.float32),
+        components={name: np.array(column, np.float32) for name, column in columns.items()},
+        times=np.array(times, np.float64),
+        step_ends=np.array(ends, np.int32),
+        channels={name.partition("/")[2]: _channel(samples, name, kind) for name, kind in kinds.items()
+                  if first[name] is not None},
+        scored_by={name: ScoredBy(**by) for name, by in first["scored_by"]},
+        queued_version=first["queued_version"],
+        queued_at=first["queued_at"],
+    )  # fmt: skip
+
+
+def _joined(samples: Sequence[dict[str, Any]], name: str, kind: Any) -> Any:
+    return np.concatenate([np.array(row[name], kind) for row in samples])
+
+
+def _channel(samples: Sequence[dict[str, Any]], name: str, kind: Any) -> Channel:
+    axis: Any = name.partition("/")[0]
+    if axis == "sample":
+        return Channel(axis, np.array([row[name] for row in samples], kind))
+    return Channel(axis, np.array(samples[0][name], kind) if axis == "node" else _joined(samples, name, kind))
 
 
 class Archive:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from offtrail.platform.broker.ledger import Ledger
+from offtrail.platform.config.keys import noted_settings
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS
 from offtrail.platform.tracking import compute
@@ -29,7 +32,7 @@ def check_whole(ledger: Ledger, run_dir: Path) -> None:
 
 
 def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
-    """Note the settings of a new ledger, and compare them with an old one's.
+    """Note the settings of a new ledger, and compare them with an old one's; note what may change, where it has.
 
     The last step is what the configuration says (again, after a budget ended the run earlier).
 
@@ -44,6 +47,8 @@ def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
         "task": asdict(config.task),
         **({f"sft.{name}": value for name, value in asdict(config.sft).items()} if config.job == "sft" else {}),
     }
+    noted = noted_settings(config)
+    settings = {key: value for key, value in settings.items() if key not in noted}
     now = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
     before = ledger.records.get("settings")
     for key, value in (json.loads(before) if before else {}).items():
@@ -56,7 +61,26 @@ def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
             f"{config.steps_key}={config.steps}: the run {run} is at step {done} already; "
             "raise it, or choose another run.name"
         )
+    note_changes(ledger, noted)
     ledger.records.put({"run": run, "settings": json.dumps(now), "last": str(config.steps), "last_why": ""})
+
+
+def note_changes(ledger: Ledger, noted: Mapping[str, Any]) -> None:
+    """Keys that decide numbers and may change at a resume all the same: from which step on which value holds."""
+    before = json.loads(ledger.records.get("noted") or "{}")
+    changes = [
+        {"step": ledger.checkpoint, "key": key, "from": before[key], "to": value}
+        for key, value in noted.items()
+        if before.get(key, value) != value
+    ]
+    for change in changes:
+        log.warning("%(key)s is %(to)s from step %(step)d on, it was %(from)s", change)
+    ledger.records.put({"noted": json.dumps(noted), "changes": json.dumps(changes_of(ledger) + changes)})
+
+
+def changes_of(ledger: Ledger) -> list[dict[str, Any]]:
+    """What resumes have changed of the settings that decide numbers: step, key, from, to."""
+    return list(json.loads(ledger.records.get("changes") or "[]"))
 
 
 def cold_start_of(config: Config, run_dir: Path) -> dict[str, float]:

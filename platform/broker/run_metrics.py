@@ -195,6 +195,7 @@ class RunMetrics:
             **({"values_dropped": self.dropped} if self.dropped else {}),
             **({"set_aside": aside} if (aside := ledger.records.aside()) else {}),
             "lineage": ledger.lineage,
+            "changes": json.loads(ledger.records.get("changes") or "[]"),
             "seed": seed,
         }
 

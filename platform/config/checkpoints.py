@@ -22,8 +22,7 @@ def model_folder(checkpoint: str) -> Path | None:
         return given
     if not os.path.isfile(given / "config.yaml"):
         return None
-    steps = [(int(match[1]), path) for path in given.glob("checkpoints/*") if (match := _STEP.fullmatch(path.name))]
-    candidates = [path for _, path in sorted(steps, reverse=True)] + [given / "start"]
+    candidates = [given / "checkpoints" / f"step_{step}" for step in reversed(steps_of(given))] + [given / "start"]
     found = next((path for path in candidates if (path / "config.json").is_file()), None)
     if found is not None:
         return found
@@ -31,6 +30,11 @@ def model_folder(checkpoint: str) -> Path | None:
     if not stages:
         raise refuse("checkpoint", checkpoint, "the run has neither a checkpoint nor a start model")
     return model_folder(str(stages[-1].parent))
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """The steps of which a run directory has checkpoints, in order."""
+    return sorted(int(match[1]) for path in run_dir.glob("checkpoints/*") if (match := _STEP.fullmatch(path.name)))
 
 
 def run_folder(checkpoint: str) -> Path | None:

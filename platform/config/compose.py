@@ -35,7 +35,17 @@ from offtrail.core.plugins import OUTSIDE, is_plugin
 from offtrail.core.settings import PathKind
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, shortened, show
 from offtrail.platform.config.files import MAX_DEPTH, Raw, guess, read_file, read_text, yaml_problem
-from offtrail.platform.config.keys import GROUPS, VARIANTS, Key, all_paths, flatten, keys_of, variant_keys, variant_of
+from offtrail.platform.config.keys import (
+    GROUPS,
+    VARIANTS,
+    Key,
+    all_paths,
+    flatten,
+    keys_of,
+    noted_settings,
+    variant_keys,
+    variant_of,
+)
 from offtrail.platform.config.paths import check_name, path_problem
 from offtrail.platform.config.recipe import Stage, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
@@ -80,6 +90,8 @@ def compose(argv: Sequence[str]) -> Config:
         saved = file_layer(saved_config(run.dir, run.name))
         config = _composed([saved, file, line])
         refuse_new_science(_composed([saved]), config)
+    if config.run.resume_from and stages_of(config):
+        raise refuse("run.resume_from", config.run.resume_from, "a recipe has no checkpoints; it goes on where it was")
     for stage in stages_of(config):  # a mistake in the last one shows before the first has run for hours
         stage_config(config, stage, {})
     return config
@@ -426,10 +438,12 @@ def saved_config(folder: str, name: str) -> Path:
 
 def refuse_new_science(started: Config, wanted: Config) -> None:
     """Only keys that do not decide a learner step's numbers may change (places, patience, views, speed: `resumable` at
-    their fields), nothing that an arm of a comparison could differ in; and a run may grow longer, never shorter.
+    their fields), nothing that an arm of a comparison could differ in, but for those few that can save a diverged run,
+    whose change the ledger notes; and a run may grow longer, never shorter.
     """
     before, now = flatten(started), flatten(wanted)
-    may_change = {key.path for config in (started, wanted) for key in keys_of(config).values() if key.resumable}
+    may_change = {key.path for config in (started, wanted) for key in keys_of(config).values() if key.resumable is True}
+    may_change |= noted_settings(started).keys()
     changed = [key for key in now | before if now.get(key) != before.get(key)]
     refused = [key for key in changed if key not in may_change]
     if refused:
@@ -452,9 +466,9 @@ def refuse_new_science(started: Config, wanted: Config) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, without run.name and run.resume, so that it can be run again."""
+    """The resolved configuration as YAML, without run.name and what resumes a run, so that it can be run again."""
     tree = dataclasses.asdict(config)
-    for key in ("name", "resume"):
+    for key in ("name", "resume", "resume_from"):
         del tree["run"][key]
     return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=120)
 

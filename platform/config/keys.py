@@ -18,7 +18,7 @@ from typing import Any
 from offtrail.algos.config import ALGOS
 from offtrail.algos.correction_config import CORRECTIONS
 from offtrail.core.plugins import OUTSIDE, is_plugin
-from offtrail.core.settings import PathKind, told
+from offtrail.core.settings import PathKind, Resumable, told
 from offtrail.platform.config.schema import Config, LocalConfig, SglangConfig
 from offtrail.search.config import SEARCHES
 from offtrail.tasks.registry import families
@@ -52,7 +52,7 @@ class Key:
     line: str
     limits: str = ""
     path_kind: PathKind = ""
-    resumable: bool = False
+    resumable: Resumable = False
 
     @property
     def is_text(self) -> bool:
@@ -99,12 +99,12 @@ def keys_of(instance: Any, prefix: str = "") -> dict[str, Key]:
     return {key.path: key for key in _walk(instance, prefix)}
 
 
-def _walk(instance: Any, prefix: str, resumable: bool = False) -> Iterator[Key]:
+def _walk(instance: Any, prefix: str, resumable: Resumable = False) -> Iterator[Key]:
     owner = type(instance)
     kinds, lines = typing.get_type_hints(owner), attribute_lines(owner)
     for field in dataclasses.fields(instance):
         name, value, path = field.name, getattr(instance, field.name), f"{prefix}{field.name}"
-        may_change = resumable or bool(told(owner, name, "resumable"))
+        may_change: Resumable = resumable or told(owner, name, "resumable") or False
         if dataclasses.is_dataclass(value):
             yield from _walk(value, f"{path}.", may_change)
         else:
@@ -116,6 +116,15 @@ def _walk(instance: Any, prefix: str, resumable: bool = False) -> Iterator[Key]:
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key → value of a resolved configuration."""
     return {path: key.default for path, key in keys_of(config).items()}
+
+
+def noted_settings(config: Config) -> dict[str, Any]:
+    """Key → value of what decides the job's numbers (a recipe's: any stage's) and may change at a resume all the same,
+    so that a diverged run can be saved; the ledger notes each change.
+    """
+    idle = () if config.recipe.stages else ("learner.optim.lr", "algo.") if config.job == "sft" else ("sft.",)
+    keys = keys_of(config).values()
+    return {key.path: key.default for key in keys if key.resumable == "noted" and not key.path.startswith(idle)}
 
 
 @functools.cache

@@ -6,6 +6,7 @@ with OmegaConf.to_object, so that each `__post_init__` below has run before anyt
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +33,9 @@ class RunConfig:
     """Keys everything that is drawn: start weights, data order, every sampled token."""
     resume: bool = setting(False, resumable=True)
     """Go on with the run of that name from its last checkpoint."""
+    resume_from: str = setting("", resumable=True)
+    """With run.resume: go on from this checkpoint, such as step_20 (step_0: the start model), in place of the newest.
+    What was trained after it is trained again, from the same batches; later checkpoints are set aside."""
     memory_check: Literal["refuse", "warn", "off"] = setting("refuse", resumable=True)
     """Before a start the roles' memory is estimated: one that is larger than what is free is refused, or only told."""
     budget_flops: float = setting(0.0, "[0, 1e30]", resumable=True)
@@ -40,6 +44,13 @@ class RunConfig:
     """The run ends once its generators (job=sft: its learner) have made (trained) so many tokens; 0 = no limit."""
     budget_seconds: float = setting(0.0, "[0, 1e9]", resumable=True)
     """The run ends after so many seconds of its broker's lives, all launches together; 0 = no limit."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where run.resume_from names no checkpoint, or no run is resumed."""
+        if self.resume_from and not re.fullmatch(r"step_(0|[1-9]\d{0,8})", self.resume_from):
+            raise ValueError(f"run.resume_from={self.resume_from}: must be the name of a checkpoint, such as step_20")
+        if self.resume_from and not self.resume:
+            raise ValueError(f"run.resume_from={self.resume_from}: needs run.resume=true and run.name=NAME")
 
 
 @dataclass
@@ -122,7 +133,7 @@ class SftConfig:
     """Optimizer updates."""
     batch_size: int = setting(32, "[1, inf)")
     """Problems of an update, fresh in each."""
-    lr: float = setting(4e-3, "(0, 10]")
+    lr: float = setting(4e-3, "(0, 10]", resumable="noted")
     """Peak learning rate of AdamW; with model.path 1e-5."""
     betas: tuple[float, float] = setting((0.9, 0.98), "[0, 1)")
     """Decay of AdamW's first and second moment."""
@@ -183,7 +194,7 @@ class StalenessConfig:
 class OptimConfig:
     """AdamW."""
 
-    lr: float = setting(2e-4, "[0, 10]")
+    lr: float = setting(2e-4, "[0, 10]", resumable="noted")
     """Constant after the warm-up; with model.path 1e-6, unless algo says its own."""
     betas: tuple[float, float] = setting((0.9, 0.95), "[0, 1)")
     """Decay of the first and second moment."""
@@ -191,7 +202,7 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = setting(0.0, "[0, inf)")
     """Decoupled."""
-    grad_clip: float = setting(1.0, "(0, inf)")
+    grad_clip: float = setting(1.0, "(0, inf)", resumable="noted")
     """Largest gradient norm."""
     warmup_updates: int = setting(0, "[0, inf)")
     """Optimizer updates of linear warm-up."""

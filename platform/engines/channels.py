@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.runtime.context import servers_folder
 
 
 class Reader(Protocol):
@@ -87,7 +88,7 @@ def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Chan
     assert isinstance(engine, SglangConfig)  # a rule of the configuration
     return DistributedChannel(
         store,
-        run_dir / "servers",
+        servers_folder(run_dir),
         engine,
         dtype=dtype,
         bucket_bytes=bucket_bytes,

@@ -30,6 +30,7 @@ from offtrail.platform.config.schema import Config, SglangConfig
 from offtrail.platform.engines.make import local_config
 from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
 from offtrail.platform.engines.sglang.servers import ServerError, Servers
+from offtrail.platform.launcher.reaper import Reaper
 from offtrail.platform.launcher.serve import LOOK_SECONDS, make_server, positions, served_model, text_of
 from offtrail.platform.model.start import StartError
 from offtrail.platform.model.text import Text
@@ -220,6 +221,7 @@ class Served:
 
     def __init__(self, config: Config, model: Path, text: Text, console: Console) -> None:
         run_dir, self._lock = prepare(config)
+        self._reaper = Reaper(run_dir)
         self.longest = positions(model) - CONTEXT_MARGIN
         self._server: Servers = make_server(config, model, run_dir, port=0)
         self._console, self._temperature = console, config.serve.temperature
@@ -257,6 +259,7 @@ class Served:
     def close(self) -> None:
         """End the server."""
         self._server.close()
+        self._reaper.close()
         self._lock.close()
 
     def _wait(self) -> None:

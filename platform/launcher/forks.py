@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+from offtrail.platform.runtime import attempt
+
 PR_SET_CHILD_SUBREAPER = 36
 PADDING = " " * 5000
 """Room in the command line for those of the roles."""
@@ -29,7 +31,7 @@ class ForkServer:
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=attempt.without(os.environ) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             process_group=0,
         )
         theirs.close()

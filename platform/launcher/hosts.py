@@ -9,11 +9,9 @@ A backend knows processes and addresses and nothing of a run: neither order, nor
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Protocol
 
 from offtrail.platform.launcher.forks import Forked, fork_server
 from offtrail.platform.launcher.memory import Watched
+from offtrail.platform.launcher.reaper import Reaper
+from offtrail.platform.runtime import attempt
 from offtrail.platform.runtime.host import free_port
 from offtrail.platform.runtime.roles import RoleSpec
 
@@ -88,36 +88,24 @@ class LocalHosts:
 
     def __init__(self, run_dir: Path) -> None:
         self._rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        # A session of its own: no signal of the terminal reaches it. Trap: close_fds=False hands it the one inheritable
-        # file, the lock of the run directory, and is what keeps a successor out until it has cleaned up.
-        self._reaper = subprocess.Popen(
-            [sys.executable, "-m", "offtrail.platform.launcher.reaper", str(run_dir)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            close_fds=False,
-            start_new_session=True,
-        )
+        self._reaper = Reaper(run_dir)
 
     def start(self, spec: RoleSpec, command: Sequence[str], log: Path) -> LocalHandle:
         """See Hosts. A process group of its own: Ctrl-C on the terminal is the launcher's alone."""
         # Two busy processes on two cores: more threads than asked for make both several times slower.
-        env = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"} | self._rank(spec)
+        threads = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+        env = threads | self._rank(spec) | attempt.marked()
         words = [*command, str(os.getpid())]
         with log.open("ab") as out:
             process = self._forked(spec, words, env, out.fileno()) or subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=os.environ | env, process_group=0
             )
-        self._tell(f"{process.pid}\n")
+        self._reaper.role(process.pid)
         return LocalHandle(spec.name, process, log)
 
     def close(self) -> None:
         """See Hosts."""
-        self._tell("done\n")
-        assert self._reaper.stdin is not None
-        with contextlib.suppress(OSError):
-            self._reaper.stdin.close()
-        self._reaper.wait()
+        self._reaper.close()
 
     def _forked(self, spec: RoleSpec, words: Sequence[str], env: Mapping[str, str], out: int) -> Forked | None:
         """None where it cannot be, and is started as a process of its own."""
@@ -130,9 +118,3 @@ class LocalHosts:
             return {}
         rank = str(spec.index)
         return self._rendezvous | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(spec.world)}
-
-    def _tell(self, line: str) -> None:
-        assert self._reaper.stdin is not None
-        with contextlib.suppress(OSError):  # it was killed: then it can clean up nothing, and all else goes on
-            self._reaper.stdin.write(line.encode())
-            self._reaper.stdin.flush()

@@ -1,6 +1,7 @@
 """What the launcher does for each job, and how it ends: `launch(config, run_dir)`.
 
-launch ─► start model (cold start if it is not in the cache) ─► the roles of the job (run.py) ─► summary, learning.png
+launch ─► start model (cold start if it is not in the cache) ─► what is there to go on from (resume.py)
+       ─► the roles of the job (run.py) ─► summary, learning.png
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.hosts import LocalHosts
 from offtrail.platform.launcher.memory import check as check_memory
 from offtrail.platform.launcher.recipe import Outcome, run_recipe
+from offtrail.platform.launcher.resume import check_what_is_there
 from offtrail.platform.launcher.run import Run, watch
 from offtrail.platform.launcher.serve import run_serve
 from offtrail.platform.launcher.start import prepare_start_model
@@ -61,6 +63,7 @@ def run_to_its_end(config: Config, run_dir: Path, interrupted: list[int]) -> Out
 def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """A training job: the start model, then every role until the end; how it ended, and why."""
     prepare_start_model(config, run_dir, interrupted, run_roles)
+    check_what_is_there(config, run_dir)
     check_memory(config, run_dir)
     run = Run(config, run_dir, LocalHosts(run_dir))
     try:

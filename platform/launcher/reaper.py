@@ -1,80 +1,93 @@
-"""Cleans up after a launcher that was killed: `python -m offtrail.platform.launcher.reaper RUN_DIR`, its child.
+"""Cleans up after a launcher that was killed: `python -m offtrail.platform.launcher.reaper RUN_DIR ATTEMPT`, its child.
 
     launcher ── the pid of each role, at the end "done" ──► stdin; its end without "done": the launcher was killed
 
 The kernel has told the roles to leave then (PR_SET_PDEATHSIG). Who has not left after GRACE_SECONDS, hung in native
-code or stopped, is killed with its children; then what the run shared is removed.
+code or stopped, is killed, and so is whatever they started; then what the attempt shared is removed.
 
-Invariant: cleaning belongs to one launch. This process has inherited the lock of the run directory, so that no later
-launch begins before the last process of this one is gone; no role removes anything shared by itself.
+Invariant: cleaning belongs to one attempt. This process has inherited the lock of the run directory, so that no later
+launch begins before the last process of this one is gone; where it was killed too, names keep attempts apart.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from offtrail.platform.runtime import attempt
+
 GRACE_SECONDS = 5.0
-"""Between the launcher's death and SIGKILL; as long again may the kernel take."""
+"""Between the launcher's death and SIGKILL."""
 
 
-def main(run_dir: Path) -> int:
+class Reaper:
+    """The launcher's side: an attempt begins, and is cleaned up after whatever becomes of this process."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.attempt = attempt.begin()
+        self._roles: list[psutil.Process] = []
+        # A session of its own: no signal of the terminal reaches it. Trap: close_fds=False hands it the one inheritable
+        # file, the lock of the run directory, and is what keeps a successor out until it has cleaned up.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "offtrail.platform.launcher.reaper", str(run_dir), self.attempt],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=attempt.without(os.environ),
+            close_fds=False,
+            start_new_session=True,
+        )
+
+    def role(self, pid: int) -> None:
+        """A role has begun."""
+        note(self._roles, pid)
+        self._tell(f"{pid}\n")
+
+    def close(self) -> None:
+        """The launcher cleans up itself: end what is left of the attempt."""
+        attempt.sweep(self.attempt, self._roles)
+        attempt.over()
+        self._tell("done\n")
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it was killed: then it can clean up nothing, and all else goes on
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+
+
+def note(roles: list[psutil.Process], pid: int) -> None:
+    """A process by its number and the time that it began, so that it is never taken for another one."""
+    with contextlib.suppress(psutil.Error):  # it has left already
+        roles.append(psutil.Process(pid))
+
+
+def main(run_dir: Path, name: str) -> int:
     """Until the launcher says that it is done, or is gone and everything is cleaned up."""
     roles: list[psutil.Process] = []
     for line in sys.stdin.buffer:
         if line == b"done\n":
             return 0
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has left already
-            roles.append(psutil.Process(int(line)))
-    end_all(roles)
+        note(roles, int(line))
+    if sys.platform != "linux":  # elsewhere the kernel has told nobody
+        for process in attempt.members(name, roles):
+            process.terminate()
+    attempt.sweep(name, roles, GRACE_SECONDS)
     from offtrail.platform.config.compose import load_config  # slow to import, and rarely needed
     from offtrail.platform.runtime.context import remove_leftovers
 
-    remove_leftovers(load_config(run_dir / "config.yaml"), run_dir)
+    remove_leftovers(load_config(run_dir / "config.yaml"), run_dir, name)
     return 0
 
 
-def end_all(roles: Sequence[psutil.Process]) -> None:
-    """Wait until every role has left by itself, then kill the rest, whole trees."""
-    if sys.platform != "linux":  # elsewhere the kernel has told nobody
-        for role in living(roles):
-            role.terminate()
-    wait(roles)
-    trees = [process for role in living(roles) for process in tree(role)]
-    for process in trees:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    wait(trees)
-
-
-def wait(processes: Sequence[psutil.Process]) -> None:
-    """Until all are gone, at most GRACE_SECONDS."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    while living(processes) and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
-def living(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """The processes that have not ended; a zombie, which its new parent may never reap, holds nothing."""
-    alive = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(process)
-    return alive
-
-
-def tree(process: psutil.Process) -> list[psutil.Process]:
-    """A process and its descendants."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return [process, *process.children(recursive=True)]
-    return []
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

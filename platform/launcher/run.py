@@ -22,7 +22,7 @@ from pathlib import Path
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.hosts import Handle, Hosts
-from offtrail.platform.runtime.context import remove_leftovers
+from offtrail.platform.runtime.context import remove_earlier, remove_leftovers
 from offtrail.platform.runtime.process import FINAL_STATUS, TERMINATED
 from offtrail.platform.runtime.roles import RoleSpec, roles_of
 from offtrail.platform.tracking.progress import Progress
@@ -75,6 +75,7 @@ class Run:
 
     def start_all(self) -> None:
         """In the order of the table, the broker first: every other role dials its endpoint.json."""
+        remove_earlier(self.config, self.run_dir)
         (self.run_dir / "endpoint.json").unlink(missing_ok=True)
         make_keys(self.run_dir, self.config.broker.address)
         for spec in roles_of(self.config):

@@ -30,8 +30,10 @@ from offtrail.platform.config.schema import Config, PromptConfig, SglangConfig
 from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
 from offtrail.platform.engines.sglang.serve import KEY_VARIABLE
 from offtrail.platform.engines.sglang.servers import Address, Public, ServerError, Servers
+from offtrail.platform.launcher.reaper import Reaper
 from offtrail.platform.model.start import StartError, resolve
 from offtrail.platform.model.text import Text, saved_template
+from offtrail.platform.runtime.context import remove_leftovers
 from offtrail.platform.runtime.device import require_device
 from offtrail.tasks.jsonl import task_template
 
@@ -41,6 +43,16 @@ LOOK_SECONDS = 0.2
 
 def run_serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """job=serve: how it ended, and why: `interrupted` by the user, or `failed`."""
+    reaper = Reaper(run_dir)
+    try:
+        return serve(config, run_dir, interrupted)
+    finally:
+        remove_leftovers(config, run_dir)
+        reaper.close()
+
+
+def serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """Until it is told to stop, or the server cannot be had."""
     try:
         require_device("engine.device", config.engine.device)
         model = served_model(config)

@@ -21,7 +21,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,12 +32,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from offtrail.platform.config.checkpoints import steps_of
 from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World, full, local, resharded, shard_like
 from offtrail.platform.runtime.contents import write_manifest
 from offtrail.platform.weights import store
 
-_NAME = re.compile(r"step_(\d+)")
 _HEADROOM = 1 << 24
 STATE = "trainer"
 """A folder of its own: SGLang loads every safetensors file that lies beside the model's."""
@@ -181,9 +180,7 @@ def prune(run_dir: Path, newest: int, keep: int) -> None:
     """Remove all but the ``keep`` newest up to ``newest``, of which the broker knows. Later ones are of an earlier life
     of the run that never told of them.
     """
-    steps = sorted(
-        int(match[1]) for entry in (run_dir / "checkpoints").iterdir() if (match := _NAME.fullmatch(entry.name))
-    )
+    steps = steps_of(run_dir)
     kept = [step for step in steps if step <= newest][-keep:]
     for step in set(steps) - set(kept):
         shutil.rmtree(path_of(run_dir, step))

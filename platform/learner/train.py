@@ -337,8 +337,9 @@ class Trainer(Generic[B]):
         what = f"the {name}'s loss is {loss}" if not math.isfinite(loss) else f"{name}/grad_norm is {norm}"
         return DivergedError(
             f"step {step}, update {update + 1} of {len(work.updates)}: {what} on groups "
-            f"{work.rows.ids[named].tolist()}; no version was published. Look at these groups; where it comes again, "
-            f"lower {trained.lr_key} in a new run"
+            f"{work.rows.ids[named].tolist()}; no version was published. Lower {trained.lr_key} and "
+            "resume: run.resume=true goes on from the newest checkpoint, run.resume_from=step_N from an older one, and "
+            "the ledger notes the change"
         )
 
     def _over_ranks(self, metrics: Metrics) -> Metrics:

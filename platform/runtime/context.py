@@ -18,6 +18,7 @@ from pathlib import Path
 
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.activity import Activity
+from offtrail.platform.runtime.attempt import current
 from offtrail.platform.runtime.heartbeat import HeartbeatThread
 from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
@@ -58,7 +59,7 @@ class RoleContext:
 
     @property
     def weights_folder(self) -> Path:
-        """The weight channel's folder, the same for every role of the run."""
+        """The weight channel's folder, the same for every role of the attempt."""
         return weights_folder(self.config, self.run_dir)
 
     def connect(self) -> Connection:
@@ -80,49 +81,79 @@ class RoleContext:
         return Connection(client, heartbeat, activity, welcome)
 
 
-def weights_folder(config: Config, run_dir: Path) -> Path:
-    """The run's own folder offtrail-USER-TAG in weights.dir if set, else in shared memory; or runs/NAME/weights.
+def weights_folder(config: Config, run_dir: Path, attempt: str = "") -> Path:
+    """An attempt's own folder offtrail-USER-TAG-ATTEMPT in weights.dir if set, else in shared memory; channel=disk:
+    runs/NAME/weights, or offtrail-USER-TAG in weights.dir, which a resumed run finds again.
 
-    TAG comes from the run directory: two runs never share a folder, and a resumed run finds its own.
+    TAG comes from the run directory: two runs never share a folder. ``attempt``: this process's, unless given.
     """
-    if config.weights.channel == "disk" and not config.weights.dir:
+    disk = config.weights.channel == "disk"
+    if disk and not config.weights.dir:
         return run_dir / "weights"
-    return Path(config.weights.dir or "/dev/shm") / own_name(run_dir)
+    stem, attempt = own_name(run_dir), attempt or current()
+    return Path(config.weights.dir or "/dev/shm") / (stem if disk or not attempt else f"{stem}-{attempt}")
 
 
 def own_name(run_dir: Path) -> str:
-    """offtrail-USER-TAG: what the processes of a run call what they make elsewhere."""
+    """offtrail-USER-TAG: how the names of all begin that the processes of a run make elsewhere."""
     tag = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
     return f"offtrail-{os.getuid()}-{tag}"
 
 
 def make_temporary(run_dir: Path, name: str) -> Path:
-    """A new folder for temporary files, which goes with the run's leftovers also where its maker is killed."""
-    return Path(tempfile.mkdtemp(prefix=f"{own_name(run_dir)}-{name}-"))
+    """A new folder for temporary files, which goes with the attempt's leftovers also where its maker is killed."""
+    return Path(tempfile.mkdtemp(prefix=f"{own_name(run_dir)}-{current()}-{name}-"))
 
 
-def remove_leftovers(config: Config, run_dir: Path) -> None:
-    """Give back what the processes of a run shared: shared memory, sockets in it, temporary folders, and the addresses
-    of servers.
+def servers_folder(run_dir: Path) -> Path:
+    """Where the roles of this attempt list their servers, as OWNER.json."""
+    return run_dir / "servers" / current()
+
+
+def remove_earlier(config: Config, run_dir: Path) -> None:
+    """What earlier attempts of the run have left where not even their reaper lived. Of a process that still leaves, it
+    takes no file that this attempt knows.
+    """
+    shutil.rmtree(run_dir / "servers", ignore_errors=True)
+    for earlier in weights_folder(config, run_dir).parent.glob(f"{own_name(run_dir)}*"):
+        _remove_own(config, earlier)
+    _remove_temporary(f"{own_name(run_dir)}-*-*")
+
+
+def remove_leftovers(config: Config, run_dir: Path, attempt: str = "") -> None:
+    """Give back what the processes of an attempt shared: shared memory, sockets in it, temporary folders, and the
+    addresses of servers.
 
     Called when none of them is left: by the launcher, or by its reaper where it was killed.
     """
-    remove_shared_memory(config, run_dir)
-    shutil.rmtree(run_dir / "servers", ignore_errors=True)
-    for folder in Path(tempfile.gettempdir()).glob(f"{own_name(run_dir)}-*"):
+    attempt = attempt or current()
+    remove_shared_memory(config, run_dir, attempt)
+    shutil.rmtree(run_dir / "servers" / attempt, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not there, or another attempt's are in it
+        (run_dir / "servers").rmdir()
+    _remove_temporary(f"{own_name(run_dir)}-{attempt}-*")
+
+
+def _remove_temporary(names: str) -> None:
+    for folder in Path(tempfile.gettempdir()).glob(names):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_shared_memory(config: Config, run_dir: Path) -> None:
-    """Give a run's shared memory back; what a reader has mapped stays valid. A folder on disk stays for a resume.
-
-    Invariant: only what the weight channel made goes (the names of weights/, which would import torch). A file
-    of anybody else stays, and so does the folder that it lies in.
+def remove_shared_memory(config: Config, run_dir: Path, attempt: str = "") -> None:
+    """Give an attempt's shared memory back; what a reader has mapped stays valid. A folder on disk stays for a
+    resume.
     """
+    _remove_own(config, weights_folder(config, run_dir, attempt))
+
+
+def _remove_own(config: Config, folder: Path) -> None:
+    """Invariant: only what the weight channel made goes (the names of weights/, which would import torch). A file of
+    anybody else stays, and so does the folder that it lies in.
+    """
+    for unfinished in (*folder.glob("offtrail-v*"), folder / "writing"):  # under names that safetensors chose
+        shutil.rmtree(unfinished, ignore_errors=True)
     if config.weights.channel == "disk":
         return
-    folder = weights_folder(config, run_dir)
-    shutil.rmtree(folder / "writing", ignore_errors=True)  # unfinished files, under names that safetensors chose
     with contextlib.suppress(OSError):
         for path in [*folder.glob("pinned/*"), *folder.glob("*")]:
             if OWN_NAMES.fullmatch(path.name) and not path.is_dir():

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,7 +87,7 @@ class Run:
         config.broker.heartbeat_seconds, config.broker.lease_heartbeats = 1.0, 5
         for key, value in changes.items():
             part, _, name = key.rpartition("__")
-            setattr(getattr(config, part) if part else config, name, value)
+            setattr(attrgetter(part.replace("__", "."))(config) if part else config, name, value)
         self.config, self.run_dir, self.wire, self.clock = config, run_dir, FakeWire(), Clock()
         self.broker = Broker(config, run_dir, self.wire, lambda i: Problem("t", i, f"{i}+0", str(i)), self.clock)
 

@@ -131,7 +131,7 @@ def test_a_killed_generator_or_evaluator_is_started_again_and_the_run_completes(
     assert [summary[f"groups/{name}"] for name in ("trained", "lost", "duplicated")] == [8 * 4, 0, 0]
     rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4, 6, 8]
-    assert not weights_folder(load_config(run_dir / "config.yaml"), run_dir).exists()
+    assert not shared_memory(run_dir)
 
 
 @pytest.mark.parametrize("role", ["learner", "broker"])
@@ -152,7 +152,7 @@ def test_a_dead_broker_or_learner_ends_the_run_with_its_name_and_how_it_died(
     assert f"{role}-0 was killed by SIGKILL" in stderr.decode()
     assert "Traceback" not in stderr.decode()
     assert not [pid for pid in pids if alive(pid)]
-    assert not weights_folder(load_config(run_dir / "config.yaml"), run_dir).exists()
+    assert not shared_memory(run_dir)
 
 
 def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal(
@@ -180,16 +180,49 @@ def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal
     process = subprocess.Popen(command("orphan2", "learner.steps=100000"), env=environment, cwd=tmp_path)
     run_dir = tmp_path / "orphan2"
     wait_until("step 1", lambda: reached(run_dir, 1))
-    folder = weights_folder(load_config(run_dir / "config.yaml"), run_dir)
     everybody = psutil.Process(process.pid).children(recursive=True)
     stopped = psutil.Process(pid_of("generator", run_dir))
     stopped.suspend()
-    assert folder.exists()
+    assert shared_memory(run_dir)
     process.kill()
     process.wait()
     wait_until("an end of every process", lambda: not [c for c in everybody if c.is_running() and alive(c.pid)], 30)
-    assert not folder.exists()
+    wait_until("shared memory given back", lambda: not shared_memory(run_dir), 30)
     assert not (run_dir / "servers").exists()
+
+
+@pytest.mark.timeout(600)
+def test_a_role_of_a_killed_attempt_that_leaves_late_takes_nothing_of_the_resumed_runs(
+    launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Its reaper was killed too, so that the next launch begins while a learner and a generator still stand."""
+    exact = ("staleness.mode=exact", "learner.steps=8")
+    undisturbed = launch("other", *exact)
+    assert undisturbed.code == 0, undisturbed.output
+    process = subprocess.Popen(command("late", *exact), env=environment, cwd=tmp_path)
+    run_dir = tmp_path / "late"
+    wait_until("step 1", lambda: reached(run_dir, 1))
+    late = [psutil.Process(pid_of(role, run_dir)) for role in ("learner", "generator")]
+    for role in late:
+        role.suspend()
+    for child in psutil.Process(process.pid).children():
+        if "reaper" in " ".join(child.cmdline()):
+            child.kill()
+    process.kill()
+    process.wait()
+    resumed = subprocess.Popen(command("late", "run.resume=true", *exact), env=environment, cwd=tmp_path)
+    wait_until("step 4", lambda: reached(run_dir, 4))
+    assert len(shared_memory(run_dir)) == 1
+    for role in late:
+        assert role.is_running()
+        role.resume()
+    psutil.wait_procs(late, timeout=60)
+    assert not [role for role in late if role.is_running() and role.status() != psutil.STATUS_ZOMBIE]
+    assert resumed.wait(240) == 0
+    assert checksums(run_dir) == checksums(undisturbed.run_dir)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert [summary[f"groups/{name}"] for name in ("trained", "lost", "duplicated")] == [8 * 4, 0, 0]
+    assert not shared_memory(run_dir)
 
 
 def test_an_interrupted_run_says_so_and_goes_on(
@@ -250,6 +283,12 @@ def test_without_a_correction_and_with_a_kl_penalty_all_is_finite(launch: Any, o
         found = {name: value for name, value in row.items() if name.startswith(("loss/", "policy/"))}
         assert {"loss/policy", "policy/grad_norm"} <= set(found)
         assert not [name for name, value in found.items() if value is None]
+
+
+def shared_memory(run_dir: Path) -> list[Path]:
+    """The folders that any attempt of the run has in shared memory."""
+    folder = weights_folder(load_config(run_dir / "config.yaml"), run_dir)
+    return list(folder.parent.glob(f"{folder.name}*"))
 
 
 def reached(run_dir: Path, step: int) -> bool:

@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from offtrail.core.types import Channel, Group, Problem, ScoredBy
+from offtrail.platform.broker import older
 from offtrail.platform.broker.archive import SCHEMA, Archive, Sealed, write_shard
+from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.broker.older import go_back
 from offtrail.platform.broker.rows import Arrival, Audit, Grant
 from offtrail.platform.wire.groups import pack_group
 
@@ -176,6 +179,84 @@ def test_a_crash_between_the_rename_and_the_clearing_writes_the_same_shard_again
     assert sorted(groups) == sorted(2 * [0, 1, 2, 3, 4])  # two samples each, nothing twice
     assert again.audit() == Audit(6, 0, 0)
     again.close()
+
+
+# Back out of the archive
+
+
+def bodies(ledger: Ledger) -> dict[int, bytes]:
+    return dict(ledger.file.fetch("SELECT id, body FROM payloads"))
+
+
+def test_a_run_that_goes_back_has_the_payloads_of_its_later_batches_again_bit_for_bit(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    before, archive = bodies(ledger), tmp_path / "trajectories"
+    ledger.checkpointed(2)
+    assert len(seal(ledger, tmp_path)) == 2  # both batches in one shard, and the refused group
+    assert bodies(ledger) == {}
+    go_back(ledger, archive, 1)
+    assert ledger.checkpoint == 1
+    assert bodies(ledger) == {group: before[group] for group in range(4)}
+    assert [path.name for path in archive.iterdir()] == ["000001_refused_00000004-00000004.parquet"]
+    assert ledger.audit() == Audit(6, 0, 0)
+    go_back(ledger, archive, 1)  # nothing more
+    ledger.rewind()
+    assert [ledger.row(group).state for group in range(4)] == ["trained", "trained", "training", "training"]  # type: ignore[union-attr]
+    ledger.commit(1, "c2", {})
+    ledger.checkpointed(2)
+    seal(ledger, tmp_path)
+    rows = [row for path in archive.iterdir() for row in pq.read_table(path).to_pylist()]
+    assert sorted(row["group"] for row in rows) == sorted(2 * [0, 1, 2, 3, 4])
+    assert bodies(ledger) == {}
+    assert ledger.audit() == Audit(6, 0, 0)
+
+
+def test_batches_that_another_version_unlogs_are_archived_as_what_they_became(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.checkpointed(2)
+    seal(ledger, tmp_path)
+    go_back(ledger, tmp_path / "trajectories", 0)
+    ledger.rewind()
+    assert ledger.commit(0, "another", {})  # batch 1 is no batch any more
+    assert [ledger.row(group).state for group in range(4)] == ["trained", "trained", "queued", "queued"]  # type: ignore[union-attr]
+    ledger.refuse(3, "stale", "a token of version 0")
+    ledger.checkpointed(1)
+    seal(ledger, tmp_path)
+    rows = [row for path in (tmp_path / "trajectories").iterdir() for row in pq.read_table(path).to_pylist()]
+    told = {(row["group"], row["state"], row["batch"]) for row in rows}
+    assert told == {(0, "trained", 0), (1, "trained", 0), (3, "refused", None), (4, "refused", None)}
+    assert ledger.audit() == Audit(6, 0, 0)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "of another run"])
+def test_batches_that_are_nowhere_are_named_and_nothing_changes(ledger: Ledger, tmp_path: Path, damage: str) -> None:
+    ledger.checkpointed(2)
+    batches, _ = seal(ledger, tmp_path)
+    file = tmp_path / "trajectories" / batches
+    if damage == "of another run":
+        pq.write_table(SCHEMA.empty_table(), file)
+    else:
+        whole = file.read_bytes()
+        file.unlink()
+        if damage == "cut":
+            file.write_bytes(whole[:-100])
+    with pytest.raises(LedgerError, match=rf"{batches}: .*cannot be trained again"):
+        go_back(ledger, file.parent, 1)
+    assert (ledger.checkpoint, bodies(ledger), ledger.audit()) == (2, {}, Audit(6, 0, 0))
+
+
+def test_a_crash_before_the_given_up_files_are_gone_leaves_nothing_twice(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.checkpointed(2)
+    batches, _ = seal(ledger, tmp_path)
+    archive = tmp_path / "trajectories"
+    with monkeypatch.context() as patch:
+        patch.setattr(older, "_remove_given_up", lambda *_: None)
+        go_back(ledger, archive, 1)
+    assert (archive / batches).is_file()
+    go_back(ledger, archive, 1)
+    assert not (archive / batches).exists()
 
 
 def test_a_folder_that_takes_no_file_is_named_and_nothing_is_lost(ledger: Ledger, tmp_path: Path) -> None:

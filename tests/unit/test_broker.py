@@ -1027,6 +1027,20 @@ def test_settings_that_the_ledger_depends_on_cannot_change(start: Callable[..., 
     run.again(learner__steps=99)  # a longer run may go on
 
 
+def test_what_may_save_a_diverged_run_may_change_and_is_noted_with_its_step(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=6)
+    run.everybody()
+    run.train()
+    assert run.summary()["changes"] == []
+    run = run.restarted(learner__steps=6, learner__optim__lr=1e-5)
+    change = {"step": 1, "key": "learner.optim.lr", "from": 2e-4, "to": 1e-5}
+    run.train()
+    assert run.summary()["changes"] == [change]
+    run = run.restarted(learner__steps=6, learner__optim__lr=1e-5)  # the same value is no change
+    run.train()
+    assert run.summary()["changes"] == [change]
+
+
 def test_a_completed_run_completes_again_and_can_be_made_longer_but_not_shorter(start: Callable[..., Run]) -> None:
     run = start(learner__steps=2)
     run.everybody()

@@ -435,6 +435,21 @@ def test_resume_may_change_what_decides_no_number(saved):
     assert (resumed.learner.steps, resumed.generator.count, resumed.task.max_digits) == (9, 2, 6)
 
 
+def test_resume_may_change_what_saves_a_diverged_run(saved):
+    resumed = compose([*saved[0], "learner.optim.lr=1e-5", "learner.optim.grad_clip=0.1", "run.resume_from=step_3"])
+    assert (resumed.learner.optim.lr, resumed.run.resume_from) == (1e-5, "step_3")
+    assert "resume_from" not in to_yaml(resumed)
+    assert message(*saved[0], "sft.lr=1e-5").startswith("sft.lr=1e-05: differs from 0.004")  # of its start model
+    assert message(*saved[0], "learner.optim.eps=1e-5").startswith("learner.optim.eps=1e-05: differs from")
+
+
+def test_resume_from_names_a_checkpoint_of_a_run_that_is_resumed(saved):
+    for value in ("step_", "20", "step_-1", "step_01", "../step_1", "step_1/"):
+        text = message(*saved[0], f"run.resume_from={value}")
+        assert text == f"run.resume_from={value}: must be the name of a checkpoint, such as step_20"
+    assert message("run.resume_from=step_2").startswith("run.resume_from=step_2: needs run.resume=true and run.name")
+
+
 def test_resume_refuses_other_science(saved):
     text = message(*saved[0], "algo.clip_low=0.1", "batch.groups=8")
     assert text.startswith("algo.clip_low=0.1: differs from 0.2")

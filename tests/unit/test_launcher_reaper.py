@@ -1,10 +1,13 @@
-"""What the process beside the launcher does when its input ends: nothing after "done", else it ends who is left."""
+"""What becomes of an attempt: nothing of it is left, whatever it started, and nothing of another one goes."""
 
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,74 +18,204 @@ from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher import reaper
 from offtrail.platform.launcher.hosts import LocalHosts
+from offtrail.platform.runtime import attempt
+from offtrail.platform.runtime.context import make_temporary, remove_earlier, servers_folder, weights_folder
 from offtrail.platform.runtime.roles import RoleSpec
+from offtrail.platform.weights.store import Publisher
 
-# Hears no SIGTERM, as a role that hangs in native code; says so once its child is there too.
+# Hears no SIGTERM, as a role that hangs in native code; holds a semaphore that nobody else removes, and has a child in
+# a session of its own. Says so once they are there.
 HANGS = """
-import signal, subprocess, sys, time
+import multiprocessing, os, signal, subprocess, sys, time
+from multiprocessing import resource_tracker
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-print(child.pid, flush=True)
+lock = multiprocessing.get_context("spawn").Lock()
+name = lock._semlock.name
+resource_tracker.unregister(name, "semaphore")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+print(child.pid, "/dev/shm/sem." + name[1:], flush=True)
 time.sleep(300)
 """
 
 
-@pytest.fixture
-def hung() -> Iterator[tuple[psutil.Process, psutil.Process]]:
-    """A hung role and its child."""
-    with subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        child = psutil.Process(int(process.stdout.readline()))
-        yield psutil.Process(process.pid), child
-        for left in (child, process):
-            if left.is_running() if isinstance(left, psutil.Process) else left.poll() is None:
-                left.kill()
+class Hung:
+    """A role of the attempt that is current, its child and its semaphore."""
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, env=environment)
+        assert self.process.stdout is not None
+        pid, self.semaphore = self.process.stdout.readline().decode().split()
+        self.child = psutil.Process(int(pid))
+
+    @property
+    def left(self) -> list[bool]:
+        """Whether the process, its child and its semaphore are still there."""
+        lives = self.child.is_running() and self.child.status() != psutil.STATUS_ZOMBIE
+        return [self.process.poll() is None, lives, Path(self.semaphore).exists()]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        if self.child.is_running():
+            self.child.kill()
+        Path(self.semaphore).unlink(missing_ok=True)
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """A run whose server addresses are there."""
+def name() -> Iterator[str]:
+    yield attempt.begin()
+    attempt.over()
+
+
+@pytest.fixture
+def hung(name: str) -> Iterator[Hung]:
+    hung = Hung()
+    yield hung
+    hung.end()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
     config = Config()
-    config.weights.channel = "disk"
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    (tmp_path / "servers").mkdir()
-    (tmp_path / "servers" / "generator-0.json").write_text("{}")
-    return tmp_path
+    (tmp_path / "channel").mkdir()
+    config.weights.dir = str(tmp_path / "channel")
+    return config
+
+
+@pytest.fixture
+def run_dir(config: Config, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose attempt has published a version, listed a server and made a temporary folder."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    publisher = Publisher(weights_folder(config, run_dir))
+    publisher.publish(0, {})
+    publisher.close()
+    (weights_folder(config, run_dir) / "offtrail-v1-half").mkdir()
+    servers_folder(run_dir).mkdir(parents=True)
+    (servers_folder(run_dir) / "generator-0.json").write_text("{}")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    make_temporary(run_dir, "sglang")
+    return run_dir
+
+
+def shared(config: Config, run_dir: Path, tmp_path: Path) -> list[str]:
+    """What an attempt shares, as far as it is there."""
+    places = (weights_folder(config, run_dir), servers_folder(run_dir), *(tmp_path / "tmp").iterdir())
+    return [str(place) for place in places if place.exists()]
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
-def test_without_a_last_word_of_the_launcher_a_hung_role_and_its_child_are_killed(
-    hung: tuple[psutil.Process, psutil.Process], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_last_word_of_the_launcher_nothing_of_the_attempt_is_left(
+    hung: Hung, name: str, config: Config, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reaper, "GRACE_SECONDS", 0.2)
-    feed(monkeypatch, f"{hung[0].pid}\n")
-    assert reaper.main(run_dir) == 0
-    assert reaper.living(hung) == []
+    assert hung.left == [True, True, True]
+    assert len(shared(config, run_dir, tmp_path)) == 3
+    feed(monkeypatch, "")
+    assert reaper.main(run_dir, name) == 0
+    assert hung.left == [False, False, False]
+    assert shared(config, run_dir, tmp_path) == []
+    assert list((tmp_path / "channel").iterdir()) == []
     assert not (run_dir / "servers").exists()
 
 
-def test_after_done_it_touches_nothing(
-    hung: tuple[psutil.Process, psutil.Process], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_role_that_a_fork_has_made_is_known_by_its_number_and_what_it_started_by_its_parent(
+    name: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed(monkeypatch, f"{hung[0].pid}\ndone\n")
-    assert reaper.main(run_dir) == 0
-    assert len(reaper.living(hung)) == 2
-    assert (run_dir / "servers").exists()
+    """Its environment is, for all that the system tells, that of the process that it is a fork of."""
+    monkeypatch.setattr(reaper, "GRACE_SECONDS", 0.2)
+    forked = Hung(attempt.without(os.environ))
+    try:
+        assert attempt.members(name) == []
+        feed(monkeypatch, f"{forked.process.pid}\n")
+        assert reaper.main(run_dir, name) == 0
+        assert forked.left == [False, False, False]
+    finally:
+        forked.end()
+
+
+def test_after_done_it_touches_nothing(
+    hung: Hung, name: str, config: Config, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed(monkeypatch, "done\n")
+    assert reaper.main(run_dir, name) == 0
+    assert hung.left == [True, True, True]
+    assert len(shared(config, run_dir, tmp_path)) == 3
+
+
+def test_an_attempt_takes_nothing_of_its_successor_nor_a_successor_a_name_that_it_still_uses(
+    hung: Hung, name: str, config: Config, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reaper was killed too, and comes late: as a role that leaves late would."""
+    monkeypatch.setattr(reaper, "GRACE_SECONDS", 0.2)
+    before = weights_folder(config, run_dir)
+    attempt.begin()
+    remove_earlier(config, run_dir)
+    assert not before.exists()
+    other = Hung()
+    try:
+        folder = weights_folder(config, run_dir)
+        assert folder != before
+        publisher = Publisher(folder)
+        publisher.publish(0, {})
+        servers_folder(run_dir).mkdir(parents=True)
+        feed(monkeypatch, "")
+        assert reaper.main(run_dir, name) == 0
+        assert (hung.left, other.left) == ([False] * 3, [True] * 3)
+        assert (folder / "v00000000.safetensors").is_file()
+        assert servers_folder(run_dir).is_dir()
+        publisher.close()
+    finally:
+        other.end()
+
+
+def test_who_belongs_to_no_attempt_is_nobodys_member(hung: Hung, name: str) -> None:
+    assert {process.pid for process in attempt.members(name)} >= {hung.process.pid, hung.child.pid}
+    assert os.getpid() not in {process.pid for process in attempt.members(name)}
+    assert attempt.members("") == []
+    attempt.sweep("")
+    assert hung.left == [True, True, True]
 
 
 def test_hosts_that_are_closed_leave_no_reaper_and_ranks_know_their_world(tmp_path: Path) -> None:
-    """As torchrun tells it: rank, local rank, size, and one rendezvous for all."""
+    """As torchrun tells it: rank, local rank, size, and one rendezvous for all. Roles belong to the attempt."""
     hosts = LocalHosts(tmp_path)
-    said = "import os; print(*(os.environ.get(k) for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')))"
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", attempt.VARIABLE)
+    said = f"import os; print(*(os.environ.get(k) for k in {names}))"
     for spec in (RoleSpec("learner", 1, world=2), RoleSpec("broker")):
         handle = hosts.start(spec, [sys.executable, "-c", said], tmp_path / spec.name)
         assert handle.process.wait(30) == 0
-    assert (tmp_path / "learner-1").read_text() == "1 1 2 127.0.0.1\n"
-    assert (tmp_path / "broker-0").read_text() == "None None None None\n"
+    name = attempt.current()
+    assert (tmp_path / "learner-1").read_text() == f"1 1 2 127.0.0.1 {name}\n"
+    assert (tmp_path / "broker-0").read_text() == f"None None None None {name}\n"
     before = [child.pid for child in psutil.Process().children() if "reaper" in " ".join(child.cmdline())]
     hosts.close()
     assert len(before) == 1
     assert not psutil.pid_exists(before[0])
+    assert attempt.VARIABLE not in os.environ
+
+
+def test_a_launcher_that_is_killed_takes_its_attempt_along(tmp_path: Path, config: Config) -> None:
+    """The real launcher side and the real reaper, which the kernel's end of the pipe wakes."""
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    code = (
+        "import subprocess, sys, time; from pathlib import Path; from offtrail.platform.launcher.reaper import Reaper; "
+        f"Reaper(Path({str(tmp_path)!r})); child = subprocess.Popen([sys.executable, '-c', 'import time; "
+        "time.sleep(300)'], start_new_session=True); print(child.pid, flush=True); time.sleep(300)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        role = psutil.Process(int(launcher.stdout.readline()))
+        launcher.kill()
+        launcher.wait()
+    deadline = time.monotonic() + 60
+    while role.is_running() and role.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

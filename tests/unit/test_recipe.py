@@ -77,9 +77,9 @@ def test_a_stage_does_not_go_on_under_other_settings(tmp_path: Path) -> None:
     run_dir.mkdir()
     _, launch = launches(["interrupted"])
     run_recipe(composed(tmp_path), run_dir, [], launch)
-    status, reason = run_recipe(composed(tmp_path, "sft.lr=0.1"), run_dir, [], launch)
+    status, reason = run_recipe(composed(tmp_path, "sft.warmup_steps=7"), run_dir, [], launch)
     assert status == "failed"
-    assert "stage first: sft.lr=0.1: differs from 0.004" in reason
+    assert "stage first: sft.warmup_steps=7: differs from 50" in reason
 
 
 def test_data_is_handed_on_or_its_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import psutil
 
+from offtrail.platform.runtime.attempt import shared_files
+
 END_SECONDS = 10.0
 """The longest that a killed process may take to leave; one that the kernel holds longer is left to it."""
 TAIL_BYTES = 32_768
-_SHARED = re.compile(r" (/dev/shm/(?:sgl|sem\.mp-)\S+)")
 _ERROR = re.compile(r"^(sglang serve: error: .+|[\w.]*(Error|Exception|Interrupt)\b.*)")
 
 
@@ -62,7 +63,7 @@ class Child:
         sglang leaves it behind.
         """
         members = list(self._members())
-        self._shared |= {path for member in members for path in _shared_memory(member.pid)}
+        self._shared |= shared_files(members)
         return members
 
     def end(self) -> str:
@@ -110,13 +111,6 @@ class Child:
             with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
                 if os.getpgid(pid) == self.pid:
                     yield psutil.Process(pid)
-
-
-def _shared_memory(pid: int) -> set[str]:
-    """Files of sglang's in shared memory that the process has mapped."""
-    with contextlib.suppress(OSError):
-        return set(_SHARED.findall(Path(f"/proc/{pid}/maps").read_text(errors="replace")))
-    return set()
 
 
 def _wait_for(members: Sequence[psutil.Process]) -> None:

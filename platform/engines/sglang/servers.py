@@ -36,7 +36,7 @@ from offtrail.platform.engines.sglang.lifecycle import (
     WatchedServer,
 )
 from offtrail.platform.engines.sglang.serve import ADMIN_KEY_VARIABLE, KEY_VARIABLE
-from offtrail.platform.runtime.context import make_temporary
+from offtrail.platform.runtime.context import make_temporary, servers_folder
 from offtrail.platform.runtime.host import free_port
 from offtrail.platform.wire.auth import write_private
 
@@ -101,7 +101,7 @@ class Servers:
         self._public = public or Public("", "", 0)
         self._max_length, self._threads, self._weight_version = max_length, threads, weight_version
         self._run_dir = run_dir
-        self._logs, self._file = run_dir / "logs", run_dir / "servers" / f"{owner}.json"
+        self._logs, self._file = run_dir / "logs", servers_folder(run_dir) / f"{owner}.json"
         self._key, self._admin_key = self._keys()
         self._pool = ThreadPoolExecutor(max_workers=count + 2, thread_name_prefix="sglang-health")
         self._temporary: Path | None = None

@@ -1,0 +1,64 @@
+"""Going back to an older checkpoint: what was trained after it waits to be trained again, from the same batches.
+
+A batch is replayed from payloads. Those of older batches have left for the archive: the shards that hold them are read
+back and given up, whole, and are made anew once a checkpoint covers them again. So each group stands in one place at
+every moment (I1), and a batch that another version un-logs is archived as what it became.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from offtrail.platform.broker.archive import read_groups
+from offtrail.platform.broker.database import LedgerError
+from offtrail.platform.broker.ledger import Ledger
+from offtrail.platform.broker.records import put_remark
+from offtrail.platform.wire.groups import pack_group
+
+
+def go_back(ledger: Ledger, archive: Path, step: int) -> None:
+    """Make the checkpoint of ``step`` the one to restart from; one transaction, and nothing where it is that already.
+
+    Raises LedgerError, with nothing changed, where a batch after it is neither in the ledger nor in the archive.
+    """
+    if step != ledger.checkpoint:
+        touched = ledger.file.fetch(
+            "SELECT DISTINCT name, sealed FROM shards JOIN groups ON shard = name WHERE batch >= ?", step
+        )
+        found = [row for name, sealed in touched if sealed == 1 for row in _payloads(ledger, archive / name)]
+        names = [name for name, _ in touched]
+        with ledger.file.change() as db:
+            db.executemany("INSERT INTO payloads VALUES (?, ?)", found)
+            db.executemany("UPDATE groups SET shard = NULL WHERE shard = ?", [(name,) for name in names])
+            db.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in names])
+            put_remark(db, "given_up", json.dumps(names))
+            put_remark(db, "checkpoint", str(step))
+    _remove_given_up(ledger, archive)
+
+
+def _payloads(ledger: Ledger, file: Path) -> Iterator[tuple[int, bytes]]:
+    """(group, payload) of every group that left the ledger for a sealed shard."""
+    left = "SELECT id FROM groups WHERE shard = ? AND id NOT IN (SELECT id FROM payloads)"
+    wanted = {group for (group,) in ledger.file.fetch(left, file.name)}
+    try:
+        groups = read_groups(file)
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        words = " ".join(str(error).split())
+        raise LedgerError(f"{file}: {words}; the batches that it holds cannot be trained again") from error
+    if missing := wanted - groups.keys():
+        raise LedgerError(f"{file}: lacks groups {sorted(missing)[:5]}; its batches cannot be trained again")
+    for number in sorted(wanted):
+        yield number, pack_group(groups[number])
+
+
+def _remove_given_up(ledger: Ledger, archive: Path) -> None:
+    """The files of shards that were read back; again after a crash in between."""
+    standing = {name for (name,) in ledger.file.fetch("SELECT name FROM shards")}
+    for name in json.loads(ledger.records.get("given_up") or "[]"):
+        if name not in standing:
+            (archive / name).unlink(missing_ok=True)
+    ledger.records.put({"given_up": ""})

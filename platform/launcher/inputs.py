@@ -1,0 +1,98 @@
+"""What a run reads that stands outside its directory: every file that a key of its configuration names.
+
+launch ─► inputs_of ─► hashes ─► ledger (at the first launch), or compared with it (resume.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offtrail.core.plugins import PLUGIN, source_of
+from offtrail.platform.config.keys import keys_of, variant_keys
+from offtrail.platform.config.schema import Config
+from offtrail.platform.model.start import StartError, resolve
+from offtrail.platform.runtime.contents import digests
+
+READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors")
+"""Suffixes of the files of a model's folder that are read; .bin where there are no safetensors."""
+WRITTEN_BESIDE = ("trainer.json", "manifest.json", "compute.json")
+"""What offtrail puts beside a model, and no model is read from."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What one key names: the value as it was given, and the files behind it by their name in the ledger."""
+
+    value: str
+    files: dict[str, Path]
+
+
+def inputs_of(config: Config, run_dir: Path) -> dict[str, Input]:
+    """Key → the files that it names: data, models (the start model, however it was had) and code from outside."""
+    found = {key: Input(value, _files(Path(path))) for key, value, path in _named_paths(config)}
+    start = run_dir / "start"
+    if start.is_symlink():
+        found["model.path"] = Input(config.model.path, _files(Path(os.path.realpath(start))))
+    for key, name in _texts("", dataclasses.asdict(config)):
+        if PLUGIN.fullmatch(name) and (source := source_of(name)) is not None and source.suffix == ".py":
+            found[key] = Input(name, {source.name: source})
+    return found
+
+
+def hashes(inputs: Mapping[str, Input]) -> dict[str, dict[str, str]]:
+    """Key → file → hash; each file is read once."""
+    known = digests({path for one in inputs.values() for path in one.files.values()})
+    return {key: {name: known[path] for name, path in one.files.items()} for key, one in inputs.items()}
+
+
+def _named_paths(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(key, value, path) of all but the start model; a model's name is looked up in the Hugging Face cache."""
+    for key in keys_of(config).values():
+        if key.is_mapping and not key.resumable:
+            yield from _paths_within(key.path, key.default)
+        elif not key.default or key.resumable or key.path in ("model.path", "checkpoint"):
+            continue
+        elif key.path_kind == "file":
+            yield key.path, key.default, key.default
+        elif key.path_kind == "model":
+            with contextlib.suppress(StartError):  # who needs it will say so
+                yield key.path, key.default, str(resolve(key.default))
+
+
+def _paths_within(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Those of task.settings={jsonl: {path: …}}."""
+    group = path.partition(".")[0]
+    for family, entries in settings.items():
+        kinds = {name: key.path_kind for name, key in variant_keys().get(group, {}).get(family, {}).items()}
+        for name, value in entries.items() if isinstance(entries, dict) else ():
+            if kinds.get(f"{group}.{name}") == "file" and value:
+                yield f"{path}.{family}.{name}", str(value), str(value)
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """The file itself, or the files of a model's folder that are read."""
+    if not path.is_dir():
+        return {path.name: path} if path.is_file() else {}
+    inside = sorted(file for file in path.iterdir() if file.is_file() and file.name not in WRITTEN_BESIDE)
+    weights = ".safetensors" if any(file.suffix == ".safetensors" for file in inside) else ".bin"
+    return {file.name: file for file in inside if file.suffix in (*READ, weights)}
+
+
+def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text of a configuration, names of mappings too, with its key."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            inner = f"{key}.{name}".lstrip(".")
+            yield inner, name
+            yield from _texts(inner, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(key, item)
+    elif isinstance(value, str):
+        yield key, value
