@@ -328,6 +328,7 @@ def sglang_channels(folder: Path, sizes: list[int], repeats: int) -> dict[str, A
         )
         version = 0
         try:
+            (folder / f"run-{megabytes}" / "start").symlink_to(model)
             for kind in SERVED:
                 config = Config(engine=settings)
                 config.weights.channel = kind

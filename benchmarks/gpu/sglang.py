@@ -108,6 +108,7 @@ class Setup:
         self.args, self.folder = args, folder
         self.device = torch.device(args.device)
         self.model_dir = model_in(args.model, folder)
+        (folder / "start").symlink_to(Path(self.model_dir).absolute())  # as in a run: what servers come up with
         self.spec = read_spec(self.model_dir)
         self.flags = FLAGS[self.device.type] if args.flags is None else args.flags
 

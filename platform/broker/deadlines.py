@@ -38,6 +38,8 @@ class Deadlines:
         self.polls, self.ending, self.clock = polls, ending, clock
         self.expected = [spec.name for spec in roles_of(config) if spec.role != "broker"]
         self.moved = self.ticked = clock()
+        self._loading: dict[str, tuple[float, float]] = {}
+        """Who loads a version: since when, by its own clock, and since when that is known, by this one."""
 
     def progress(self) -> None:
         """Something in the run has moved."""
@@ -52,9 +54,11 @@ class Deadlines:
             for member in self.roster:
                 member.heard = min(now, member.heard + gap)
             self.moved = min(now, self.moved + gap)
+            self._loading = {name: (since, min(now, known + gap)) for name, (since, known) in self._loading.items()}
         if not self.ending.status:
             self._expire(now)
             self._check(now)
+            self._check_loads(now)
 
     def _expire(self, now: float) -> None:
         """Leases of a holder whose heartbeats are lost go back; a long answer alone never loses one."""
@@ -90,6 +94,25 @@ class Deadlines:
                 f"{peer} waits for {self.polls.sentence(peer)}; nothing has moved for "
                 f"broker.deadline_seconds={deadline:g} ({self._doings(now, peer)})"
             )
+
+    def _check_loads(self, now: float) -> None:
+        """End a run in which somebody has loaded one version for longer than the deadline: its process lives, is busy,
+        and does nothing else meanwhile.
+        """
+        deadline = self.config.broker.deadline_seconds
+        for member in self.roster:
+            beat = member.beat
+            if beat is None or beat.activity != "busy/load_weights":
+                self._loading.pop(member.name, None)
+                continue
+            since, known = self._loading.get(member.name, (beat.since, now))
+            self._loading[member.name] = beat.since, known if since == beat.since else now
+            if not self.ending.status and now - self._loading[member.name][1] > deadline:
+                self.ending.fail(
+                    f"{member.name} loads weights (version {self.scheduler.version} is the newest), for longer than "
+                    f"broker.deadline_seconds={deadline:g}; see its log in {self.run_dir / 'logs'}, and whether "
+                    f"weights.channel={self.config.weights.channel} can be read there"
+                )
 
     def _doings(self, now: float, but: str) -> str:
         others = [m for m in self.roster if m.name != but]

@@ -69,7 +69,9 @@ def open_reader(config: Config, folder: Path) -> Reader:
 
 
 def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Channel:
-    """The publishing end; rank 0 only. ``keep``: versions that stay readable."""
+    """The publishing end; rank 0 only. ``keep``: versions that stay readable. distributed: the servers come up with
+    ``run_dir``/start.
+    """
     from offtrail.platform.weights.store import Publisher
 
     weights, dtype = config.weights, engine_dtype(config)
@@ -83,6 +85,7 @@ def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Chan
 
         return MemoryChannel(store, keep, dtype=dtype, bucket_bytes=bucket_bytes)
     from offtrail.platform.engines.sglang.push import DistributedChannel
+    from offtrail.platform.engines.sglang.shapes import read_shapes
 
     engine = config.engine
     assert isinstance(engine, SglangConfig)  # a rule of the configuration
@@ -93,6 +96,7 @@ def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Chan
         dtype=dtype,
         bucket_bytes=bucket_bytes,
         generators=config.generator.count,
+        shapes=read_shapes(run_dir / "start"),
     )
 
 

@@ -65,7 +65,7 @@ def load_version(engine: Engine, activity: Activity, weights: Subscriber, versio
     while not engine.replicas:
         with activity.waiting("server", on=engine.waiting_for):
             time.sleep(0.05)
-    with weights.open(version) as opened:
+    with activity.busy("load_weights"), weights.open(version) as opened:
         engine.load_weights(version, opened)
 
 

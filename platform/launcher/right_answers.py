@@ -8,7 +8,9 @@ answer comes from.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,12 @@ from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.recipe import DATA_FILE
 from offtrail.platform.model.text import Text
-from offtrail.platform.tracking.summary import read_summary, write_atomic
+from offtrail.platform.tracking.summary import read_summary
 
+ROWS = 256
+"""Samples that are made Python objects at a time."""
 COLUMNS = [
     "state",
-    "batch",
-    "position",
-    "sample",
     "group",
     "problem",
     "tokens",
@@ -46,39 +47,49 @@ def write_right_answers(run_dir: Path) -> Path:
     """
     if read_summary(run_dir).get("archive/unsealed"):
         raise ConfigError(f"{run_dir}: its archive is not whole yet (archive/unsealed); resume that run first")
+    partial = run_dir / f".{DATA_FILE}.{os.getpid()}"
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(right_answers(run_dir))
+        if not partial.stat().st_size:
+            raise ConfigError(
+                f"{run_dir}: none of its trained answers is right, so that it has no data to hand on; train it longer, "
+                "or take another stage for data_from"
+            )
+        partial.replace(run_dir / DATA_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+    return run_dir / DATA_FILE
+
+
+def right_answers(run_dir: Path) -> Iterator[str]:
+    """The lines of data.jsonl. What is held of those before is 16 bytes each."""
     config = load_config(run_dir / "config.yaml")
-    text = Text(run_dir / "start", config.prompt)
-    lines, seen = [], set[tuple[str, str]]()
+    text, seen = Text(run_dir / "start", config.prompt), set[bytes]()
     for row in trained_samples(run_dir):
         if dict(row["rewards"]).get(config.reward.main) != 1.0 or row["finish"] != "stop":
             continue
         problem = problem_of(row)
         answer = text.answer_text(problem, np.array(row["tokens"], np.int32))
-        prompt = json.dumps(problem.messages or problem.prompt, ensure_ascii=False)
-        if (prompt, answer) not in seen:
-            seen.add((prompt, answer))
-            lines.append(line_of(problem, answer, row))
-    if not lines:
-        raise ConfigError(
-            f"{run_dir}: none of its trained answers is right, so that it has no data to hand on; train it longer, or "
-            "take another stage for data_from"
-        )
-    write_atomic(run_dir / DATA_FILE, "".join(lines))
-    return run_dir / DATA_FILE
+        told = json.dumps([problem.messages or problem.prompt, answer])
+        key = hashlib.blake2b(told.encode(), digest_size=16).digest()
+        if key not in seen:
+            seen.add(key)
+            yield line_of(problem, answer, row)
 
 
 def trained_samples(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The archived samples of trained groups, in the order of training. ConfigError when a shard is damaged or gone."""
+    """The archived samples of trained groups, in the order of training: shards are numbered in that order, each holds
+    whole batches in it, and one is held at a time. ConfigError when a shard is damaged or gone.
+    """
     from offtrail.platform.broker.archive import ArchiveError, read_archive  # slow to import
 
-    rows: list[dict[str, Any]] = []
     try:
         for shard in read_archive(run_dir, "*_batches_*.parquet", columns=COLUMNS):
-            rows += shard.to_pylist()
+            for part in shard.to_batches(ROWS):
+                yield from (row for row in part.to_pylist() if row["state"] == "trained")
     except ArchiveError as error:
         raise ConfigError(str(error)) from error
-    trained = (row for row in rows if row["state"] == "trained")
-    return iter(sorted(trained, key=lambda row: (row["batch"], row["position"], row["sample"])))
 
 
 def problem_of(row: dict[str, Any]) -> Problem:

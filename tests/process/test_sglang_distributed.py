@@ -41,6 +41,7 @@ def pair(
         weights[0].path, settings, max_length=512, threads=1, owner="generator-0", count=2, run_dir=tmp_path,
         command="fake_sglang",
     )  # fmt: skip
+    (tmp_path / "start").symlink_to(weights[0].path)
     channel = open_channel(config, tmp_path / "weights", tmp_path, 2)
     assert isinstance(channel, DistributedChannel)
     reader = open_reader(config, tmp_path / "weights")
@@ -161,3 +162,29 @@ def test_a_pinned_version_is_a_file_for_the_evaluator(
     with Subscriber(tmp_path / "weights").open(5) as pinned:
         for name, tensor in weights[1].named:
             assert torch.equal(pinned[name], tensor)
+
+
+def test_a_version_of_another_model_is_refused_before_a_server_is_spoken_to(
+    weights: tuple[Weights, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoken(self: DistributedChannel) -> None:
+        raise AssertionError("servers were looked for")
+
+    monkeypatch.setattr(DistributedChannel, "_up", spoken)
+    config = Config(engine=SglangConfig())
+    config.weights.channel = "distributed"
+    (tmp_path / "start").symlink_to(weights[0].path)
+    channel = open_channel(config, tmp_path / "weights", tmp_path, 2)
+    whole = dict(weights[0].named)
+    name = sorted(whole)[0]
+    for tensors, words in (
+        ({key: tensor for key, tensor in whole.items() if key != name}, f"lacks {name}"),
+        (whole | {"other.weight": whole[name]}, "holds in addition other.weight"),
+        (whole | {name: whole[name][:-1]}, f"has another shape of {name}"),
+    ):
+        with pytest.raises(ValueError, match=f"version 7 is of another model: it {words}"):
+            channel.publish(7, tensors)
+    channel.publish(0, whole)
+    with pytest.raises(AssertionError, match="servers were looked for"):
+        channel.publish(1, whole)
+    channel.close()

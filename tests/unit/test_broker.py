@@ -490,6 +490,34 @@ def test_tokens_that_flow_are_progress(start: Callable[..., Run]) -> None:
     assert run.broker.ending.status == ""
 
 
+def test_a_version_that_is_loaded_for_ever_fails_the_run_though_its_reader_beats_and_others_move(
+    start: Callable[..., Run],
+) -> None:
+    run = start(broker__deadline_seconds=20.0, generator__count=2)
+    run.everybody()
+    run.hello("generator", 1)
+
+    def seconds(count: int, since: float) -> None:
+        for second in range(count):
+            run.clock.now += 1.0
+            run.beat("generator", 0, activity="busy/load_weights", since=since)
+            run.beat("generator", 1, compute={"decoded_tokens": since + second})  # progress all the time
+            run.broker.tick()
+
+    seconds(19, since=100.0)
+    seconds(19, since=200.0)  # another version: its deadline begins anew
+    run.beat("generator", 0, activity="busy/decode", since=300.0)
+    run.broker.tick()
+    seconds(19, since=200.0)
+    assert run.broker.ending.status == ""
+    seconds(3, since=200.0)
+    assert run.broker.ending.status == "failed"
+    assert run.broker.ending.reason.startswith(
+        "generator-0 loads weights (version 0 is the newest), for longer than broker.deadline_seconds=20; see its log"
+    )
+    assert "weights.channel=shm" in run.broker.ending.reason
+
+
 def test_a_role_that_never_dials_is_named(start: Callable[..., Run]) -> None:
     run = start(broker__deadline_seconds=20.0)
     run.hello("learner")

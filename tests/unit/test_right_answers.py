@@ -15,7 +15,7 @@ from offtrail.platform.broker.archive import table
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.right_answers import write_right_answers
+from offtrail.platform.launcher.right_answers import trained_samples, write_right_answers
 from offtrail.platform.learner.data import read_examples
 from offtrail.platform.model.text import Text
 
@@ -41,11 +41,12 @@ def facts(state: str, batch: int | None, position: int) -> dict[str, object]:
     return {"state": state, "reason": "", "detail": "", "batch": batch, "position": position, "lineage": 0}
 
 
-def archived(run_dir: Path, start_dir: Path, groups: list[tuple[dict[str, object], Group]]) -> None:
+def archived(run_dir: Path, start_dir: Path, shards: dict[str, list[tuple[dict[str, object], Group]]]) -> None:
     (run_dir / "trajectories").mkdir()
     (run_dir / "start").symlink_to(start_dir)
     (run_dir / "config.yaml").write_text(to_yaml(Config()))
-    pq.write_table(table("run", groups), run_dir / "trajectories" / "000000_batches_000000-000001.parquet")
+    for name, groups in shards.items():
+        pq.write_table(table("run", groups), run_dir / "trajectories" / f"{name}.parquet")
 
 
 def test_right_answers_each_once_in_the_order_of_training(start_dir: Path, tmp_path: Path) -> None:
@@ -54,11 +55,11 @@ def test_right_answers_each_once_in_the_order_of_training(start_dir: Path, tmp_p
     later = group(text, 0, "2+2=?", [(other, 1.0, True), (good, 0.0, True)])
     first = group(text, 1, "1+3=?", [(good, 1.0, True), (good, 1.0, True), (other, 1.0, False)])
     refused = group(text, 2, "3+1=?", [(good, 1.0, True)])
-    archived(
-        tmp_path,
-        start_dir,
-        [(facts("trained", 1, 0), later), (facts("trained", 0, 0), first), (facts("refused", None, 0), refused)],
-    )
+    shards = {
+        "000001_batches_000001-000001": [(facts("trained", 1, 0), later), (facts("refused", None, 0), refused)],
+        "000000_batches_000000-000000": [(facts("trained", 0, 0), first)],
+    }
+    archived(tmp_path, start_dir, shards)
     path = write_right_answers(tmp_path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["prompt"], line["answer"]) for line in lines] == [("1+3=?", good), ("2+2=?", other)]
@@ -71,7 +72,22 @@ def test_right_answers_each_once_in_the_order_of_training(start_dir: Path, tmp_p
 
 def test_without_a_right_answer_the_error_says_so(start_dir: Path, tmp_path: Path) -> None:
     wrong = group(Text(start_dir), 0, "2+2=?", [("<think></think><answer>5</answer>", 0.0, True)])
-    archived(tmp_path, start_dir, [(facts("trained", 0, 0), replace(wrong))])
+    archived(tmp_path, start_dir, {"000000_batches_000000-000000": [(facts("trained", 0, 0), replace(wrong))]})
     with pytest.raises(ConfigError, match="none of its trained answers is right"):
         write_right_answers(tmp_path)
-    assert not (tmp_path / "data.jsonl").exists()
+    assert not list(tmp_path.glob("*data.jsonl*"))
+
+
+def test_one_shard_is_read_at_a_time_and_a_damaged_one_leaves_no_half_of_the_data(
+    start_dir: Path, tmp_path: Path
+) -> None:
+    one = group(Text(start_dir), 0, "2+2=?", [("<think></think><answer>4</answer>", 1.0, True)])
+    archived(tmp_path, start_dir, {"000000_batches_000000-000000": [(facts("trained", 0, 0), one)]})
+    (tmp_path / "trajectories" / "000001_batches_000001-000001.parquet").write_bytes(b"rubbish")
+    rows = trained_samples(tmp_path)
+    assert next(rows)["group"] == 0
+    with pytest.raises(ConfigError, match=r"000001_batches_000001-000001\.parquet: .*; put a copy of it back"):
+        next(rows)
+    with pytest.raises(ConfigError):
+        write_right_answers(tmp_path)
+    assert not list(tmp_path.glob("*data.jsonl*"))

@@ -27,7 +27,6 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from safetensors import safe_open
 
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Float32, Int32
@@ -52,6 +51,7 @@ from offtrail.platform.engines.sglang.control import (
 )
 from offtrail.platform.engines.sglang.job import LostError
 from offtrail.platform.engines.sglang.servers import SERVER, Address, ServerError, Servers
+from offtrail.platform.engines.sglang.shapes import check_shapes, read_shapes
 from offtrail.platform.engines.stops import StopStrings
 from offtrail.platform.weights.memory import Handles, Pushed
 from offtrail.platform.weights.store import Published, copy_whole
@@ -283,19 +283,10 @@ class SglangEngine:
     # --- weights ---
 
     def _check_names(self, version: int, weights: Mapping[str, Any]) -> None:
-        """SGLang itself answers success to a checkpoint of another architecture."""
         if isinstance(weights, Published):
-            shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        elif isinstance(weights, Handles):
-            shapes = dict(weights)
-        else:  # the learner's own business
-            return
-        wrong = [name for name in shapes if self._shapes.get(name, shapes[name]) != shapes[name]]
-        missing, foreign = sorted(self._shapes.keys() - shapes), sorted(shapes.keys() - self._shapes)
-        for what, names in (("lacks", missing), ("holds in addition", foreign), ("has another shape of", wrong)):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"version {version} is of another model: it {what} {names[0]}{more}")
+            check_shapes(version, {name: tuple(tensor.shape) for name, tensor in weights.items()}, self._shapes)
+        elif isinstance(weights, Handles):  # else it is the learner's own business
+            check_shapes(version, dict(weights), self._shapes)
 
     @contextlib.contextmanager
     def _transfer(self, version: int, weights: Mapping[str, Any]) -> Iterator[Transfer]:
@@ -489,17 +480,6 @@ def _number(version: Any) -> int:
         return int(version)
     except (TypeError, ValueError):
         return -1
-
-
-def read_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of a Hugging Face directory, from the headers of its safetensors files."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    if not shapes:
-        raise ValueError(f"model.path={model_dir}: no safetensors there; save the model with save_pretrained")
-    return shapes
 
 
 def _cost(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Cost:

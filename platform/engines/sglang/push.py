@@ -34,6 +34,7 @@ from offtrail.platform.engines.sglang import versions
 from offtrail.platform.engines.sglang.client import Loop
 from offtrail.platform.engines.sglang.control import ControlError, PauseMode, Server, flush
 from offtrail.platform.engines.sglang.servers import Address, read_addresses
+from offtrail.platform.engines.sglang.shapes import Shapes, check_shapes
 from offtrail.platform.weights.memory import (
     Pushed,
     bytes_of,
@@ -74,9 +75,11 @@ class PushedReader:
 
 
 class DistributedChannel:
-    """The publishing end. ``folder``: where the generators list their servers, of whom there are ``generators``.
+    """The publishing end. ``folder``: where the generators list their servers, of whom there are ``generators``;
+    ``shapes``: of the model that they come up with.
 
-    Raises WeightsError when no server takes a version.
+    Raises ValueError, before a server is spoken to, for a version of another model, and WeightsError when no server
+    takes one.
     """
 
     def __init__(
@@ -88,9 +91,10 @@ class DistributedChannel:
         dtype: torch.dtype | None,
         bucket_bytes: int,
         generators: int,
+        shapes: Shapes,
     ) -> None:
         self.store, self.servers_folder, self.config = store, folder, config
-        self.dtype, self.bucket_bytes, self.generators = dtype, bucket_bytes, generators
+        self.dtype, self.bucket_bytes, self.generators, self.shapes = dtype, bucket_bytes, generators, shapes
         self.bytes_published, self.bytes_last, self.delta_share = 0, 0, 1.0
         self._loop = Loop("weights")
         self._sender = ThreadPoolExecutor(1, "broadcast")
@@ -103,6 +107,7 @@ class DistributedChannel:
 
     def publish(self, version: int, tensors: Mapping[str, Tensor], probe: Sequence[float] = ()) -> str:
         """Broadcast to every server that is up; none at the very start, where each comes up with version 0 itself."""
+        check_shapes(version, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes)
         self._tensors = {name: self._rounded(tensor.detach()) for name, tensor in tensors.items()}
         self._version, self._holding = version, set()
         digest = fingerprint(self._tensors)
