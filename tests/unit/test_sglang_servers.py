@@ -277,7 +277,7 @@ def test_servers_die_with_an_owner_that_is_killed_and_the_run_takes_what_they_le
     while alive(start["pid"]) or alive(start["child"]):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    left = list(Path(tempfile.gettempdir()).glob(f"{own_name(folder / 'run')}-sglang-*"))
+    left = list(Path(tempfile.gettempdir()).glob(f"{own_name(folder / 'run')}-*-sglang-*"))
     assert len(left) == 1
     remove_leftovers(Config(), folder / "run")
     assert not left[0].exists()
