@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from offtrail.platform.model import attention
 from offtrail.platform.model.fused import fuse
@@ -45,7 +46,15 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
 
     Parameters are float32 whatever learner.dtype says: in bfloat16, AdamW's updates at the learning rates of RL would
     be rounded away. It stays in eval mode: dropout has no place in a ratio of probabilities.
+
+    Raises ValueError where transformers does not know the architecture: code that comes with a model is not run.
     """
+    kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.path={path}: model_type={kind} is none of transformers {transformers.__version__}'s own, and code "
+            "that comes with a model is not run; take another model, or a newer transformers"
+        )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
     model.config.use_cache = False
     return model.to(device).eval()

@@ -59,8 +59,11 @@ class Text:
         else:
             self.tokenizer.chat_template = None
             _set_bos(self.tokenizer, self.prompt.bos, model_dir)
+        self._rows = _rows(model_dir)
         self._prefix = [] if self.chats else added_in_front(self.tokenizer)
         self._generation_prompt = self._rendered_generation_prompt() if self.chats else ""
+        if self.chats:
+            self._check_template(model_dir)
         self.stop_token_ids = self._stop_ids(model_dir)
         self.vocabulary = max(self.tokenizer.get_vocab().values()) + 1
 
@@ -185,6 +188,17 @@ class Text:
         differs = (i for i, (a, b) in enumerate(zip(without, whole, strict=False)) if a != b)
         return whole[next(differs, len(without)) :]
 
+    def _check_template(self, model_dir: Path) -> None:
+        """Raise ValueError where the chat template writes a token that was added without a row for it."""
+        turn = self._render([{"role": "user", "content": _MARK}], Problem("prompt", 0, _MARK, ""))
+        beyond = [i for i in self._tokens([turn])[0] if self._rows and i >= self._rows]
+        if beyond:
+            token = self.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise ValueError(
+                f"model.path={model_dir}: the chat template writes {token!r}, token {beyond[0]}, but the model has "
+                f"{self._rows} (vocab_size); resize its embedding, or take prompt.chat=never"
+            )
+
     def _turn_end(self) -> int | None:
         """The special token that the template writes after an answer, where it does."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
@@ -204,13 +218,20 @@ class Text:
             settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             eos = settings.get("eos_token_id")
             ends += eos if isinstance(eos, list) else [eos]
-        ids = tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+        known = (int(end) for end in ends if end is not None)
+        ids = tuple(dict.fromkeys(end for end in known if not self._rows or end < self._rows))
         if not ids:
             raise ValueError(
                 f"model.path={model_dir}: neither generation_config.json, config.json nor the tokenizer names an eos "
-                "token; add eos_token_id to its generation_config.json"
+                "token that the model has; add eos_token_id to its generation_config.json"
             )
         return ids
+
+
+def _rows(model_dir: Path) -> int:
+    """Tokens that the model has, by its config.json; 0: it does not say."""
+    file = model_dir / "config.json"
+    return int(json.loads(file.read_text(encoding="utf-8")).get("vocab_size") or 0) if file.is_file() else 0
 
 
 def with_defaults(template: str, prompt: PromptConfig) -> str:

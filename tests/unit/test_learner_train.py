@@ -349,7 +349,9 @@ def test_what_a_batch_tells_by_itself(make_batch: MakeBatch) -> None:
     batch.groups[1].finish[0] = 1
     batch.groups[1].queued_version = 3
     batch.groups[1].versions[3:] = 3
-    metrics = batch_metrics(batch, RewardConfig(), 50)
+    metrics = batch_metrics(batch, RewardConfig(), 4)  # tokens 4 4 4, 2 3 3 3 3
+    assert metrics["length/beyond_tokenizer_share"] == pytest.approx(3 / 8)
+    assert batch_metrics(batch, RewardConfig(), 5)["length/beyond_tokenizer_share"] == 0
     assert {name for name in metrics if name.startswith("staleness/")} == {"staleness/mixed_sample_share"}
     assert staleness(batch).tolist() == [0, 0, 0, 2, 1, 1, 1, 1]
     assert staleness_in_flight(batch).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]

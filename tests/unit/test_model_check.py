@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,18 @@ def test_a_critic_of_an_architecture_without_a_classifier_is_refused(tmp_path: P
         ValueError, match=r"transformers has no SequenceClassification for granite; a .*algo\.critic\.path"
     ):
         make_critic(Config(), PpoConfig(), ALONE, tmp_path, vocabulary=53)
+
+
+def test_an_architecture_that_comes_with_code_is_refused_in_one_line(tmp_path: Path) -> None:
+    made("llama").save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    code = {"model_type": "minicpm", "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(described | code))
+    with pytest.raises(
+        ValueError, match=r"model_type=minicpm is none of transformers .*'s own, and code that comes"
+    ) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_layers_under_another_name_are_refused() -> None:

@@ -86,8 +86,7 @@ def make_model(start_dir: Path, tmp_path: Path) -> Callable[[Case], Path]:
 
     def make(case: Case) -> Path:
         folder = tmp_path / "model"
-        load_model(start_dir).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(start_dir)
+        model, tokenizer = load_model(start_dir), AutoTokenizer.from_pretrained(start_dir)
         # Trap: every character is a token, so that a quote must be one before it can be asked for.
         tokenizer.add_tokens(["'"])
         for name, value in case.special.items():
@@ -98,6 +97,8 @@ def make_model(start_dir: Path, tmp_path: Path) -> Callable[[Case], Path]:
         tokenizer.backend_tokenizer.model.unk_token = tokenizer.unk_token
         tokenizer.chat_template = case.template
         tokenizer.save_pretrained(folder)
+        model.resize_token_embeddings(len(tokenizer))
+        model.save_pretrained(folder)
         return folder
 
     return make
@@ -288,6 +289,24 @@ def test_defaults_are_written_once_and_a_callers_own_win() -> None:
     assert "{%- set a = none %}" in once
     assert "{%- set b = [true, 1.5] %}" in once
     assert with_defaults("x", PromptConfig()) == "x"
+
+
+def test_tokens_that_the_model_has_no_row_for_are_no_stop_and_no_template(make_model: Callable[[Case], Path]) -> None:
+    """Added to the tokenizer without resizing the embedding, as with a base model and another model's template."""
+    folder = make_model(Case("", ""))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    new = tokenizer.convert_tokens_to_ids("<turn>")
+    described = json.loads((folder / "config.json").read_text()) | {"vocab_size": new}
+    (folder / "config.json").write_text(json.dumps(described))
+    tokenizer.chat_template = TURNS.replace("\n", "<turn>")  # closes what the user said with it
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        ValueError, match=rf"template writes '<turn>', token {new}, but the model has {new} \(vocab_size\)"
+    ):
+        Text(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [new, 3]}))
+    assert Text(folder, PromptConfig(chat="never")).stop_token_ids == (1, 3)
 
 
 DATED = (
