@@ -152,7 +152,8 @@ def rehearse(run_dir: Path, model: Any, tokenizer: Any, trainer: Trainer[Any]) -
         target.mkdir(exist_ok=True)
         # Parameters and AdamW's two moments of them, float32
         _check_room(target, sum(3 * 4 * p.numel() for t in trainer.trained.values() for p in t.module.parameters()))
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in target.glob(".*"):  # of earlier lives, which were killed while they wrote
+            shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir()
         write_model(temporary, model, tokenizer, {})
         _check_names(temporary, model, trainer.module)

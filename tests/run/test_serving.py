@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
 from offtrail.platform.model.policy import load_model
+from offtrail.platform.runtime.attempt import shared_files
+from offtrail.platform.runtime.context import own_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}q{% endif %}"
@@ -175,6 +178,30 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
     run = tmp_path / "runs" / "api"
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml", "logs", "servers", "summary.json"]
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.prove
+def test_nothing_of_a_served_model_outlives_a_killed_launcher(start_dir: Path, tmp_path: Path) -> None:
+    """No process of a real server, whatever session it is in, and neither its semaphores nor its temporary folder."""
+    saved = save_checkpoint(start_dir, tmp_path / "runs" / "trained")
+    settings = ["job=serve", f"checkpoint={saved}", "serve.port=0", "run.name=api"]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *settings], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as served:
+        assert served.stdout is not None
+        while not (line := served.stdout.readline()).startswith("curl "):
+            assert line
+        family = psutil.Process(served.pid).children(recursive=True)
+        shared = [Path(file) for file in shared_files(family)]
+        temporary = f"{own_name(tmp_path / 'runs' / 'api')}-*"
+        assert len(family) >= 4  # server, scheduler, detokenizer, reaper
+        assert shared
+        assert list(Path(tempfile.gettempdir()).glob(temporary))
+        served.kill()
+    psutil.wait_procs(family, timeout=60)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+    assert not [file for file in shared if file.exists()]
+    assert not list(Path(tempfile.gettempdir()).glob(temporary))
 
 
 def post(url: str, key: str, body: dict[str, Any]) -> tuple[int, Any]:

@@ -137,9 +137,11 @@ def start(start_dir: Path, tmp_path: Path) -> Path:
     return shutil.copytree(start_dir, tmp_path / "start")
 
 
-def test_a_rehearsal_leaves_nothing(start: Path, tmp_path: Path) -> None:
+def test_a_rehearsal_leaves_nothing_of_its_own_nor_of_a_killed_learners(start: Path, tmp_path: Path) -> None:
+    for name in (".step_3.writing", ".step_2.old", ".rehearsal", "step_2", "set_aside"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
     rehearsed(start, tmp_path)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["set_aside", "step_2"]
 
 
 def test_a_temperature_without_do_sample_is_saved_as_it_was_loaded(start: Path, tmp_path: Path) -> None:
