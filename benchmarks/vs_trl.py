@@ -59,10 +59,11 @@ Measured = dict[str, Any]
 
 class Trl:
     """TRL on a completed run's start model and configuration; one call is one training. ``parts``: micro-batches of an
-    update.
+    update; ``mixed``: under autocast to bfloat16.
     """
 
     parts = 1
+    mixed = False
 
     def __init__(self, run: Run, threads: int) -> None:
         logging.disable(logging.WARNING)
@@ -98,7 +99,7 @@ class Trl:
         config = self.config
         B, G, K, optim = config.batch.groups, config.batch.group_size, config.learner.minibatches, config.learner.optim
         return GRPOConfig(
-            output_dir=str(self.run.folder / "trl"), seed=seed, max_steps=steps * K, use_cpu=True, bf16=False,
+            output_dir=str(self.run.folder / "trl"), seed=seed, max_steps=steps * K, use_cpu=True, bf16=self.mixed,
             per_device_train_batch_size=B * G // (K * self.parts), gradient_accumulation_steps=self.parts,
             steps_per_generation=K * self.parts, num_generations=G, num_iterations=1, shuffle_dataset=False,
             max_completion_length=config.sampling.max_new_tokens, temperature=config.sampling.temperature,

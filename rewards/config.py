@@ -34,7 +34,10 @@ class RewardConfig:
     workers: int = setting(1, "[1, 1024]", resumable=True)
     """Verifier processes of each generator."""
     deadline_seconds: float = setting(5.0, "(0, 1e9]")
-    """A verifier that takes longer on one group is killed and restarted."""
+    """A verifier that takes longer on one group is killed and restarted; waiting for a busy machine's core is not
+    counted."""
+    start_seconds: float = setting(120.0, "(0, inf)", resumable=True)
+    """A verifier process that takes longer to import and report ready fails the run; counted in the same way."""
     on_timeout: Literal["zero", "refuse"] = "zero"
     """What a killed verifier means: every component 0, or the group refused as `failed`."""
     memory_mb: int = setting(1024, "[512, 16777216]")

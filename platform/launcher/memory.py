@@ -174,9 +174,9 @@ def estimate(config: Config, start: Path) -> Iterator[Part]:
             config, shape, count
         )
     if "generator" in counts and config.weights.channel == "shm":
-        # Versions that stay readable, one to write the next into, and one pinned for the evaluator
-        kept = config.staleness.max + 2 if config.staleness.mode == "exact" else 2
-        yield Part("weight channel", f"{kept + 2} versions", (kept + 2) * shape.parameters * _engine_bytes(config))
+        versions = (config.staleness.max + 2 if config.staleness.mode == "exact" else 1) + 2
+        what = f"{versions} versions: those kept, the next, and one for the evaluator"
+        yield Part("weight channel", what, versions * shape.parameters * _engine_bytes(config))
 
 
 def _nothing(config: Config, shape: Shape, count: int) -> Iterator[Part]:

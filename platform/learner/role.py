@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from offtrail.core.types import Batch
-from offtrail.platform.config.schema import Config
+from offtrail.platform.config.schema import Config, LocalConfig
 from offtrail.platform.engines.channels import Channel, open_channel
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
@@ -365,5 +365,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def versions_kept(config: Config) -> int:
-    """Published versions that stay readable: in exact mode a lease may name one η versions old."""
-    return config.staleness.max + 2 if config.staleness.mode == "exact" else 2
+    """Published versions that stay readable: in exact mode a lease may name one η versions old. A local engine reads
+    the newest by its next turn, or takes the one after it; a server may still load one when the next is out.
+    """
+    if config.staleness.mode == "exact":
+        return config.staleness.max + 2
+    return 1 if isinstance(config.engine, LocalConfig) else 2

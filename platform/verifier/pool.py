@@ -5,10 +5,12 @@
 Called by the rollout loop and the evaluator between decode steps; nothing here blocks unless ``poll`` is given a time.
 Invariants
 - Every submitted key comes back from ``poll`` exactly once, whatever its verifier or its worker does.
-- A group takes at most reward.deadline_seconds, counted from when it is seen to be its worker's next: then the worker
-  is killed (SIGKILL, its whole process group) and restarted; the groups behind it go to the front of the queue.
+- A group takes at most reward.deadline_seconds, counted from when it is seen to be its worker's next, without the time
+  that the worker waited for a core: then the worker is killed with all that it started (keeper.py) and restarted; the
+  groups behind it go to the front of the queue.
 - A worker that dies by itself costs its running group one retry, then that group fails with a named reason.
-- No worker outlives its parent: it reads the end of stdin, or in the middle of a verifier is killed by the kernel.
+- No worker outlives its parent: it reads the end of stdin, or in the middle of a verifier is killed by its keeper.
+- What verifiers print goes to the role's log, up to PRINTED bytes between two verdicts and PRINTED_IN_ALL of a worker.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,6 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import msgspec
 
@@ -34,6 +38,7 @@ import offtrail
 from offtrail.core.types import Float32, Problem
 from offtrail.platform.config.errors import FinalError
 from offtrail.platform.config.schema import Config
+from offtrail.platform.verifier.keeper import waited_for_a_core
 from offtrail.platform.verifier.worker import LENGTH, READY, Job, Setup, Verdict, frame_of
 from offtrail.rewards.total import columns, nothing_earned
 
@@ -42,10 +47,13 @@ log = logging.getLogger("offtrail.verifiers")
 COMMAND = (sys.executable, "-P", "-m", "offtrail.platform.verifier.worker")
 PIPE_DEPTH = 4
 """Groups sent to one worker at a time: it works on while its caller decodes, and little waits behind a slow one."""
-START_SECONDS = 120.0
-"""The longest a worker may take to import and report ready."""
 START_ATTEMPTS = 3
 UNREADABLE = -2
+BUSY_LOOK_SECONDS = 0.05
+"""Between two looks at a worker that is late by the clock."""
+END_SECONDS = 5.0
+"""The longest that a keeper may take to end all below it; then its process group is killed."""
+PRINTED, PRINTED_IN_ALL = 16 << 10, 1 << 20
 MAX_RESULT = 16 << 20
 """Bytes of unread verdicts that a worker may send before it counts as broken."""
 
@@ -161,10 +169,13 @@ class VerifierPool:
         elif not honest:
             worker.end()
             self._replace_dead(worker, "sent what it does not owe")
-        elif worker.ready and worker.groups and worker.seconds > self._reward.deadline_seconds:
+        elif worker.ready and worker.groups and worker.late(self._reward.deadline_seconds):
             self._time_out(worker)
-        elif not worker.ready and worker.seconds > START_SECONDS:
-            raise VerifierError(f"a verifier worker did not report ready within {START_SECONDS:.0f} s")
+        elif not worker.ready and worker.late(self._reward.start_seconds):
+            raise VerifierError(
+                f"a verifier process was not ready within reward.start_seconds={self._reward.start_seconds:g} "
+                f"({worker.seconds:.0f} s with waiting for a core); raise it, or see what task and reward import"
+            )
 
     def _take(self, worker: _Worker, verdict: Verdict) -> bool:
         """Credit one verdict; False when it is not what this worker owes."""
@@ -240,7 +251,7 @@ class VerifierPool:
             for descriptor, events in worker.watched():
                 poller.register(descriptor, events)
             if worker.groups and worker.ready:
-                left = min(left, self._reward.deadline_seconds - worker.seconds)
+                left = min(left, max(BUSY_LOOK_SECONDS, self._reward.deadline_seconds - worker.seconds))
         poller.poll(max(0.0, left) * 1000 + 1)
 
     def _return(self, group: _Group, components: Components | None) -> None:
@@ -276,12 +287,15 @@ class _Worker:
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             bufsize=0,
             env=environment,
             start_new_session=True,  # a process group to kill, and no Ctrl-C meant for the role
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._printed = _Printed(self._process.stderr)
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         os.set_blocking(self._stdin.fileno(), False)
         os.set_blocking(self._stdout.fileno(), False)
@@ -296,9 +310,17 @@ class _Worker:
         """How long it has been starting, or at its oldest group."""
         return time.monotonic() - self._since
 
+    def late(self, seconds: float) -> bool:
+        """Whether it has had so long, without the time that it waited for a core: a busy machine is not its fault."""
+        return self.seconds > seconds and self.seconds - self._waited() > seconds
+
     def restart_clock(self) -> None:
         """It begins something new."""
-        self._since = time.monotonic()
+        self._since, self._waited_before = time.monotonic(), waited_for_a_core(self._process.pid)
+        self._printed.allow()
+
+    def _waited(self) -> float:
+        return max(0.0, waited_for_a_core(self._process.pid) - self._waited_before)
 
     def report_ready(self) -> None:
         """It has imported and rebuilt its verifier."""
@@ -356,11 +378,51 @@ class _Worker:
         return [reading, (self._stdin.fileno(), select.POLLOUT)] if self._outbox else [reading]
 
     def end(self) -> str:
-        """Kill its process group, wait until it is gone, close the pipes; how it ended (a dead one keeps its code)."""
-        if self._process.returncode is None:  # its number may be another's once it has been waited for
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """Kill it with all below it, wait until they are gone, close the pipes; how it ended (a dead one keeps its
+        code).
+        """
+        if self._process.poll() is None:  # its number may be another's once it has been waited for
+            for signum in (signal.SIGTERM, signal.SIGCONT):
+                self._process.send_signal(signum)
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
         self._stdin.close()
         self._stdout.close()
+        self._printed.close()
         return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+class _Printed:
+    """What one process prints, read as it comes by a thread, so that printing never holds a verifier up: so much of it
+    goes to this process's stderr, and the rest nowhere.
+    """
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe, self._left, self._left_in_all = pipe, PRINTED, PRINTED_IN_ALL
+        self._thread = threading.Thread(target=self._read, name="verifier output", daemon=True)
+        self._thread.start()
+
+    def allow(self) -> None:
+        """It begins a new group."""
+        self._left = PRINTED
+
+    def close(self) -> None:
+        """The process has ended. What holds its end of the pipe longer is left alone."""
+        self._thread.join(END_SECONDS)
+
+    def _read(self) -> None:
+        with self._pipe as pipe:
+            while chunk := pipe.read(1 << 16):
+                shown = chunk[: max(0, min(self._left, self._left_in_all))]
+                if not shown:
+                    continue
+                self._left -= len(chunk)
+                self._left_in_all -= len(chunk)
+                if len(shown) < len(chunk):
+                    shown += b"\n(a verifier prints more than is kept)\n"
+                with suppress(OSError):
+                    os.write(2, shown)

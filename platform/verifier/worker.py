@@ -1,4 +1,4 @@
-"""One verifier process: reads jobs from its stdin, writes verdicts to its stdout, dies with its parent.
+"""One verifier process: reads jobs from its stdin, writes verdicts to its stdout, dies with its parent (keeper.py).
 
 Started and killed by pool.py, which alone knows deadlines. Imports no torch, so that a restart costs little.
 Frames both ways are a length (uint32, little-endian) and that many bytes of msgpack: in, a Setup, then Jobs; out, a
@@ -19,7 +19,7 @@ import msgspec
 
 from offtrail.core.plugins import PluginError
 from offtrail.core.types import Problem
-from offtrail.platform.runtime.host import die_with
+from offtrail.platform.verifier.keeper import keep
 from offtrail.rewards.base import RewardError
 from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.registry import Reward, make_reward
@@ -61,7 +61,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 def serve(make: Callable[[Setup], Reward]) -> None:
     """Answer jobs until stdin ends; a reward that cannot be made is the one and only verdict's error."""
-    die_with(int(os.environ["OFFTRAIL_PARENT"]))
+    keep()
     # Trap: a print() inside a verifier must not land between frames, so fd 1 becomes stderr.
     jobs, verdicts = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

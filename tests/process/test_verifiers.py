@@ -18,6 +18,7 @@ import pytest
 import offtrail
 from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
+from offtrail.platform.verifier import pool as pool_module
 from offtrail.platform.verifier.pool import VerifierError, VerifierPool
 from offtrail.rewards.config import RewardConfig
 from offtrail.tasks.chain import ChainConfig
@@ -50,6 +51,18 @@ def verify(problem, answer):
         case "eat": return bool(bytearray(4 << 30))
         case "lie": os.write(LINE, b"\\x03\\x00\\x00\\x00abc")
         case "flood": os.write(LINE, b"\\xff\\xff\\xff\\xff") ; [os.write(LINE, bytes(1 << 20)) for _ in range(64)]
+        case "slow": time.sleep(0.5)
+        case "print much": [print("x" * 1023) for _ in range(64 << 10)]
+        case "daemon" | "daemon and die":
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork(): os._exit(0)
+                os.setsid()
+                flag.write_text(str(os.getpid()))
+                while True: time.sleep(1)
+            os.wait()
+            while not flag.exists() or not flag.read_text(): time.sleep(0.01)
+            if answer == "daemon and die": os._exit(3)
         case "child":
             if pid := os.fork(): flag.write_text(str(pid))
             while True: time.sleep(1)
@@ -261,6 +274,50 @@ def test_processes_that_a_verifier_started_are_killed_with_it(command: tuple[str
         assert not gone(child)
         collect(pool)
     wait_for(lambda: gone(child))
+
+
+@pytest.mark.parametrize("answer", ["daemon", "daemon and die"])
+def test_a_process_that_has_forked_away_into_a_session_of_its_own_ends_with_its_verifier(
+    command: tuple[str, ...], tmp_path: Path, answer: str
+):
+    flag = tmp_path / "flag"
+    with VerifierPool(config(), command) as pool:
+        put(pool, "daemon", answer, flag=flag)
+        wait_for(lambda: flag.exists() and flag.read_text() != "")
+        daemon = int(flag.read_text())
+        assert os.getsid(daemon) == daemon or answer == "daemon and die"
+        collect(pool)
+    assert gone(daemon)
+
+
+def test_what_is_printed_is_cut_and_holds_nobody_up(command: tuple[str, ...], capfd: pytest.CaptureFixture[str]):
+    with VerifierPool(config(), command) as pool:
+        put(pool, "loud", "print much")
+        put(pool, "next", "print")
+        results = collect(pool)
+    printed = capfd.readouterr().err
+    assert results["loud"] is not None
+    assert results["loud"]["accuracy"].tolist() == [1]
+    assert printed.count("x") <= 16 << 10
+    assert "a verifier prints more than is kept" in printed
+    assert "noise on stdout" in printed
+
+
+def test_waiting_for_a_busy_machines_core_is_not_the_verifiers_time(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    settings = config(start_seconds=0.001, deadline_seconds=0.1)
+    with VerifierPool(settings, command) as pool:
+        put(pool, 1, "right")
+        with pytest.raises(VerifierError, match=r"reward\.start_seconds=0\.001"):
+            collect(pool)
+    monkeypatch.setattr(pool_module, "waited_for_a_core", lambda pid: time.monotonic())
+    with VerifierPool(settings, command) as pool:
+        put(pool, 1, "slow")
+        results = collect(pool)
+    assert results[1] is not None
+    assert results[1]["accuracy"].tolist() == [1]
+    assert pool.counters["verifier_timeouts"] == 0
 
 
 def test_many_keys_under_random_deaths_all_come_back_once(command: tuple[str, ...]):
