@@ -43,9 +43,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vs_trl import Trl
 
-from offtrail.platform.config.schema import LocalConfig
+from offtrail.platform.config.schema import Config, LocalConfig
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.model.text import Text
+from offtrail.platform.runtime.context import weights_folder
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.registry import make_task
 
@@ -92,10 +93,12 @@ def start_model(folder: Path) -> None:
 
 
 class Memory:
-    """The largest sum of memory over this process's descendants while ``watching``."""
+    """The largest sum of memory over this process's descendants, and of what stands in ``channel``, while
+    ``watching``.
+    """
 
-    def __init__(self) -> None:
-        self.peak, self.parts = 0, dict[str, int]()
+    def __init__(self, channel: Path | None = None) -> None:
+        self.channel, self.peak, self.parts = channel, 0, dict[str, int]()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -121,7 +124,7 @@ class Memory:
                     continue
                 parts[name] = parts.get(name, 0) + fields["Pss"] - fields["Pss_Shmem"]
                 mapped += fields["Pss_Shmem"]
-            channels = Path("/dev/shm").glob("offtrail-*/**/*.safetensors")
+            channels = iter(()) if self.channel is None else self.channel.rglob("*.safetensors")
             held = {found.st_ino: found.st_blocks * 512 for found in _stats(channels)}
             parts["weight channel and shared memory"] = max(mapped, sum(held.values()))
             if sum(parts.values()) > self.peak:
@@ -218,7 +221,7 @@ def ours(folder: Path, model: Path, args: argparse.Namespace) -> tuple[Run, Meas
         "learner.minibatches=1", "learner.tokens_per_microbatch=1280", "tracking.gradient_cosine=false",
         "reward.weights={vowels:share: 1.0}", "eval.every=0", f"eval.prompts={G}", *args.keys,
     ]  # fmt: skip
-    memory = Memory()
+    memory = Memory(weights_folder(Config(), folder / "ours"))
     with memory.watching():
         run = launch(folder, "ours", keys)
     last = steps - TAIL
