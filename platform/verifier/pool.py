@@ -266,6 +266,8 @@ class VerifierPool:
 class _Worker:
     """One process and its two non-blocking pipes. ``groups``: what it was sent and has not answered, oldest first."""
 
+    _excused = False
+
     def __init__(self, command: Sequence[str], setup: bytes) -> None:
         self._command, self._setup = command, setup
         self.failed_starts = 0
@@ -312,11 +314,20 @@ class _Worker:
 
     def late(self, seconds: float) -> bool:
         """Whether it has had so long, without the time that it waited for a core: a busy machine is not its fault."""
-        return self.seconds > seconds and self.seconds - self._waited() > seconds
+        if self.seconds <= seconds:
+            return False
+        own = self.seconds - self._waited()
+        if own <= seconds and not self._excused:
+            self._excused = True
+            log.warning(
+                "a verifier has taken %.1f s, of which it had a core or slept %.1f: busy machine", self.seconds, own
+            )
+        return own > seconds
 
     def restart_clock(self) -> None:
         """It begins something new."""
         self._since, self._waited_before = time.monotonic(), waited_for_a_core(self._process.pid)
+        self._excused = False
         self._printed.allow()
 
     def _waited(self) -> float:

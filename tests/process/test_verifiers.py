@@ -304,7 +304,7 @@ def test_what_is_printed_is_cut_and_holds_nobody_up(command: tuple[str, ...], ca
 
 
 def test_waiting_for_a_busy_machines_core_is_not_the_verifiers_time(
-    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     settings = config(start_seconds=0.001, deadline_seconds=0.1)
     with VerifierPool(settings, command) as pool:
@@ -318,6 +318,7 @@ def test_waiting_for_a_busy_machines_core_is_not_the_verifiers_time(
     assert results[1] is not None
     assert results[1]["accuracy"].tolist() == [1]
     assert pool.counters["verifier_timeouts"] == 0
+    assert "busy machine" in caplog.text
 
 
 def test_many_keys_under_random_deaths_all_come_back_once(command: tuple[str, ...]):
