@@ -147,7 +147,13 @@ def _rollup(pid: int) -> dict[str, int]:
 
 def _role(command: list[str]) -> str:
     """What a process is, by its command line."""
-    modules = {"launch.py": "launcher", "verifier.worker": "verifiers", "reaper": "reaper", "spawn_main": "arm"}
+    modules = {
+        "launch.py": "launcher",
+        "verifier.worker": "verifiers",
+        "reaper": "reaper",
+        "forkserver": "fork server",
+        "spawn_main": "arm",
+    }
     for role in ("broker", "learner", "generator", "evaluator"):
         if role in command:
             return role

@@ -107,11 +107,19 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_size
 
     @property
+    def qkv_size(self) -> int:
+        """Queries, keys and values of one token in one layer."""
+        return (self.heads + 2 * self.kv_heads) * self.head_size
+
+    @property
     def kept_numbers(self) -> int:
-        """What one token's forward pass keeps for its backward, in numbers: of each layer about ten vectors of its
-        width, four of its MLP's, and queries, keys and values twice.
-        """
-        return self.layers * (8 * self.hidden + 4 * self.mlp + 2 * (self.heads + 2 * self.kv_heads) * self.head_size)
+        """What one token's forward pass keeps for its backward (the saved tensors of the fused layers, counted)."""
+        return self.layers * (5 * self.hidden + 4 * self.mlp + 2 * self.qkv_size)
+
+    @property
+    def joined_numbers(self) -> int:
+        """Weights of one input that the fused layers lay side by side, and keep (model/fused.py)."""
+        return self.layers * self.hidden * (self.qkv_size + 2 * self.mlp)
 
 
 @dataclass(frozen=True)
@@ -196,10 +204,11 @@ def _learner(config: Config, shape: Shape, ranks: int) -> Iterator[Part]:
     tokens = max(longest, min(learner.tokens_per_microbatch, update * longest // ranks))
     kept = shape.layers * shape.hidden + shape.kept_numbers // shape.layers
     kept = tokens * (kept if learner.activation_checkpointing else shape.kept_numbers)
-    width = FLOAT32 if learner.dtype == "float32" else 2
+    width = FLOAT32 if learner.dtype == "float32" else 3  # under autocast some stay float32
     yield Part("learner", f"activations of {tokens} tokens", ranks * width * kept, TOKEN_KEYS)
     logits = min(max(HEAD_LOGITS, shape.vocabulary * shape.hidden // 2), update * longest * shape.vocabulary)
-    yield Part("learner", "the head", ranks * FLOAT32 * (logits + 2 * shape.vocabulary * shape.hidden))
+    copies = 2 * shape.vocabulary * shape.hidden + (0 if learner.activation_checkpointing else shape.joined_numbers)
+    yield Part("learner", "the head, and weights side by side", ranks * FLOAT32 * (logits + copies))
 
 
 def _generators(config: Config, shape: Shape, count: int) -> Iterator[Part]:

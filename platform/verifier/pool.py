@@ -413,13 +413,13 @@ class _Printed:
     """
 
     def __init__(self, pipe: IO[bytes]) -> None:
-        self._pipe, self._left, self._left_in_all = pipe, PRINTED, PRINTED_IN_ALL
+        self._pipe, self._left, self._left_in_all, self._told = pipe, PRINTED, PRINTED_IN_ALL, False
         self._thread = threading.Thread(target=self._read, name="verifier output", daemon=True)
         self._thread.start()
 
     def allow(self) -> None:
         """It begins a new group."""
-        self._left = PRINTED
+        self._left, self._told = PRINTED, self._left_in_all <= 0
 
     def close(self) -> None:
         """The process has ended. What holds its end of the pipe longer is left alone."""
@@ -428,12 +428,11 @@ class _Printed:
     def _read(self) -> None:
         with self._pipe as pipe:
             while chunk := pipe.read(1 << 16):
-                shown = chunk[: max(0, min(self._left, self._left_in_all))]
-                if not shown:
-                    continue
+                room = max(0, min(self._left, self._left_in_all))
                 self._left -= len(chunk)
                 self._left_in_all -= len(chunk)
-                if len(shown) < len(chunk):
-                    shown += b"\n(a verifier prints more than is kept)\n"
+                shown = chunk[:room]
+                if len(chunk) > room and not self._told:
+                    shown, self._told = shown + b"\n(a verifier prints more than is kept)\n", True
                 with suppress(OSError):
                     os.write(2, shown)

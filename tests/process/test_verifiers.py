@@ -298,7 +298,7 @@ def test_what_is_printed_is_cut_and_holds_nobody_up(command: tuple[str, ...], ca
     printed = capfd.readouterr().err
     assert results["loud"] is not None
     assert results["loud"]["accuracy"].tolist() == [1]
-    assert printed.count("x") <= 16 << 10
+    assert printed.count("x") <= 2 * 16 << 10  # what lies in the pipe when a verdict comes counts as the next group's
     assert "a verifier prints more than is kept" in printed
     assert "noise on stdout" in printed
 
