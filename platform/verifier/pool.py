@@ -429,9 +429,9 @@ class _Printed:
         with self._pipe as pipe:
             while chunk := pipe.read(1 << 16):
                 room = max(0, min(self._left, self._left_in_all))
-                self._left -= len(chunk)
-                self._left_in_all -= len(chunk)
                 shown = chunk[:room]
+                self._left -= len(shown)
+                self._left_in_all -= len(shown)
                 if len(chunk) > room and not self._told:
                     shown, self._told = shown + b"\n(a verifier prints more than is kept)\n", True
                 with suppress(OSError):

@@ -285,7 +285,6 @@ def test_a_process_that_has_forked_away_into_a_session_of_its_own_ends_with_its_
         put(pool, "daemon", answer, flag=flag)
         wait_for(lambda: flag.exists() and flag.read_text() != "")
         daemon = int(flag.read_text())
-        assert os.getsid(daemon) == daemon or answer == "daemon and die"
         collect(pool)
     assert gone(daemon)
 
@@ -293,24 +292,28 @@ def test_a_process_that_has_forked_away_into_a_session_of_its_own_ends_with_its_
 def test_what_is_printed_is_cut_and_holds_nobody_up(command: tuple[str, ...], capfd: pytest.CaptureFixture[str]):
     with VerifierPool(config(), command) as pool:
         put(pool, "loud", "print much")
-        put(pool, "next", "print")
         results = collect(pool)
-    printed = capfd.readouterr().err
+        printed, groups = "", 0
+        while "noise on stdout" not in printed:  # what lies in the pipe when a verdict comes counts as the next group's
+            groups += 1
+            put(pool, groups, "print")
+            collect(pool)
+            printed += capfd.readouterr().err
     assert results["loud"] is not None
     assert results["loud"]["accuracy"].tolist() == [1]
-    assert printed.count("x") <= 2 * 16 << 10  # what lies in the pipe when a verdict comes counts as the next group's
+    assert printed.count("x") <= (1 + groups) * 16 << 10
     assert "a verifier prints more than is kept" in printed
-    assert "noise on stdout" in printed
 
 
 def test_waiting_for_a_busy_machines_core_is_not_the_verifiers_time(
     command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    settings = config(start_seconds=0.001, deadline_seconds=0.1)
-    with VerifierPool(settings, command) as pool:
+    never = (sys.executable, "-c", "import time; time.sleep(600)")
+    with VerifierPool(config(start_seconds=0.2), never) as pool:
         put(pool, 1, "right")
-        with pytest.raises(VerifierError, match=r"reward\.start_seconds=0\.001"):
+        with pytest.raises(VerifierError, match=r"reward\.start_seconds=0\.2"):
             collect(pool)
+    settings = config(start_seconds=0.001, deadline_seconds=0.1)
     monkeypatch.setattr(pool_module, "waited_for_a_core", lambda pid: time.monotonic())
     with VerifierPool(settings, command) as pool:
         put(pool, 1, "slow")
