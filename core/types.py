@@ -75,6 +75,7 @@ class Channel:
     values: Int32 | Float32
 
 
+SHORT = 4096
 PARENT = "parent"
 """The node channel that makes nodes a tree: each node's parent, an earlier node, or −1 for a root."""
 
@@ -241,8 +242,10 @@ def _range(array: npt.NDArray[Any]) -> tuple[float, float]:
     """Smallest and largest value, NaN where there is one; (0, 0) when empty."""
     if not array.size:
         return 0, 0
-    # argmin finds a NaN as min does, and costs a fifth of it on arrays as short as these.
-    return array.item(array.argmin()), array.item(array.argmax())
+    # All find a NaN. argmin copies an array that may not be written to, and costs a fifth of min on a short one.
+    if array.size < SHORT:
+        return array.item(array.argmin()), array.item(array.argmax())
+    return np.minimum.reduce(array).item(), np.maximum.reduce(array).item()
 
 
 @dataclass(frozen=True, slots=True)

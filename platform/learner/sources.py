@@ -44,7 +44,7 @@ class BrokerSource:
 
         Raises WaitError (I4) when the broker's word on what it waits for has not changed for the deadline.
         """
-        since, word = time.time(), ""
+        since, limit, word = time.time(), time.monotonic() + self.deadline_s, ""
         while True:
             with self.connection.activity.waiting("batch", on=word or "broker"):
                 reply, batch = self._ask(step) if self.world.main else (None, None)
@@ -57,10 +57,10 @@ class BrokerSource:
             if self.finished or (reply is not None and reply.stop) or blob == STOP:
                 return None
             if reply is not None and reply.waiting != word:
-                since, word = time.time(), reply.waiting
+                since, limit, word = time.time(), time.monotonic() + self.deadline_s, reply.waiting
             if self._serve_late_readers is not None:
                 self._serve_late_readers()
-            if self.world.main and time.time() - since > self.deadline_s:
+            if self.world.main and time.monotonic() > limit:
                 raise WaitError.passed(f"batch {step}", f"the broker ({word})", since, self.deadline_s)
 
     def _ask(self, step: int) -> tuple[BatchReply, Batch | None]:

@@ -20,9 +20,8 @@ import resource
 import secrets
 import socket as net
 import struct
+import sys
 import threading
-import time
-from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,18 @@ from zmq.utils import z85
 HANDSHAKE_SECONDS = 10.0
 """How long a connection may take to show the secret."""
 STRANGERS = 64
-"""Connections at a time that have not shown it yet; those above are closed at once, and may dial again."""
+"""Connections at a time that have not shown it yet; above it, the one that is here longest is closed."""
+GREETING_BYTES, CURVE_WELCOME_BYTES = 64, 170
+"""What ZMTP sends to a peer that has shown nothing: to who has shown the secret it has sent more."""
 CONNECTIONS = 4096
-"""Connections at a time, if half of the process's descriptors are as many: above it, new ones are closed at once."""
+"""Connections at a time, if half of the process's descriptors are as many."""
 
 _ZAP = "inproc://zeromq.zap.01"
 _MONITOR = "inproc://monitor-{}"
 _EVENT = struct.Struct("<HI")
-_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+_BYTES_SENT = 200
+"""Where tcpi_bytes_sent stands in Linux's struct tcp_info."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +141,9 @@ class Gate:
         self._zap.bind(_ZAP)
         self._monitors: list[zmq.Socket[bytes]] = []
         self._open: set[int] = set()
-        self._accepted: deque[tuple[float, int]] = deque()
-        self._shown: deque[float] = deque()
+        self._strangers: dict[int, None] = {}
+        """Descriptors that may be strangers', the longest here first."""
+        self._greeting = GREETING_BYTES + (CURVE_WELCOME_BYTES if keys.public else 0)
         self._most = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._thread = threading.Thread(target=self._serve, name="gate", daemon=True)
 
@@ -192,26 +196,30 @@ class Gate:
         status, text = (b"200", b"OK") if known else (b"400", b"not the run's secret")
         return [b"1.0", request_id, status, text, b"role" if known else b"", b""]
 
-    def _note(self, event: int, value: int) -> None:
-        """Of a connection; ``value`` is its descriptor where the event is not the handshake's."""
-        now = time.monotonic()
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._shown.append(now)
-        elif event == zmq.EVENT_DISCONNECTED:
-            self._open.discard(value)
-        elif event == zmq.EVENT_ACCEPTED:
-            self._open.add(value)
-            self._accepted.append((now, value))
-            if len(self._open) > self._most or self._strangers(now - HANDSHAKE_SECONDS) > STRANGERS:
-                _shut(value)
+    def _note(self, event: int, descriptor: int) -> None:
+        """Of a connection. Above a bound the stranger that is here longest is let go, or if there is none the newest
+        connection: who has the secret shows it within milliseconds.
+        """
+        if event == zmq.EVENT_DISCONNECTED:
+            self._open.discard(descriptor)
+            self._strangers.pop(descriptor, None)
+            return
+        self._open.add(descriptor)
+        self._strangers[descriptor] = None
+        if len(self._strangers) > STRANGERS or len(self._open) > self._most:
+            self._strangers = {fd: None for fd in self._strangers if _sent_bytes(fd) <= self._greeting}
+        if len(self._strangers) > STRANGERS or len(self._open) > self._most:
+            longest = next(iter(self._strangers), descriptor)
+            self._strangers.pop(longest, None)
+            _shut(longest)
 
-    def _strangers(self, since: float) -> int:
-        """How many of the connections accepted since then are open and have not shown the secret."""
-        while self._accepted and self._accepted[0][0] < since:
-            self._accepted.popleft()
-        while self._shown and self._shown[0] < since:
-            self._shown.popleft()
-        return len({fd for _, fd in self._accepted} & self._open) - len(self._shown)
+
+def _sent_bytes(descriptor: int) -> int:
+    """How much was sent on a connection that libzmq owns; endlessly much where it is closed by now."""
+    with contextlib.suppress(OSError), net.fromfd(descriptor, net.AF_INET, net.SOCK_STREAM) as connection:
+        info = connection.getsockopt(net.IPPROTO_TCP, net.TCP_INFO, 208)
+        return int(struct.unpack_from("=Q", info, _BYTES_SENT)[0])
+    return sys.maxsize
 
 
 def _shut(descriptor: int) -> None:
