@@ -340,17 +340,20 @@ class Scheduler:
 
     def blame(self, step: int, error: str) -> None:
         """The learner has failed on the batch of ``step``: durable, for the next launch to go on without it."""
-        self.ledger.records.put({"unfit": json.dumps({"step": step, "error": error})})
+        noted = self.ledger.records.get("noted")
+        self.ledger.records.put({"unfit": json.dumps({"step": step, "error": error, "noted": noted})})
 
     def _drop_blamed(self) -> None:
         """A batch that the learner of an earlier launch has failed on is set aside whole: nobody knows which group of
-        it was to blame, and the replay would end in the same way.
+        it was to blame, and the replay would end in the same way. It gets another try where the settings that decide
+        numbers have changed, such as a learning rate.
         """
-        if not (noted := self.ledger.records.get("unfit")):
+        if not (found := self.ledger.records.get("unfit")):
             return
-        step, error = json.loads(noted)["step"], json.loads(noted)["error"]
-        if (groups := self.ledger.batch(step)) and step >= self.ledger.checkpoint:
-            self.set_aside(step, dict.fromkeys(groups, f"the learner failed on its batch: {error}"))
+        unfit = json.loads(found)
+        step, same = unfit["step"], unfit["noted"] == self.ledger.records.get("noted")
+        if same and (groups := self.ledger.batch(step)) and step >= self.ledger.checkpoint:
+            self.set_aside(step, dict.fromkeys(groups, f"the learner failed on its batch: {unfit['error']}"))
         self.ledger.records.put({"unfit": ""})
 
     def _form(self, step: int, newest: int | None) -> list[int] | None:

@@ -66,7 +66,8 @@ class BatchError(RuntimeError):
     def __init__(self, batch: int, error: Exception) -> None:
         self.batch = batch
         super().__init__(
-            f"batch {batch} cannot be trained ({type(error).__name__}: {error}); run.resume=true goes on without it"
+            f"batch {batch} cannot be trained ({type(error).__name__}: {error}); run.resume=true goes on without it, "
+            "and tries it again where a setting that decides numbers is changed"
         )
 
 

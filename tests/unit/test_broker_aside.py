@@ -144,6 +144,20 @@ def test_a_batch_on_which_the_learner_has_failed_is_set_aside_by_the_next_launch
     assert run.restarted().broker.ending.status == "completed"  # once is enough
 
 
+def test_a_batch_gets_another_try_under_another_learning_rate(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.make()
+    before = run.ask("learner-0", NextBatch(step=0), BatchReply)
+    run.ask("learner-0", Failure(role="learner", index=0, error="BatchError: nan", batch=0), Acknowledged)
+    config = Config()
+    config.learner.optim.lr /= 10
+    config.learner.steps = 3
+    run = run.restarted(learner=config.learner)
+    assert run.ask("learner-0", NextBatch(step=0), BatchReply).headers == before.headers
+    assert "set_aside" not in to_the_end(run)
+
+
 def test_a_learner_that_dies_of_something_else_gets_its_batch_again(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()
