@@ -22,6 +22,7 @@ from offtrail.platform.broker.role import main
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.tracking import compute
+from offtrail.platform.wire.auth import make_keys
 from offtrail.platform.wire.codec import decode, encode
 from offtrail.platform.wire.groups import group_frames, group_from
 from offtrail.platform.wire.messages import (
@@ -1250,6 +1251,7 @@ def test_the_role_serves_a_whole_run_over_sockets_and_leaves(tmp_path: Path) -> 
     config = Config()
     config.learner.steps, config.batch.groups, config.batch.group_size, config.tracking.tensorboard = 4, B, G, False
     config.broker.heartbeat_seconds = 0.05
+    make_keys(tmp_path, config.broker.address)
     with ThreadPoolExecutor() as roles:
         done = [
             roles.submit(work, RoleContext(config, tmp_path, role, 0))
