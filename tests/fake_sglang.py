@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--api-key")
     parser.add_argument("--admin-api-key")
     parser.add_argument("--sglang-version", default="0.5.21")
-    parser.add_argument("--guard-server-info", action="store_true")
+    parser.add_argument("--guarded", action="store_true")
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--linger-seconds", type=float, default=0.0)
     parser.add_argument("--max-running-requests", type=int, default=64)
@@ -156,7 +156,7 @@ async def main(arguments: Sequence[str]) -> None:
     flags: list[str] = []
     if arguments[0].isdecimal():  # in serve.py's place
         die_with(int(arguments[0]))
-        flags = ["--guard-server-info", *keys_as_flags()]
+        flags = ["--guarded", *keys_as_flags()]
     options = parse([*arguments, *flags])
     told = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -384,6 +384,10 @@ class ServeConfig:
     """Address to listen at; the API key is printed, or taken from $OFFTRAIL_SGLANG_KEY."""
     port: int = setting(30000, "[0, 65535]")
     """0 = any free port."""
+    max_requests: int = setting(1024, "[1, 65536]")
+    """job=serve: requests that are answered at a time; further ones get status 429."""
+    max_answers: int = setting(16, "[1, 1024]")
+    """job=serve: the most answers of one request, its prompts times n."""
     temperature: float = setting(0.6, "[0, 100]")
     """job=chat: of the answers; 0 = greedy."""
 

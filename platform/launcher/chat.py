@@ -223,7 +223,7 @@ class Served:
         run_dir, self._lock = prepare(config)
         self._reaper = Reaper(run_dir)
         self.longest = positions(model) - CONTEXT_MARGIN
-        self._server: Servers = make_server(config, model, run_dir, port=0)
+        self._server: Servers = make_server(config, model, run_dir)
         self._console, self._temperature = console, config.serve.temperature
         self._patience = config.engine.hang_seconds if isinstance(config.engine, SglangConfig) else None
         self._stop = list(text.stop_token_ids)

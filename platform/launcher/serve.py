@@ -1,6 +1,7 @@
 """job=serve: one SGLang server of a trained model, for people and programs that speak OpenAI's API.
 
-    launch ─► run_serve ─► Servers (one place) ─► serve.py's process tree
+    launch ─► run_serve ─► Gateway (a thread): keys, bounds ─► the server
+                       └─► Servers (one place) ─► serve.py's process tree
 
 Its run directory holds the configuration, the server's log and summary.json, and nothing else. Invariant: it serves
 until it is told to stop, or the server has died more than engine.max_restarts times; nothing outlives it.
@@ -12,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import shlex
 import shutil
 import time
@@ -27,9 +29,11 @@ from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config, PromptConfig, SglangConfig
-from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN
+from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN, url_of
 from offtrail.platform.engines.sglang.serve import KEY_VARIABLE
-from offtrail.platform.engines.sglang.servers import Address, Public, ServerError, Servers
+from offtrail.platform.engines.sglang.servers import ServerError, Servers
+from offtrail.platform.launcher.api_request import Bounds
+from offtrail.platform.launcher.gateway import Gateway, Place
 from offtrail.platform.launcher.reaper import Reaper
 from offtrail.platform.model.start import StartError, resolve
 from offtrail.platform.model.text import Text, saved_template
@@ -58,23 +62,28 @@ def serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, s
         model = served_model(config)
         text = text_of(config, model)
         served = folder_to_serve(text, model, run_dir)
-        server = make_server(config, served, run_dir, config.serve.port)
+        server = make_server(config, served, run_dir)
+        gateway = make_gateway(config, model)
     except (ServerError, StartError, ValueError, OSError) as error:
         return "failed", str(error)
     print(f"starting SGLang on {model}", flush=True)
     try:
         server.start()
         example = request_of(config, model, text)
-        starts = 0
+        announced = False
         while not interrupted:
+            if not gateway.alive:
+                return "failed", "the thread that listens for requests has ended; its last words are above"
             server.poll()
-            if server.ready() and (address := server.address(0)).incarnation != starts:
-                starts = address.incarnation
-                announce(address, model_name(config, model), example)
+            gateway.server = server.address(0) if server.ready() else None
+            if gateway.server is not None and not announced:
+                announced = True
+                announce(config, gateway, example)
             time.sleep(LOOK_SECONDS)
     except ServerError as error:
         return "failed", str(error)
     finally:
+        gateway.close()
         server.close()
     return "interrupted", f"stopped by signal {interrupted[0]}"
 
@@ -90,14 +99,28 @@ def model_name(config: Config, model: Path) -> str:
     return f"{run.resolve().name}-{model.name}" if run is not None else Path(config.checkpoint).name
 
 
-def make_server(config: Config, model: Path, run_dir: Path, port: int) -> Servers:
+def make_gateway(config: Config, model: Path) -> Gateway:
+    """What users of job=serve talk to. OSError and ValueError in the words of the command line."""
+    serve = config.serve
+    key = os.environ.get(KEY_VARIABLE, "") or secrets.token_hex(16)
+    place = Place(serve.address, serve.port, key, model_name(config, model))
+    try:
+        return Gateway(place, Bounds(positions(model), vocabulary(model), serve.max_answers), serve.max_requests)
+    except OSError as error:
+        raise ServerError(
+            f"serve.port={serve.port}: job=serve can have no port {serve.port} at {serve.address} ({error.strerror}); "
+            "give it another"
+        ) from None
+
+
+def make_server(config: Config, model: Path, run_dir: Path) -> Servers:
     """One server that holds prompts and answers as long as the model's positions allow; not started yet.
 
     It streams token by token: people wait for it, and not the learner.
     """
     engine = config.engine
     assert isinstance(engine, SglangConfig)
-    settings = dataclasses.replace(engine, address=config.serve.address, stream_interval=1, router=False)
+    settings = dataclasses.replace(engine, address="127.0.0.1", stream_interval=1, router=False)
     return Servers(
         settings,
         model,
@@ -106,20 +129,33 @@ def make_server(config: Config, model: Path, run_dir: Path, port: int) -> Server
         max_length=positions(model) - CONTEXT_MARGIN,
         threads=config.generator.threads,
         run_dir=run_dir,
-        public=Public(model_name(config, model), os.environ.get(KEY_VARIABLE, ""), port),
+        name=model_name(config, model),
     )
 
 
 def positions(model: Path) -> int:
     """The most tokens that the model in a folder can hold. ValueError when its config.json does not say."""
-    described = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    most = described.get("max_position_embeddings")
+    most = described(model).get("max_position_embeddings")
     if not isinstance(most, int) or most <= 2 * CONTEXT_MARGIN:
         raise ValueError(
             f"checkpoint={model}: config.json says max_position_embeddings={most}; a model that can be "
             "served holds more tokens than a dozen"
         )
     return most
+
+
+def vocabulary(model: Path) -> int:
+    """Token ids of the model in a folder are below it. ValueError when its config.json does not say."""
+    size = described(model).get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"checkpoint={model}: config.json says vocab_size={size}; a model that can be served has one")
+    return size
+
+
+def described(model: Path) -> dict[str, Any]:
+    """A model folder's config.json."""
+    found = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
 
 
 def text_of(config: Config, model: Path) -> Text:
@@ -180,16 +216,16 @@ def example_problem(config: Config) -> Problem:
     return Problem("serve", 0, "Hello", "")
 
 
-def announce(address: Address, name: str, example: Callable[[str], tuple[str, dict[str, Any]]]) -> None:
+def announce(config: Config, gateway: Gateway, example: Callable[[str], tuple[str, dict[str, Any]]]) -> None:
     """Say where the server is, what it wants, and how to ask it."""
-    path, body = example(name)
+    place, url = gateway.place, url_of(config.serve.address, gateway.port)
+    path, body = example(place.model)
     table = Table.grid(padding=(0, 2))
-    for left, right in {"url": f"{address.url}/v1", "model": name, "key": address.key, "stop": "Ctrl-C"}.items():
+    for left, right in {"url": f"{url}/v1", "model": place.model, "key": place.key, "stop": "Ctrl-C"}.items():
         table.add_row(left, right)
     Console().print(table, highlight=False)
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     print(
-        f"\ncurl {address.url}{path} -H 'Authorization: Bearer {address.key}' "
-        f"-H 'Content-Type: application/json' -d {data}\n",
+        f"\ncurl {url}{path} -H 'Authorization: Bearer {place.key}' -H 'Content-Type: application/json' -d {data}\n",
         flush=True,
     )

@@ -57,7 +57,8 @@ class Api:
         }
         if self.since >= (0, 5, 21):
             control |= {"/begin_weight_update": self.begin, "/end_weight_update": self.end}
-        guarded = ("/server_info", "/get_server_info") if options.guard_server_info else ()
+        guarded = ("/server_info", "/get_server_info") if options.guarded else ()
+        self.open = "/metrics" if options.guarded else ("/health", "/metrics")
         self.control = frozenset((*control, *guarded))
         self.app = web.Application(middlewares=[self.guard], client_max_size=2**31)
         for path, handler in control.items():
@@ -95,7 +96,7 @@ class Api:
             return web.json_response({"detail": error.reason}, status=error.status)
 
     def _allowed(self, request: web.Request) -> bool:
-        if request.path.startswith(("/health", "/metrics")):
+        if request.path.startswith(self.open):
             return True
         key = self.options.api_key
         if request.path in self.control and self.options.admin_api_key:
@@ -251,7 +252,7 @@ class Api:
     async def server_info(self, request: web.Request) -> web.Response:
         """The flags as they were given; the weight version of now is in internal_states (and from 0.5.21 not above)."""
         options = vars(self.options) | {"eos": sorted(self.options.eos)}
-        for own in ("sglang_version", "step_seconds", "linger_seconds", "guard_server_info", "positions", "eos"):
+        for own in ("sglang_version", "step_seconds", "linger_seconds", "guarded", "positions", "eos"):
             options.pop(own)
         now = options | {"weight_version": self.manager.weight_version}
         ceiling = min(self.options.context_length, self.options.max_total_tokens)

@@ -159,7 +159,7 @@ def test_a_process_can_be_stopped_go_on_be_killed_and_asked_to_leave(
         await flight.made(count + 5)
         os.kill(process, signal.SIGTERM)  # what is under way may end
         await asyncio.sleep(0.1)
-        assert (await server.call("/health", key="", method="GET")).status == 503
+        assert (await server.call("/health", key=server.key, method="GET")).status == 503
         await landed(flight)
         assert flight.last["finish_reason"] == {"type": "length", "length": 600}
 

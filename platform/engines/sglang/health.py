@@ -59,7 +59,7 @@ def own_server(key: str, admin_key: str) -> Check:
 
     def check(url: str, first: bool) -> None:
         if first:
-            _makes_a_token(url)
+            _expect(f"{url}/health", key, timeout_s=TOKEN_TIMEOUT_S)  # a token is made for it
         _expect(f"{url}/model_info", key)
         if first:
             ask(f"{url}/freeze_gc", admin_key)
@@ -74,7 +74,7 @@ def attached_server(key: str, admin_key: str, config: SglangConfig) -> Check:
         if not first:
             _expect(f"{url}/model_info", key)
             return
-        _makes_a_token(url)
+        _takes(f"{url}/health", key, "$OFFTRAIL_SGLANG_KEY", "--api-key", timeout_s=TOKEN_TIMEOUT_S)
         _takes(f"{url}/model_info", key, "$OFFTRAIL_SGLANG_KEY", "--api-key")
         _takes(f"{url}/abort_request", admin_key, "$OFFTRAIL_SGLANG_ADMIN_KEY", "--admin-api-key", {"rid": NOBODY})
         _version_will_do(url, (key, admin_key), config)
@@ -87,18 +87,14 @@ def listens(url: str, first: bool) -> None:
     _expect(f"{url}/health")
 
 
-def _makes_a_token(url: str) -> None:
-    _expect(f"{url}/health", timeout_s=TOKEN_TIMEOUT_S)
-
-
 def _expect(url: str, key: str = "", timeout_s: float | None = None) -> None:
     status, _ = ask(url, key, timeout_s=timeout_s)
     if status != 200:
         raise UnhealthyError(f"{url} answers {status}")
 
 
-def _takes(url: str, key: str, variable: str, flag: str, body: Any = None) -> None:
-    status, _ = ask(url, key, body)
+def _takes(url: str, key: str, variable: str, flag: str, body: Any = None, timeout_s: float | None = None) -> None:
+    status, _ = ask(url, key, body, timeout_s=timeout_s)
     if status in (401, 403):
         raise UnhealthyError(f"refuses the key of {variable} ({status}); set it to the server's {flag}", final=True)
     if status != 200:

@@ -133,7 +133,7 @@ class WatchedServer(ABC):
 
 
 class OwnServer(WatchedServer):
-    """A server of this run's own. ``launch`` starts it at a port: at ``port``, or if that is 0 at a free one."""
+    """A server of this run's own. ``launch`` starts it at a port."""
 
     def __init__(
         self,
@@ -142,10 +142,9 @@ class OwnServer(WatchedServer):
         check: Check,
         pool: Executor,
         launch: Callable[[int], Child],
-        port: int = 0,
     ) -> None:
         super().__init__(title, config, check, pool)
-        self._launch, self._port = launch, port
+        self._launch = launch
         self._child: Child | None = None
         self._deaths = 0
         self._why = ""
@@ -201,10 +200,10 @@ class OwnServer(WatchedServer):
 
     def _launch_at_free_port(self) -> None:
         try:
-            port = free_port(self._config.address, self._port)
+            port = free_port(self._config.address)
         except OSError as error:
-            where = f"port {self._port or 'of its own'} at {self._config.address}"
-            raise ServerError(f"{self.title} can have no {where} ({error.strerror}); give it another") from None
+            where = f"engine.address={self._config.address}"
+            raise ServerError(f"{self.title} can have no port at {where} ({error.strerror}); give it another") from None
         self._begin(url_of(self._config.address, port))
         self._child = self._launch(port)
 

@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from offtrail.platform.runtime.host import die_with
 
@@ -57,10 +58,20 @@ def grammar_flags() -> list[str]:
     return ["--grammar-backend", "none"] if cpu.stands_in_for(cpu.GRAMMARS) else []
 
 
-def guard_server_info() -> None:
-    """Let /server_info take the admin key only: it answers with every setting of the server, both keys among them."""
+def guard_endpoints() -> None:
+    """Let /server_info take the admin key only: it answers with every setting of the server, both keys among them. Let
+    /health…, which sglang leaves open though it makes a token, take the user key.
+    """
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils import auth
     from sglang.srt.utils.auth import AuthLevel
+
+    decide = auth.decide_request_auth
+
+    def decided(*, path: str, **given: Any) -> Any:
+        return decide(path=path.removeprefix("/") if path.startswith("/health") else path, **given)
+
+    auth.decide_request_auth = decided
 
     for endpoint in (http_server.server_info, http_server.get_server_info):
         endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
@@ -91,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
     load_plugins()
     settings = prepare_server_args([*grammar_flags(), *argv[1:], *keys_as_flags()])
-    guard_server_info()
+    guard_endpoints()
     try:
         run_server(settings)
     finally:

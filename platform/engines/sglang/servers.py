@@ -40,7 +40,7 @@ from offtrail.platform.runtime.context import make_temporary, servers_folder
 from offtrail.platform.runtime.host import free_port
 from offtrail.platform.wire.auth import write_private
 
-__all__ = ["Address", "Public", "ServerError", "Servers", "read_addresses"]
+__all__ = ["Address", "ServerError", "Servers", "read_addresses"]
 
 log = logging.getLogger("offtrail.sglang")
 
@@ -64,15 +64,6 @@ class Address:
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Public:
-    """How others know a server: the model's name, the user key (empty: one is made), the port (0: any free one)."""
-
-    name: str
-    key: str
-    port: int
-
-
 class Servers:
     """``count`` servers of the model in ``model``, or one at each of config.urls, for the role ``owner``.
 
@@ -80,7 +71,7 @@ class Servers:
     model in ``model`` counts as. Logs go to run_dir/logs/sglang-OWNER-PLACE.log. Not thread-safe, and `start` and
     `poll` must be called by a thread that lives as long as the servers: the kernel kills them when it ends.
 
-    ``public``: of a server that is not for this run alone. ``command`` is the module of one server, for tests.
+    ``name`` is the model's in the OpenAI API, else its path. ``command`` is the module of one server, for tests.
     """
 
     def __init__(
@@ -94,11 +85,11 @@ class Servers:
         threads: int,
         run_dir: Path,
         weight_version: int = 0,
-        public: Public | None = None,
+        name: str = "",
         command: str = SERVER,
     ) -> None:
         self._config, self._model, self._owner, self._command = config, model, owner, command
-        self._public = public or Public("", "", 0)
+        self._name = name
         self._max_length, self._threads, self._weight_version = max_length, threads, weight_version
         self._run_dir = run_dir
         self._logs, self._file = run_dir / "logs", servers_folder(run_dir) / f"{owner}.json"
@@ -171,7 +162,7 @@ class Servers:
 
     def _keys(self) -> tuple[str, str]:
         if not self._config.urls:
-            return self._public.key or secrets.token_hex(16), secrets.token_hex(16)
+            return secrets.token_hex(16), secrets.token_hex(16)
         found = tuple(os.environ.get(variable, "") for variable in (KEY_VARIABLE, ADMIN_KEY_VARIABLE))
         if not all(found):
             raise ServerError(
@@ -189,14 +180,12 @@ class Servers:
                 port=port,
                 max_length=self._max_length,
                 weight_version=self._weight_version,
-                name=self._public.name,
+                name=self._name,
             )
             return Child(self._command, flags, self._environment(), self._logs / f"sglang-{self._owner}-{place}.log")
 
         title = f"SGLang server {place} of {self._owner}"
-        return OwnServer(
-            title, self._config, own_server(self._key, self._admin_key), self._pool, launch, self._public.port
-        )
+        return OwnServer(title, self._config, own_server(self._key, self._admin_key), self._pool, launch)
 
     def _attached(self, url: str) -> WatchedServer:
         server = AttachedServer(
