@@ -1,7 +1,9 @@
 """One process tree that lifecycle.py starts: a server of serve.py, or the router. Its words go to a log file.
 
-Invariant: after `end` no process of the tree is left, whatever state it was in: all are in the process group of the
-first, which is killed as a whole before the first is reaped, so that its number cannot belong to another.
+Invariant: after `end` no process of the tree is left, whatever state it was in, nor what they held in shared memory:
+all are in the process group of the first, which is killed as a whole before the first is reaped, so that its number
+cannot belong to another. Python's own keeper of semaphores (multiprocessing.resource_tracker) goes last: it removes
+those of processes that are gone, which nothing else knows by name.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ import psutil
 
 from offtrail.platform.runtime.attempt import shared_files
 
+TRACKER = "multiprocessing.resource_tracker"
+TRACKER_SECONDS = 5.0
+"""The longest that it may take, once nobody is left to keep for."""
 END_SECONDS = 10.0
 """The longest that a killed process may take to leave; one that the kernel holds longer is left to it."""
 TAIL_BYTES = 32_768
@@ -71,6 +76,7 @@ class Child:
         if self._process.returncode is None:
             members = self.remember()
             self._killed_here = not self.exited
+            _end_but_trackers(members)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
@@ -94,7 +100,8 @@ class Child:
 
     def _last_words(self) -> str:
         """The last line that names an error, else the last line."""
-        lines = [line.strip() for line in self._said().splitlines() if line.strip()]
+        said = (line.strip() for line in self._said().splitlines() if "resource_tracker" not in line)
+        lines = [line for line in said if line]
         errors = [line for line in lines if _ERROR.match(line)]
         return (errors or lines or [""])[-1]
 
@@ -111,6 +118,21 @@ class Child:
             with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
                 if os.getpgid(pid) == self.pid:
                     yield psutil.Process(pid)
+
+
+def _end_but_trackers(members: Sequence[psutil.Process]) -> None:
+    """Kill all but the trackers, and let these end by themselves, which they do when the last of the others is gone."""
+    trackers = [member for member in members if _is_tracker(member)]
+    for member in set(members) - set(trackers):
+        with contextlib.suppress(psutil.Error):
+            member.kill()
+    psutil.wait_procs(trackers, TRACKER_SECONDS)
+
+
+def _is_tracker(member: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(TRACKER in argument for argument in member.cmdline())
+    return False
 
 
 def _wait_for(members: Sequence[psutil.Process]) -> None:
