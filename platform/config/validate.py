@@ -132,18 +132,20 @@ def hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
-def task_files_are_here(config: Config) -> None:
-    """The JSON-lines files of task=jsonl."""
+def files_of_lines_are_here(config: Config) -> None:
+    """The JSON-lines files of task=jsonl and of sft.path."""
     task = config.task
-    if not isinstance(task, JsonlConfig):
-        return
-    if not task.path:
-        raise ConfigError("task.path=: a file of problems is needed, one JSON object a line: task.path=FILE.jsonl")
-    for key, path in (("task.path", task.path), ("task.eval_path", task.eval_path)):
+    files = {"sft.path": config.sft.path}
+    if isinstance(task, JsonlConfig):
+        files |= {"task.path": task.path, "task.eval_path": task.eval_path}
+        if not task.path:
+            raise ConfigError("task.path=: a file of problems is needed, one JSON object a line: task.path=FILE.jsonl")
+    for key, path in files.items():
+        what = "example" if key == "sft.path" else "problem"
         if path and os.path.isdir(path):
-            raise refuse(key, path, "is a folder; give a JSON-lines file of it, one problem a line")
+            raise refuse(key, path, f"is a folder; give a JSON-lines file of it, one {what} a line")
         if path and not os.path.isfile(path):
-            raise refuse(key, path, "no such file; give a JSON-lines file, one problem a line")
+            raise refuse(key, path, f"no such file; give a JSON-lines file, one {what} a line")
 
 
 def objective_and_correction_fit(config: Config) -> None:
@@ -363,9 +365,13 @@ def addresses_are_numeric(config: Config) -> None:
     settings = flatten(config)
     for key in ("broker.address", "serve.address", "engine.address"):
         try:
-            ipaddress.ip_address(settings.get(key, "127.0.0.1"))
+            address = ipaddress.ip_address(settings.get(key, "127.0.0.1"))
         except ValueError:
             raise refuse(key, settings[key], "must be an IP address, such as 127.0.0.1 or 0.0.0.0") from None
+        if address.is_multicast or address == ipaddress.IPv4Address("255.255.255.255"):
+            raise refuse(key, settings[key], "is of many hosts; must be an address of this one, or 0.0.0.0")
+        if "%" in str(address):
+            raise refuse(key, settings[key], "must be an IP address without a zone: others dial it")
 
 
 def a_lease_expires_before_the_run(config: Config) -> None:
@@ -387,7 +393,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     made_model_has_whole_heads,
     a_pretrained_model_has_a_path,
     model_paths_are_here,
-    task_files_are_here,
+    files_of_lines_are_here,
     objective_and_correction_fit,
     minibatches_divide_groups,
     references_are_refreshed_between_steps,

@@ -41,7 +41,7 @@ def problems(tmp_path):
     def write(*lines):
         path = tmp_path / "problems.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return ["task=gsm8k", f"task.path={path}", f"run.dir={tmp_path}", "run.name=never", "eval.prompts=1"]
+        return ["task=gsm8k", f"task.path={path}", f"run.dir={tmp_path}", "run.name=never"]
 
     yield write
     assert not (tmp_path / "never").exists()
@@ -98,6 +98,16 @@ def test_a_malformed_line_of_problems(problems):
 def test_a_problem_with_no_answer(problems):
     text = refused(*problems('{"question": "1+1?"}'))
     assert "line 1: no answer" in text
+
+
+def test_answers_that_the_verifier_cannot_read_are_said_before_the_start(problems):
+    """…and then the held-out share of three problems is too small for the evaluation that is asked for."""
+    lines = [f'{{"question": "q{i}", "answer": "#### {answer}"}}' for i, answer in enumerate(["18", "18%", "7"])]
+    done = run(*problems(*lines), "eval.prompts=9")
+    note, error = done.stderr.splitlines()
+    assert note.startswith("offtrail: note: task.path=")
+    assert "of 3 answers 2 can be read as numbers; 1 others with digits or LaTeX, such as '18%' in line 2" in note
+    assert error.startswith("offtrail: error: 9 held-out prompts were asked of")
 
 
 @pytest.mark.parametrize("package", ["omegaconf", "yaml", "msgspec", "torch"])

@@ -5,11 +5,11 @@ it too.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import offtrail
 from offtrail.platform.config.schema import SglangConfig
@@ -19,6 +19,7 @@ CONTEXT_MARGIN = 6
 """sglang stops a sample two tokens before its context length, and takes no prompt that ends within six of it."""
 CPU_CACHE_TOKENS = 262_144
 """The most tokens of KV cache on a CPU, unless one sample needs more; sglang also keeps within its share of memory."""
+LONGEST_FLAGS = 65_536
 LOADER = "offtrail.platform.engines.sglang.loader.load"
 OWN_FLAGS = {
     "--model-path": "the engine's model is the run's",
@@ -45,6 +46,8 @@ def user_flags(text: str) -> list[str]:
 
 def refused(text: str) -> str | None:
     """Why engine.flags cannot be taken; None when it can."""
+    if len(text) > LONGEST_FLAGS:
+        return f"has {len(text):,} characters, more than a command line takes; {LONGEST_FLAGS:,} at most"
     try:
         flags = user_flags(text)
     except ValueError as error:
@@ -135,13 +138,9 @@ def environment(threads: int, key: str, admin_key: str, temporary: Path) -> dict
 
 
 def names_a_server(url: str) -> bool:
-    """Whether ``url`` is http(s)://host:port and nothing more."""
-    try:
-        parts = urlsplit(url)
-        whole = f"{parts.scheme}://{parts.netloc}"
-        return parts.scheme in ("http", "https") and bool(parts.hostname and parts.port) and url.rstrip("/") == whole
-    except ValueError:  # a port that is no number
-        return False
+    """Whether ``url`` is http(s)://host:port and nothing more: no user, no path, a host of ASCII or an address."""
+    match = re.fullmatch(r"https?://([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})/?", url)
+    return match is not None and 0 < int(match[2]) < 65_536
 
 
 def url_of(address: str, port: int) -> str:
