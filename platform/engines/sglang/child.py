@@ -80,7 +80,7 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
-            _wait_for(members)
+            _wait_for(members, END_SECONDS)
             for path in self._shared:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
@@ -126,7 +126,7 @@ def _end_but_trackers(members: Sequence[psutil.Process]) -> None:
     for member in set(members) - set(trackers):
         with contextlib.suppress(psutil.Error):
             member.kill()
-    psutil.wait_procs(trackers, TRACKER_SECONDS)
+    _wait_for(trackers, TRACKER_SECONDS)
 
 
 def _is_tracker(member: psutil.Process) -> bool:
@@ -135,9 +135,9 @@ def _is_tracker(member: psutil.Process) -> bool:
     return False
 
 
-def _wait_for(members: Sequence[psutil.Process]) -> None:
+def _wait_for(members: Sequence[psutil.Process], seconds: float) -> None:
     """Wait until the killed processes are gone; those without a parent may stay as zombies, which hold nothing."""
-    deadline = time.monotonic() + END_SECONDS
+    deadline = time.monotonic() + seconds
     for member in members:
         with contextlib.suppress(psutil.Error):
             while member.is_running() and member.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
