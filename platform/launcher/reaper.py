@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,4 +91,6 @@ def main(run_dir: Path, name: str) -> int:
 
 
 if __name__ == "__main__":
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)  # a cluster ends all processes of a job: this one comes last
     sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

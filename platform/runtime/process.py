@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     role, index, run_dir, parent = argv[0], int(argv[1]), Path(argv[2]), int(argv[3])
     die_with(parent, signal.SIGTERM)
     signal.signal(signal.SIGTERM, leave_on_terminate)
-    for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, leave_it_to_the_launcher)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = RoleContext(load_config(run_dir / "config.yaml"), run_dir, role, index)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -203,7 +204,9 @@ def test_hosts_that_are_closed_leave_no_reaper_and_ranks_know_their_world(tmp_pa
 
 
 def test_a_launcher_that_is_killed_takes_its_attempt_along(tmp_path: Path, config: Config) -> None:
-    """The real launcher side and the real reaper, which the kernel's end of the pipe wakes."""
+    """The real launcher side and the real reaper, which the kernel's end of the pipe wakes, and no signal of a cluster
+    before.
+    """
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     code = (
         "import subprocess, sys, time; from pathlib import Path; from offtrail.platform.launcher.reaper import Reaper; "
@@ -213,9 +216,23 @@ def test_a_launcher_that_is_killed_takes_its_attempt_along(tmp_path: Path, confi
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
         role = psutil.Process(int(launcher.stdout.readline()))
+        [beside] = [child for child in psutil.Process(launcher.pid).children() if child.pid != role.pid]
+        until(lambda: ignored(beside.pid) >> (signal.SIGTERM - 1) & 1)
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            beside.send_signal(signum)
         launcher.kill()
         launcher.wait()
+    until(lambda: not role.is_running() or role.status() == psutil.STATUS_ZOMBIE)
+
+
+def ignored(pid: int) -> int:
+    """The signals that a process ignores, a bit each."""
+    [mask] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn")]
+    return int(mask.split()[1], 16)
+
+
+def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
-    while role.is_running() and role.status() != psutil.STATUS_ZOMBIE:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
