@@ -88,8 +88,8 @@ def start(folder: Path, name: str, keys: Sequence[str]) -> Timeline:
                 timeline.cpu = {names[child]: seconds_of(child) for child in names}
             timeline.first_group = queued and queued - began
             time.sleep(LOOK_SECONDS)
-        for child, what in names.items():
-            timeline.steps.setdefault(what, {})["started"] = child.create_time() - began
+        for child, what in names.items():  # the system's clock of starts is not that of logs: the launcher's is 0
+            timeline.steps.setdefault(what, {})["started"] = child.create_time() - launcher.create_time()
         process.send_signal(signal.SIGINT)
     for what, steps in timeline.steps.items():
         steps |= logged(run_dir / "logs" / f"{what}.log", began)
