@@ -182,6 +182,10 @@ class Group:
         G, T = len(lengths), self.tokens.size
         if min(lengths) < 0 or sum(lengths) != T:
             raise ValueError(f"group {self.group}: lengths sum to {sum(lengths)}, but there are {T} tokens")
+        per_token = self.tokens.shape == self.logprobs.shape == self.versions.shape == (T,)
+        per_sample = self.finish.shape == self.rewards.shape == (G,) and self.times.shape == (G, 3)
+        if per_token and per_sample and all(array.shape == (G,) for array in self.components.values()):
+            return
         arrays: list[tuple[str, npt.NDArray[Any], tuple[int, ...]]] = [
             ("tokens", self.tokens, (T,)),
             ("logprobs", self.logprobs, (T,)),

@@ -42,8 +42,10 @@ PEER_REPLIES = 4096
 """Messages that wait for one peer to read them: above it, who does not read loses its replies."""
 HINT_REQUEST_BYTES = 1024
 """To the hints' port come subscriptions only."""
-SHARED_BYTES = 64 * 1024
+SHARED_BYTES = 96 * 1024
 """Letters that may wait leave together once they are so many bytes, or at the next poll."""
+COPIED_BYTES = 256 * 1024
+"""A frame below it costs less copied than sent from where it lies: pyzmq wakes a thread to let go of it."""
 DRAIN = 256
 """Letters that one poll hands out, and a few more: a flood must not starve the caller's loop."""
 
@@ -342,11 +344,11 @@ def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[byte
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Frame]) -> None:
-    """Frames of zmq.COPY_THRESHOLD (64 KiB) or more are sent from where they lie; smaller ones cost less copied."""
+    """Large frames are sent from where they lie."""
     last = len(frames) - 1
     for i, frame in enumerate(frames):
         flags = zmq.NOBLOCK | zmq.SNDMORE if i < last else zmq.NOBLOCK
-        socket.send(frame, flags, copy=len(frame) < zmq.COPY_THRESHOLD)
+        socket.send(frame, flags, copy=len(frame) < COPIED_BYTES)
 
 
 def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
