@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two busy processes on two cores want one thread each; the launcher sets its roles' own.
 export OMP_NUM_THREADS ?= 1
-# Tests on two cores; tests/conftest.py says which of them belong together.
+# Tests on two cores; tests/conftest.py says how they are handed out.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/pytest -n $(WORKERS)
 
 .PHONY: demo test lint prove bench oracles sglang-cpu clean
 

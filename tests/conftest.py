@@ -1,7 +1,6 @@
 """What several test files share: a start model, batches of ragged groups, and one real SGLang server.
 
-A session fails when anything of it is left on the machine at its end (leftovers.py). With `-n 2 --dist loadgroup` unit
-tests go to a worker by files, the others one by one, but for those that share a module's fixture.
+A session fails when anything of it is left on the machine at its end (leftovers.py).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -43,14 +42,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SESSION] = Session(temporary)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The groups of xdist, that one worker runs."""
-    for item in items:
-        folder, place = item.path.parent.name, f"{item.path.parent.name}/{item.path.stem}"
-        info = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
-        shares = any(made.scope == "module" for found in info.values() for made in found[-1:])
-        item.add_marker(pytest.mark.xdist_group(place if folder == "unit" or shares else item.nodeid))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Hand out files, in their order: slow tests come first. Runs of the real command share nothing, and go one by one,
+    but for those that look at one run (xdist's own `loadgroup` is deaf under pytest 9.2).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if "/run/" in file and not file.endswith("test_sft.py") else file
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
 
 
 @pytest.hookimpl(trylast=True)
