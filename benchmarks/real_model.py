@@ -11,6 +11,9 @@ WARM until generation ends, by the broker's clock. TRL: GRPOTrainer on two threa
 fastest of its settings here: attention and cache of `generate` as measured below, and the batch in one or in four
 micro-batches. No evaluation, logging or checkpoint is in TRL's figure; our evaluator scores versions 0 and last.
 
+cpu_ratio: CPU seconds of all processes a trained sample, TRL's ÷ ours: what is left of the ratio where others share the
+machine.
+
 memory_ratio: the largest sum over all processes, ours ÷ TRL's leaner setting. A sum is proportional set sizes (PSS:
 what n processes share counts 1/n in each), looked at every half second, and what stands in the weight channel without
 being mapped. It covers everything from start to end: import, load, training, and our checkpoint.
@@ -28,8 +31,10 @@ import argparse
 import json
 import logging
 import os
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,12 +98,14 @@ def start_model(folder: Path) -> None:
 
 
 class Memory:
-    """The largest sum of memory over this process's descendants, and of what stands in ``channel``, while
-    ``watching``.
+    """The largest sum of memory over this process's descendants, and of what stands in ``run``'s weight channel, while
+    ``watching``; and the CPU seconds that they had taken when each version was committed.
     """
 
-    def __init__(self, channel: Path | None = None) -> None:
-        self.channel, self.peak, self.parts = channel, 0, dict[str, int]()
+    def __init__(self, run: Path | None = None) -> None:
+        self.run, self.peak, self.parts = run, 0, dict[str, int]()
+        self.channel = weights_folder(Config(), run) if run is not None else None
+        self.cpu_seconds: list[float] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -115,15 +122,19 @@ class Memory:
     def _look_until(self, done: threading.Event) -> None:
         while not done.wait(LOOK_SECONDS):
             parts: dict[str, int] = {}
-            mapped = 0
+            mapped, cpu = 0, 0.0
             for process in psutil.Process().children(recursive=True):
                 try:
                     fields = _rollup(process.pid)
                     name = _role(process.cmdline())
+                    cpu += sum(process.cpu_times()[:2])
                 except (psutil.Error, OSError):  # it has just left
                     continue
                 parts[name] = parts.get(name, 0) + fields["Pss"] - fields["Pss_Shmem"]
                 mapped += fields["Pss_Shmem"]
+            rows = self.run / "metrics.jsonl" if self.run is not None else None
+            committed = len(rows.read_text().splitlines()) if rows is not None and rows.is_file() else 0
+            self.cpu_seconds += [cpu] * (committed - len(self.cpu_seconds))
             channels = iter(()) if self.channel is None else self.channel.rglob("*.safetensors")
             held = {found.st_ino: found.st_blocks * 512 for found in _stats(channels)}
             parts["weight channel and shared memory"] = max(mapped, sum(held.values()))
@@ -166,7 +177,14 @@ class TrlInParts(Trl):
     def __init__(self, run: Run, threads: int, parts: int) -> None:
         logging.disable(logging.WARNING)
         torch.set_num_threads(threads)
+        sys.path.insert(0, str(run.folder.parent))  # the reward's module
         self.run, self.config, self.text, self.parts = run, run.config, Text(run.start), parts
+
+    def __call__(self, seed: int, steps: int, attention: str, cache: str | None, *_: Any) -> Measured:
+        """Also ``cpu_seconds``, with the trainer's own start."""
+        before = time.process_time()
+        found = super().__call__(seed, steps, attention, cache)
+        return found | {"cpu_seconds": time.process_time() - before}
 
 
 class Engines:
@@ -227,12 +245,13 @@ def ours(folder: Path, model: Path, args: argparse.Namespace) -> tuple[Run, Meas
         "learner.minibatches=1", "learner.tokens_per_microbatch=1280", "tracking.gradient_cosine=false",
         "reward.weights={vowels:share: 1.0}", "eval.every=0", f"eval.prompts={G}", *args.keys,
     ]  # fmt: skip
-    memory = Memory(weights_folder(Config(), folder / "ours"))
+    memory = Memory(folder / "ours")
     with memory.watching():
         run = launch(folder, "ours", keys)
     last = steps - TAIL
     return run, {
         "samples_per_second": B * G * (last - WARM) / run.seconds(WARM, last),
+        "cpu_seconds_a_sample": (memory.cpu_seconds[last] - memory.cpu_seconds[WARM]) / (B * G * (last - WARM)),
         "learner_busy": run.mean("time/learner_busy", WARM, last),
         "generator_busy": run.mean("time/generator_busy", WARM, last),
         "length": run.mean("length/mean", WARM, last),
@@ -245,10 +264,14 @@ def trl(run: Run, parts: int, steps: int, setting: tuple[str, str | None], both:
     memory = Memory()
     with memory.watching():
         arm = Arm(TrlInParts, run, 2, parts, cores=both, threads=2)
-        seconds = arm.measure(0, WARM + steps, *setting)["seconds"]
+        found = arm.measure(0, WARM + steps, *setting)
         arm.close()
-    rate = B * G * steps / (seconds[-1] - seconds[WARM])
-    return {"samples_per_second": rate, "peak_bytes": memory.peak, "peak_parts": memory.parts}
+    seconds = found["seconds"]
+    return {
+        "samples_per_second": B * G * steps / (seconds[-1] - seconds[WARM]),
+        "cpu_seconds_a_sample": found["cpu_seconds"] / (B * G * (WARM + steps)),
+        "peak_bytes": memory.peak, "peak_parts": memory.parts,
+    }  # fmt: skip
 
 
 def report(folder: Path, args: argparse.Namespace) -> Measured:
@@ -266,9 +289,11 @@ def report(folder: Path, args: argparse.Namespace) -> Measured:
         arms[parts] = trl(run, parts, args.trl_steps, engines["generate_setting"], {one, other})
         say(f"TRL in {parts} micro-batches: {arms[parts]}")
     fastest = max(arm["samples_per_second"] for arm in arms.values())
+    cheapest = min(arm["cpu_seconds_a_sample"] for arm in arms.values())
     leanest = min(arm["peak_bytes"] for arm in arms.values())
     return {
         "benchmark": "real_model", "samples_per_second_ratio": round(mine["samples_per_second"] / fastest, 3),
+        "cpu_ratio": round(cheapest / mine["cpu_seconds_a_sample"], 3),
         "memory_ratio": round(mine["peak_bytes"] / leanest, 3), "engine": engines,
         "ours": shown(mine), "trl": {f"{parts} micro-batches": shown(arm) for parts, arm in arms.items()},
         "settings": {"B": B, "G": G, "new_tokens": NEW_TOKENS, "model": str(args.model or "random"), **about},

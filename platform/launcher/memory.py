@@ -33,11 +33,11 @@ WARN_SHARE = 0.85
 """Of the free memory."""
 MIB = 1 << 20
 LOOK_SECONDS = 0.5
-BASES = {"broker": 130 * MIB, "learner": 420 * MIB, "generator": 370 * MIB, "evaluator": 370 * MIB}
-"""A role's process with what it imports and no model; measured."""
-BASE = 160 * MIB
-"""Launcher and reaper."""
-VERIFIER = 60 * MIB
+BASES = {"broker": 110 * MIB, "learner": 260 * MIB, "generator": 240 * MIB, "evaluator": 240 * MIB}
+"""What a role's process has for itself of Python and what it imports, without a model; measured (docs/memory.md)."""
+BASE = 220 * MIB
+"""Launcher, fork server and reaper."""
+VERIFIER = 40 * MIB
 FLOAT32 = 4
 HEAD_LOGITS = 1 << 25
 """Logits that the learner's head holds at a time, at least (model/head.py)."""
