@@ -306,6 +306,7 @@ class _Worker:
         self._inbox = bytearray()
         self._outbox = bytearray(self._setup)
         self.restart_clock()
+        self.flush()  # it gets ready while its caller decodes, maybe for minutes, before the first look
 
     @property
     def seconds(self) -> float:

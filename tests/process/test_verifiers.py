@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -303,6 +304,16 @@ def test_what_is_printed_is_cut_and_holds_nobody_up(command: tuple[str, ...], ca
     assert results["loud"]["accuracy"].tolist() == [1]
     assert printed.count("x") <= (1 + groups) * 16 << 10
     assert "a verifier prints more than is kept" in printed
+
+
+def test_a_worker_gets_ready_while_its_caller_is_busy_for_longer_than_it_may_take(command: tuple[str, ...]):
+    with VerifierPool(config(start_seconds=0.001), command) as pool:
+        [worker] = pool._workers
+        wait_for(lambda: select.select([worker._stdout], [], [], 0)[0] != [])
+        put(pool, 1, "right")
+        results = collect(pool)
+    assert results[1] is not None
+    assert results[1]["accuracy"].tolist() == [1]
 
 
 def test_waiting_for_a_busy_machines_core_is_not_the_verifiers_time(
