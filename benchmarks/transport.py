@@ -101,7 +101,7 @@ def receive_raw(pipe: Connection, copy: bool) -> None:
                 break
             assert sum(map(len, frames))
             socket.send_multipart([peer, ticket, *ack], copy=copy)
-    context.destroy(linger=0)
+    context.destroy(linger=500)
 
 
 def send_wire(endpoint: Endpoint, keys: ClientKeys, group: Group, seconds: float) -> float:
@@ -136,7 +136,7 @@ def send_raw(endpoint: Endpoint, frames: list[bytes], seconds: float, copy: bool
             count += 1
 
     rate = windowed(lambda: socket.send_multipart([ticket, *frames], copy=copy), receive, seconds)
-    context.destroy(linger=0)
+    context.destroy(linger=500)
     return rate
 
 

@@ -432,6 +432,39 @@ def test_closing_does_not_wait_for_unsent_frames():
     assert not closer.is_alive()
 
 
+CLOSES_HALF_SENT = """
+import random, threading, time
+import numpy as np
+from offtrail.platform.wire.auth import new_keys
+from offtrail.platform.wire.messages import LeaseRequest
+from offtrail.platform.wire.sockets import Client, Server
+random.seed(0)
+arrays = [np.zeros(40_000)] * 3
+for _ in range(400):
+    keys, shown = new_keys("127.0.0.1")
+    server = Server("127.0.0.1", 0, keys)
+    client = Client(server.endpoint, "generator-0", shown)
+    for room in range(16):
+        client.send(LeaseRequest(room=room), arrays)
+    server.poll(5)
+    time.sleep(random.random() * 0.004)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    client.close()
+    closing.join()
+print("ended well")
+"""
+
+
+def test_closing_while_the_other_end_hangs_up_does_not_abort_the_process():
+    """It did, within libzmq, where a large message was half sent: a role died of SIGABRT at the end of a run."""
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSES_HALF_SENT], env=os.environ | path, capture_output=True, text=True, timeout=250
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended well\n", "")
+
+
 def test_replies_are_not_dropped_when_they_pile_up():
     """A ROUTER at its high-water mark drops silently; there is none here."""
     count = 3000
