@@ -112,7 +112,8 @@ class Envelope:
     @property
     def peer_name(self) -> str:
         """The name that the sender gave itself: whose connection it is, the broker knows by ``peer`` alone."""
-        return self.peer.partition(b"/")[0].decode(errors="replace")
+        name = self.peer.partition(b"/")[0].decode(errors="replace")
+        return name if name.isprintable() else self.peer.hex()
 
 
 class Server:

@@ -73,6 +73,7 @@ class Live:
         config = Config()
         config.learner.steps, config.batch.groups, config.batch.group_size = 100_000, 2, 2
         config.eval.every, config.tracking.tensorboard = 1000, False
+        config.broker.heartbeat_seconds = 0.03  # what a hostile generator was leased goes back after 30 of them
         self.over, self.died = threading.Event(), list[BaseException]()
         self.run, self.step = folder.name, 0
         ready = threading.Event()
@@ -299,9 +300,9 @@ def test_mutated_frames_and_extreme_messages_are_answered_and_harm_nobody(live: 
     decoded = decode_mutated(rng, 5000)
     assert decoded["accepted"] > 100
     assert decoded["refused"] > 1000
-    assert throw_frames(live, rng, 2000)["Error"] > 1000
-    answers = throw_messages(live, rng, 600)
-    assert answers["Error"] > 200
+    assert throw_frames(live, rng, 1600)["Error"] > 800
+    answers = throw_messages(live, rng, 400)
+    assert answers["Error"] > 130
     with pytest.raises(RefusedError, match="it is the learner's"):
         live.ask(live.generator, Commit(step=live.step, version=live.step + 1, checksum="evil"))
     live.check()
