@@ -85,11 +85,13 @@ def start(folder: Path, name: str, keys: Sequence[str]) -> Timeline:
             leased, queued = asked(run_dir)
             if leased and not timeline.first_lease:
                 timeline.first_lease = leased - began
-                timeline.cpu = {names[child]: seconds_of(child) for child in names}
+                for child, what in names.items():  # of one name: the fork server, and what it was on its way to a role
+                    timeline.cpu[what] = timeline.cpu.get(what, 0.0) + seconds_of(child)
             timeline.first_group = queued and queued - began
             time.sleep(LOOK_SECONDS)
         for child, what in names.items():  # the system's clock of starts is not that of logs: the launcher's is 0
-            timeline.steps.setdefault(what, {})["started"] = child.create_time() - launcher.create_time()
+            steps = timeline.steps.setdefault(what, {})
+            steps["started"] = min(steps.get("started", LIMIT_SECONDS), child.create_time() - launcher.create_time())
         process.send_signal(signal.SIGINT)
     for what, steps in timeline.steps.items():
         steps |= logged(run_dir / "logs" / f"{what}.log", began)
