@@ -80,7 +80,7 @@ def serving(answer: Answer, address: str = "127.0.0.1", keys: ServerKeys = SERVE
 def dealer(endpoint: Endpoint, *, plain: tuple[bytes, bytes] | None = None) -> Iterator[zmq.Socket]:
     """A peer that is not a Client."""
     socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.linger = 0
+    socket.linger = 500  # with 0 libzmq may abort the process: see sockets.LINGER_MS
     if plain:
         socket.plain_username, socket.plain_password = plain
     socket.connect(endpoint.url)
