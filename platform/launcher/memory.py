@@ -182,9 +182,17 @@ def estimate(config: Config, start: Path) -> Iterator[Part]:
             config, shape, count
         )
     if "generator" in counts and config.weights.channel == "shm":
-        versions = (config.staleness.max + 2 if config.staleness.mode == "exact" else 1) + 2
-        what = f"{versions} versions: those kept, the next, and one for the evaluator"
-        yield Part("weight channel", what, versions * shape.parameters * _engine_bytes(config))
+        size = shape.parameters * _engine_bytes(config)
+        versions = (config.staleness.max + 2 if config.staleness.mode == "exact" else 1) + 1
+        versions += _waiting_versions(config, size)
+        what = f"{versions} versions: those kept, the next, and those that wait for the evaluator"
+        yield Part("weight channel", what, versions * size)
+
+
+def _waiting_versions(config: Config, size: int) -> int:
+    """How many versions of ``size`` bytes may wait for their score: eval.waiting_mb of them, or one."""
+    planned = 2 + (config.steps // config.eval.every if config.eval.every else 0)
+    return min(planned, max(1, (config.eval.waiting_mb << 20) // max(1, size)))
 
 
 def _nothing(config: Config, shape: Shape, count: int) -> Iterator[Part]:

@@ -74,6 +74,17 @@ def test_the_generators_cache_is_of_what_admission_lets_run(run_dir: Path) -> No
     assert bounded < few
 
 
+def test_the_weight_channel_holds_as_many_versions_without_a_score_as_may_wait(run_dir: Path) -> None:
+    version = 4 * 134_515_000  # 513 MiB
+    for keys, versions in (
+        (["eval.every=0"], 2 + 1),  # of the first and the last version one may wait in 1 GiB
+        (["eval.every=0", "eval.waiting_mb=2000"], 2 + 2),
+        (["eval.every=1", "eval.waiting_mb=2000"], 2 + 3),
+        (["eval.every=1", "eval.waiting_mb=0"], 2 + 1),
+    ):
+        assert size(run_dir, "weight channel", *keys) == versions * version
+
+
 def test_each_named_key_lowers_its_role(run_dir: Path) -> None:
     before = {role: size(run_dir, role) for role in ("learner", "generator", "evaluator")}
     assert size(run_dir, "learner", "learner.tokens_per_microbatch=512") < before["learner"]
