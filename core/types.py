@@ -75,6 +75,8 @@ class Channel:
     values: Int32 | Float32
 
 
+LOWEST_LOGPROB, LARGEST_REWARD = -1e4, 1e9
+"""No sampled token is less likely; no reward larger: its square must stay a float32."""
 SHORT = 4096
 PARENT = "parent"
 """The node channel that makes nodes a tree: each node's parent, an earlier node, or −1 for a root."""
@@ -158,8 +160,14 @@ class Group:
             self._check_scored_by()
         # Few reductions, one value each: this runs for every group that arrives.
         lowest, highest = _range(self.logprobs)
-        if not (-math.inf < lowest <= highest < math.inf and math.isfinite(sum(self.rewards.tolist()))):
+        rewards = self.rewards.tolist()
+        if not (-math.inf < lowest <= highest < math.inf and math.isfinite(sum(rewards))):
             raise ValueError(f"group {self.group}: a reward or log-probability is not finite")
+        if lowest < LOWEST_LOGPROB or max(map(abs, rewards)) > LARGEST_REWARD:
+            raise ValueError(
+                f"group {self.group}: a log-probability of {lowest:.4g} or a reward of {max(map(abs, rewards)):.4g} is "
+                f"beyond {LOWEST_LOGPROB:.0e} or {LARGEST_REWARD:.0e}"
+            )
         for name, column in self.components.items():
             if any(map(math.isinf, column.tolist())):
                 raise ValueError(f"group {self.group}: component {name} is infinite (NaN says that it does not apply)")
