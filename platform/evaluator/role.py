@@ -1,7 +1,9 @@
-"""The evaluator role: scores published versions on held-out prompts with an engine of its own, and stops nobody.
+"""The evaluator role: scores published versions on held-out prompts with an engine of its own.
 
 The loop consumes evaluation jobs (versions 0, every eval.every-th, the last) and yields one EvalResult each; it is
 unblocked by the broker. The learner has pinned the version's weights, so they outlive newer versions until read.
+It computes with what learner and generators leave (eval.nice), and holds the learner up only where the versions that
+wait for it keep as much memory as they may (eval.waiting_mb).
 Every version is asked the same prompts with the same random numbers: versions are compared paired.
 """
 

@@ -15,7 +15,6 @@ import pytest
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner import checkpoint, role
-from offtrail.platform.learner.objectives import StalenessError
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.weights.store import Subscriber, checksum
 from offtrail.platform.wire.groups import group_frames
@@ -59,7 +58,9 @@ class ScriptedBroker:
 
     def answer(self, server: Server, envelope: Envelope) -> None:
         message = envelope.message
-        if isinstance(message, NextBatch) and (self.mute or message.step not in self.asked):
+        if isinstance(message, NextBatch) and self.mute:
+            return
+        if isinstance(message, NextBatch) and message.step not in self.asked:
             self.asked.add(message.step)
             server.reply(envelope, BatchReply(step=message.step, headers=[], waiting="groups"))
         elif isinstance(message, NextBatch) and message.step < min(self.stop_at, self.last):
@@ -153,8 +154,9 @@ def test_a_version_is_readable_when_it_is_committed(context: RoleContext, make_b
         "checkpoint 4 step_4",
     ]
     assert len(set(broker.checksums.values())) == 5
-    # versions that are due for evaluation stay readable; of the others the newest two
-    assert broker.readable[4] == [0, 2, 3, 4]
+    # versions that are due for evaluation stay readable; of the others the newest
+    assert broker.readable[3] == [0, 2, 3]
+    assert broker.readable[4] == [0, 2, 4]
     assert {
         "loss/policy",
         "reward/accuracy",
@@ -225,19 +227,19 @@ def test_a_resumed_exact_run_repeats_its_versions_and_their_window(
 
 def test_nothing_is_published_of_a_refused_batch(context: RoleContext, make_batch: MakeBatch) -> None:
     broker = ScriptedBroker(context.weights_folder, lambda step: make_batch(step, versions=step + 1 if step else 0))
-    with serving(broker, context.run_dir), pytest.raises(StalenessError, match="step 1"):
+    with serving(broker, context.run_dir), pytest.raises(role.BatchError, match="StalenessError: step 1"):
         role.main(context)
     assert broker.said == ["commit -1 → 0, pinned", "commit 0 → 1"]
     assert Subscriber(context.weights_folder).newest() == 1
 
 
-def test_waiting_without_progress_ends_with_a_sentence(context: RoleContext, make_batch: MakeBatch) -> None:
+def test_a_silent_broker_ends_the_wait_with_a_sentence(context: RoleContext, make_batch: MakeBatch) -> None:
     context.config.broker.deadline_seconds = 0.5
     broker = ScriptedBroker(context.weights_folder, make_batch, mute=True)
     began = time.monotonic()
     with (
         serving(broker, context.run_dir),
-        pytest.raises(WaitError, match=r"waited for batch 0 from the broker \(groups\)"),
+        pytest.raises(WaitError, match=r"waited for batch 0 from the broker"),
     ):
         role.main(context)
     assert time.monotonic() - began >= 0.5
