@@ -6,7 +6,7 @@ the connection that said Hello for it, as long as its process is there.
 
 from __future__ import annotations
 
-from offtrail.platform.broker.roster import Roster, names
+from offtrail.platform.broker.roster import Member, Roster, names
 from offtrail.platform.broker.scheduler import RequestError
 from offtrail.platform.runtime.roles import ROLES
 from offtrail.platform.wire.messages import LAUNCHER, PROTOCOL, SENDERS, Failure, Heartbeat, Hello
@@ -39,12 +39,22 @@ def check_sender(envelope: Envelope, roster: Roster) -> None:
         if member is None or member.pid != message.pid:
             raise RequestError(f"{what} of {message.role}-{message.index}, process {message.pid}: it is not in the run")
         return
-    if not isinstance(message, Failure) and type(message) not in SENDERS:
+    if isinstance(message, Failure):
+        _check_failure(message, sender, roster)
+        return
+    if type(message) not in SENDERS:
         return
     if sender is None:
         raise RequestError(f"{what}: {envelope.peer_name} has not said Hello; known are {names(roster)}")
-    if isinstance(message, Failure):
-        if sender.role != LAUNCHER and sender.name != f"{message.role}-{message.index}":
-            raise RequestError(f"{what} of {message.role}-{message.index} from {sender.name}: each tells its own")
-    elif sender.role != SENDERS[type(message)] or (sender.role == "learner" and sender.index):
+    if sender.role != SENDERS[type(message)] or (sender.role == "learner" and sender.index):
         raise RequestError(f"{what} from {sender.name}: it is the {SENDERS[type(message)]}'s to send")
+
+
+def _check_failure(message: Failure, sender: Member | None, roster: Roster) -> None:
+    """A dying role dials anew, and is known by its process id; or it dies before it could say Hello."""
+    name = f"{message.role}-{message.index}"
+    if sender is not None and sender.role != LAUNCHER and sender.name != name:
+        raise RequestError(f"Failure of {name} from {sender.name}: each tells its own")
+    holder = roster.get(name)
+    if sender is None and (holder.pid != message.pid if holder else message.role not in MAY_JOIN):
+        raise RequestError(f"Failure of {name}, process {message.pid}: it is not in the run")

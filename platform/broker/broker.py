@@ -107,7 +107,7 @@ class Broker:
             rules=GroupRules.of(config, run_dir),
         )
         self.ledger.release()
-        self.scheduler.rewind()
+        self.scheduler.begin()
         self.roster = Roster()
         self.numbers = RunMetrics(self.ledger, self.roster, clock, cold_start)
         self.recorder = Recorder(run_dir, config)
@@ -227,21 +227,21 @@ class Broker:
         self.ending.diagnosis = Diagnosis(self.config, rows)
 
     def on_hello(self, hello: Hello, envelope: Envelope) -> Answer:
-        """A role begins, or begins again: then its leases go back, and the learner's replay starts over."""
+        """A role begins, or begins again: then its leases go back, and a new learner's replay starts over."""
         here = not is_remote(self.config.broker.address)
         check_hello(hello, self.run_dir.name, self.roster, here=here)
         name = f"{hello.role}-{hello.index}"
         before = self.roster.get(name)
         # A process that comes back under a new connection goes on with its cumulative charges.
-        again = before is not None
-        life = before.life if before and before.pid == hello.pid else self.ledger.records.life(hello.role, hello.index)
+        again = before is not None and before.pid != hello.pid
+        life = before.life if before and not again else self.ledger.records.life(hello.role, hello.index)
         self.roster.add(Member(hello.role, hello.index, hello.pid, life, self.clock(), envelope.peer))
         start = self.ledger.checkpoint
         if hello.role == LAUNCHER:
             return Welcome(run=self.run_dir.name, step=start), NO_ARRAYS
         self.polls.forget(name)
         self.ledger.return_leases(name)
-        if again and name == "learner-0":
+        if again and name == "learner-0" and not self.ending.status:
             self.scheduler.rewind()
             self._restore_rows()
             self.evaluations.pinned.clear()

@@ -414,12 +414,16 @@ class Scheduler:
         self._at_commit = dict(self.ledger.tally().refused)
         return "diverged" if diverged else "new"
 
+    def begin(self) -> None:
+        """A broker's life begins: the learner does too, without the batch that an earlier launch has failed on."""
+        self.rewind()
+        self._drop_blamed()
+
     def rewind(self) -> None:
         """The learner begins anew from its checkpoint: nothing is published until it says so."""
         self.ledger.rewind()
         self.version = self.handed = -1
         self.replay_until = self.ledger.logged()
-        self._drop_blamed()
 
     def end_here(self, why: str) -> None:
         """The run ends with what was begun: with the newest version, or with the one that the last logged batch makes.

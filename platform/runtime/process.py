@@ -77,9 +77,9 @@ def check_device(context: RoleContext) -> None:
 
 def report_failure(context: RoleContext, error: Exception) -> None:
     """Best effort: the launcher sees the exit status anyway, the broker's word only says why sooner, and on which batch
-    (``error.batch``, the learner's).
+    (``error.batch``, the learner's). On a line of its own and without a Hello, which would begin the role anew.
     """
-    from offtrail.platform.wire.messages import Failure, Hello
+    from offtrail.platform.wire.messages import Failure
     from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
 
     if context.role == "broker":
@@ -87,14 +87,13 @@ def report_failure(context: RoleContext, error: Exception) -> None:
     try:
         endpoint = Endpoint.read(context.run_dir / "endpoint.json", 1.0)
         client = Client(endpoint, f"{context.role}-{context.index}-failure", ClientKeys.read(context.run_dir))
-        hello = Hello(role=context.role, index=context.index, pid=os.getpid(), run=context.run_dir.name)
-        client.request(hello, what="a welcome", deadline_s=2.0)  # its own line is closed, if it ever had one
         failure = Failure(
             role=context.role,
             index=context.index,
             error=f"{type(error).__name__}: {error}",
             final=is_final(error),
             batch=getattr(error, "batch", -1),
+            pid=os.getpid(),
         )
         client.request(failure, what="an acknowledged failure", deadline_s=2.0)
         client.close()

@@ -229,7 +229,7 @@ class Beat(Message, frozen=True):
 
 class Failure(Message, frozen=True):
     """A role says why it dies, or the launcher how one has died. ``final``: another start would not cure it.
-    ``batch``: the learner step whose batch it failed on, or −1.
+    ``batch``: the learner step whose batch it failed on, or −1. ``pid``: the role's own; 0 from the launcher.
     """
 
     role: Name
@@ -237,6 +237,7 @@ class Failure(Message, frozen=True):
     error: Text
     final: bool = False
     batch: VersionOrNone = -1
+    pid: Pid = 0
 
 
 class StatusRequest(Message, frozen=True):

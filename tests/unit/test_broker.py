@@ -89,12 +89,22 @@ def test_a_message_is_taken_only_from_the_role_whose_it_is(message: Message, sta
 def test_a_failure_is_told_by_the_role_itself_or_by_the_launcher(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()
-    failure = Failure(role="learner", index=0, error="says another")
-    assert "stranger has not said Hello" in run.ask("stranger", failure, Error).error
+    failure = Failure(role="learner", index=0, error="says another", pid=os.getppid())
+    words = f"Failure of learner-0, process {os.getppid()}: it is not in the run"
+    assert run.ask("stranger", failure, Error).error == words
+    assert "it is not in the run" in run.ask("stranger", Failure(role="gardener", index=0, error="x"), Error).error
     assert "each tells its own" in run.ask("generator-0", failure, Error).error
     assert run.broker.ending.status == ""
-    run.ask("learner-0", failure, Acknowledged)
-    assert run.broker.ending.status == "failed"
+    run.ask("learner-0-failure", Failure(role="learner", index=0, error="its own", pid=os.getpid()), Acknowledged)
+    assert run.broker.ending.reason == "learner-0: its own"
+
+
+def test_a_role_that_dies_before_its_hello_is_heard(start: Callable[..., Run]) -> None:
+    run = start()
+    run.hello("launcher")
+    failure = Failure(role="evaluator", index=0, error="ValueError: no cuda", final=True, pid=os.getppid())
+    run.ask("evaluator-0-failure", failure, Acknowledged)
+    assert run.broker.ending.reason == "evaluator-0: ValueError: no cuda"
 
 
 def test_a_second_peer_under_the_name_of_a_living_role_does_not_take_over(start: Callable[..., Run]) -> None:

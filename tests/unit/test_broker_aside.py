@@ -5,6 +5,7 @@ The poison is planted in ledger.sqlite itself, as an older broker may have let i
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +22,20 @@ from offtrail.platform.broker.archive import ArchiveError, read_archive
 from offtrail.platform.broker.ledger import FILE
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.jobs import report
+from offtrail.platform.learner.role import BatchError
+from offtrail.platform.runtime.context import RoleContext
+from offtrail.platform.runtime.process import report_failure
+from offtrail.platform.wire import sockets
 from offtrail.platform.wire.groups import pack_group, unpack_group
-from offtrail.platform.wire.messages import Acknowledged, BatchReply, Checkpointed, EvalResult, Failure, NextBatch
+from offtrail.platform.wire.messages import (
+    Acknowledged,
+    BatchReply,
+    Checkpointed,
+    EvalResult,
+    Failure,
+    Message,
+    NextBatch,
+)
 
 from .test_broker_poison import vocabulary
 
@@ -48,6 +61,25 @@ def again(run: Run, **changes: Any) -> Run:
     run.next = Run(run.run_dir, **changes)
     run.next.everybody()
     return run.next
+
+
+def tell(run: Run, error: Exception, monkeypatch: pytest.MonkeyPatch, index: int = 0) -> None:
+    """A learner's process reports as it dies: the real function, its line led to this broker."""
+
+    class Line:
+        def __init__(self, endpoint: object, identity: str, keys: object) -> None:
+            self.identity = identity
+
+        def request(self, message: Message, **_: object) -> None:
+            run.ask(self.identity, message, Message)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(sockets, "Client", Line)
+    monkeypatch.setattr(sockets.Endpoint, "read", lambda *_: None)
+    monkeypatch.setattr(sockets.ClientKeys, "read", lambda *_: None)
+    report_failure(RoleContext(run.config, run.run_dir, "learner", index), error)
 
 
 def to_the_end(run: Run, steps: int = 3) -> dict[str, Any]:
@@ -142,6 +174,46 @@ def test_a_batch_on_which_the_learner_has_failed_is_set_aside_by_the_next_launch
     ]
     assert summary["groups/refused"]["failed"] == B
     assert run.restarted().broker.ending.status == "completed"  # once is enough
+
+
+def test_a_learner_that_fails_erases_nothing_of_its_run(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(learner__steps=6)
+    run.everybody()
+    for _ in range(4):
+        run.train(checkpoint=False)
+    assert run.ask("learner-0", NextBatch(step=4), BatchReply).headers
+    rows, pinned = run.rows(), dict(run.broker.evaluations.pinned)
+    tell(run, BatchError(4, ValueError("x")), monkeypatch)
+    for _ in range(2):  # another process of it may begin before the broker has left
+        assert run.broker.ending.status == "failed"
+        assert (run.summary()["steps"], run.summary()["groups/trained"]) == (4, 4 * B)
+        assert run.rows() == rows
+        assert run.broker.evaluations.pinned == pinned
+        run.broker.roster.members["learner-0"].lost = True
+        run.hello("learner", pid=os.getpid() + 1)
+        run.broker.ending.write_summary()
+
+
+def test_a_batch_on_which_one_rank_has_failed_stays_for_another_try(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks report, and none of the reports, nor a learner that begins anew in this life, drops the batch."""
+    run = start()
+    run.everybody()
+    run.hello("learner", 1)
+    run.make()
+    before = run.ask("learner-0", NextBatch(step=0), BatchReply)
+    for index in (1, 0):
+        tell(run, BatchError(0, ValueError("x")), monkeypatch, index)
+    run.broker.scheduler.rewind()
+    assert run.broker.ledger.batch(0) == [header.group for header in before.headers]
+    config = Config()
+    config.learner.optim.lr /= 10
+    config.learner.steps = 3
+    run = run.restarted(learner=config.learner)
+    assert run.ask("learner-0", NextBatch(step=0), BatchReply).headers == before.headers
 
 
 def test_a_batch_gets_another_try_under_another_learning_rate(start: Callable[..., Run]) -> None:
