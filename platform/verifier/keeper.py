@@ -102,17 +102,15 @@ def descendants(root: int) -> Iterator[int]:
         yield from found
 
 
+def verifier_below(keeper: int) -> int:
+    """The keeper's first child, which is its verifier: orphans come after it. The process itself before it has one."""
+    with suppress(OSError, IndexError), open(f"/proc/{keeper}/task/{keeper}/children", "rb") as file:
+        return int(file.read().split()[0])
+    return keeper
+
+
 def waited_for_a_core(pid: int) -> float:
-    """Seconds that a process and its children were ready to run and had no core (Linux counts them; 0 elsewhere)."""
-    total = 0.0
-    with suppress(OSError, ValueError, IndexError):
-        for one in (pid, *_children(pid)):
-            with open(f"/proc/{one}/schedstat", "rb") as file:
-                total += int(file.read().split()[1]) / 1e9
-    return total
-
-
-def _children(pid: int) -> list[int]:
-    with suppress(OSError), open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
-        return [int(child) for child in file.read().split()]
-    return []
+    """Seconds that a process was ready to run and had no core (Linux counts them; 0 elsewhere)."""
+    with suppress(OSError, IndexError), open(f"/proc/{pid}/schedstat", "rb") as file:
+        return int(file.read().split()[1]) / 1e9
+    return 0.0

@@ -6,8 +6,8 @@ Called by the rollout loop and the evaluator between decode steps; nothing here 
 Invariants
 - Every submitted key comes back from ``poll`` exactly once, whatever its verifier or its worker does.
 - A group takes at most reward.deadline_seconds, counted from when it is seen to be its worker's next, without the time
-  that the worker waited for a core: then the worker is killed with all that it started (keeper.py) and restarted; the
-  groups behind it go to the front of the queue.
+  that the worker itself waited for a core, and at most EXCUSED times as long with it: then the worker is killed with
+  all that it started (keeper.py) and restarted; the groups behind it go to the front of the queue.
 - A worker that dies by itself costs its running group one retry, then that group fails with a named reason.
 - No worker outlives its parent: it reads the end of stdin, or in the middle of a verifier is killed by its keeper.
 - What verifiers print goes to the role's log, up to PRINTED bytes between two verdicts and PRINTED_IN_ALL of a worker.
@@ -38,7 +38,7 @@ import offtrail
 from offtrail.core.types import Float32, Problem
 from offtrail.platform.config.errors import FinalError
 from offtrail.platform.config.schema import Config
-from offtrail.platform.verifier.keeper import waited_for_a_core
+from offtrail.platform.verifier.keeper import verifier_below, waited_for_a_core
 from offtrail.platform.verifier.worker import LENGTH, READY, Job, Setup, Verdict, frame_of
 from offtrail.rewards.total import columns, nothing_earned
 
@@ -51,6 +51,8 @@ START_ATTEMPTS = 3
 UNREADABLE = -2
 BUSY_LOOK_SECONDS = 0.05
 """Between two looks at a worker that is late by the clock."""
+EXCUSED = 10
+"""Deadlines after which a worker is late, whatever it waited for: a verifier can make its machine busy by itself."""
 END_SECONDS = 5.0
 """The longest that a keeper may take to end all below it; then its process group is killed."""
 PRINTED, PRINTED_IN_ALL = 16 << 10, 1 << 20
@@ -314,10 +316,12 @@ class _Worker:
         return time.monotonic() - self._since
 
     def late(self, seconds: float) -> bool:
-        """Whether it has had so long, without the time that it waited for a core: a busy machine is not its fault."""
-        if self.seconds <= seconds:
-            return False
-        own = self.seconds - self._waited()
+        """Whether it has had so long, without the time that it waited for a core: a busy machine is not its fault.
+        What it starts is on its clock. EXCUSED times as long is late in any case.
+        """
+        if not seconds < self.seconds <= EXCUSED * seconds:
+            return self.seconds > seconds
+        own = self.seconds - max(0.0, self._waited() - self._waited_before)
         if own <= seconds and not self._excused:
             self._excused = True
             log.warning(
@@ -327,12 +331,15 @@ class _Worker:
 
     def restart_clock(self) -> None:
         """It begins something new."""
-        self._since, self._waited_before = time.monotonic(), waited_for_a_core(self._process.pid)
+        self._since, self._waited_before = time.monotonic(), self._waited()
         self._excused = False
         self._printed.allow()
 
     def _waited(self) -> float:
-        return max(0.0, waited_for_a_core(self._process.pid) - self._waited_before)
+        """Of the verifier, and while it starts of the process that imports for it and becomes its keeper."""
+        keeper = self._process.pid
+        own = waited_for_a_core(verifier := verifier_below(keeper))
+        return own if self.ready or verifier == keeper else own + waited_for_a_core(keeper)
 
     def report_ready(self) -> None:
         """It has imported and rebuilt its verifier."""

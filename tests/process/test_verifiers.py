@@ -64,6 +64,12 @@ def verify(problem, answer):
             os.wait()
             while not flag.exists() or not flag.read_text(): time.sleep(0.01)
             if answer == "daemon and die": os._exit(3)
+        case "spinners":
+            for _ in range(6):
+                if os.fork() == 0:
+                    if os.fork(): os._exit(0)
+                    while True: pass
+            time.sleep(600)
         case "child":
             if pid := os.fork(): flag.write_text(str(pid))
             while True: time.sleep(1)
@@ -326,6 +332,7 @@ def test_waiting_for_a_busy_machines_core_is_not_the_verifiers_time(
             collect(pool)
     settings = config(start_seconds=0.001, deadline_seconds=0.1)
     monkeypatch.setattr(pool_module, "waited_for_a_core", lambda pid: time.monotonic())
+    monkeypatch.setattr(pool_module, "EXCUSED", 1e6)
     with VerifierPool(settings, command) as pool:
         put(pool, 1, "slow")
         results = collect(pool)
@@ -333,6 +340,23 @@ def test_waiting_for_a_busy_machines_core_is_not_the_verifiers_time(
     assert results[1]["accuracy"].tolist() == [1]
     assert pool.counters["verifier_timeouts"] == 0
     assert "busy machine" in caplog.text
+
+
+def test_what_a_verifier_starts_does_not_stop_its_clock(command: tuple[str, ...]):
+    with VerifierPool(config(deadline_seconds=1.0), command) as pool:
+        put(pool, 1, "spinners")
+        assert collect(pool)[1] is not None
+        assert pool.counters["verifier_timeouts"] == 1
+
+
+def test_a_verifier_is_excused_for_ten_deadlines_at_most(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    with VerifierPool(config(deadline_seconds=0.1), command) as pool:
+        put(pool, "warm", "right")
+        collect(pool)
+        monkeypatch.setattr(pool_module, "waited_for_a_core", lambda pid: time.monotonic())
+        put(pool, 1, "loop")
+        collect(pool)
+        assert pool.counters["verifier_timeouts"] == 1
 
 
 def test_many_keys_under_random_deaths_all_come_back_once(command: tuple[str, ...]):
