@@ -259,6 +259,7 @@ class Served:
     def close(self) -> None:
         """End the server."""
         self._server.close()
+        self._reaper.sweep()
         self._reaper.close()
         self._lock.close()
 

@@ -46,6 +46,9 @@ class Hosts(Protocol):
         whose pid the backend appends to the command.
         """
 
+    def sweep(self) -> None:
+        """End whatever the roles have started and left."""
+
     def close(self) -> None:
         """Every role has left, and what the run shared is gone."""
 
@@ -102,6 +105,10 @@ class LocalHosts:
             )
         self._reaper.role(process.pid)
         return LocalHandle(spec.name, process, log)
+
+    def sweep(self) -> None:
+        """See Hosts."""
+        self._reaper.sweep()
 
     def close(self) -> None:
         """See Hosts."""

@@ -49,9 +49,12 @@ class Reaper:
         note(self._roles, pid)
         self._tell(f"{pid}\n")
 
-    def close(self) -> None:
+    def sweep(self) -> None:
         """The launcher cleans up itself: end what is left of the attempt."""
         attempt.sweep(self.attempt, self._roles)
+
+    def close(self) -> None:
+        """Nothing of the attempt is left, nor of what it shared: it is over."""
         attempt.over()
         self._tell("done\n")
         assert self._process.stdin is not None

@@ -200,6 +200,7 @@ class Run:
         self._wait(self.roles, TERMINATE_SECONDS)
         if self.client is not None:
             self.client.close()
+        self.hosts.sweep()
         remove_leftovers(self.config, self.run_dir)
         self.hosts.close()
 

@@ -51,6 +51,7 @@ def run_serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[st
     try:
         return serve(config, run_dir, interrupted)
     finally:
+        reaper.sweep()
         remove_leftovers(config, run_dir)
         reaper.close()
 

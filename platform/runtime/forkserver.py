@@ -72,21 +72,35 @@ def receive(line: socket.socket) -> Request | None:
 
 
 def fork() -> int:
-    """0 in the new process, which the launcher has adopted; its pid in this one."""
-    adopted, told = os.pipe(), os.pipe()
+    """0 in the new process, which the launcher has adopted; its pid in this one. OSError where it cannot be made.
+
+    Trap: the end of a pipe is heard only where nobody, oneself included, holds the side that is written to.
+    """
+    (hears, tells), (waits, lets) = os.pipe(), os.pipe()
     if middle := os.fork():
+        os.close(tells)
+        os.close(waits)
         os.waitpid(middle, 0)  # from here on the role is the launcher's
-        os.close(adopted[1])
-        pid = int(os.read(told[0], 32))
-    else:
-        os.close(adopted[1])
-        if pid := os.fork():
-            os.write(told[1], b"%d" % pid)
-            os._exit(0)
-        os.read(adopted[0], 1)
-    for descriptor in (adopted[0], *told):
-        os.close(descriptor)
-    return pid
+        if not (pid := os.read(hears, 32)):
+            raise ChildProcessError("the process that was to fork a role has died")
+        os.write(lets, b"1")
+        os.close(hears)
+        os.close(lets)
+        return int(pid)
+    os.close(hears)
+    os.close(lets)
+    try:
+        role = os.fork()
+    except OSError:  # no room for it
+        os._exit(1)
+    if role:
+        os.write(tells, b"%d" % role)
+        os._exit(0)
+    os.close(tells)
+    if not os.read(waits, 1):  # nobody has heard of this process
+        os._exit(1)
+    os.close(waits)
+    return 0
 
 
 def become(request: Request) -> list[str]:

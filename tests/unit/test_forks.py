@@ -119,6 +119,27 @@ def test_roles_outlive_the_server_and_the_next_one_is_started_by_itself(
     server.close()
 
 
+@pytest.mark.parametrize(
+    "dies",
+    [
+        "real = os.fork; os.fork = lambda: real() if os.getpid() == server else os.kill(os.getpid(), 9)",
+        "real = os.write; os.write = lambda *a: real(*a) if os.getpid() == server else os.kill(os.getpid(), 9)",
+        "real = os.fork; os.fork = lambda: real() if os.getpid() == server else full()",
+    ],
+    ids=["killed before it", "killed after it", "no room for it"],
+)
+def test_a_fork_that_fails_is_told_at_once_and_leaves_no_role_that_nobody_knows(dies: str) -> None:
+    code = (
+        "import errno, os; from offtrail.platform.runtime import forkserver; server = os.getpid()\n"
+        "def full(): raise BlockingIOError(errno.EAGAIN, 'no more processes')\n"
+        f"{dies}\n"
+        "try: print('a role' if forkserver.fork() == 0 else 'its pid')\n"
+        "except OSError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("the process that was to fork a role has died\n", "")
+
+
 def test_a_server_that_hangs_is_not_waited_for(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forks, "IMPORT_SECONDS", 0.2)
     server = ForkServer()

@@ -169,6 +169,9 @@ class Scripts:
         with log.open("ab") as out:
             return LocalHandle(spec.name, subprocess.Popen([sys.executable, "-c", code], stderr=out), log)
 
+    def sweep(self) -> None:
+        """They start nothing."""
+
     def close(self) -> None:
         self.closed = True
 

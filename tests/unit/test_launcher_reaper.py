@@ -17,10 +17,16 @@ import pytest
 
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher import reaper
+from offtrail.platform.launcher import reaper, run
 from offtrail.platform.launcher.hosts import LocalHosts
 from offtrail.platform.runtime import attempt
-from offtrail.platform.runtime.context import make_temporary, remove_earlier, servers_folder, weights_folder
+from offtrail.platform.runtime.context import (
+    make_temporary,
+    remove_earlier,
+    remove_leftovers,
+    servers_folder,
+    weights_folder,
+)
 from offtrail.platform.runtime.roles import RoleSpec
 from offtrail.platform.weights.store import Publisher
 
@@ -201,6 +207,28 @@ def test_hosts_that_are_closed_leave_no_reaper_and_ranks_know_their_world(tmp_pa
     assert len(before) == 1
     assert not psutil.pid_exists(before[0])
     assert attempt.VARIABLE not in os.environ
+
+
+def test_a_run_that_ends_gives_back_what_it_shared_when_the_last_process_is_gone(
+    config: Config, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a role has left running may still write where the run shares."""
+    at_the_time: list[list[bool]] = []
+
+    def watched(config: Config, run_dir: Path, attempt: str = "") -> None:
+        at_the_time.append(hung.left)
+        remove_leftovers(config, run_dir, attempt)
+
+    monkeypatch.setattr(run, "remove_leftovers", watched)
+    ending = run.Run(config, run_dir, LocalHosts(run_dir))
+    channel, hung = weights_folder(config, run_dir), Hung()
+    channel.mkdir()
+    try:
+        ending.close()
+    finally:
+        hung.end()
+    assert at_the_time == [[False, False, False]]
+    assert not channel.exists()
 
 
 def test_a_launcher_that_is_killed_takes_its_attempt_along(tmp_path: Path, config: Config) -> None:
