@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import pytest
 from offtrail.platform.wire import auth, sockets
 from offtrail.platform.wire.auth import new_keys
 from offtrail.platform.wire.messages import LeaseRequest, Leases
-from offtrail.platform.wire.sockets import Client, Server
+from offtrail.platform.wire.sockets import Client, Endpoint, Server
 
 SERVER, CLIENT = new_keys("127.0.0.1")
 MORE = 1
@@ -99,6 +99,18 @@ def closes(stranger: socket.socket, seconds: float) -> bool:
     return True
 
 
+def copy(source: socket.socket, target: socket.socket) -> int:
+    """What comes from one connection goes to the other, until the first one's end; its bytes."""
+    source.settimeout(20)
+    copied = 0
+    with suppress(ConnectionError):
+        while data := source.recv(4096):
+            copied += len(data)
+            with suppress(OSError):
+                target.sendall(data)
+    return copied
+
+
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -170,6 +182,41 @@ def test_of_strangers_beyond_a_few_the_longest_here_are_closed_and_roles_come_an
             with dialing(server) as late:
                 assert ask(late, room) == room
         assert ask(client, 20) == 20
+
+
+def test_who_shows_a_wrong_secret_is_let_go_and_roles_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is sent a refusal, more than a stranger that shows nothing: that makes it no role."""
+    monkeypatch.setattr(auth, "HANDSHAKE_SECONDS", 600.0)
+    monkeypatch.setattr(auth, "CONNECTIONS", 100)
+    with serving() as server, dialing(server) as client, ExitStack() as held:
+        assert ask(client, 1) == 1
+        strangers = []
+        for _ in range(200):
+            strangers.append(stranger := held.enter_context(connect(server.endpoint.url)))
+            stranger.sendall(greeting(b"PLAIN") + command(b"HELLO", text(b"role") + text(b"guess")))
+        assert all(closes(stranger, 20) for stranger in strangers)
+        assert ask(client, 2) == 2
+
+
+def test_a_peer_with_a_wrong_key_is_let_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CURVE's refusal, through a relay that keeps the broker's end of the connection open when the peer's has gone."""
+    monkeypatch.setattr(auth, "HANDSHAKE_SECONDS", 600.0)
+    keys, _ = new_keys("0.0.0.0")
+    server = Server("0.0.0.0", 0, keys)
+    with socket.create_server(("127.0.0.1", 0)) as front, connect(server.endpoint.url) as back:
+        url = f"tcp://127.0.0.1:{front.getsockname()[1]}"
+        endpoint = Endpoint(url, url, keys.public)
+        client = Client(endpoint, "generator-0", new_keys("0.0.0.0")[1])
+        peer, _ = front.accept()
+        with peer:
+            copying = threading.Thread(target=copy, args=(peer, back))
+            copying.start()
+            sent = copy(back, peer)
+            peer.shutdown(socket.SHUT_RDWR)
+            copying.join(20)
+        client.close()
+    server.close()
+    assert sent - auth.GREETING_BYTES - auth.CURVE_WELCOME_BYTES in auth.REFUSAL_BYTES
 
 
 def test_connections_end_well_before_the_descriptors_do(monkeypatch: pytest.MonkeyPatch) -> None:
