@@ -1,7 +1,7 @@
 """Bundles: one message of the socket that carries one letter or several, each a message of the wire under its ticket.
 
-    frame 0     number of letters (uint32) · 0 (uint32) · for each its ticket (uint64), bytes of its head (uint32),
-                raw frames (uint32) · the heads, one behind the other                             little-endian
+    frame 0     number of letters (uint64) · for each its ticket (uint64), bytes of its head (uint32), raw frames
+                (uint32) · the heads, one behind the other                                        little-endian
     frames 1…   the raw frames of all letters, in turn
 
 Called by sockets.py. What a frame costs, many small letters share. Invariant: `unbundle` of any frames gives letters
@@ -18,13 +18,21 @@ from offtrail.platform.wire.codec import Frame, WireError
 Letter = tuple[int, list[Frame]]
 """Ticket, and the frames of one message: codec.encode made them, or codec.decode reads them."""
 
-_COUNT = struct.Struct("<II")
+NO_TICKET = 0
+"""The ticket of the one letter that answers a message whose letters could not be read."""
+
+_COUNT = struct.Struct("<Q")
 _ENTRY = struct.Struct("<QII")
+
+
+def bytes_alone(head: Frame) -> int:
+    """Of the first frame, where the letter with this head has it for itself."""
+    return _COUNT.size + _ENTRY.size + len(head)
 
 
 def bundle(letters: Sequence[Letter]) -> list[Frame]:
     """The frames of one message of the socket. Raw frames are not copied."""
-    parts: list[Frame] = [_COUNT.pack(len(letters), 0)]
+    parts: list[Frame] = [_COUNT.pack(len(letters))]
     parts += [_ENTRY.pack(ticket, len(frames[0]), len(frames) - 1) for ticket, frames in letters]
     parts += [frames[0] for _, frames in letters]
     return [b"".join(parts), *(frame for _, frames in letters for frame in frames[1:])]
@@ -35,7 +43,7 @@ def unbundle(frames: Sequence[Frame]) -> list[Letter]:
     if not frames or len(frames[0]) < _COUNT.size:
         raise WireError(f"a message of {len(frames)} frames without a table of letters")
     first = memoryview(frames[0])
-    count, _ = _COUNT.unpack_from(first)
+    (count,) = _COUNT.unpack_from(first)
     start = _COUNT.size + count * _ENTRY.size
     if start > len(first):
         raise WireError(f"a table of {count} letters in a frame of {len(first)} bytes")

@@ -24,7 +24,7 @@ from typing import Any, get_args
 import zmq
 
 from offtrail.platform.wire.auth import ClientKeys, Gate, ServerKeys, is_remote, make_keys, write_private
-from offtrail.platform.wire.bundle import Letter, bundle, unbundle
+from offtrail.platform.wire.bundle import NO_TICKET, Letter, bundle, bytes_alone, unbundle
 from offtrail.platform.wire.codec import Array, Frame, WireError, decode, encode
 from offtrail.platform.wire.messages import Error, Message, RequestMessage, VersionHint
 
@@ -43,7 +43,7 @@ PEER_REPLIES = 4096
 HINT_REQUEST_BYTES = 1024
 """To the hints' port come subscriptions only."""
 SHARED_BYTES = 96 * 1024
-"""Letters that may wait leave together once they are so many bytes, or at the next poll."""
+"""Letters that may wait leave together before they are more bytes, or at the next poll: few frames, however many."""
 LINGER_MS = 500
 """How long what is unsent may still leave after a close. Trap: with 0, libzmq 4.3.5 aborts the process when the other
 end hangs up while a message of several frames is half sent (session_base.cpp, clean_pipes).
@@ -170,7 +170,7 @@ class Server:
                 raise WireError(f"a message of {len(frames)} frames; the broker reads {REQUEST_FRAMES}")
             letters = unbundle(frames)
         except WireError as error:
-            self._reply(peer, 0, Error(error=str(error)))
+            self._reply(peer, NO_TICKET, Error(error=str(error)))
             return []
         for ticket, parts in letters:
             try:
@@ -222,7 +222,7 @@ class Client:
         self._requests.connect(endpoint.url)
         self._hints: zmq.Socket[bytes] | None = None
         # Random start: what another client was asked is told from it by its ticket.
-        self._next = secrets.randbits(62)
+        self._next = NO_TICKET + 1 + secrets.randbits(62)
         self._open: set[int] = set()
         self._early: list[tuple[int, Message, list[Array]]] = []
         self._letters: list[Letter] = []
@@ -242,19 +242,24 @@ class Client:
         """Send a request without waiting; its reply comes from ``poll`` under the returned ticket.
 
         Arrays may still be read after the call returns: leave them unchanged. ``share``: it may wait for others to
-        share a frame with, until the next ``poll`` or unshared request. Raises WireError where an array is larger than
-        the broker takes.
+        share a frame with, until the next ``poll`` or unshared request. Raises WireError where it is more than the
+        broker takes.
         """
         frames = encode(message, arrays)
-        if (largest := max(map(len, frames))) > REQUEST_FRAME_BYTES:
+        if (largest := max(bytes_alone(frames[0]), *map(len, frames))) > REQUEST_FRAME_BYTES:
             raise WireError(
                 f"{type(message).__name__} has a frame of {largest} bytes; the broker takes {REQUEST_FRAME_BYTES}"
             )
+        if len(frames) > REQUEST_FRAMES:
+            raise WireError(f"{type(message).__name__} has {len(frames)} frames; the broker reads {REQUEST_FRAMES}")
+        size = sum(map(len, frames))
+        if self._bytes + size > SHARED_BYTES:
+            self.flush()
         ticket = self._next
         self._next += 1
         self._open.add(ticket)
         self._letters.append((ticket, frames))
-        self._bytes += sum(map(len, frames))
+        self._bytes += size
         if not share or self._bytes >= SHARED_BYTES:
             self.flush()
         return ticket
@@ -274,7 +279,8 @@ class Client:
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Message, list[Array]]]:
         """Replies at hand as (ticket, message, arrays); waits up to ``timeout_s`` for the first. Error replies too.
 
-        About a microsecond when nothing is there and ``timeout_s`` is 0. Raises WireError on bytes that are no message.
+        About a microsecond when nothing is there and ``timeout_s`` is 0. Raises WireError on bytes that are no message,
+        and where the broker could not read one of this client's.
         """
         self.flush()
         replies, self._early = self._early, []
@@ -282,6 +288,8 @@ class Client:
             return replies
         while len(replies) < DRAIN and (frames := _receive(self._requests)) is not None:
             for ticket, parts in unbundle(frames):
+                if ticket == NO_TICKET:
+                    raise WireError(f"the broker could not read a message of {self.identity}: {decode(parts)[0]}")
                 if ticket in self._open:
                     self._open.discard(ticket)
                     replies.append((ticket, *decode(parts)))

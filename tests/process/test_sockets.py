@@ -207,7 +207,8 @@ def test_a_refusal_is_raised_with_the_servers_words():
     [
         ([b"garbage"], "without a table of letters"),
         ([b""], "without a table of letters"),
-        ([b"\xff" * 8], "a table of 4294967295 letters in a frame of 8 bytes"),
+        ([b"\xff" * 8], f"a table of {(1 << 64) - 1} letters in a frame of 8 bytes"),
+        ([bytes(4) + b"\1" + bytes(3)], f"a table of {1 << 32} letters in a frame of 8 bytes"),
         ([*bundle([(1, encode(ask(1)))]), b"more"], "1 letters of"),
         (bundle([(1, [b"garbage"])]), "a header of 7 bytes"),
         (bundle([(1, [b"x" * 40])]), "does not speak offtrail's protocol"),
@@ -251,6 +252,25 @@ def test_a_frame_that_the_broker_would_not_take_is_refused_before_it_is_sent():
         with pytest.raises(WireError, match="LeaseRequest has a frame of 67108872 bytes; the broker takes 67108864"):
             client.send(ask(1), [np.zeros((64 << 17) + 1)])
         assert client.request(ask(2), what="an echo", deadline_s=20)[0].version == 2
+
+
+def test_a_request_of_more_frames_than_the_broker_reads_is_refused_before_it_is_sent():
+    large = np.zeros(1 << 12)
+    with serving(echo) as server, dialing(server.endpoint) as client:
+        with pytest.raises(WireError, match="LeaseRequest has 4097 frames; the broker reads 4096"):
+            client.send(ask(1), [large] * 4096)
+        shared = [client.send(ask(i), share=True) for i in range(2)]
+        message, arrays = client.request(ask(2), [large] * 4095, what="an echo", deadline_s=20)
+        assert (message.version, len(arrays)) == (2, 4095)
+        assert [ticket for ticket, _, _ in client.poll(20)] == shared
+
+
+def test_a_client_whose_message_could_not_be_read_is_told_so():
+    """No letter of it has a ticket that could be answered: without a word each would wait for ever."""
+    with serving(echo) as server, dialing(server.endpoint) as client:
+        client._requests.send_multipart([b"garbage"])
+        with pytest.raises(WireError, match=r"could not read a message of generator-0: .*without a table of letters"):
+            client.request(ask(1), what="an echo", deadline_s=20)
 
 
 def test_two_clients_of_one_name_get_each_their_own_replies():
