@@ -15,8 +15,9 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -202,16 +203,17 @@ class Sealed:
     why: str = ""
 
 
-def read_groups(file: Path) -> dict[int, Group]:
-    """The groups of a sealed shard by their number, as they were before. OSError or ArrowException where it is
-    damaged.
+def read_groups(file: Path, wanted: Container[int]) -> Iterator[Group]:
+    """The wanted groups of a sealed shard, one after another, as they were before. OSError or ArrowException where it
+    is damaged.
     """
-    rows: dict[int, list[dict[str, Any]]] = {}
     whole = pq.read_table(file, page_checksum_verification=True)
-    for row in whole.to_pylist():
-        rows.setdefault(row["group"], []).append(row)
     kinds = {name: np.int32 if pa.types.is_int32(_values(whole, name)) else np.float32 for name in _channels(whole)}
-    return {number: _group(samples, kinds) for number, samples in rows.items()}
+    numbers = whole["group"].to_numpy()
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))  # a group's samples lie side by side
+    for start, end in pairwise([*starts.tolist(), len(numbers)]):
+        if numbers[start] in wanted:
+            yield _group(whole.slice(start, end - start).to_pylist(), kinds)
 
 
 def _channels(whole: pa.Table) -> list[str]:

@@ -22,6 +22,7 @@ from offtrail.platform.wire.groups import pack_group
 
 def go_back(ledger: Ledger, archive: Path, step: int) -> None:
     """Make the checkpoint of ``step`` the one to restart from; one transaction, and nothing where it is that already.
+    Of the archive, which may be larger than memory, one group at a time becomes a payload.
 
     Raises LedgerError, with nothing changed, where a batch after it is neither in the ledger nor in the archive.
     """
@@ -29,10 +30,10 @@ def go_back(ledger: Ledger, archive: Path, step: int) -> None:
         touched = ledger.file.fetch(
             "SELECT DISTINCT name, sealed FROM shards JOIN groups ON shard = name WHERE batch >= ?", step
         )
-        found = [row for name, sealed in touched if sealed == 1 for row in _payloads(ledger, archive / name)]
         names = [name for name, _ in touched]
         with ledger.file.change() as db:
-            db.executemany("INSERT INTO payloads VALUES (?, ?)", found)
+            for name in [name for name, sealed in touched if sealed == 1]:
+                db.executemany("INSERT INTO payloads VALUES (?, ?)", _payloads(ledger, archive / name))
             db.executemany("UPDATE groups SET shard = NULL WHERE shard = ?", [(name,) for name in names])
             db.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in names])
             put_remark(db, "given_up", json.dumps(names))
@@ -43,16 +44,16 @@ def go_back(ledger: Ledger, archive: Path, step: int) -> None:
 def _payloads(ledger: Ledger, file: Path) -> Iterator[tuple[int, bytes]]:
     """(group, payload) of every group that left the ledger for a sealed shard."""
     left = "SELECT id FROM groups WHERE shard = ? AND id NOT IN (SELECT id FROM payloads)"
-    wanted = {group for (group,) in ledger.file.fetch(left, file.name)}
+    missing = {group for (group,) in ledger.file.fetch(left, file.name)}
     try:
-        groups = read_groups(file)
+        for group in read_groups(file, missing):
+            missing.remove(group.group)
+            yield group.group, pack_group(group)
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
         words = " ".join(str(error).split())
         raise LedgerError(f"{file}: {words}; the batches that it holds cannot be trained again") from error
-    if missing := wanted - groups.keys():
+    if missing:
         raise LedgerError(f"{file}: lacks groups {sorted(missing)[:5]}; its batches cannot be trained again")
-    for number in sorted(wanted):
-        yield number, pack_group(groups[number])
 
 
 def _remove_given_up(ledger: Ledger, archive: Path) -> None:

@@ -212,6 +212,24 @@ def test_a_run_that_goes_back_has_the_payloads_of_its_later_batches_again_bit_fo
     assert ledger.audit() == Audit(6, 0, 0)
 
 
+def test_a_run_that_goes_back_holds_one_group_of_its_archive_in_memory(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.checkpointed(2)
+    ledger.shards.plan(1, ledger.checkpoint)  # a shard for each batch
+    assert len(seal(ledger, tmp_path)) == 3
+    back: list[int] = []
+
+    def counted(group: Group) -> bytes:
+        back.append(len(bodies(ledger)))
+        return pack_group(group)
+
+    monkeypatch.setattr(older, "pack_group", counted)
+    go_back(ledger, tmp_path / "trajectories", 0)
+    assert back == [0, 1, 2, 3]  # what was read before is in the ledger already
+    assert len(bodies(ledger)) == 4
+
+
 def test_batches_that_another_version_unlogs_are_archived_as_what_they_became(ledger: Ledger, tmp_path: Path) -> None:
     ledger.checkpointed(2)
     seal(ledger, tmp_path)
