@@ -28,7 +28,7 @@ from pathlib import Path
 
 from offtrail.platform.broker.admission import Tally
 from offtrail.platform.broker.audit import Auditor
-from offtrail.platform.broker.database import Database, LedgerError
+from offtrail.platform.broker.database import Database, LedgerError, UnfitError
 from offtrail.platform.broker.mend import mend
 from offtrail.platform.broker.records import Records, put_aside, put_metrics, put_remark
 from offtrail.platform.broker.rows import Ages, Arrival, Audit, Grant, GroupRow
@@ -57,7 +57,7 @@ class Ledger:
         try:
             mend(self.file)
             self._arrivals = int(self.file.one("SELECT COALESCE(MAX(arrival) + 1, 0) FROM groups"))
-        except LedgerError:
+        except (LedgerError, UnfitError):
             self.close()
             raise
 
@@ -235,7 +235,9 @@ class Ledger:
 
     def payloads(self, groups: Sequence[int]) -> dict[int, bytes]:
         """Group → its packed body, of those that are in the spool."""
-        return dict(self.file.fetch(f"SELECT id, body FROM payloads WHERE id IN ({','.join(map(str, groups))})"))
+        return dict(
+            self.file.fetch(f"SELECT id, CAST(body AS BLOB) FROM payloads WHERE id IN ({','.join(map(str, groups))})")
+        )
 
     def log_batch(self, step: int, groups: Sequence[int]) -> None:
         """Queued → training: the ordered ids are durable when this returns, before anyone trains on them."""

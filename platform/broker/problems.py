@@ -41,7 +41,9 @@ class Problems:
             problem = self._make(index)
             told = problem.task, problem.prompt, problem.answer, dict(problem.meta), [dict(m) for m in problem.messages]
             json.dumps(told, ensure_ascii=False, allow_nan=False).encode()
-            return problem, msgspec.msgpack.encode(problem)
+            encoded = msgspec.msgpack.encode(problem)
+            msgspec.msgpack.decode(encoded, type=Problem)  # as the generator will, where a failure would end the run
+            return problem, encoded
         except Exception as error:  # the task may be anybody's code
             raise ProblemError(
                 f"problem {index} of the task cannot be leased ({type(error).__name__}: {error}); it must hold plain "

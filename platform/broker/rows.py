@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from offtrail.core.types import Int32
+
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
@@ -75,3 +79,11 @@ class Audit:
     admitted: int
     lost: int
     duplicated: int
+
+
+def counted(versions: Int32) -> dict[int, int]:
+    """Version → how many of the tokens are of it."""
+    if len(versions) and (versions == versions[0]).all():  # most groups; a tenth of the time that sorting takes
+        return {int(versions[0]): len(versions)}
+    used, counts = np.unique(versions, return_counts=True)
+    return dict(zip(used.tolist(), counts.tolist(), strict=True))

@@ -20,13 +20,11 @@ from itertools import islice
 from operator import attrgetter
 from typing import Literal
 
-import numpy as np
-
-from offtrail.core.types import Group, Int32, Lease, Problem
+from offtrail.core.types import Group, Lease, Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
 from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.broker.problems import ProblemError, Problems
-from offtrail.platform.broker.rows import Arrival, Grant, GroupRow
+from offtrail.platform.broker.rows import Arrival, Grant, GroupRow, counted
 from offtrail.platform.broker.rules import GroupRules
 from offtrail.platform.wire.groups import pack_group, unpack_group
 
@@ -52,14 +50,6 @@ class Verdict:
     accepted: bool
     reason: str = ""
     changed: bool = False
-
-
-def counted(versions: Int32) -> dict[int, int]:
-    """Version → how many of the tokens are of it."""
-    if len(versions) and (versions == versions[0]).all():  # most groups; a tenth of the time that sorting takes
-        return {int(versions[0]): len(versions)}
-    used, counts = np.unique(versions, return_counts=True)
-    return dict(zip(used.tolist(), counts.tolist(), strict=True))
 
 
 class Scheduler:

@@ -6,6 +6,7 @@ The poison is planted in ledger.sqlite itself, as an older broker may have let i
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import pytest
 from fakes.run import B, G, Run
 from offtrail.core.types import Channel, Problem
 from offtrail.platform.broker.archive import ArchiveError, read_archive
+from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.ledger import FILE
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.jobs import report
@@ -116,6 +118,7 @@ def archived(run: Run) -> list[int]:
         (lambda db: change(db, 1, tokens=np.array([3, 4, 64], np.int32)), "token ids span 1…64, vocabulary is 64"),
         (lambda db: db.execute("UPDATE payloads SET body = x'0102' WHERE id = 1"), "a group's blob of 2 bytes"),
         (lambda db: db.execute("UPDATE payloads SET body = substr(body, 1, 200) WHERE id = 1"), "a group's blob of"),
+        (lambda db: db.execute("UPDATE payloads SET body = 'text' WHERE id = 1"), "a group's blob of 4 bytes"),
         (lambda db: db.execute("DELETE FROM payloads WHERE id = 1"), "its payload is gone from the ledger"),
     ],
 )
@@ -321,7 +324,20 @@ def test_a_shard_that_cannot_be_made_at_all_is_set_aside_whole(
         ("UPDATE batches SET ids = '[0, \"x\"]' WHERE step = 1", "the log of batch 1"),
         ("UPDATE steps SET metrics = 'x' WHERE step = 1", "steps, step 1"),
         ("UPDATE evals SET metrics = '{' WHERE version = 0", "evals, version 0"),
-        ("UPDATE groups SET versions = '{0:' WHERE id = 5", "group 5"),
+        ("UPDATE batches SET ids = '{\"a\": 1}' WHERE step = 1", "the log of batch 1"),
+        ("UPDATE steps SET metrics = '[1]' WHERE step = 1", "steps, step 1"),
+        ("UPDATE steps SET metrics = '{\"a\": NaN}' WHERE step = 1", "steps, step 1"),
+        ('UPDATE steps SET metrics = \'{"a": "x"}\' WHERE step = 1', "steps, step 1"),
+        ("UPDATE steps SET metrics = '{\"step\": null}' WHERE step = 1", "steps, step 1"),
+        ("UPDATE steps SET metrics = CAST(x'ff' AS TEXT) WHERE step = 1", "steps, step 1"),
+        ("UPDATE evals SET metrics = '3' WHERE version = 0", "evals, version 0"),
+        ("UPDATE groups SET queued_version = 'x' WHERE id = 5", "group 5"),
+        ("UPDATE meta SET value = '[1]' WHERE key = 'time'", "the run's sum 'time'"),
+        ("UPDATE meta SET value = '{\"a\": null}' WHERE key = 'restarts'", "the run's sum 'restarts'"),
+        ("INSERT OR REPLACE INTO meta VALUES ('unfit', '[1]')", "the run's sum 'unfit'"),
+        ("INSERT OR REPLACE INTO meta VALUES ('given_up', '3')", "the run's sum 'given_up'"),
+        ("UPDATE meta SET value = 'many' WHERE key = 'planned_bytes'", "the run's sum 'planned_bytes'"),
+        ("UPDATE meta SET value = 'x' WHERE key = 'last'", "the run's sum 'last'"),
         ("UPDATE meta SET value = '[' WHERE key = 'time'", "the run's sum 'time'"),
         ("UPDATE meta SET value = 'x' WHERE key = 'wall_seconds'", "the run's sum 'wall_seconds'"),
     ],
@@ -336,6 +352,65 @@ def test_a_row_that_cannot_be_read_is_mended_or_set_aside(damage: str, named: st
         db.execute(damage)
     run = again(run)
     assert [line.partition(":")[0] for line in to_the_end(run)["set_aside"]] == [named]
+
+
+@pytest.mark.parametrize("versions", ["{0:", '{"x": 3}', "[3]", '{"1": null}', '{"0": 4}', '{"0": 3}', "{}", "", None])
+def test_versions_that_cannot_be_those_of_the_tokens_are_counted_anew(
+    versions: str | None, start: Callable[..., Run]
+) -> None:
+    """The group waits, and was sampled by version 1; the ages of its batch are the true ones."""
+    run = start()
+    run.everybody()
+    run.train()
+    leases = run.make()
+    with planted(run) as db:
+        db.execute("UPDATE groups SET versions = ? WHERE id = ?", (versions, leases[-1].group))
+    run = again(run)
+    run.train()
+    assert run.ask("learner-0", NextBatch(step=2), BatchReply).headers[-1].group == leases[-1].group
+    ages = run.broker.ledger.ages(2)
+    assert (ages.tokens, ages.stale_tokens, ages.age_sum, ages.flight_sum) == (3 * B, 3 * B, 3 * B, 0)
+    run.broker.ending.write_summary()
+    why = "the versions of its tokens could not be read and are counted anew"
+    assert run.summary()["set_aside"] == [f"group {leases[-1].group}: {why}"]
+
+
+@pytest.mark.parametrize("state", ["queued", "training"])
+def test_a_group_of_which_neither_versions_nor_payload_can_be_read_is_refused(
+    state: str, start: Callable[..., Run]
+) -> None:
+    run = start()
+    run.everybody()
+    run.make()
+    if state == "training":
+        run.ask("learner-0", NextBatch(step=0), BatchReply)
+    with planted(run) as db:
+        db.execute("UPDATE groups SET versions = '[3]' WHERE id IN (0, 1)")
+        db.execute("UPDATE payloads SET body = x'00' WHERE id IN (0, 1)")
+    run = again(run)
+    assert to_the_end(run)["groups/refused"]["failed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("checkpoint", "x"), ("checkpoint", "-1"), ("settings", "{"), ("settings", "[1]"), ("noted", "3"),
+     ("changes", "{"), ("changes", "[3]"), ("inputs", "[]")],
+)  # fmt: skip
+def test_a_remark_that_the_run_cannot_go_on_without_is_told_by_its_key_and_the_way_out(
+    key: str, value: str, start: Callable[..., Run]
+) -> None:
+    run = start()
+    run.everybody()
+    run.train()
+    with planted(run) as db:
+        db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+    words = rf"ledger\.sqlite: '{key}' of its table meta is '{re.escape(value)}'; the file is damaged; put a copy of it"
+    for _ in range(2):
+        with pytest.raises(LedgerError, match=words):
+            Run(run.run_dir)
+    with sqlite3.connect(run.run_dir / FILE) as db:  # nothing of it was changed
+        assert db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchall() == [(value,)]
+    db.close()
 
 
 # ---------------------------------------------------------------------- shards that are damaged later

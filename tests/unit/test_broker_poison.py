@@ -139,6 +139,14 @@ def test_a_problem_that_neither_lease_nor_archive_can_carry_is_named(index: int,
     assert problems.same(0, broken_task(0))
 
 
+@pytest.mark.parametrize(
+    "changes", [{"meta": {1: "x"}}, {"messages": [{"role": 3}]}, {"task": None}, {"index": "x"}, {"answer": 5}]
+)
+def test_a_problem_that_no_generator_can_decode_is_named(changes: dict[str, Any]) -> None:
+    with pytest.raises(ProblemError, match=r"problem 0 of the task cannot be leased \(ValidationError"):
+        Problems(lambda i: Problem(**({"task": "t", "index": i, "prompt": "p", "answer": "a"} | changes)))(0)
+
+
 def test_text_that_is_no_unicode_is_no_problem_to_lease() -> None:
     with pytest.raises(ProblemError, match="UnicodeEncodeError"):
         Problems(lambda i: Problem("t", i, "\ud800", "a"))(0)
