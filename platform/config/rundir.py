@@ -6,6 +6,7 @@ the system frees it when the process dies, however it dies.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -17,12 +18,16 @@ from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.schema import Config
 
+SAVED, WANTED = "config.yaml", ".config.yaml.new"
+"""The settings of a run, and those of a launch that may be refused yet."""
 REAP_SECONDS = 30.0
 """The longest that what a killed launch has left may take to go."""
 
 
 def prepare(config: Config) -> tuple[Path, TextIO]:
-    """(run directory with its config.yaml, its lock to keep open); sets config.run.name when it is empty.
+    """(run directory, its lock to keep open); sets config.run.name when it is empty.
+
+    A new run has its config.yaml. That of a resumed one stays until nothing can refuse the launch any more: see `save`.
 
     Raises ConfigError when run.dir cannot be written, the name exists, or the run to resume is still going.
     """
@@ -30,7 +35,9 @@ def prepare(config: Config) -> tuple[Path, TextIO]:
     try:
         lock = _lock(config, run_dir)
         try:
-            _write(run_dir / "config.yaml", to_yaml(config))
+            (run_dir / WANTED).write_text(to_yaml(config), encoding="utf-8")
+            if not config.run.resume:
+                os.replace(run_dir / WANTED, run_dir / SAVED)
         except OSError:
             lock.close()
             raise
@@ -39,6 +46,15 @@ def prepare(config: Config) -> tuple[Path, TextIO]:
             shutil.rmtree(run_dir, ignore_errors=True)  # it holds nothing yet, and would keep the name
         raise _unwritable(config, error) from None
     return run_dir, lock
+
+
+def save(run_dir: Path) -> None:
+    """The settings of a resumed launch are the run's from now on, those of a recipe before its stage's. OSError where
+    the disk does not take them.
+    """
+    for folder in (run_dir.parent.parent, run_dir):
+        with contextlib.suppress(FileNotFoundError):  # new, or saved already
+            os.replace(folder / WANTED, folder / SAVED)
 
 
 def default_name(config: Config) -> str:
@@ -111,13 +127,6 @@ def _holder_lives(lock: TextIO) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all, also when the disk fills."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
 
 
 def _unwritable(config: Config, error: OSError) -> ConfigError:

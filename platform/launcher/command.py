@@ -15,6 +15,7 @@ import importlib.util
 import io
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -37,7 +38,11 @@ PACKAGES = (
 
 
 def console() -> int:
-    """The command line of this process; its exit code."""
+    """The command line of this process; its exit code.
+
+    Trap: a starter that ignores SIGCHLD hands that on, and the kernel then keeps nobody's exit status.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # η and · on a terminal that has only ASCII

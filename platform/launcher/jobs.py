@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.hosts import LocalHosts
 from offtrail.platform.launcher.memory import check as check_memory
@@ -65,6 +66,7 @@ def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[st
     prepare_start_model(config, run_dir, interrupted, run_roles)
     check_what_is_there(config, run_dir)
     check_memory(config, run_dir)
+    save(run_dir)
     run = Run(config, run_dir, LocalHosts(run_dir))
     try:
         run.start_all()

@@ -28,6 +28,7 @@ from offtrail.core.types import Problem
 from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config, PromptConfig, SglangConfig
 from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN, url_of
 from offtrail.platform.engines.sglang.serve import KEY_VARIABLE
@@ -47,6 +48,7 @@ LOOK_SECONDS = 0.2
 
 def run_serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """job=serve: how it ended, and why: `interrupted` by the user, or `failed`."""
+    save(run_dir)
     reaper = Reaper(run_dir)
     try:
         return serve(config, run_dir, interrupted)

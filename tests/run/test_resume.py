@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from offtrail.platform.config.compose import load_config
+
 EXACT = ("staleness.mode=exact", "staleness.max=2", "learner.checkpoint_every=2", "learner.keep_checkpoints=9")
 
 
@@ -35,6 +37,7 @@ def test_from_an_older_checkpoint_the_same_versions_are_made_of_the_archived_bat
     assert f"{file} is not as it was written; restore it, or go on from an older checkpoint" in refused.output
     assert "run.resume_from=step_4" in refused.output
     assert refused.summary == run.summary
+    assert load_config(run.run_dir / "config.yaml").learner.steps == 6
 
     resumed = launch("run", *longer, "run.resume_from=step_2")
     assert resumed.code == 0, resumed.output

@@ -12,7 +12,7 @@ import pytest
 from offtrail.platform.config import rundir
 from offtrail.platform.config.compose import compose, load_config
 from offtrail.platform.config.errors import ConfigError
-from offtrail.platform.config.rundir import default_name, prepare
+from offtrail.platform.config.rundir import default_name, prepare, save
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def where(tmp_path):
 def launched(*argv):
     """The run directory of a launch that is over."""
     run_dir, lock = prepare(compose(argv))
+    save(run_dir)
     lock.close()
     return run_dir
 
@@ -86,6 +87,19 @@ def test_resume_keeps_the_directory_and_saves_what_changed(where):
     run_dir = launched(where, "run.name=a", "learner.steps=4")
     assert launched(where, "run.name=a", "run.resume=true", "learner.steps=8") == run_dir
     assert load_config(run_dir / "config.yaml").learner.steps == 8
+
+
+def test_settings_of_a_resume_that_is_refused_are_not_the_runs(where):
+    """Of a recipe and its stage they are saved together, so that neither is ahead of the other."""
+    whole = launched(where, "run.name=a", "learner.steps=4")
+    place = f"run.dir={whole / 'stages'}"
+    stage = launched(place, "run.name=1_rl", "learner.steps=4")
+    resumed = ("run.resume=true", "learner.steps=8")
+    for argv in ((where, "run.name=a"), (place, "run.name=1_rl")):
+        prepare(compose([*argv, *resumed]))[1].close()
+    assert [load_config(run_dir / "config.yaml").learner.steps for run_dir in (whole, stage)] == [4, 4]
+    save(stage)
+    assert [load_config(run_dir / "config.yaml").learner.steps for run_dir in (whole, stage)] == [8, 8]
 
 
 def test_a_run_that_is_still_going_is_not_resumed(where):

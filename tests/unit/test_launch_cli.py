@@ -65,6 +65,16 @@ def test_mistake(argument, begins):
     assert refused(argument).startswith(begins)
 
 
+def test_exit_statuses_are_heard_though_the_starter_ignores_them():
+    """Popen takes one that is lost for 0, and waitpid knows of no child."""
+    code = (
+        "import signal, subprocess, sys; from offtrail.platform.launcher import command\n"
+        "def main(argv): return subprocess.run([sys.executable, '-c', 'import sys; sys.exit(3)']).returncode\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN); command.main = main; sys.exit(command.console())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 3
+
+
 def test_a_run_name_that_exists(tmp_path):
     (tmp_path / "mine").mkdir()
     text = refused(f"run.dir={tmp_path}", "run.name=mine")

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.sglang.lifecycle import ServerError
 from offtrail.platform.launcher import jobs
@@ -130,6 +132,25 @@ def test_a_disk_that_fills_at_the_start_is_a_failed_run(
     assert jobs.launch(config, tmp_path) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert read_summary(tmp_path)["status"] == "failed"
+
+
+def test_a_resume_that_is_refused_leaves_the_settings_of_the_run(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise ConfigError("the checkpoint is damaged")
+
+    config.run.dir, config.run.name = str(tmp_path), "run"
+    run_dir, lock = prepare(config)
+    lock.close()
+    before = (run_dir / "config.yaml").read_text()
+    config.run.resume, config.learner.optim.lr = True, 0.125
+    _, lock = prepare(config)
+    monkeypatch.setattr(jobs, "prepare_start_model", lambda *_: None)
+    monkeypatch.setattr(jobs, "check_what_is_there", refuses)
+    with lock, pytest.raises(ConfigError):
+        jobs.launch(config, run_dir)
+    assert (run_dir / "config.yaml").read_text() == before
 
 
 # Answers that cannot be used
