@@ -35,6 +35,8 @@ MIB = 1 << 20
 LOOK_SECONDS = 0.5
 BASES = {"broker": 110 * MIB, "learner": 260 * MIB, "generator": 240 * MIB, "evaluator": 240 * MIB}
 """What a role's process has for itself of Python and what it imports, without a model; measured (docs/memory.md)."""
+OTHER_ROLE = 240 * MIB
+"""Of a role that has no row there."""
 BASE = 220 * MIB
 """Launcher, fork server and reaper."""
 VERIFIER = 40 * MIB
@@ -177,7 +179,7 @@ def estimate(config: Config, start: Path) -> Iterator[Part]:
         counts[spec.role] = counts.get(spec.role, 0) + 1
     yield Part("launcher", "Python", BASE)
     for role, count in counts.items():
-        yield Part(role, "Python", count * BASES[role])
+        yield Part(role, "Python", count * BASES.get(role, OTHER_ROLE))
         yield from {"learner": _learner, "generator": _generators, "evaluator": _evaluator}.get(role, _nothing)(
             config, shape, count
         )

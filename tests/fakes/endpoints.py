@@ -58,7 +58,8 @@ class Api:
         if self.since >= (0, 5, 21):
             control |= {"/begin_weight_update": self.begin, "/end_weight_update": self.end}
         guarded = ("/server_info", "/get_server_info") if options.guarded else ()
-        self.open = "/metrics" if options.guarded else ("/health", "/metrics")
+        self.open = ("/metrics", "/health")
+        self.closed = ("/health_generate",) if options.guarded else ()
         self.control = frozenset((*control, *guarded))
         self.app = web.Application(middlewares=[self.guard], client_max_size=2**31)
         for path, handler in control.items():
@@ -67,7 +68,7 @@ class Api:
         self.app.router.add_post("/generate", self.generate)
         reads: dict[str, Callable[[web.Request], Any]] = {
             "/health": self.health,
-            "/health_generate": self.health,
+            "/health_generate": self.health_generate,
             "/model_info": self.model_info,
             "/get_model_info": self.model_info,
             "/server_info": self.server_info,
@@ -96,7 +97,7 @@ class Api:
             return web.json_response({"detail": error.reason}, status=error.status)
 
     def _allowed(self, request: web.Request) -> bool:
-        if request.path.startswith(self.open):
+        if request.path.startswith(self.open) and request.path not in self.closed:
             return True
         key = self.options.api_key
         if request.path in self.control and self.options.admin_api_key:
@@ -234,6 +235,11 @@ class Api:
     # Reads
 
     async def health(self, request: web.Request) -> web.Response:
+        if self.options.guarded:  # no token is made
+            return web.Response(status=503 if self.manager.leaving else 200)
+        return await self.health_generate(request)
+
+    async def health_generate(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if await self.manager.healthy() else 503)
 
     async def model_info(self, request: web.Request) -> web.Response:

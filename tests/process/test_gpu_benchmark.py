@@ -41,7 +41,7 @@ def test_parts_with_a_server_of_their_own(tmp_path: Path) -> None:
     assert len(found["failed"]) == 1, found["failed"]
     [failed] = found["failed"]
     assert failed.startswith("train: ")
-    assert failed.endswith("learner.steps=0: must be ≥ 1")  # so that every other key of the run is one
+    assert "learner.steps=0: must be ≥ 1" in failed  # so that every other key of the run is one
     assert found["generate"]["sglang"]["4"] < 4 / 0.01  # a step takes at least that long
     assert found["generate"]["embedded"]["4"] < found["generate"]["roofline"]["4"]
 

@@ -326,23 +326,23 @@ async def test_each_endpoint_takes_its_own_key_only(server: Server) -> None:
     for path in ("/flush_cache", "/abort_request", "/pause_generation", "/continue_generation", "/begin_weight_update"):
         reply = await server.call(path, key=server.key)
         assert (reply.status, json.loads(reply.text)) == (401, {"error": "Unauthorized"})
-    for path in ("/health", "/health_generate"):  # a token each
-        assert (await server.call(path, key="", method="GET")).status == 401
-        assert (await server.call(path, key=server.key, method="GET")).status == 200
+    assert (await server.call("/health_generate", key="", method="GET")).status == 401  # it makes a token
+    assert (await server.call("/health_generate", key=server.key, method="GET")).status == 200
+    assert (await server.call("/health", key="", method="GET")).status == 200  # and this none
     assert (await server.call("/nothing", key=server.key)).status == 404
 
 
 @coroutine_test
 async def test_health_is_good_with_and_without_work_and_not_under_a_pause(server: Server) -> None:
-    reply = await server.call("/health", key=server.key, method="GET")
+    reply = await server.call("/health_generate", key=server.key, method="GET")
     assert (reply.status, reply.text) == (200, "")
     flight = start_flight(server, 900)
     await flight.made(1)
-    assert (await server.call("/health", key=server.key, method="GET")).status == 200
+    assert (await server.call("/health_generate", key=server.key, method="GET")).status == 200
     await server.ok("/pause_generation", {"mode": "in_place"})
     await flight.settled()
     assert (
-        await server.call("/health", key=server.key, method="GET")
+        await server.call("/health_generate", key=server.key, method="GET")
     ).status == 503  # trap: a paused server is called ill
     await server.ok("/continue_generation")
     await server.ok("/abort_request", {"abort_all": True})

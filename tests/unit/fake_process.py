@@ -18,7 +18,7 @@ from offtrail.platform.engines.sglang.serve import ADMIN_KEY_VARIABLE, KEY_VARIA
 die_with(int(sys.argv[1]))
 FOLDER = Path(os.environ["FAKE_DIR"])
 KEYS = {"/model_info": os.environ[KEY_VARIABLE], "/abort_request": os.environ[ADMIN_KEY_VARIABLE]}
-KEYS["/server_info"] = KEYS["/health"] = KEYS["/v1/completions"] = KEYS["/model_info"]
+KEYS["/server_info"] = KEYS["/health_generate"] = KEYS["/v1/completions"] = KEYS["/model_info"]
 CHILD = "import sys; sys.path[:0] = sys.argv[2:]; from offtrail.platform.engines.sglang.serve import die_with; "
 CHILD += "die_with(int(sys.argv[1])); import time; time.sleep(600)"
 
@@ -37,7 +37,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while (FOLDER / "hang").exists():
             time.sleep(0.01)
         key = KEYS.get(self.path, "")
-        if self.path == "/health" and STEP == "loading":
+        if self.path.startswith("/health") and STEP == "loading":
             self.answer(503, None)
         elif key and self.headers.get("Authorization") != f"Bearer {key}":
             self.answer(401, None)

@@ -226,7 +226,7 @@ def test_a_stranger_on_the_port_is_not_taken_for_the_server(
     port = int(stranger.address(0).url.rpartition(":")[2])
     monkeypatch.setattr(lifecycle, "free_port", lambda *_: port)
     servers = make(start_seconds=3.0)
-    with pytest.raises(ServerError, match=f"{port}/health answers 401"):
+    with pytest.raises(ServerError, match=f"{port}/health_generate answers 401"):
         until(servers, servers.ready)
     assert stranger.ready() == [0]
 

@@ -59,7 +59,7 @@ def own_server(key: str, admin_key: str) -> Check:
 
     def check(url: str, first: bool) -> None:
         if first:
-            _expect(f"{url}/health", key, timeout_s=TOKEN_TIMEOUT_S)  # a token is made for it
+            _expect(f"{url}/health_generate", key, timeout_s=TOKEN_TIMEOUT_S)
         _expect(f"{url}/model_info", key)
         if first:
             ask(f"{url}/freeze_gc", admin_key)
@@ -74,7 +74,7 @@ def attached_server(key: str, admin_key: str, config: SglangConfig) -> Check:
         if not first:
             _expect(f"{url}/model_info", key)
             return
-        _takes(f"{url}/health", key, "$OFFTRAIL_SGLANG_KEY", "--api-key", timeout_s=TOKEN_TIMEOUT_S)
+        _takes(f"{url}/health_generate", key, "$OFFTRAIL_SGLANG_KEY", "--api-key", timeout_s=TOKEN_TIMEOUT_S)
         _takes(f"{url}/model_info", key, "$OFFTRAIL_SGLANG_KEY", "--api-key")
         _takes(f"{url}/abort_request", admin_key, "$OFFTRAIL_SGLANG_ADMIN_KEY", "--admin-api-key", {"rid": NOBODY})
         _version_will_do(url, (key, admin_key), config)

@@ -60,8 +60,10 @@ def grammar_flags() -> list[str]:
 
 def guard_endpoints() -> None:
     """Let /server_info take the admin key only: it answers with every setting of the server, both keys among them. Let
-    /health…, which sglang leaves open though it makes a token, take the user key.
+    /health_generate, which sglang leaves open though it makes a token, take the user key; /health makes none and stays
+    open, for sglang-router asks it without a key before it takes a server.
     """
+    os.environ["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils import auth
     from sglang.srt.utils.auth import AuthLevel
@@ -69,7 +71,7 @@ def guard_endpoints() -> None:
     decide = auth.decide_request_auth
 
     def decided(*, path: str, **given: Any) -> Any:
-        return decide(path=path.removeprefix("/") if path.startswith("/health") else path, **given)
+        return decide(path=path.removeprefix("/") if path.startswith("/health_generate") else path, **given)
 
     auth.decide_request_auth = decided
 
