@@ -227,9 +227,11 @@ def as_lines(messages: tuple[dict[str, str], ...]) -> str:
 def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
     """A field as text, numbers included. Raises TaskError when it is missing, empty or something else."""
     value = row.get(name)
+    what = "no answer" if key == "answer_field" else "no prompt"
+    if value is None and name in row:
+        raise TaskError(f"{where}: {what}: field {name!r} is null; fill it, delete the line, or set task.{key}")
     if value is None:
         known = ", ".join(map(repr, row)) or "none"
-        what = "no answer" if key == "answer_field" else "no prompt"
         raise TaskError(f"{where}: {what}: no field {name!r} (fields: {known}); add it, or set task.{key}")
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise TaskError(
@@ -248,7 +250,6 @@ def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
             'write LaTeX as "\\\\frac"'
         )
     if not text.strip():
-        what = "no answer" if key == "answer_field" else "no prompt"
         raise TaskError(f"{where}: {what}: field {name!r} is empty; fill it, or delete the line")
     return text
 

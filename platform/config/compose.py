@@ -56,6 +56,8 @@ from offtrail.tasks.registry import family
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
 IMPLIED: dict[str, dict[str, Raw]] = {"serve": {"engine.name": "sglang"}}
 """Job → what it cannot do without, unless a layer says otherwise."""
+UNSAVED = ("run.name", "run.resume", "run.resume_from")
+"""What a saved configuration leaves out, so that it can be run again."""
 PRETRAINED = "pretrained"
 """The option of `model` that a given model.path stands for."""
 
@@ -87,9 +89,11 @@ def compose(argv: Sequence[str]) -> Config:
     if not run.resume:
         config = _composed([file, line])
     else:
-        saved = file_layer(saved_config(run.dir, run.name))
-        config = _composed([saved, file, line])
-        refuse_new_science(_composed([saved]), config)
+        path = saved_config(run.dir, run.name)
+        saved = file_layer(path)
+        config, started = _composed([saved, file, line]), _composed([saved])
+        refuse_cut(path, saved, started)
+        refuse_new_science(started, config)
     if config.run.resume_from and stages_of(config):
         raise refuse("run.resume_from", config.run.resume_from, "a recipe has no checkpoints; it goes on where it was")
     for stage in stages_of(config):  # a mistake in the last one shows before the first has run for hours
@@ -436,6 +440,16 @@ def saved_config(folder: str, name: str) -> Path:
     return path
 
 
+def refuse_cut(path: Path, saved: Layer, started: Config) -> None:
+    """A saved configuration holds every key: one that was cut would go on with defaults in place of the rest."""
+    missing = [key for key in flatten(started) if key not in saved.values and key not in UNSAVED]
+    if missing:
+        raise refuse(
+            missing[0], "(absent)", f"{path} lacks it{f' and {len(missing) - 1} more keys' if missing[1:] else ''}: it "
+            "was cut or edited; restore it, or start a new run",
+        )  # fmt: skip
+
+
 def refuse_new_science(started: Config, wanted: Config) -> None:
     """Only keys that do not decide a learner step's numbers may change (places, patience, views, speed: `resumable` at
     their fields), nothing that an arm of a comparison could differ in, but for those few that can save a diverged run,
@@ -468,8 +482,8 @@ def refuse_new_science(started: Config, wanted: Config) -> None:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, without run.name and what resumes a run, so that it can be run again."""
     tree = dataclasses.asdict(config)
-    for key in ("name", "resume", "resume_from"):
-        del tree["run"][key]
+    for key in UNSAVED:
+        del tree["run"][key.removeprefix("run.")]
     return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -127,6 +127,18 @@ def noted_settings(config: Config) -> dict[str, Any]:
     return {key.path: key.default for key in keys if key.resumable == "noted" and not key.path.startswith(idle)}
 
 
+def deciding_settings(config: Config) -> dict[str, Any]:
+    """Key → value of what no resume may change, but for paths: what their files hold is compared in their place
+    (launcher/inputs.py), so that they may be moved.
+    """
+    may_change = noted_settings(config).keys()
+    return {
+        key.path: key.default
+        for key in keys_of(config).values()
+        if key.resumable is not True and key.path not in may_change and key.path_kind not in ("file", "model")
+    }
+
+
 @functools.cache
 def variant_keys() -> dict[str, dict[str, dict[str, Key]]]:
     """Group → variant name → its keys."""

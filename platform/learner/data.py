@@ -178,6 +178,8 @@ def _text(row: dict[str, Any], name: str, key: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         known = ", ".join(map(repr, row)) or "none"
-        what = "is missing" if value is None else "is empty" if isinstance(value, str) else "is not text"
+        what = "is empty" if isinstance(value, str) else "is not text"
+        if value is None:
+            what = "is null" if name in row else "is missing"
         raise DataError(f"{where}: field {name!r} {what} (fields: {known}); mend the line, or set {key}")
     return value

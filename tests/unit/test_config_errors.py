@@ -466,6 +466,16 @@ def test_resume_refuses_other_science(saved):
     assert message(*saved[0], "task.max_digits=7").startswith("task.max_digits=7: differs from 6")
 
 
+def test_resume_over_a_saved_configuration_that_was_cut_takes_no_defaults_for_the_rest(saved, tmp_path):
+    path = tmp_path / "one" / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    for kept, words in ((6, "and "), (len(lines) - 1, "it was cut or edited; restore it, or start a new run")):
+        write(path, "".join(lines[:kept]))
+        text = message(*saved[0])
+        assert f"=(absent): {path} lacks it" in text
+        assert words in text
+
+
 def test_resume_never_shortens(saved):
     assert message(*saved[0], "learner.steps=4").startswith("learner.steps=4: the run was started with 5")
 

@@ -76,6 +76,7 @@ def test_a_line_may_hold_messages_whose_last_is_the_answer(tmp_path: Path) -> No
         ("{", "line 2: not valid JSON"),
         ("[1]", "line 2: holds list, not an object"),
         ({"prompt": "1="}, "line 2: field 'answer' is missing (fields: 'prompt'); mend"),
+        ({"prompt": None, "answer": "1"}, "line 2: field 'prompt' is null (fields: 'prompt', 'answer'); mend"),
         ({"prompt": " ", "answer": "1"}, "line 2: field 'prompt' is empty"),
         ({"prompt": 3, "answer": "1"}, "line 2: field 'prompt' is not text"),
         ({"messages": [{"role": "robot", "content": ""}]}, "line 2: messages must be a list of"),

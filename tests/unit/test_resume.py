@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from offtrail.algos.config import PpoConfig
+from offtrail.algos.correction_config import CorrectionConfig
 from offtrail.platform.broker.ledger import FILE, Ledger
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
@@ -131,6 +132,12 @@ def test_a_resume_over_another_input_is_refused_and_over_the_old_one_goes_on(
     check_what_is_there(config, trained)
 
 
+def test_a_file_that_a_key_has_got_since_is_another_input(config: Config, trained: Path, tmp_path: Path) -> None:
+    config.sft.path = str(tmp_path / "in" / "held_out.jsonl")
+    with pytest.raises(ConfigError, match=r"^sft\.path=.*held_out\.jsonl is new .*put back what was there"):
+        check_what_is_there(config, trained)
+
+
 def test_a_file_that_a_model_has_got_since_is_another_model(config: Config, trained: Path) -> None:
     (Path(config.model.path) / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(ConfigError, match=r"^model\.path=.*chat_template\.jinja is new"):
@@ -143,6 +150,37 @@ def test_weights_whose_copy_was_cut_are_refused_before_the_first_launch(config: 
     with pytest.raises(ConfigError, match=r"^model\.path=.*model\.safetensors has .* bytes, its header tells of"):
         check_what_is_there(config, run_dir)
     assert not (run_dir / FILE).exists()
+
+
+# Settings
+
+
+def test_a_resume_over_an_edited_configuration_is_refused_and_over_the_old_one_goes_on(
+    config: Config, trained: Path
+) -> None:
+    config.correction.cap, config.batch.groups = 3.0, 7  # type: ignore[attr-defined]
+    with pytest.raises(
+        ConfigError,
+        match=r"^correction\.cap=3\.0: .*run/config\.yaml was edited, the run began with 2\.0 \(also: batch\.groups=7, "
+        r"was 16\), .*; put back what was there, or start a new run",
+    ):
+        check_what_is_there(config, trained)
+    config.correction.cap, config.batch.groups = 2.0, 16  # type: ignore[attr-defined]
+    config.correction, kept = CorrectionConfig(), config.correction
+    with pytest.raises(
+        ConfigError, match=r"^correction\.name=none: .* began with tis \(also: .*correction\.cap=\(absent\), was 2\.0"
+    ):
+        check_what_is_there(config, trained)
+    config.correction = kept
+    check_what_is_there(config, trained)
+
+
+def test_what_may_change_at_a_resume_may_and_so_may_the_place_of_an_input(
+    config: Config, trained: Path, tmp_path: Path
+) -> None:
+    config.learner.steps, config.learner.optim.lr, config.generator.count = 99, 1e-5, 3
+    config.task.eval_path = str(Path(config.task.eval_path).rename(tmp_path / "held_out.jsonl"))  # type: ignore[attr-defined]
+    check_what_is_there(config, trained)
 
 
 # The ledger
