@@ -131,26 +131,9 @@ class Decoder:
             head_size=D,
         )
 
-    def check(self, weights: Mapping[str, Any]) -> None:
-        """ValueError, naming the first tensors that are missing, unknown or of another shape."""
-        expected = self.spec.tensors()
-        given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if self.spec.tied:  # a state dict lists the tied output layer a second time
-            given.pop("lm_head.weight", None)
-        missing = sorted(expected.keys() - given.keys())
-        unknown = sorted(given.keys() - expected.keys())
-        if missing or unknown:
-            parts = [f"{what} {names[:3]}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
-            raise ValueError(f"weights do not fit this {self.spec.family} model: {'; '.join(parts)}")
-        for name, shape in expected.items():
-            if given[name] != shape:
-                raise ValueError(
-                    f"weights do not fit this {self.spec.family} model: {name} is {given[name]}, not {shape}"
-                )
-
     def load(self, weights: Mapping[str, Any]) -> None:
         """Copy checked weights into place; nothing of ``weights`` is kept."""
-        self.check(weights)
+        self.spec.check_tensors({name: tuple(tensor.shape) for name, tensor in weights.items()})
         spec, D = self.spec, self.spec.head_size
         q_rows, k_rows = spec.heads * D, spec.kv_heads * D
         self.embed.copy_(weights["model.embed_tokens.weight"])

@@ -73,6 +73,20 @@ class Spec:
                 shapes[f"{layer}.self_attn.k_norm.weight"] = (D,)
         return shapes
 
+    def check_tensors(self, given: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError, naming the first tensors (name → shape) that are missing, unknown or of another shape."""
+        expected = self.tensors()
+        if self.tied:  # a state dict lists the tied output layer a second time
+            given = {name: shape for name, shape in given.items() if name != "lm_head.weight"}
+        missing = sorted(expected.keys() - given.keys())
+        unknown = sorted(given.keys() - expected.keys())
+        if missing or unknown:
+            parts = [f"{what} {names[:3]}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+            raise ValueError(f"weights do not fit this {self.family} model: {'; '.join(parts)}")
+        for name, shape in expected.items():
+            if given[name] != shape:
+                raise ValueError(f"weights do not fit this {self.family} model: {name} is {given[name]}, not {shape}")
+
 
 def read_spec(model_dir: Path) -> Spec:
     """The architecture of ``model_dir``/config.json; ValueError in one line where this forward does not cover it."""

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import offtrail
 from offtrail.platform.config.compose import compose, to_yaml
-from offtrail.platform.config.errors import ConfigError, one_line
+from offtrail.platform.config.errors import ConfigError, one_line, refuse
 from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
@@ -134,7 +134,7 @@ def require_models(config: Config) -> None:
     """Raise ConfigError where no role could read a model that the configuration names, or its engine compute it."""
     from offtrail.platform.config.checkpoints import model_folder
     from offtrail.platform.engines.spec import read_spec
-    from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of
+    from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of, tensors_of
 
     served = config.job in ("serve", "chat")
     local = config.engine.name == "local" or (config.job == "rl" and config.eval.engine == "local")
@@ -152,6 +152,11 @@ def require_models(config: Config) -> None:
                         spec.check_length(config.model.max_length)
                 except ValueError as error:
                     raise ConfigError(str(error).replace(f"model.path={folder}", f"{key}={given}")) from None
+                tensors = tensors_of(key, given, folder)
+                try:
+                    spec.check_tensors(tensors)
+                except ValueError as error:
+                    raise refuse(key, given, f"its {error}; download or save it again") from None
 
 
 def require_task_reward_and_driver(config: Config) -> None:

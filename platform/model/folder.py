@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.schema import PromptConfig
 from offtrail.platform.config.validate import hub_cache
@@ -62,10 +64,32 @@ def check_model(key: str, given: str, folder: Path, *, trained: bool = True) -> 
         )  # fmt: skip
 
 
+def tensors_of(key: str, given: str, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that check_model has found files for, from their headers. Raises ConfigError where
+    one cannot be read.
+    """
+    named = _read(key, given, folder, INDEX).get("weight_map", {}).values()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(set(named)) or [WEIGHTS]:
+        try:
+            with safe_open(folder / name, framework="numpy") as file:
+                shapes |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise refuse(key, given, f"its {name} cannot be read ({error}); download or copy it again") from None
+    return shapes
+
+
 def check_tokenizer(key: str, given: str, folder: Path, prompt: PromptConfig) -> None:
     """Raise ConfigError where there is no tokenizer, or none that can do what ``prompt`` says, as its files tell."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise refuse(key, given, "holds no tokenizer (tokenizer.json); copy it from the model that it was made from")
+    rows = _read(key, given, folder, "config.json").get("vocab_size") or 0
+    try:
+        tokens = _tokens(_read(key, given, folder, "tokenizer.json"))
+    except (AttributeError, KeyError, TypeError):
+        raise refuse(key, given, "its tokenizer.json holds no tokenizer; mend it, or download it again") from None
+    if rows and tokens > rows:
+        raise ConfigError(without_rows(f"{key}={given}", tokens, rows))
     settings = _read(key, given, folder, "tokenizer_config.json")
     chats = bool(settings.get("chat_template")) or (folder / "chat_template.jinja").is_file()
     if not chats and (reason := without_template(prompt, given)):
@@ -91,9 +115,27 @@ def without_template(prompt: PromptConfig, model: object) -> str:
     return ""
 
 
+def without_rows(model: str, tokens: int, rows: int) -> str:
+    """What is said to a tokenizer that makes tokens of a text which the model does not have."""
+    return (
+        f"{model}: its tokenizer has {tokens} tokens, the model {rows} (vocab_size in config.json); give it the "
+        "tokenizer that it was trained with, or resize its embedding"
+    )
+
+
 def without_bos(model: object) -> str:
     """What is said to prompt.bos=always."""
     return f"prompt.bos=always: the tokenizer of {model} has no BOS token; take prompt.bos=auto"
+
+
+def _tokens(tokenizer: dict[str, Any]) -> int:
+    """From this id on, no token of a tokenizer.json stands for text; 0 where there is none. Special tokens do not
+    count: text.py leaves out those that the model has no row for, or refuses a chat template that writes them.
+    """
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    added = {token["id"]: bool(token["special"]) for token in tokenizer.get("added_tokens") or ()}
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # Unigram: [[token, score]]
+    return max((i + 1 for i in [*ids, *added] if not added.get(i)), default=0)
 
 
 def _read(key: str, given: str, folder: Path, name: str) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
     Parameters are float32 whatever learner.dtype says: in bfloat16, AdamW's updates at the learning rates of RL would
     be rounded away. It stays in eval mode: dropout has no place in a ratio of probabilities.
 
-    Raises ValueError where transformers does not know the architecture: code that comes with a model is not run.
+    Raises ValueError where transformers does not know the architecture (code that comes with a model is not run), and
+    where a tensor of it is not in the files, or has another shape there.
     """
     kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
     if kind not in CONFIG_MAPPING:
@@ -55,9 +56,38 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
             f"model.path={path}: model_type={kind} is none of transformers {transformers.__version__}'s own, and code "
             "that comes with a model is not run; take another model, or a newer transformers"
         )
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME)
+    model = from_files(AutoModelForCausalLM, path, f"model.path={path}")
     model.config.use_cache = False
     return model.to(device).eval()
+
+
+def from_files(kind: Any, path: Path | str, what: str, *, new_head: bool = False, **settings: Any) -> Any:
+    """``kind.from_pretrained`` in float32, with packed attention. With ``new_head``, tensors outside the decoder that
+    are not in the files begin at 0.
+
+    Raises ValueError, beginning with ``what``, where another is not there or has another shape: transformers draws it
+    at random, and only logs that.
+    """
+    model, told = kind.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=attention.NAME, output_loading_info=True,
+        ignore_mismatched_sizes=True, **settings,
+    )  # fmt: skip
+    decoder = f"{model.base_model_prefix}." if new_head else ""
+    new = {name for name in told["missing_keys"] if not name.startswith(decoder)}
+    if missing := sorted(told["missing_keys"] - new):
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(
+            f"{what}: its weights lack {missing[0]}{others}, which would be random numbers; download or save it again"
+        )
+    if wrong := sorted(told["mismatched_keys"]):
+        name, found, wanted = wrong[0]
+        raise ValueError(
+            f"{what}: {name} is {list(found)} in its weights, but {list(wanted)} by its config.json; give the "
+            "config.json that it was saved with"
+        )
+    for name in new:
+        nn.init.zeros_(model.get_parameter(name))
+    return model
 
 
 Out = TypeVar("Out", bound=tuple[Tensor | None, ...])

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from offtrail.platform.model import attention
 from offtrail.platform.model.head import Reference
 from offtrail.platform.model.packing import Packed
-from offtrail.platform.model.policy import PackedModel
+from offtrail.platform.model.policy import PackedModel, from_files
 
 Reads = Literal["before", "after", "end"]
 """Where: in the state that each output token is drawn in (a critic); at each output token (process rewards); or once a
@@ -37,7 +36,7 @@ def load_scalar(path: Path | str, reads: Reads, *, device: torch.device | str = 
     packed attention: for sequences (a head without bias) or, where every output token is read, for tokens (with one).
 
     A head that the directory lacks, as a language model's does, begins at 0. Raises ValueError where transformers has
-    no such classifier for the architecture.
+    no such classifier for the architecture, or a tensor of the decoder is not in the files.
     """
     kind: Any = AutoModelForTokenClassification if reads == "after" else AutoModelForSequenceClassification
     config = AutoConfig.from_pretrained(path)
@@ -46,14 +45,9 @@ def load_scalar(path: Path | str, reads: Reads, *, device: torch.device | str = 
             f"{path}: transformers has no {kind.__name__.removeprefix('AutoModelFor')} for {config.model_type}; a "
             "scalar head needs another architecture (for algo=ppo: algo.critic.path)"
         )
-    model, told = kind.from_pretrained(
-        path, num_labels=1, dtype=torch.float32, attn_implementation=attention.NAME, output_loading_info=True
-    )
+    model = from_files(kind, path, f"algo.critic.path={path}", new_head=True, num_labels=1)
     if not hasattr(model, "score"):
         raise ValueError(f"{path}: {type(model).__name__} has no linear head named score; take another architecture")
-    for name in told["missing_keys"]:
-        if name.startswith("score."):
-            nn.init.zeros_(model.get_parameter(name))
     model.config.use_cache = False
     return model.to(device).eval()
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from offtrail.core.types import Int32, Problem
 from offtrail.platform.config.schema import PromptConfig
-from offtrail.platform.model.folder import without_bos, without_template
+from offtrail.platform.model.folder import without_bos, without_rows, without_template
 from offtrail.tasks.base import TaskError
 
 TASK_FILE = "offtrail.json"
@@ -60,6 +60,8 @@ class Text:
             self.tokenizer.chat_template = None
             _set_bos(self.tokenizer, self.prompt.bos, model_dir)
         self._rows = _rows(model_dir)
+        if self._rows and (tokens := _tokens_of_text(self.tokenizer)) > self._rows:
+            raise ValueError(without_rows(f"model.path={model_dir}", tokens, self._rows))
         self._prefix = [] if self.chats else added_in_front(self.tokenizer)
         self._generation_prompt = self._rendered_generation_prompt() if self.chats else ""
         if self.chats:
@@ -207,8 +209,7 @@ class Text:
         except TaskError:
             return None
         _, found, rest = told.rpartition(_MARK)
-        special = set(self.tokenizer.all_special_ids)
-        special |= {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special = _special_ids(self.tokenizer)
         return next((i for i in self._tokens([rest])[0] if i in special), None) if found else None
 
     def _stop_ids(self, model_dir: Path) -> tuple[int, ...]:
@@ -232,6 +233,16 @@ def _rows(model_dir: Path) -> int:
     """Tokens that the model has, by its config.json; 0: it does not say."""
     file = model_dir / "config.json"
     return int(json.loads(file.read_text(encoding="utf-8")).get("vocab_size") or 0) if file.is_file() else 0
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    return set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
+def _tokens_of_text(tokenizer: Any) -> int:
+    """From this id on, no token of the tokenizer is more than a special one."""
+    special = _special_ids(tokenizer)
+    return max((i + 1 for i in tokenizer.get_vocab().values() if i not in special), default=0)
 
 
 def with_defaults(template: str, prompt: PromptConfig) -> str:

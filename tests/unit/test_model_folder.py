@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.launcher.command import main, require_models
+from offtrail.platform.model.policy import load_model
+from offtrail.platform.model.scalar import load_scalar
 from offtrail.platform.model.text import Text
 
 Change = Callable[[Path], Any]
@@ -53,6 +56,40 @@ def without(*names: str) -> Change:
     return change
 
 
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def other_weights(*, drops: str = "", **changed: torch.Tensor) -> Change:
+    def change(folder: Path) -> None:
+        weights = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name != drops}
+        save_file(weights | changed, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+
+
+def with_tokens(number: int, *, special: bool = False, added: bool = True) -> Change:
+    """More tokens than the model's 61."""
+
+    def change(folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        for i in range(61, 61 + number):
+            if added:
+                likeness = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+                tokenizer["added_tokens"].append({"id": i, "content": f"<{i}>", "special": special, **likeness})
+            else:
+                tokenizer["model"]["vocab"][f"<{i}>"] = i
+        file.write_text(json.dumps(tokenizer))
+
+    return change
+
+
+TOO_MANY = "model.path={}: its tokenizer has 64 tokens, the model 61 (vocab_size in config.json); give it the"
 REFUSED: dict[str, tuple[Change, list[str], str]] = {
     "pytorch_model.bin only": (to_bin, [], "model.path={}: has its weights in pytorch_model.bin, but every role reads"),
     "no weights": (without("model.safetensors"), [], "model.path={}: holds no weights, but every role reads model.s"),
@@ -69,6 +106,32 @@ REFUSED: dict[str, tuple[Change, list[str], str]] = {
     "quantized": (
         sets("config.json", quantization_config={"quant_method": "fp8"}), [],
         "model.path={}: its weights are quantized (quantization_config in config.json), which cannot be trained",
+    ),
+    "a tensor is missing": (
+        other_weights(drops=UP), [],
+        f"model.path={{}}: its weights do not fit this qwen3 model: missing ['{UP}']; download or save it again",
+    ),
+    "a head is missing": (
+        sets("config.json", tie_word_embeddings=False), [],
+        "model.path={}: its weights do not fit this qwen3 model: missing ['lm_head.weight']; download or save",
+    ),
+    "a tensor too many": (
+        other_weights(drops="", more=torch.ones(1)), [],
+        "model.path={}: its weights do not fit this qwen3 model: unknown ['more']; download or save",
+    ),
+    "a tensor of another shape": (
+        sets("config.json", intermediate_size=40), [],
+        "model.path={}: its weights do not fit this qwen3 model: model.layers.0.mlp.gate_proj.weight is (48, 32), not",
+    ),
+    "cut weights": (cut, [], "model.path={}: its model.safetensors cannot be read ("),
+    "a larger vocabulary": (with_tokens(3, added=False), [], TOO_MANY),
+    "a larger vocabulary in sft": (with_tokens(3, added=False), ["job=sft"], TOO_MANY),
+    "a larger vocabulary of Unigram": (
+        sets("tokenizer.json", model={"type": "Unigram", "vocab": [[str(i), 0.0] for i in range(64)]}), [], TOO_MANY
+    ),
+    "added tokens of text": (with_tokens(3), ["job=sft"], TOO_MANY),
+    "no tokenizer.json's form": (
+        sets("tokenizer.json", model=[1]), [], "model.path={}: its tokenizer.json holds no tokenizer; mend it"
     ),
     "another architecture": (
         sets("config.json", model_type="granite"), [],
@@ -153,3 +216,53 @@ def test_what_the_files_allow_the_loaded_tokenizer_can_do(change: Change, prompt
     config = compose([f"model.path={model}", *prompt])
     require_models(config)
     Text(model, config.prompt)
+
+
+LACKS = [
+    (other_weights(drops=UP), rf"its weights lack {UP}, which would be random numbers; download or save it again"),
+    (
+        sets("config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        r"its weights lack model\.layers\.2\.input_layernorm\.weight and 10 more, which would be random",
+    ),
+    (
+        other_weights(**{UP: torch.ones(47, 32)}),
+        rf"{UP} is \[47, 32\] in its weights, but \[48, 32\] by its config\.json; give the",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), LACKS)
+def test_weights_that_would_be_random_are_not_trained(change: Change, words: str, model: Path) -> None:
+    change(model)
+    with pytest.raises(ValueError, match=rf"^model\.path={model}: {words}"):
+        load_model(model)
+    with pytest.raises(ValueError, match=rf"^algo\.critic\.path={model}: {words}"):
+        load_scalar(model, "before")
+
+
+def test_a_head_that_is_its_own_is_not_drawn_at_random(model: Path) -> None:
+    sets("config.json", tie_word_embeddings=False)(model)
+    with pytest.raises(ValueError, match=rf"^model\.path={model}: its weights lack lm_head\.weight, which"):
+        load_model(model)
+    assert not load_scalar(model, "before").score.weight.any()  # which needs none
+    other_weights(**{"lm_head.weight": torch.ones(61, 32)})(model)
+    assert bool((load_model(model).lm_head.weight == 1).all())
+    require_models(compose([f"model.path={model}"]))
+
+
+def test_what_the_model_needs_not_have(model: Path) -> None:
+    """Special tokens without a row are left out, and rows without a token stand for nothing."""
+    with_tokens(3, special=True)(model)
+    config = compose([f"model.path={model}"])
+    require_models(config)
+    Text(model, config.prompt)
+    other_weights(**{"model.embed_tokens.weight": torch.ones(80, 32)})(model)
+    sets("config.json", vocab_size=80)(model)
+    with_tokens(3)(model)
+    require_models(config)
+
+
+def test_a_loaded_tokenizer_is_looked_at_too(model: Path) -> None:
+    with_tokens(3, added=False)(model)
+    with pytest.raises(ValueError, match=f"^{re.escape(TOO_MANY.format(model))}"):
+        Text(model)
