@@ -19,6 +19,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter
 
 import offtrail
 from offtrail.platform.config.compose import compose, to_yaml
@@ -27,6 +28,7 @@ from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.forks import fork_server
+from offtrail.platform.runtime.device import without_gpu
 from offtrail.platform.runtime.roles import roles_of
 
 FLAGS = ("--help", "--version", "--dry-run")
@@ -78,6 +80,7 @@ def _run(argv: Sequence[str]) -> int:
         show(to_yaml(config))
         return 0
     require_packages()
+    require_devices(config)
     require_models(config)
     if config.job in ("rl", "sft"):
         require_task_reward_and_driver(config)
@@ -128,6 +131,13 @@ def require_packages() -> None:
         raise ConfigError(
             f"{sys.executable} lacks {names}: install offtrail into it (pip install -e .), or `make demo`"
         )
+
+
+def require_devices(config: Config) -> None:
+    """Raise ConfigError where a role's device cannot be here; what else torch has against it, the role says."""
+    for key in {spec.device: None for spec in roles_of(config) if spec.device}:
+        if reason := without_gpu(key, attrgetter(key)(config)):
+            raise ConfigError(reason)
 
 
 def require_models(config: Config) -> None:

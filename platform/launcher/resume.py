@@ -60,7 +60,8 @@ def refuse_cut_weights(inputs: Mapping[str, Input]) -> None:
     for key, one in inputs.items():
         for file in one.files.values():
             if file.suffix == ".safetensors" and (problem := cut_short(file)):
-                raise refuse(key, one.value, f"{problem}: it was cut or damaged; fetch or copy it again")
+                mend = "fetch or copy it again" if one.value else f"delete {file.parent}, and it is made anew"
+                raise refuse(key, one.value, f"{problem}: it was cut or damaged; {mend}")
 
 
 def note_settings(ledger: Ledger, config: Config, run_dir: Path) -> None:

@@ -140,6 +140,16 @@ class Run:
             raise WireError(f"asked for the run's status, the broker answered {type(reply).__name__}")
         return reply
 
+    def written_end(self) -> tuple[str, str] | None:
+        """How and why the run ended between two looks: the broker writes it down before it lets anybody go. None where
+        it has not; a failure is this launch's only once the broker has left in order.
+        """
+        summary = read_summary(self.run_dir)
+        status, reason = summary.get("status"), summary.get("reason", "")
+        if status == "completed" or (status == "failed" and reason and self.roles[0].handle.poll() == 0):
+            return status, reason
+        return None
+
     def stop(self, status: str, reason: str) -> bool:
         """Tell the broker how the run ends; it tells the roles to leave, and the ledger is durable as it is.
 
@@ -232,9 +242,8 @@ def watch(run: Run, interrupted: list[int]) -> tuple[str, str]:
                 if status.finished:
                     return "completed", status.summary.get("reason", "")
             for role in dead:
-                # Between two looks the run may have ended: the broker writes its status before it lets anybody go.
-                if role.handle.poll() == 0 and (summary := read_summary(run.run_dir)).get("status") == "completed":
-                    return "completed", summary.get("reason", "")
+                if role.handle.poll() == 0 and (end := run.written_end()):
+                    return end
                 if report := role.final_report():
                     if role.handle.poll() in (TERMINATED, -signal.SIGTERM) and signal_follows(interrupted):
                         break

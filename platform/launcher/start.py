@@ -24,7 +24,7 @@ from pathlib import Path
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.schema import Config, LearnerConfig
 from offtrail.platform.model.start import StartError, resolve
-from offtrail.platform.runtime.contents import MANIFEST
+from offtrail.platform.runtime.contents import MANIFEST, damage_of, write_manifest
 from offtrail.platform.tracking import compute
 from offtrail.platform.tracking.summary import read_summary
 
@@ -42,16 +42,24 @@ def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int], r
     """Make runs/NAME/start, with a cold start where the cache has none, which ``run`` runs. A resumed run keeps its
     link. job=sft without a model.path needs none: its learner makes random weights.
 
-    Raises StartError when the model cannot be found or made, and KeyboardInterrupt when a signal is noted meanwhile.
+    Raises StartError when the model cannot be found or made, or is damaged in the cache, and KeyboardInterrupt when a
+    signal is noted meanwhile.
     """
     link = run_dir / "start"
-    if link.exists():
-        return
-    link.unlink(missing_ok=True)  # it may dangle: the cache was emptied
-    if config.model.path:
-        link.symlink_to(resolve(config.model.path))
-    elif config.job != "sft":
-        link.symlink_to(cold_start(config, run_dir, interrupted, run))
+    if not link.exists():
+        link.unlink(missing_ok=True)  # it may dangle: the cache was emptied
+        if config.model.path:
+            link.symlink_to(resolve(config.model.path))
+        elif config.job != "sft":
+            link.symlink_to(cold_start(config, run_dir, interrupted, run))
+    if not config.model.path and config.job != "sft":
+        refuse_damaged(link.resolve())
+
+
+def refuse_damaged(cached: Path) -> None:
+    """Raise StartError where a cold start in the cache is not as it was made."""
+    if (cached / MANIFEST).is_file() and (damage := damage_of(cached)):
+        raise StartError(f"{damage}: the cold start in the cache is damaged; delete {cached}, and it is made anew")
 
 
 def cold_start(config: Config, run_dir: Path, interrupted: list[int], run: RunJob) -> Path:
@@ -116,6 +124,7 @@ def run_cold_start(config: Config, run_dir: Path, target: Path, interrupted: lis
         model = Path(scratch) / "model"
         shutil.copytree(folder / "checkpoints" / f"step_{stage.steps}", model, ignore=TRAINING_STATE)
         compute.save(model, read_summary(folder))
+        write_manifest(model)
         model.rename(target)
 
 

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+DEV = Path("/dev")
+GPU_FILES = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd")
+"""Where Linux has a GPU that torch calls cuda, one of these is in /dev: NVIDIA, Tegra, WSL, AMD."""
+
+
+def without_gpu(key: str, device: str) -> str:
+    """What is wrong with ``key``=``device`` on a Linux without any GPU's device file, asked without torch; "" where
+    that is not known.
+    """
+    if not device.startswith("cuda") or not DEV.is_dir() or any(any(DEV.glob(name)) for name in GPU_FILES):
+        return ""
+    return f"{key}={device}: this machine has no GPU (no {DEV}/nvidia*); take {key}=cpu, or a machine that has one"
+
 
 def require_device(key: str, device: str) -> None:
     """Raise ValueError, one line with the way out, when ``key``=``device`` is a CUDA device that torch lacks here."""

@@ -10,8 +10,12 @@ import pytest
 import yaml
 
 import offtrail
+from offtrail.platform.config.compose import compose
+from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.help import help_text
 from offtrail.platform.config.keys import GROUPS, all_paths
+from offtrail.platform.launcher.command import require_devices
+from offtrail.platform.runtime import device
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,6 +122,17 @@ def test_answers_that_the_verifier_cannot_read_are_said_before_the_start(problem
     assert note.startswith("offtrail: note: task.path=")
     assert "of 3 answers 2 can be read as numbers; 1 others with digits or LaTeX, such as '18%' in line 2" in note
     assert error.startswith("offtrail: error: 9 held-out prompts were asked of")
+
+
+@pytest.mark.parametrize("key", ["learner.device", "engine.device"])
+def test_a_device_that_this_machine_cannot_have(key, monkeypatch, tmp_path):
+    config = compose([f"{key}=cuda:1"])
+    monkeypatch.setattr(device, "DEV", tmp_path)
+    with pytest.raises(ConfigError, match=rf"^{key}=cuda:1: this machine has no GPU .*; take {key}=cpu, or a machine"):
+        require_devices(config)
+    require_devices(compose([]))
+    (tmp_path / "nvidia0").touch()
+    require_devices(config)
 
 
 @pytest.mark.parametrize("package", ["omegaconf", "yaml", "msgspec", "torch"])

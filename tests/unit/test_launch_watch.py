@@ -28,3 +28,17 @@ def test_a_role_may_leave_by_itself_only_after_the_broker_said_completed(tmp_pat
     found, reason = watch(run, [])
     assert found == expected
     assert ("generator-0 exited" in reason) == (expected == "failed")
+
+
+@pytest.mark.parametrize(("code", "says"), [(0, "learner-0: ValueError: no such device"), (3, "broker-0 exited with")])
+def test_a_broker_that_has_left_after_a_failure_has_written_whose_it_was(tmp_path, code, says):
+    config = Config()
+    config.tracking.progress = "off"
+    run = Run(config, tmp_path, hosts=None)
+    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+    process.wait()
+    run.roles.append(Role(RoleSpec("broker"), LocalHandle("broker-0", process, tmp_path / "broker-0.log")))
+    write_summary(tmp_path, {"status": "failed", "reason": "learner-0: ValueError: no such device"})
+    status, reason = watch(run, [])
+    assert status == "failed"
+    assert reason.startswith(says)

@@ -149,6 +149,11 @@ def test_weights_whose_copy_was_cut_are_refused_before_the_first_launch(config: 
     file.write_bytes(weights(7)[:-1])
     with pytest.raises(ConfigError, match=r"^model\.path=.*model\.safetensors has .* bytes, its header tells of"):
         check_what_is_there(config, run_dir)
+    config.model.path = ""  # a cold start in the cache
+    with pytest.raises(
+        ConfigError, match=rf"^model\.path=: .*was cut or damaged; delete {file.parent}, and it is made"
+    ):
+        check_what_is_there(config, run_dir)
     assert not (run_dir / FILE).exists()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import signal
 import socket
 import threading
@@ -121,10 +122,26 @@ def test_the_cold_start_is_a_run_of_its_own_whose_model_is_kept(monkeypatch, tmp
     monkeypatch.setenv("OFFTRAIL_CACHE", str(tmp_path / "cache"))
     target = cold_start(quiet(), tmp_path / "run", [], trains)
     assert target == tmp_path / "cache" / cache_key(quiet())
-    assert sorted(file.name for file in target.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in target.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
     assert (tmp_path / "run" / "stages" / "1_cold_start" / "config.yaml").is_file()
     assert cold_start(quiet(), tmp_path / "other", [], fails) == target
     assert not (tmp_path / "other").exists()
+
+
+def test_a_cold_start_that_was_damaged_in_the_cache_is_named_with_the_folder_to_delete(monkeypatch, tmp_path):
+    monkeypatch.setenv("OFFTRAIL_CACHE", str(tmp_path / "cache"))
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    prepare_start_model(quiet(), tmp_path / "a", [], trains)
+    target = tmp_path / "cache" / cache_key(quiet())
+    (target / "model.safetensors").write_text("model.safetensorz")
+    for run_dir in (tmp_path / "a", tmp_path / "b"):  # resumed, and new
+        with pytest.raises(
+            StartError, match=rf"safetensors is not as it was written: .*; delete {target}, and it is made"
+        ):
+            prepare_start_model(quiet(), run_dir, [], fails)
+    shutil.rmtree(target)
+    prepare_start_model(quiet(), tmp_path / "c", [], trains)
 
 
 def fails(config, folder, interrupted):
