@@ -34,8 +34,8 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
         policy.first_step = config.algo.critic.pretrain_steps
     reference = None
     if config.algo.needs_ref:
-        frozen = make_policy(config, load_model(start, device=config.learner.device)).requires_grad_(False)
-        reference = world.shard(frozen)
+        again = load_model(start, given=config.model.path, device=config.learner.device)
+        reference = world.shard(make_policy(config, again).requires_grad_(False))
     return Trainer(
         world,
         objective,

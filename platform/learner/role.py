@@ -126,7 +126,7 @@ class Learner:
         start = start_model(config, context.run_dir)
         origin = checkpoint.path_of(context.run_dir, step) if step else start
         with connection.activity.busy("load"):
-            model = load_model(origin, device=config.learner.device)
+            model = load_model(origin, given="" if step else config.model.path, device=config.learner.device)
             world = join(config.learner, layer_classes(model), deadline_s=config.broker.deadline_seconds)
             trainer = make_job_trainer(config, world, model, start, connection.activity)
             if step:

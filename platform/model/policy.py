@@ -41,22 +41,22 @@ from offtrail.platform.model.liger import apply as apply_liger
 from offtrail.platform.model.packing import Packed
 
 
-def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Any:
+def load_model(path: Path | str, *, given: str = "", device: torch.device | str = "cpu") -> Any:
     """A causal language model from a Hugging Face directory or name, in float32, with packed attention.
 
     Parameters are float32 whatever learner.dtype says: in bfloat16, AdamW's updates at the learning rates of RL would
     be rounded away. It stays in eval mode: dropout has no place in a ratio of probabilities.
 
     Raises ValueError where transformers does not know the architecture (code that comes with a model is not run), and
-    where a tensor of it is not in the files, or has another shape there.
+    where a tensor of it is not in the files, or has another shape there; errors name ``given``, what the user typed.
     """
     kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
     if kind not in CONFIG_MAPPING:
         raise ValueError(
-            f"model.path={path}: model_type={kind} is none of transformers {transformers.__version__}'s own, and code "
-            "that comes with a model is not run; take another model, or a newer transformers"
+            f"model.path={given or path}: model_type={kind} is none of transformers {transformers.__version__}'s own, "
+            "and code that comes with a model is not run; take another model, or a newer transformers"
         )
-    model = from_files(AutoModelForCausalLM, path, f"model.path={path}")
+    model = from_files(AutoModelForCausalLM, path, f"model.path={given or path}")
     model.config.use_cache = False
     return model.to(device).eval()
 

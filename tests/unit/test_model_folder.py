@@ -236,6 +236,8 @@ def test_weights_that_would_be_random_are_not_trained(change: Change, words: str
     change(model)
     with pytest.raises(ValueError, match=rf"^model\.path={model}: {words}"):
         load_model(model)
+    with pytest.raises(ValueError, match=rf"^model\.path=org/small: {words}"):
+        load_model(model, given="org/small")
     with pytest.raises(ValueError, match=rf"^algo\.critic\.path={model}: {words}"):
         load_scalar(model, "before")
 
