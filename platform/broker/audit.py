@@ -2,8 +2,9 @@
 
     at the start and the end of a life: whole()          at each checkpoint: recent(), what came since the last audit
 
-What is before a checkpoint is final (no restart goes behind it), so that it need be counted once only: the cost of
-`recent` follows what has happened since the last checkpoint, and not the run's age.
+What is before a checkpoint is final for this life (only a launch with run.resume_from goes behind it, and that begins
+with `whole`), so that it need be counted once only: the cost of `recent` follows what has happened since the last
+checkpoint, and not the run's age.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Broker:
         self.numbers = RunMetrics(self.ledger, self.roster, clock, cold_start)
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
-        self.ledger.shards.miss(run_dir / "trajectories")
+        self.ledger.shards.name_missing(run_dir / "trajectories")
         self.archive.seal(self.ledger.shards.unsealed())
         self.evaluations = Evaluations(
             self.ledger, config.eval.every, config.eval.waiting_mb << 20, scores="evaluator" in JOBS[config.job]

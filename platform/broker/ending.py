@@ -91,7 +91,7 @@ class Ending:
             self.ledger.records.put(self.numbers.remarks())
             self.audit = self.ledger.audit()
             self.write_summary()
-        except (LedgerError, OSError, sqlite3.Error) as error:
+        except (LedgerError, UnfitError, OSError, sqlite3.Error) as error:
             log.error("the summary could not be written: %s", error)
 
     def fail(self, line: str) -> None:
@@ -138,7 +138,7 @@ class Ending:
         """Once more when nothing can change any more: shards were sealed since the end."""
         try:
             self.write_summary()
-        except (LedgerError, OSError, sqlite3.Error) as error:
+        except (LedgerError, UnfitError, OSError, sqlite3.Error) as error:
             log.error("the last summary could not be written: %s", error)
 
     def stands(self, row: Metrics) -> Status:

@@ -77,12 +77,14 @@ class Shards:
             db.execute("UPDATE shards SET sealed = 2 WHERE name = ?", (name,))
             put_aside(db, name, why)
 
-    def miss(self, folder: Path) -> None:
-        """Name the shards that were sealed and whose file is not in ``folder`` any more."""
+    def name_missing(self, folder: Path) -> None:
+        """Name the shards that were sealed and whose file is not in ``folder`` any more, for as long as it is not."""
         sealed = self.file.rows("SELECT name FROM shards WHERE sealed = 1")
         with self.file.change() as db:
             for (name,) in sealed:
-                if not (folder / name).is_file():
+                if (folder / name).is_file():
+                    db.execute("DELETE FROM aside WHERE what = ?", (name,))
+                else:
                     put_aside(db, name, "its file is gone, though it was sealed")
 
 

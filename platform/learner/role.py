@@ -56,8 +56,10 @@ from offtrail.tasks.jsonl import task_template
 
 log = logging.getLogger("offtrail.learner")
 
-FAULTS_OF_A_BATCH = (ArithmeticError, AssertionError, DivergedError, LookupError, StalenessError, TypeError, ValueError)
-"""What a batch can raise in training. Not among them: a full memory, a disk, a network, a GPU."""
+FAULTS_OF_A_BATCH = (ArithmeticError, DivergedError, IndexError, StalenessError, ValueError)
+"""What a batch can raise in training. Not among them: a full memory, a disk, a network, a GPU; nor what a bug raises,
+such as a plug-in's KeyError: it comes with every batch, and each launch would refuse another one that is sound.
+"""
 
 
 class BatchError(RuntimeError):

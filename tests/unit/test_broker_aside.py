@@ -434,6 +434,7 @@ def test_a_damaged_or_missing_shard_is_told_by_name_and_with_the_way_out(start: 
     assert later.summary()["set_aside"] == [f"{shard.name}: its file is gone, though it was sealed"]
     shard.write_bytes(whole)
     assert archived(run) == groups
+    assert "set_aside" not in later.restarted().summary()  # its file stands again
 
 
 def test_the_terminal_shows_the_first_of_what_was_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

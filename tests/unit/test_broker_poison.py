@@ -214,6 +214,21 @@ def test_what_sqlite_cannot_hold_is_rolled_back_and_told(tmp_path: Path) -> None
     ledger.close()
 
 
+def test_what_sqlite_cannot_hold_does_not_keep_a_run_from_ending(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(run__budget_seconds=1.0)
+    run.everybody()
+    run.make()
+    run.clock.now += 2.0
+    monkeypatch.setattr(run.broker.numbers, "remarks", lambda: {"time": "\ud800"})
+    run.broker.tick()
+    assert run.broker.ending.status == "failed"
+    assert "nothing was written" in run.broker.ending.reason
+    run.broker.ending.write_last_summary()
+    assert run.summary()["status"] == "failed"
+
+
 # ---------------------------------------------------------------------- numbers that are none
 
 

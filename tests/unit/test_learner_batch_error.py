@@ -36,8 +36,12 @@ def test_a_fault_of_the_batch_names_its_step_and_the_way_out(error: Exception) -
     assert raised.value.batch == 7
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), OSError("no space"), RuntimeError("NCCL")])
-def test_a_full_memory_a_disk_or_a_network_is_not_the_batchs_fault(error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("full"), OSError("no space"), RuntimeError("NCCL"),
+     KeyError("x"), TypeError("x"), AssertionError("x")],
+)  # fmt: skip
+def test_a_full_memory_a_disk_a_network_or_a_bug_is_not_the_batchs_fault(error: Exception) -> None:
     with pytest.raises(type(error)):
         train(error)
 
