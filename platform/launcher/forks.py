@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import socket
@@ -12,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 from offtrail.platform.runtime import attempt
+from offtrail.platform.runtime.host import adopt_orphans
 
-PR_SET_CHILD_SUBREAPER = 36
 PADDING = " " * 5000
 """Room in the command line for those of the roles."""
 IMPORT_SECONDS = 180.0
@@ -42,8 +41,7 @@ class ForkServer:
 
         Trap: a process is adopted only by one that is its subreaper when its parent leaves. For that long this one is.
         """
-        set_subreaper = ctypes.CDLL(None, use_errno=True).prctl
-        set_subreaper(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         try:
             socket.send_fds(self._line, [json.dumps([list(command), dict(environment)]).encode()], [log])
             pid = self._line.recv(32)
@@ -51,7 +49,7 @@ class ForkServer:
             self.close()
             return None
         finally:
-            set_subreaper(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+            adopt_orphans(False)
         return Forked(int(pid)) if pid else None
 
     def close(self) -> None:

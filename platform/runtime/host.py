@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 
 def die_with(parent: int, signum: int = signal.SIGKILL) -> None:
@@ -24,6 +24,12 @@ def die_with(parent: int, signum: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
     if os.getppid() != parent:  # it was gone before the request took effect
         os._exit(1)
+
+
+def adopt_orphans(whether: bool = True) -> None:
+    """Have descendants whose parent has left become children of this process, or no more (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(whether), 0, 0, 0)
 
 
 def rename_process(command: Sequence[str], name: str) -> None:

@@ -10,26 +10,22 @@ user may) gets the verifier killed with it, and not what that had started.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from offtrail.platform.runtime.host import die_with
+from offtrail.platform.runtime.host import adopt_orphans, die_with
 
-PR_SET_CHILD_SUBREAPER = 36
 LOOK_SECONDS = 0.001
 
 
 def keep() -> None:
     """Go on in a child of this process, which never returns from here: it becomes the keeper."""
     die_with(int(os.environ["OFFTRAIL_PARENT"]), signal.SIGTERM)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it ends by the verifier's signal, which would dump it
     keeper, watched = os.getpid(), {signal.SIGTERM, signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
