@@ -19,6 +19,7 @@ from offtrail.platform.config.compose import load_config
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.synchronous import Synchronous
 from offtrail.platform.runtime.context import weights_folder
+from offtrail.platform.runtime.host import adopt_orphans
 
 ROLE_NAMES = ("broker", "learner", "generator", "evaluator")
 NUMBERS = ("loss/policy", "policy/grad_norm", "policy/entropy", "reward/mean", "reward/accuracy", "length/mean")
@@ -193,9 +194,14 @@ def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal
 
 @pytest.mark.timeout(600)
 def test_a_role_of_a_killed_attempt_that_leaves_late_takes_nothing_of_the_resumed_runs(
-    launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
+    launch: Any, command: Any, environment: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Its reaper was killed too, so that the next launch begins while a learner and a generator still stand."""
+    """Its reaper was killed too, so that the next launch begins while a learner and a generator still stand.
+
+    Trap: the kernel wakes stopped processes whose new parent is of another session; this one takes them in.
+    """
+    request.addfinalizer(lambda: adopt_orphans(False))
+    adopt_orphans()
     exact = ("staleness.mode=exact", "learner.steps=8")
     undisturbed = launch("other", *exact)
     assert undisturbed.code == 0, undisturbed.output
