@@ -2,7 +2,8 @@
 
 Invariants: the running samples hold slots 0…n−1; a slot's columns 0…length−2 hold the keys and values of its tokens but
 the last, which the next decode step feeds. Columns past that hold finite leftovers and are masked. The cache is as
-large as the samples that ran so far and their tokens made it (``reserve``), whatever it may grow to.
+large as the samples that ran so far and their tokens made it (``reserve``), slots times columns: ``most_tokens`` at
+most, or what one sample that is longer needs.
 Legend: S slots, L columns (positions), n running, H query heads, K key/value heads, D head size, R = H/K.
 """
 
@@ -30,17 +31,20 @@ _GROWTH = 1.25
 
 class KVCache:
     """Keys and values of all layers, one tensor [2, S, K, L, D] each, empty until ``reserve``; S and L grow up to
-    ``slots`` and ``max_length``.
+    ``slots`` and ``max_length``, and in all to ``megabytes`` MiB.
     """
 
-    def __init__(self, spec: Spec, slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._most = slots, -(-max_length // _COLUMN_STEP) * _COLUMN_STEP
+    def __init__(
+        self, spec: Spec, slots: int, max_length: int, megabytes: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._most = slots, _stepped(max_length)
         self._kv_heads, self._scale = spec.kv_heads, spec.head_size**-0.5
         self._dtype, self._device = dtype, device
         self._empty = torch.zeros((2, 0, spec.kv_heads, 0, spec.head_size), dtype=dtype, device=device)
         self._count = spec.layers
-        self.token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_size * dtype.itemsize
-        """What one token's keys and values take."""
+        token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_size * dtype.itemsize
+        self.most_tokens = (megabytes << 20) // token_bytes
+        """Slots times columns that fit."""
         self._batched_products = device.type == "cpu" and dtype == torch.float32
         self.release()
 
@@ -55,16 +59,20 @@ class KVCache:
         """What the cache holds now."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def fitting(self, length: int) -> int:
+        """How many samples fit that may become so many tokens long; one always does."""
+        return max(1, self.most_tokens // _stepped(length))
+
     def reserve(self, slots: int, columns: int) -> None:
-        """Hold at least so many, keeping what is there. Plans, rows and biases made before are void when it grows.
+        """Hold so many at least, and keep what is there of them: slots and columns beyond may go where there is no
+        room for both. Plans, rows and biases made before are void when the size changes.
 
         One layer is copied after the other, so that no more than one is there twice. MemoryError, with the size and
         the keys, where they do not fit.
         """
         if slots <= self.slots and columns <= self.columns:
             return
-        slots = _grown(self.slots, slots, self._most[0], 1)
-        columns = _grown(self.columns, columns, self._most[1], _COLUMN_STEP)
+        slots, columns = self._shape(slots, _stepped(columns))
         for i, old in enumerate(self.layers):
             shape = (2, slots, self._kv_heads, columns, old.shape[4])
             try:
@@ -73,12 +81,20 @@ class KVCache:
                 gib = len(self.layers) * np.prod(shape, dtype=np.int64) * self._dtype.itemsize / 2**30
                 raise MemoryError(
                     f"the KV cache of {slots} samples x {columns} tokens needs {gib:.1f} GiB; "
-                    f"lower engine.max_running, batch.group_size or model.max_length"
+                    f"lower engine.kv_cache_mb, engine.max_running, batch.group_size or model.max_length"
                 ) from error
-            new[:, : self.slots, :, : self.columns] = old
+            new[:, : self.slots, :, : self.columns] = old[:, :slots, :, :columns]
             self.layers[i] = new
         self.slots, self.columns = slots, columns
         self._index()
+
+    def _shape(self, slots: int, columns: int) -> tuple[int, int]:
+        """The next size for what is needed: what is held is kept and grows as far as there is room, slots first."""
+        most_slots = min(_grown(self.slots, slots), self._most[0])
+        most_columns = min(_stepped(_grown(self.columns, columns)), self._most[1])
+        slots = max(slots, min(most_slots, self.most_tokens // columns))
+        room = self.most_tokens // slots // _COLUMN_STEP * _COLUMN_STEP
+        return slots, max(columns, min(most_columns, room))
 
     def _index(self) -> None:
         self._rows = [[side.flatten(0, 2) for side in layer] for layer in self.layers]
@@ -93,6 +109,7 @@ class KVCache:
 
     def move(self, source: Int64, target: Int64, length: int) -> None:
         """Copy the first ``length`` columns of slots ``source`` to slots ``target`` (disjoint)."""
+        self._check(int(max(source.max(), target.max())) + 1, length)
         from_slots, to_slots = self.to_device(source), self.to_device(target)
         for layer in self.layers:
             used = layer[:, :, :, :length]
@@ -100,22 +117,31 @@ class KVCache:
 
     def copy_out(self, slot: int, length: int) -> Tensor:
         """A copy of the first ``length`` columns of a slot, [layers, 2, K, length, D]."""
+        self._check(slot + 1, length)
         return torch.stack([layer[:, slot, :, :length] for layer in self.layers])
 
     def copy_in(self, start: int, stop: int, kept: Tensor) -> None:
         """What ``copy_out`` gave, into each of slots ``start``…``stop`` − 1."""
+        self._check(stop, kept.shape[3])
         for layer, one in zip(self.layers, kept, strict=True):
             layer[:, start:stop, :, : kept.shape[3]] = one.unsqueeze(1)
 
+    def _check(self, slots: int, columns: int) -> None:
+        """Trap: torch cuts a slice that reaches too far, and a row past a slot's columns is the next slot's."""
+        if slots > self.slots or columns > self.columns:
+            raise IndexError(
+                f"{slots} slots x {columns} columns of the KV cache are used and {self.slots} x {self.columns} reserved"
+            )
+
     def decode_plan(self, positions: Int64) -> DecodePlan:
         """What a decode step of slots 0…n−1 at ``positions`` [n] needs in every layer."""
-        n, span = len(positions), int(positions.max()) + 1
-        span = -(-span // _COLUMN_STEP) * _COLUMN_STEP
+        n, span = len(positions), _stepped(int(positions.max()) + 1)
         bias = self.bias(np.repeat(positions, self._kv_heads), span).unsqueeze(1)
         return DecodePlan(self, n, span, self.rows(np.arange(n), positions), bias)
 
     def rows(self, slots: Int64, columns: Int64) -> Tensor:
         """Where a token's keys (or values) stand among all rows [D] of a layer: [N, K] for N (slot, column) pairs."""
+        self._check(int(slots.max()) + 1, int(columns.max()) + 1)
         return self.to_device(self._first_row[slots] + columns[:, None])
 
     def bias(self, positions: Int64, span: int) -> Tensor:
@@ -147,11 +173,14 @@ class KVCache:
         return F.scaled_dot_product_attention(queries, keys, values, bias, scale=self._scale).reshape(n, -1)
 
 
-def _grown(held: int, needed: int, most: int, multiple: int) -> int:
-    """The size after ``held``: never less than it, nor, rounded up to ``multiple``, more than ``most``."""
-    if needed <= held:
-        return held
-    return min(-(-max(needed, int(held * _GROWTH)) // multiple) * multiple, most)
+def _grown(held: int, needed: int) -> int:
+    """The size after ``held``, which is never less."""
+    return held if needed <= held else max(needed, int(held * _GROWTH))
+
+
+def _stepped(columns: int) -> int:
+    """Rounded up to _COLUMN_STEP."""
+    return -(-columns // _COLUMN_STEP) * _COLUMN_STEP
 
 
 class DecodePlan:

@@ -77,7 +77,7 @@ class LocalEngine:
         self._pass_tokens = _PASS_TOKENS.get(self._device.type, 8192)
         self._decoder = Decoder(spec, max_length, dtype, self._device)
         self._decoder.load(read_weights(model_dir))
-        self._cache = KVCache(spec, config.max_running, max_length, dtype, self._device)
+        self._cache = KVCache(spec, config.max_running, max_length, config.kv_cache_mb, dtype, self._device)
         self._slots = Slots(config.max_running, max_length, spec.vocab_size)
         self._stops = StopStrings(model_dir)
         self._waiting: deque[Pending] = deque()
@@ -92,13 +92,6 @@ class LocalEngine:
     def capacity(self) -> int:
         """Samples that decode together, at most."""
         return self._config.max_running
-
-    @property
-    def kv_bytes(self) -> int:
-        """What the KV cache holds now: it grows with the samples that run and their tokens, and keeps its size while
-        there is work; a large one is given back then.
-        """
-        return self._cache.bytes
 
     @property
     def unfinished(self) -> int:
@@ -122,8 +115,7 @@ class LocalEngine:
         split = self._enter(due)
         if not self._slots.running:
             return []
-        # One column beyond the newest token: a sample of full length has ended, so that there is one.
-        self._cache.reserve(self._slots.running, int(self._slots.length[: self._slots.running].max()) + 1)
+        self._reserve()
         tokens, logprobs = self._draw(self._decode(due))
         if split:  # now or never: later the weights may be others
             self._prompt_kv = self._cache.copy_out(self._slots.running - 1, split)
@@ -250,7 +242,7 @@ class LocalEngine:
             rows = slots.enter(pending, min(room, left))
             hits, prompt_kv = rows.stop - rows.start, self._prompt_kv
             if prompt_kv is not None:
-                self._cache.reserve(rows.stop, len(prefix))
+                self._reserve()
                 self._cache.copy_in(rows.start, rows.stop, prompt_kv)
             elif len(prefix):
                 due.append(_Due(prefix, np.arange(rows.start, rows.stop)))
@@ -268,8 +260,14 @@ class LocalEngine:
         slots, next_one = self._slots, self._waiting[0].request
         longest = len(next_one.prompt_tokens) + next_one.sampling.max_new_tokens
         longest = max(longest, int(slots.limit[: slots.running].max(initial=0)))
-        most = max(1, (self._config.kv_cache_mb << 20) // (longest * self._cache.token_bytes))
-        return min(self._config.max_running, most) - slots.running
+        return min(self._config.max_running, self._cache.fitting(longest)) - slots.running
+
+    def _reserve(self) -> None:
+        """Room for what runs: a column beyond the newest token too, which there is since a sample of full length has
+        ended.
+        """
+        slots = self._slots
+        self._cache.reserve(slots.running, int(slots.length[: slots.running].max()) + 1)
 
     def _decode(self, due: Sequence[_Due]) -> Tensor:
         """Logits [n, V] of the next token of each running sample.

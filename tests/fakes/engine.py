@@ -179,7 +179,7 @@ class Engine(LocalEngine):
             hit, keys = self._hits.pop(pending.request.id)
             prefix = pending.request.prompt_tokens[:-1]
             if keys is not None and hit:
-                self._cache.reserve(rows.stop, hit)
+                self._reserve()
                 self._cache.copy_in(rows.start, rows.stop, keys[:, :, :, :hit])
             if len(prefix) > hit:
                 due.append(_Due(prefix[hit:], np.arange(rows.start, rows.stop), hit))

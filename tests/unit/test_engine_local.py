@@ -126,13 +126,13 @@ def test_stop_tokens_are_each_requests_own(models):
 
 def test_the_cache_is_as_large_as_what_ran_and_not_as_what_may(models):
     local = engine(models[0], max_running=256, max_length=512)
-    assert local.kv_bytes == 0
+    assert local._cache.bytes == 0
     run(local, [Request(i, prompt(10), 4, Sampling(30)) for i in range(2)])
     token = 2 * 2 * 2 * 8 * 4  # keys and values of two layers, two heads of eight numbers in float32
-    assert 8 * 39 * token <= local.kv_bytes <= 1.25 * 8 * 40 * token
-    before = local.kv_bytes
+    assert 8 * 39 * token <= local._cache.bytes <= 1.25 * 8 * 40 * token
+    before = local._cache.bytes
     run(local, [Request(i, prompt(10), 4, Sampling(30)) for i in range(2)])
-    assert local.kv_bytes == before
+    assert local._cache.bytes == before
 
 
 def test_samples_wait_while_those_that_run_might_fill_the_cache(models):
@@ -146,7 +146,65 @@ def test_samples_wait_while_those_that_run_might_fill_the_cache(models):
     done = run(local, [])
     free = run(engine(models[0], max_length=512, max_running=16), requests)
     assert {key: c.tokens.tolist() for key, c in done.items()} == {key: c.tokens.tolist() for key, c in free.items()}
-    assert local.kv_bytes <= 1.25 * (1 << 20)
+    assert local._cache.bytes <= 1 << 20
+
+
+def test_short_samples_and_then_a_long_one_stay_within_the_cache(models):
+    local = LocalEngine(models[0], LocalConfig(kv_cache_mb=1), max_length=512, threads=1)
+    local.generate([Request(i, prompt(6, i), 1, Sampling(8)) for i in range(256)])
+    local.generate([Request(256, prompt(90), 1, Sampling(400)), Request(257, prompt(6), 256, Sampling(8))])
+    sizes = set()
+    while local.unfinished:
+        local.step()
+        sizes.add((local._cache.slots, local._cache.columns))
+        assert local._cache.bytes <= 1 << 20
+    assert max(slots for slots, _ in sizes) > 200
+    assert max(columns for _, columns in sizes) > 480
+
+
+def test_a_cache_that_gives_slots_or_columns_away_gives_the_same_bits_as_one_with_room_for_all(models):
+    def engine_of(megabytes: int) -> LocalEngine:
+        return LocalEngine(models[0], LocalConfig(kv_cache_mb=megabytes, max_running=200), max_length=512, threads=1)
+
+    short = [Request(i, prompt(3 + i % 6, i), 1 + i % 4, Sampling(11, stop_token_ids=(2,))) for i in range(60)]
+    long = [Request(i, prompt(20 + 9 * i, i), 1 + i, Sampling(300, stop_token_ids=(i,))) for i in range(4)]
+    tight, roomy = engine_of(1), engine_of(64)
+    sizes = set()
+    for requests in (short, long, short):
+        first: dict[tuple[int, int], Completion] = {}
+        second: dict[tuple[int, int], Completion] = {}
+        for local, done in ((tight, first), (roomy, second)):
+            local.generate(requests)
+            steps = 0
+            while local.unfinished:
+                done |= {(c.request, c.index): c for c in local.step()}
+                steps += 1
+                sizes.add((local is tight, local._cache.slots * local._cache.columns))
+                if steps == 9:
+                    local.load_weights(1, models[2].state_dict())
+                if steps == 90:
+                    local.load_weights(2, models[1].state_dict())
+        assert first.keys() == second.keys()
+        for key, completion in first.items():
+            assert_same(completion, second[key])
+            assert completion.versions.tobytes() == second[key].versions.tobytes()
+    most = tight._cache.most_tokens
+    assert max(size for is_tight, size in sizes if is_tight) <= most < max(size for _, size in sizes)
+
+
+def test_what_was_not_reserved_is_neither_read_nor_written(models):
+    cache = engine(models[0])._cache
+    cache.reserve(2, 8)
+    kept, one = cache.copy_out(1, 8), np.array([1])
+    for beyond in (
+        lambda: cache.copy_in(1, 3, kept),
+        lambda: cache.copy_in(2, 3, kept),
+        lambda: cache.copy_out(1, 9),
+        lambda: cache.move(one, one - 1, 9),
+        lambda: cache.rows(one - 1, np.array([8])),
+    ):
+        with pytest.raises(IndexError, match="of the KV cache are used and 2 x 8 reserved"):
+            beyond()
 
 
 def test_sampling_in_blocks_of_rows_changes_no_bit(models, monkeypatch):
@@ -165,10 +223,10 @@ def test_an_engine_without_work_gives_a_large_cache_back(models, monkeypatch):
     requests = [Request(i, prompt(5 + i, i), 2, Sampling(20)) for i in range(4)]
     local = engine(models[0])
     kept = run(local, requests)
-    assert local.kv_bytes > 0
+    assert local._cache.bytes > 0
     monkeypatch.setattr(local_engine, "_IDLE_BYTES", 0)
     first, second = run(local, requests), run(local, requests)
-    assert local.kv_bytes == 0
+    assert local._cache.bytes == 0
     for key, completion in kept.items():
         assert_same(completion, first[key])
         assert_same(completion, second[key])
@@ -176,7 +234,7 @@ def test_an_engine_without_work_gives_a_large_cache_back(models, monkeypatch):
 
 def test_one_sample_runs_however_small_the_cache_may_be(models):
     local = LocalEngine(models[0], LocalConfig(kv_cache_mb=1), max_length=500, threads=1)
-    local._cache.token_bytes = 1 << 20
+    local._cache.most_tokens = 1
     done = run(local, [Request(0, prompt(10), 3, Sampling(4))])
     assert [len(c.tokens) for c in done.values()] == [4, 4, 4]
 
