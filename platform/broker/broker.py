@@ -159,7 +159,7 @@ class Broker:
     def handle(self, envelope: Envelope) -> None:
         """Answer one request, or hold it."""
         if (member := self.roster.sender(envelope.peer)) is not None:
-            member.heard = self.clock()
+            member.heard, member.lost = self.clock(), False
         if not isinstance(envelope.message, Heartbeat | StatusRequest):
             self.polls.dirty = True
         try:
@@ -252,12 +252,17 @@ class Broker:
     # ------------------------------------------------------------------ generators
 
     def on_lease_request(self, request: LeaseRequest, envelope: Envelope) -> Answer | None:
-        """Leases as far as the admission policy allows; held while there are none."""
-        holder = self._member(envelope).name
+        """Leases as far as the admission policy allows; held while there are none. Trap: what comes back from a lost
+        holder must not go to the poll that it left behind.
+        """
+        member = self._member(envelope)
+        holder = member.name
 
         def serve() -> Answer | None:
             if self.ending.status:
                 return Leases(leases=[], version=self.scheduler.version, stop=True), NO_ARRAYS
+            if member.lost:
+                return None
             leases = self.scheduler.grant(holder, request.room, len(self.roster.alive("generator")), time.time())
             if not leases:
                 return None
@@ -435,7 +440,7 @@ class Broker:
         beat, dropped = plain(beat)
         self.numbers.dropped += dropped
         member = self.roster.members[f"{beat.role}-{beat.index}"]
-        member.heard = self.clock()
+        member.heard, member.lost = self.clock(), False
         if member.take(beat, self.clock()):
             self.deadlines.progress()
         seconds = {f"{name} seconds": value for name, value in beat.seconds.items()}

@@ -413,6 +413,20 @@ def test_exact_mode_never_cuts_a_wave_in_two(start: Callable[..., Run]) -> None:
 # ---------------------------------------------------------------------- lost roles and deadlines
 
 
+def test_what_comes_back_from_a_lost_generator_does_not_go_to_the_poll_that_it_left(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    leased = run.lease(room=8).leases
+    held = run.send("generator-0", LeaseRequest(room=8))
+    for _ in range(6):
+        run.clock.now += 1.0
+        run.broker.tick()
+    assert {row.holder for row in run.broker.ledger.leased()} == {""}
+    run.broker.serve_held()
+    assert not run.reply(held, Leases).leases
+    assert [lease.group for lease in run.lease(room=8).leases] == [lease.group for lease in leased]  # it is here again
+
+
 def test_a_lease_outlives_a_long_answer_and_ends_with_lost_heartbeats(start: Callable[..., Run]) -> None:
     run = start(generator__count=2)
     run.everybody()
