@@ -158,7 +158,8 @@ class Broker:
 
     def handle(self, envelope: Envelope) -> None:
         """Answer one request, or hold it."""
-        if (member := self.roster.sender(envelope.peer)) is not None:
+        member = self.roster.sender(envelope.peer)
+        if member is not None and not isinstance(envelope.message, Hello):  # its process may be another one
             member.heard, member.lost = self.clock(), False
         if not isinstance(envelope.message, Heartbeat | StatusRequest):
             self.polls.dirty = True
