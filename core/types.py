@@ -78,6 +78,7 @@ class Channel:
 LOWEST_LOGPROB, LARGEST_REWARD = -1e4, 1e9
 """No sampled token is less likely; no reward larger: its square must stay a float32."""
 SHORT = 4096
+"""Below so many elements argmin is the cheaper way to a smallest value."""
 PARENT = "parent"
 """The node channel that makes nodes a tree: each node's parent, an earlier node, or −1 for a root."""
 
