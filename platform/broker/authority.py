@@ -1,7 +1,8 @@
 """Whose message a message is: what broker.py asks before it carries a request out.
 
 Invariant: a process that has the run's secret is still one role, and does only what that role does. A name belongs to
-the connection that said Hello for it, as long as its process is there.
+the connection that said Hello for it last; while its process is there, only a Hello with the same process id takes it.
+Trap: that id is the sender's own word, so that this keeps mistakes apart, and not whoever has the secret and lies.
 """
 
 from __future__ import annotations

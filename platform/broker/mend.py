@@ -58,6 +58,7 @@ SUMS = {
 """Remarks about the run that can be begun anew, and what each must be."""
 NEEDED = {
     "checkpoint": _whole,
+    "begun_with": _map_of(lambda _: True),
     "settings": _map_of(lambda value: isinstance(value, str)),
     "noted": _map_of(lambda _: True),
     "changes": _list_of(dict),

@@ -394,7 +394,8 @@ def test_a_group_of_which_neither_versions_nor_payload_can_be_read_is_refused(
 @pytest.mark.parametrize(
     ("key", "value"),
     [("checkpoint", "x"), ("checkpoint", "-1"), ("settings", "{"), ("settings", "[1]"), ("noted", "3"),
-     ("changes", "{"), ("changes", "[3]"), ("inputs", "[]")],
+     ("changes", "{"), ("changes", "[3]"), ("inputs", "[]"),
+     ("begun_with", "[1]"), ("begun_with", "{")],
 )  # fmt: skip
 def test_a_remark_that_the_run_cannot_go_on_without_is_told_by_its_key_and_the_way_out(
     key: str, value: str, start: Callable[..., Run]
