@@ -1,8 +1,8 @@
 """Whose message a message is: what broker.py asks before it carries a request out.
 
 Invariant: a process that has the run's secret is still one role, and does only what that role does. A name belongs to
-the connection that said Hello for it last; while its process is there, only a Hello with the same process id takes it.
-Trap: that id is the sender's own word, so that this keeps mistakes apart, and not whoever has the secret and lies.
+the process that said Hello for it, known by its random number (sockets.py), until it has died or its heartbeats are
+lost: so a role that was started again always finds its name free. Who has the secret may take a name that is free.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from offtrail.platform.wire.sockets import Envelope
 MAY_JOIN = (*(row.role for row in ROLES if row.role != "broker"), LAUNCHER)
 
 
-def check_hello(hello: Hello, run: str, roster: Roster, *, here: bool) -> None:
+def check_hello(hello: Hello, process: bytes, run: str, roster: Roster, *, here: bool) -> None:
     """Raise RequestError unless the process may take part under its name. ``here``: every role is on this host."""
     if hello.protocol != PROTOCOL:
         raise RequestError(
@@ -26,22 +26,20 @@ def check_hello(hello: Hello, run: str, roster: Roster, *, here: bool) -> None:
         raise RequestError(f"run {hello.run!r} was asked for, this broker serves another: dial its own endpoint.json")
     if hello.role not in MAY_JOIN:
         raise RequestError(f"role {hello.role!r} is none of a run's; there are {', '.join(MAY_JOIN)}")
-    holder = roster.get(f"{hello.role}-{hello.index}")
-    if holder is not None and holder.pid != hello.pid and holder.runs(here=here):
+    name, sender = f"{hello.role}-{hello.index}", roster.sender(process)
+    holder = roster.get(name)
+    if sender is not None and sender is not holder:
+        raise RequestError(f"{sender.name} says Hello as {name}: a process has one name")
+    if holder is not None and holder is not sender and holder.runs(here=here):
         raise RequestError(f"{holder.name} is process {holder.pid}, which is there still: a name has one process")
 
 
 def check_sender(envelope: Envelope, roster: Roster) -> None:
     """Raise RequestError for a message that is not its sender's to send (messages.SENDERS)."""
-    message, sender = envelope.message, roster.sender(envelope.peer)
+    message, sender = envelope.message, roster.sender(envelope.process)
     what = type(message).__name__
-    if isinstance(message, Heartbeat):
-        member = roster.get(f"{message.role}-{message.index}")
-        if member is None or member.pid != message.pid:
-            raise RequestError(f"{what} of {message.role}-{message.index}, process {message.pid}: it is not in the run")
-        return
-    if isinstance(message, Failure):
-        _check_failure(message, sender, roster)
+    if isinstance(message, Heartbeat | Failure):
+        _check_own(message, sender, envelope.peer_name, roster)
         return
     if type(message) not in SENDERS:
         return
@@ -51,11 +49,13 @@ def check_sender(envelope: Envelope, roster: Roster) -> None:
         raise RequestError(f"{what} from {sender.name}: it is the {SENDERS[type(message)]}'s to send")
 
 
-def _check_failure(message: Failure, sender: Member | None, roster: Roster) -> None:
-    """A dying role dials anew, and is known by its process id; or it dies before it could say Hello."""
+def _check_own(message: Heartbeat | Failure, sender: Member | None, peer: str, roster: Roster) -> None:
+    """A process speaks of itself, the launcher also of a death, and a role may die before it could say Hello."""
     name = f"{message.role}-{message.index}"
-    if sender is not None and sender.role != LAUNCHER and sender.name != name:
-        raise RequestError(f"Failure of {name} from {sender.name}: each tells its own")
-    holder = roster.get(name)
-    if sender is None and (holder.pid != message.pid if holder else message.role not in MAY_JOIN):
-        raise RequestError(f"Failure of {name}, process {message.pid}: it is not in the run")
+    what = f"{type(message).__name__} of {name}"
+    if sender is None:
+        before_hello = isinstance(message, Failure) and message.role in MAY_JOIN and roster.get(name) is None
+        if not before_hello:
+            raise RequestError(f"{what}: {peer} has not said Hello; known are {names(roster)}")
+    elif sender.name != name and not (isinstance(message, Failure) and sender.role == LAUNCHER):
+        raise RequestError(f"{what} from {sender.name}: each tells its own")

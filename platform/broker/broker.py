@@ -158,7 +158,7 @@ class Broker:
 
     def handle(self, envelope: Envelope) -> None:
         """Answer one request, or hold it."""
-        member = self.roster.sender(envelope.peer)
+        member = self.roster.sender(envelope.process)
         if member is not None and not isinstance(envelope.message, Hello):  # its process may be another one
             member.heard, member.lost = self.clock(), False
         if not isinstance(envelope.message, Heartbeat | StatusRequest):
@@ -230,13 +230,13 @@ class Broker:
     def on_hello(self, hello: Hello, envelope: Envelope) -> Answer:
         """A role begins, or begins again: then its leases go back, and a new learner's replay starts over."""
         here = not is_remote(self.config.broker.address)
-        check_hello(hello, self.run_dir.name, self.roster, here=here)
+        check_hello(hello, envelope.process, self.run_dir.name, self.roster, here=here)
         name = f"{hello.role}-{hello.index}"
         before = self.roster.get(name)
         # A process that comes back under a new connection goes on with its cumulative charges.
-        again = before is not None and before.pid != hello.pid
+        again = before is not None and before.process != envelope.process
         life = before.life if before and not again else self.ledger.records.life(hello.role, hello.index)
-        self.roster.add(Member(hello.role, hello.index, hello.pid, life, self.clock(), envelope.peer))
+        self.roster.add(Member(hello.role, hello.index, hello.pid, life, self.clock(), envelope.process))
         start = self.ledger.checkpoint
         if hello.role == LAUNCHER:
             return Welcome(run=self.run_dir.name, step=start), NO_ARRAYS
@@ -440,8 +440,7 @@ class Broker:
         """A sign of life; its counters go to the compute ledger, but for what is no number of a counter."""
         beat, dropped = plain(beat)
         self.numbers.dropped += dropped
-        member = self.roster.members[f"{beat.role}-{beat.index}"]
-        member.heard, member.lost = self.clock(), False
+        member = self._member(envelope)
         if member.take(beat, self.clock()):
             self.deadlines.progress()
         seconds = {f"{name} seconds": value for name, value in beat.seconds.items()}
@@ -486,6 +485,6 @@ class Broker:
 
     def _member(self, envelope: Envelope) -> Member:
         """The sender of a message that `check_sender` has let through."""
-        member = self.roster.sender(envelope.peer)
+        member = self.roster.sender(envelope.process)
         assert member is not None
         return member

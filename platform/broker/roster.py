@@ -1,11 +1,12 @@
 """Who takes part in the run: one Member for each role process, fed by its heartbeats.
 
-Called by broker.py. A member is one connection of one process: its messages are those of the peer that said Hello for
-it, whatever other peer knows its name. The launcher takes part too, but is none of the members: it has no heartbeat.
+Called by broker.py. A member is one process: its messages are those of the connections that show the random number of
+the process that said Hello for it, whatever other peer knows its name. The launcher takes part too, but is none of the
+members: it has no heartbeat.
 
-Invariant: shares of time are differences between two heartbeats of one process over the time
-between them, so that they lie in [0, 1] however short a learner step is. They begin at the first heartbeat after the
-first version is out: start-up is in none of them.
+Invariant: shares of time are differences between two heartbeats of one process over the time between them, so that they
+lie in [0, 1] however short a learner step is. They begin at the first heartbeat after the first version is out:
+start-up is in none of them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Member:
     pid: int
     life: int
     heard: float
-    peer: bytes = b""
-    """The connection that said Hello."""
+    process: bytes
+    """The number of the process that said Hello."""
     beat: Heartbeat | None = None
     beat_at: float = 0.0
     mark: tuple[float, dict[str, float]] | None = None
@@ -77,7 +78,7 @@ class Roster:
     launcher: Member | None = None
     starts: Counter[str] = field(default_factory=Counter)
     """Processes that have said Hello, by name."""
-    _pids: dict[str, int] = field(default_factory=dict)
+    _newest: dict[str, bytes] = field(default_factory=dict)
     _senders: dict[bytes, Member] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Member]:
@@ -90,26 +91,26 @@ class Roster:
         """The member of that name, or the launcher, if it has said Hello."""
         return self.launcher if name.startswith(f"{LAUNCHER}-") else self.members.get(name)
 
-    def sender(self, peer: bytes) -> Member | None:
-        """Whose connection that is."""
-        return self._senders.get(peer)
+    def sender(self, process: bytes) -> Member | None:
+        """Whose number that is."""
+        return self._senders.get(process)
 
     def add(self, member: Member) -> None:
         """A role process begins; it takes the place of an earlier one of its name."""
         if (before := self.get(member.name)) is not None:
-            self._senders.pop(before.peer, None)
-        self._senders[member.peer] = member
+            self._senders.pop(before.process, None)
+        self._senders[member.process] = member
         if member.role == LAUNCHER:
             self.launcher = member
             return
-        self.starts[member.name] += member.pid != self._pids.get(member.name)
-        self._pids[member.name] = member.pid
+        self.starts[member.name] += member.process != self._newest.get(member.name)
+        self._newest[member.name] = member.process
         self.members[member.name] = member
 
     def remove(self, name: str) -> None:
         """Its process has died; another one may begin under its name."""
         if (member := self.members.pop(name, None)) is not None:
-            self._senders.pop(member.peer, None)
+            self._senders.pop(member.process, None)
 
     @property
     def restarts(self) -> dict[str, int]:

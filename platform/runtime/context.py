@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from offtrail.platform.config.schema import Config
@@ -21,7 +22,7 @@ from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.attempt import current
 from offtrail.platform.runtime.heartbeat import HeartbeatThread
 from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
-from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, new_process
 
 log = logging.getLogger("offtrail")
 
@@ -45,12 +46,16 @@ class Connection:
 
 @dataclass(frozen=True)
 class RoleContext:
-    """One role process: who it is, its configuration and its run directory."""
+    """One role process: who it is, its configuration and its run directory.
+
+    ``process``: the random number that says to the broker that its lines are one process's.
+    """
 
     config: Config
     run_dir: Path
     role: str
     index: int
+    process: str = field(default_factory=new_process, repr=False)
 
     @property
     def start_model(self) -> Path:
@@ -72,12 +77,17 @@ class RoleContext:
         endpoint = Endpoint.read(self.run_dir / "endpoint.json", settings.deadline_seconds)
         keys = ClientKeys.read(self.run_dir)
         activity = Activity()
-        client = Client(endpoint, f"{self.role}-{self.index}", keys)
+
+        def dial(suffix: str = "") -> Client:
+            return Client(endpoint, f"{self.role}-{self.index}{suffix}", keys, self.process)
+
+        client = dial()
         hello = Hello(role=self.role, index=self.index, pid=os.getpid(), run=self.run_dir.name, protocol=PROTOCOL)
         welcome, _ = client.request(hello, what="a welcome", deadline_s=settings.deadline_seconds)
         assert isinstance(welcome, Welcome)
         log.info("welcomed")
-        heartbeat = HeartbeatThread(endpoint, self.role, self.index, keys, activity, settings.heartbeat_seconds)
+        beating = partial(dial, "-heartbeat")
+        heartbeat = HeartbeatThread(beating, self.role, self.index, activity, settings.heartbeat_seconds)
         return Connection(client, heartbeat, activity, welcome)
 
 

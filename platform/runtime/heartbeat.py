@@ -8,17 +8,18 @@ Started by RoleContext.connect. The role's loop reads `version`, `stop` and `los
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+from collections.abc import Callable
 
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.wire.messages import Beat, Heartbeat
-from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
+from offtrail.platform.wire.sockets import Client
 
 
 class HeartbeatThread:
-    """Beats until ``close``, which sends one last beat so that the final counters reach the broker.
+    """Beats until ``close``, which sends one last beat so that the final counters reach the broker. ``dial`` opens its
+    line, in its thread.
 
     ``version``: newest version the broker knows (−1 before the first reply). ``stop``: the run ends. ``lost``: seconds
     since the last reply.
@@ -26,18 +27,16 @@ class HeartbeatThread:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        dial: Callable[[], Client],
         role: str,
         index: int,
-        keys: ClientKeys,
         activity: Activity,
         period_s: float,
     ) -> None:
         self.version = -1
         self.stop = False
         self._role, self._index = role, index
-        self._endpoint, self._keys = endpoint, keys
-        self._activity, self._period_s = activity, period_s
+        self._dial, self._activity, self._period_s = dial, activity, period_s
         self._answered = time.monotonic()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"{role}-{index}-heartbeat", daemon=True)
@@ -54,7 +53,7 @@ class HeartbeatThread:
         self._thread.join()
 
     def _beat(self) -> None:
-        client = Client(self._endpoint, f"{self._role}-{self._index}-heartbeat", self._keys)
+        client = self._dial()
         try:
             while not self._closing.is_set():
                 client.send(self._heartbeat())
@@ -88,7 +87,6 @@ class HeartbeatThread:
         return Heartbeat(
             role=self._role,
             index=self._index,
-            pid=os.getpid(),
             activity=now.activity,
             waiting_on=now.waiting_on,
             since=now.since,

@@ -86,14 +86,14 @@ def report_failure(context: RoleContext, error: Exception) -> None:
         return
     try:
         endpoint = Endpoint.read(context.run_dir / "endpoint.json", 1.0)
-        client = Client(endpoint, f"{context.role}-{context.index}-failure", ClientKeys.read(context.run_dir))
+        name, keys = f"{context.role}-{context.index}-failure", ClientKeys.read(context.run_dir)
+        client = Client(endpoint, name, keys, context.process)
         failure = Failure(
             role=context.role,
             index=context.index,
             error=f"{type(error).__name__}: {error}",
             final=is_final(error),
             batch=getattr(error, "batch", -1),
-            pid=os.getpid(),
         )
         client.request(failure, what="an acknowledged failure", deadline_s=2.0)
         client.close()

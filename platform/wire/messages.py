@@ -23,7 +23,7 @@ from msgspec import Meta
 
 from offtrail.core.types import Axis, Lease, Problem, ScoredBy
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 Index = Annotated[int, Meta(ge=0, lt=1 << 16)]
 """Of a process among those of its role."""
@@ -211,7 +211,6 @@ class Heartbeat(Message, frozen=True):
 
     role: Name
     index: Index
-    pid: Pid
     activity: Name
     waiting_on: Text
     since: float
@@ -229,7 +228,7 @@ class Beat(Message, frozen=True):
 
 class Failure(Message, frozen=True):
     """A role says why it dies, or the launcher how one has died. ``final``: another start would not cure it.
-    ``batch``: the learner step whose batch it failed on, or −1. ``pid``: the role's own; 0 from the launcher.
+    ``batch``: the learner step whose batch it failed on, or −1.
     """
 
     role: Name
@@ -237,7 +236,6 @@ class Failure(Message, frozen=True):
     error: Text
     final: bool = False
     batch: VersionOrNone = -1
-    pid: Pid = 0
 
 
 class StatusRequest(Message, frozen=True):

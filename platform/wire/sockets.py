@@ -53,6 +53,12 @@ COPIED_BYTES = 256 * 1024
 DRAIN = 256
 """Letters that one poll hands out, and a few more: a flood must not starve the caller's loop."""
 
+
+def new_process() -> str:
+    """The number by which the broker knows a process, all of its connections and no other's."""
+    return secrets.token_hex(8)
+
+
 _REQUESTS = frozenset(get_args(RequestMessage))
 
 
@@ -111,9 +117,14 @@ class Envelope:
 
     @property
     def peer_name(self) -> str:
-        """The name that the sender gave itself: whose connection it is, the broker knows by ``peer`` alone."""
+        """The name that the sender gave itself, for a log: who it is, the broker knows by ``process`` alone."""
         name = self.peer.partition(b"/")[0].decode(errors="replace")
         return name if name.isprintable() else self.peer.hex()
+
+    @property
+    def process(self) -> bytes:
+        """The random number of the sender's process, which nobody but it and the broker ever sees."""
+        return self.peer.split(b"/")[1] if self.peer.count(b"/") == 2 else self.peer
 
 
 class Server:
@@ -212,13 +223,13 @@ class Server:
 
 class Client:
     """Dials the broker and calls itself ``identity``; reconnects by itself. No other client gets its replies, even one
-    that calls itself the same: each has a number of its own, which nobody else knows.
+    that calls itself the same: each has a number of its own, which nobody else knows, behind its ``process``'s.
     """
 
-    def __init__(self, endpoint: Endpoint, identity: str, keys: ClientKeys) -> None:
+    def __init__(self, endpoint: Endpoint, identity: str, keys: ClientKeys, process: str = "") -> None:
         self.endpoint, self.identity, self._keys = endpoint, identity, keys
         self._requests = self._socket(zmq.DEALER)
-        self._requests.setsockopt(zmq.IDENTITY, f"{identity}/{secrets.token_hex(8)}".encode())
+        self._requests.setsockopt(zmq.IDENTITY, f"{identity}/{process or new_process()}/{new_process()}".encode())
         self._requests.connect(endpoint.url)
         self._hints: zmq.Socket[bytes] | None = None
         # Random start: what another client was asked is told from it by its ticket.

@@ -88,11 +88,16 @@ class Run:
         for key, value in changes.items():
             part, _, name = key.rpartition("__")
             setattr(attrgetter(part.replace("__", "."))(config) if part else config, name, value)
+        self.processes: dict[str, str] = {}  # by role, where it is not its first
         self.config, self.run_dir, self.wire, self.clock = config, run_dir, FakeWire(), Clock()
         self.broker = Broker(config, run_dir, self.wire, lambda i: Problem("t", i, f"{i}+0", str(i)), self.clock)
 
     def send(self, peer: str, message: Message, arrays: Sequence[Any] = ()) -> int:
+        """``peer``: the name of a role, or of one of its lines; or name/process/line."""
         self.wire.tickets += 1
+        if "/" not in peer:
+            name = peer.removesuffix("-heartbeat").removesuffix("-failure")
+            peer = f"{peer}/{self.processes.get(name, name)}/1"
         self.broker.handle(Envelope(peer.encode(), self.wire.tickets, message, list(arrays)))
         return self.wire.tickets
 
@@ -108,8 +113,11 @@ class Run:
             self.broker.serve_held()
         return self.reply(ticket, kind)
 
-    def hello(self, role: str, index: int = 0, pid: int | None = None) -> Welcome:
-        message = Hello(role=role, index=index, pid=pid or os.getpid(), run=self.run_dir.name)
+    def hello(self, role: str, index: int = 0, process: str = "") -> Welcome:
+        """``process``: another one than before, which took its place."""
+        if process:
+            self.processes[f"{role}-{index}"] = process
+        message = Hello(role=role, index=index, pid=os.getpid(), run=self.run_dir.name)
         welcome = self.ask(f"{role}-{index}", message, Welcome)
         if role == "learner":
             self.evaluate = welcome.evaluate
@@ -123,7 +131,7 @@ class Run:
 
     def beat(self, role: str, index: int = 0, **changes: Any) -> Beat:
         fields = {
-            "role": role, "index": index, "pid": os.getpid(), "activity": "busy/x", "waiting_on": "", "since": 0.0,
+            "role": role, "index": index, "activity": "busy/x", "waiting_on": "", "since": 0.0,
             "seconds": {}, "compute": {},
         }  # fmt: skip
         return self.ask(f"{role}-{index}-heartbeat", Heartbeat(**(fields | changes)), Beat)

@@ -168,7 +168,7 @@ def corpus() -> list[list[bytes]]:
              FailGroup(group=0, attempt=1, reason="failed"), ReturnLeases(leases=[(0, 1)], detail="x"), lease,
              Commit(step=0, version=1, checksum="c", metrics={"a": 1.0}), Checkpointed(step=0, path="p"),
              EvalResult(version=0, metrics={"eval/accuracy": 1.0}), StatusRequest(), Acknowledged(),
-             Heartbeat(role="generator", index=0, pid=1, activity="a", waiting_on="", since=0.0, seconds={},
+             Heartbeat(role="generator", index=0, activity="a", waiting_on="", since=0.0, seconds={},
                        compute={})]  # fmt: skip
     made = [encode(message) for message in plain]
     for length in (3, 20_000):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,54 +90,77 @@ def test_a_message_is_taken_only_from_the_role_whose_it_is(message: Message, sta
 def test_a_failure_is_told_by_the_role_itself_or_by_the_launcher(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()
-    failure = Failure(role="learner", index=0, error="says another", pid=os.getppid())
-    words = f"Failure of learner-0, process {os.getppid()}: it is not in the run"
-    assert run.ask("stranger", failure, Error).error == words
-    assert "it is not in the run" in run.ask("stranger", Failure(role="gardener", index=0, error="x"), Error).error
+    failure = Failure(role="learner", index=0, error="says another")
+    assert "stranger has not said Hello" in run.ask("stranger", failure, Error).error
+    assert "has not said Hello" in run.ask("learner-0-failure/thief/1", failure, Error).error
+    assert "has not said Hello" in run.ask("stranger", Failure(role="gardener", index=0, error="x"), Error).error
     assert "each tells its own" in run.ask("generator-0", failure, Error).error
     assert run.broker.ending.status == ""
-    run.ask("learner-0-failure", Failure(role="learner", index=0, error="its own", pid=os.getpid()), Acknowledged)
+    run.ask("learner-0-failure", Failure(role="learner", index=0, error="its own"), Acknowledged)
     assert run.broker.ending.reason == "learner-0: its own"
 
 
 def test_a_role_that_dies_before_its_hello_is_heard(start: Callable[..., Run]) -> None:
     run = start()
     run.hello("launcher")
-    failure = Failure(role="evaluator", index=0, error="ValueError: no cuda", final=True, pid=os.getppid())
+    failure = Failure(role="evaluator", index=0, error="ValueError: no cuda", final=True)
     run.ask("evaluator-0-failure", failure, Acknowledged)
     assert run.broker.ending.reason == "evaluator-0: ValueError: no cuda"
 
 
-def test_a_second_peer_under_the_name_of_a_living_role_does_not_take_over(start: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid()], ids=["its process id", "another"])
+def test_a_second_peer_under_the_name_of_a_living_role_does_not_take_over(pid: int, start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()
     held = run.lease().leases
-    assert "generator-0 has not said Hello" in run.ask("generator-0/thief", LeaseRequest(room=8), Error).error
-    hello = Hello(role="generator", index=0, pid=os.getppid(), run="run")
-    refused = run.ask("generator-0/thief", hello, Error).error
+    assert "generator-0 has not said Hello" in run.ask("generator-0/thief/1", LeaseRequest(room=8), Error).error
+    hello = Hello(role="generator", index=0, pid=pid, run="run")
+    refused = run.ask("generator-0/thief/1", hello, Error).error
     assert refused == f"generator-0 is process {os.getpid()}, which is there still: a name has one process"
-    assert (
-        "launcher-0 is process"
-        in run.ask("x", Hello(role="launcher", index=3, pid=os.getppid(), run="run"), Error).error
-    )
+    launcher = Hello(role="launcher", index=3, pid=pid, run="run")
+    assert "launcher-0 is process" in run.ask("launcher-0/thief/1", launcher, Error).error
     assert run.submit(held[0], 0).accepted  # by its holder, as before
-    run.beat("generator", pid=os.getpid())
-    stranger = Heartbeat(role="generator", index=0, pid=os.getppid(), activity="x", waiting_on="", since=0.0,
-                         seconds={"busy/x": 1e9}, compute={})  # fmt: skip
-    assert "it is not in the run" in run.ask("generator-0-heartbeat/thief", stranger, Error).error
+    run.beat("generator")
+    stranger = Heartbeat(role="generator", index=0, activity="x", waiting_on="", since=0.0, seconds={"busy/x": 1e9},
+                         compute={})  # fmt: skip
+    assert "has not said Hello" in run.ask("generator-0-heartbeat/thief/1", stranger, Error).error
+    assert "each tells its own" in run.ask("evaluator-0", stranger, Error).error
     assert "busy/x seconds" not in run.broker.ledger.records.charges().get("generator", {})
+
+
+def test_a_process_has_one_name(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    run.ask("launcher-0", Failure(role="evaluator", index=0, error="was killed by SIGKILL"), Acknowledged)
+    hello = Hello(role="evaluator", index=0, pid=os.getpid(), run="run")
+    words = "generator-0 says Hello as evaluator-0: a process has one name"
+    assert run.ask("generator-0", hello, Error).error == words
+    run.hello("evaluator", process="second")
+    assert run.ask("generator-0", LeaseRequest(room=1), Leases).leases
+
+
+def test_a_killed_process_leaves_its_name_to_the_next_one_though_nobody_told_of_its_death(
+    start: Callable[..., Run],
+) -> None:
+    run = start()
+    run.everybody()
+    with subprocess.Popen(["true"]) as killed:
+        pass
+    run.broker.roster.members["generator-0"].pid = killed.pid
+    run.hello("generator", process="second")
+    assert run.lease().leases
 
 
 def test_a_name_is_free_once_its_process_is_lost(start: Callable[..., Run]) -> None:
     run = start(broker__address="0.0.0.0")  # elsewhere a process id says nothing, its heartbeats do
     run.everybody()
     hello = Hello(role="generator", index=0, pid=os.getpid() + 1, run="run")
-    assert "there still" in run.ask("generator-0/new", hello, Error).error
+    assert "there still" in run.ask("generator-0/new/1", hello, Error).error
     for _ in range(7):
         run.clock.now += 1.0
         run.beat("learner")
         run.broker.tick()
-    run.ask("generator-0/new", hello, Welcome)
+    run.ask("generator-0/new/1", hello, Welcome)
     assert "has not said Hello" in run.ask("generator-0", LeaseRequest(room=1), Error).error
 
 
@@ -387,7 +411,7 @@ def test_exact_mode_makes_an_interrupted_wave_again_whole(start: Callable[..., R
     wave, other = run.lease().leases, run.lease().leases
     assert run.submit(wave[0], 0).accepted
     run.ask("launcher-0", Failure(role="generator", index=0, error="was killed by SIGKILL"), Acknowledged)
-    run.hello("generator", pid=os.getpid() + 1)
+    run.hello("generator", process="second")
     again = run.lease().leases
     assert [(lease.group, lease.slot, lease.wave, lease.attempt) for lease in again] == [(0, 0, 0, 2), (1, 1, 0, 2)]
     assert [(lease.group, lease.attempt) for lease in run.lease().leases] == [(lease.group, 2) for lease in other]
@@ -560,7 +584,7 @@ def test_a_killed_generators_leases_go_to_the_next_one_and_its_restart_is_counte
     assert (run.broker.ending.status, run.broker.ending.failures) == ("", [])
     assert "has not said Hello" in run.ask("generator-0", LeaseRequest(room=1), Error).error
     for _ in range(2):  # its welcome was lost: the same process says Hello again
-        run.hello("generator", pid=os.getpid() + 1)
+        run.hello("generator", process="second")
     second = run.lease().leases
     assert [(lease.group, lease.attempt) for lease in second] == [(lease.group, 2) for lease in first]
     assert run.submit(second[0], 0).accepted
@@ -572,7 +596,7 @@ def test_a_killed_generators_leases_go_to_the_next_one_and_its_restart_is_counte
     again = run.again()
     again.everybody()
     again.ask("launcher-0", Failure(role="evaluator", index=0, error="was killed by SIGKILL"), Acknowledged)
-    again.hello("evaluator", pid=os.getpid() + 1)
+    again.hello("evaluator", process="second")
     again.ask("launcher-0", StopRun(status="interrupted", reason=""), Acknowledged)
     assert again.summary()["restarts"] == {"generator-0": 1, "evaluator-0": 1}
 
@@ -582,7 +606,7 @@ def test_a_killed_evaluators_version_is_given_to_the_next_one(start: Callable[..
     run.everybody()
     assert run.ask("evaluator-0", NextEval(), EvalJob).version == 0
     run.ask("launcher-0", Failure(role="evaluator", index=0, error="was killed by SIGKILL"), Acknowledged)
-    run.hello("evaluator", pid=os.getpid() + 1)
+    run.hello("evaluator", process="second")
     assert run.ask("evaluator-0", NextEval(), EvalJob).version == 0
 
 

@@ -5,7 +5,6 @@ The poison is planted in ledger.sqlite itself, as an older broker may have let i
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -69,7 +68,7 @@ def tell(run: Run, error: Exception, monkeypatch: pytest.MonkeyPatch, index: int
     """A learner's process reports as it dies: the real function, its line led to this broker."""
 
     class Line:
-        def __init__(self, endpoint: object, identity: str, keys: object) -> None:
+        def __init__(self, endpoint: object, identity: str, keys: object, process: str) -> None:
             self.identity = identity
 
         def request(self, message: Message, **_: object) -> None:
@@ -189,13 +188,13 @@ def test_a_learner_that_fails_erases_nothing_of_its_run(
     assert run.ask("learner-0", NextBatch(step=4), BatchReply).headers
     rows, pinned = run.rows(), dict(run.broker.evaluations.pinned)
     tell(run, BatchError(4, ValueError("x")), monkeypatch)
-    for _ in range(2):  # another process of it may begin before the broker has left
+    for number in (1, 2):  # another process of it may begin before the broker has left
         assert run.broker.ending.status == "failed"
         assert (run.summary()["steps"], run.summary()["groups/trained"]) == (4, 4 * B)
         assert run.rows() == rows
         assert run.broker.evaluations.pinned == pinned
         run.broker.roster.members["learner-0"].lost = True
-        run.hello("learner", pid=os.getpid() + 1)
+        run.hello("learner", process=f"after {number} deaths")
         run.broker.ending.write_summary()
 
 

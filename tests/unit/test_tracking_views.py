@@ -23,7 +23,7 @@ from offtrail.platform.wire.messages import Failure, Heartbeat, Status
 
 
 def beat(role: str, activity: str, on: str = "", ago: float = 1.0) -> Heartbeat:
-    return Heartbeat(role=role, index=0, pid=1, activity=activity, waiting_on=on, since=time.time() - ago,
+    return Heartbeat(role=role, index=0, activity=activity, waiting_on=on, since=time.time() - ago,
                      seconds={"busy/x": 3.0, "waiting/y": 1.0}, compute={})  # fmt: skip
 
 

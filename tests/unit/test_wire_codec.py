@@ -214,7 +214,7 @@ def test_messages_with_defaults_may_leave_them_out():
 
 
 def test_heartbeats_round_trip():
-    beat = Heartbeat(role="learner", index=0, pid=4, activity="busy/update", waiting_on="", since=1.5,
+    beat = Heartbeat(role="learner", index=0, activity="busy/update", waiting_on="", since=1.5,
                      seconds={"busy/update": 2.0}, compute={"flops": 1e12}, gauges={"x": 1.0})  # fmt: skip
     assert decode(encode(beat)) == (beat, [])
 
@@ -222,7 +222,7 @@ def test_heartbeats_round_trip():
 BEYOND = [-(1 << 63), -2, 1 << 53, 1 << 63, (1 << 64) - 1]
 HEADER = {"group": 0, "slot": 0, "attempt": 1, "problem": Problem("t", 0, "p", "a"), "generator": "g",
           "temperature": 1.0, "component_names": []}  # fmt: skip
-BEAT = {"role": "g", "index": 0, "pid": 1, "activity": "a", "waiting_on": "", "since": 0.0, "seconds": {},
+BEAT = {"role": "g", "index": 0, "activity": "a", "waiting_on": "", "since": 0.0, "seconds": {},
         "compute": {}}  # fmt: skip
 HELLO = {"role": "g", "index": 0, "pid": 1, "run": "r"}
 
