@@ -1,9 +1,9 @@
 """Public sets from local JSON-lines files, such as GSM8K: one object a line with a question and a worked answer.
 
 Invariants: a line that cannot be used stops the run with its file and number; a set of answers that `verify` cannot
-read stops it too, and of one that has some the run says so before it starts (`remarks`); data order is one permutation
-of the training problems per epoch, keyed by (seed, epoch); no prompt of the held-out side is ever trained on, whether
-it comes from ``eval_path`` or from the hash split.
+read stops it too, and of one that has some, or that contradicts itself, the run says so before it starts (`remarks`);
+data order is one permutation of the training problems per epoch, keyed by (seed, epoch); no prompt of the held-out side
+is ever trained on, whether it comes from ``eval_path`` or from the hash split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from offtrail.core.problem import Problem
 from offtrail.core.settings import setting
 from offtrail.tasks.base import TaskError, tagged
 from offtrail.tasks.config import TaskConfig, check
-from offtrail.tasks.lines import read_objects
+from offtrail.tasks.lines import check_text, read_objects
 from offtrail.tasks.split import is_held_out, place, stream
 
 
@@ -119,10 +119,7 @@ class JsonlTask:
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Equal as numbers where the gold answer is one (task.compare=value), else the same text up to blanks."""
-        gold = number(problem.answer) if self.config.compare == "value" else None
-        if gold is None:
-            return answer_text.split() == problem.answer.split()
-        return number(answer_text) == gold
+        return is_answer(problem.answer, answer_text, self.config.compare)
 
     def check_steps(self, problem: Problem, text: str) -> list[bool]:
         """Free text has no exact step checker: always empty."""
@@ -139,7 +136,13 @@ class JsonlTask:
             held_out = [r for r in records if is_held_out(self.name, r.prompt, config.held_out_share)]
         prompts = {record.prompt: record for record in held_out}
         self._held_out = sorted(prompts.values(), key=lambda record: place(self.name, record.prompt))
-        self._train = [record for record in records if record.prompt not in prompts]
+        outside = {identity(record) for record in held_out}
+        self._train = [record for record in records if identity(record) not in outside]
+        if config.eval_path and (both := [record for record in records if identity(record) in outside]):
+            self.remarks.append(
+                f"task.path={config.path}: {len(both):,} of its {len(records):,} problems stand in "
+                f"task.eval_path={config.eval_path} too, first line {both[0].line}; they are left out of training"
+            )
         if not self._train:
             raise TaskError(
                 f"task.path={config.path}: none of its {len(records)} problems is left for training once the held-out"
@@ -147,9 +150,9 @@ class JsonlTask:
             )
 
     def _read(self, key: str, path: str) -> list[Record]:
-        records = read(Path(path), key, self.config)
-        if self.config.compare == "value" and (remark := remark_on(records, f"{key}={path}")):
-            self.remarks.append(remark)
+        records, where = read(Path(path), key, self.config), f"{key}={path}"
+        found = [remark_on(records, where)] if self.config.compare == "value" else []
+        self.remarks += filter(None, [*found, remark_on_contradictions(records, where, self.config.compare)])
         return records
 
     def _problem(self, record: Record, index: int) -> Problem:
@@ -184,6 +187,37 @@ def remark_on(records: list[Record], where: str) -> str:
     )
 
 
+def remark_on_contradictions(records: list[Record], where: str, compare: str) -> str:
+    """What to say of problems that stand in a file with answers of which `verify` takes one and not the other; empty
+    where there are none.
+    """
+    first: dict[str, Record] = {}
+    found: dict[str, tuple[Record, Record]] = {}
+    for record in records:
+        before = first.setdefault(identity(record), record)
+        if not is_answer(before.answer, record.answer, compare):
+            found.setdefault(identity(record), (before, record))
+    if not found:
+        return ""
+    one, other = next(iter(found.values()))
+    return (
+        f"{where}: {len(found):,} of its {len(first):,} problems stand there again with another answer, the first in "
+        f"lines {one.line} and {other.line} ({one.answer[:60]!r}, {other.answer[:60]!r}); each line counts as it "
+        "stands: delete those that are wrong"
+    )
+
+
+def identity(record: Record) -> str:
+    """Records with equal ones are the same problem, also where blanks differ."""
+    return " ".join(record.prompt.split())
+
+
+def is_answer(gold: str, answer: str, compare: str) -> bool:
+    """See JsonlTask.verify."""
+    value = number(gold) if compare == "value" else None
+    return answer.split() == gold.split() if value is None else number(answer) == value
+
+
 def record_of(row: dict[str, object], line: int, where: str, config: JsonlConfig) -> Record:
     """Check and cut one line. Raises TaskError that opens with ``where``."""
     messages = message_list(row, config.messages_field, where) if config.messages_field else ()
@@ -216,6 +250,8 @@ def message_list(row: dict[str, object], name: str, where: str) -> tuple[dict[st
         )
     if messages[-1]["role"] == "assistant":
         raise TaskError(f"{where}: field {name!r} ends with the assistant's message; leave that to the answer")
+    for text in (text for message in messages for text in message.values()):
+        check_text(text, f"{where}: a message of field {name!r}")
     return tuple(messages)
 
 
@@ -240,15 +276,7 @@ def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
     if isinstance(value, Decimal) and abs(value.adjusted()) >= LONGEST_NUMBER:
         raise TaskError(f"{where}: field {name!r} is a number of more than {LONGEST_NUMBER} digits; mend the line")
     text = format(value, "f") if isinstance(value, Decimal) else str(value)  # 1e-05 as 0.00001
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise TaskError(
-            f"{where}: field {name!r} holds half a surrogate pair, which is no text; mend or delete the line"
-        )
-    if "\f" in text or "\b" in text:
-        raise TaskError(
-            f'{where}: field {name!r} holds a control character, which is what "\\frac" or "\\beta" means in JSON; '
-            'write LaTeX as "\\\\frac"'
-        )
+    check_text(text, f"{where}: field {name!r}")
     if not text.strip():
         raise TaskError(f"{where}: {what}: field {name!r} is empty; fill it, or delete the line")
     return text

@@ -71,6 +71,21 @@ def _object(line: bytes, number: int) -> dict[str, Any]:
     return row
 
 
+def check_text(text: str, where: str) -> None:
+    """Raise TaskError that opens with ``where`` (file, line and field) where a text has a fault."""
+    if fault := fault_of(text):
+        raise TaskError(f"{where} {fault}")
+
+
+def fault_of(text: str) -> str:
+    """What a text holds that nothing is to be trained on, and the way out; empty where it is fine."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "holds half a surrogate pair, which is no text; mend or delete the line"
+    if "\f" in text or "\b" in text:
+        return 'holds a control character, which is what "\\frac" or "\\beta" means in JSON; write LaTeX as "\\\\frac"'
+    return ""
+
+
 MEND = "write one object a line, or delete the line"
 
 

@@ -92,8 +92,9 @@ def from_outside(task: Task) -> list[Task]:
 
 def remarks_on(task: Task) -> list[str]:
     """What a task (of a mixture each family) has to say of its data before a run."""
-    members: Mapping[str, Task] = getattr(task, "families", {task.name: task})
-    return [remark for member in members.values() for remark in getattr(member, "remarks", [])]
+    families: Mapping[str, Task] = getattr(task, "families", {})
+    within = [f"task.settings.{name}: {said}" for name, one in families.items() for said in getattr(one, "remarks", [])]
+    return [*getattr(task, "remarks", []), *within]
 
 
 def check_promises(task: Task, n: int) -> None:

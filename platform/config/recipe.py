@@ -71,3 +71,9 @@ def stages_of(config: Config) -> list[Stage]:
                 raise refuse(f"{key}.{section}", own[section], "belongs to the whole recipe; leave it out of the stage")
         stages.append(Stage(number, name, job, start_from, data_from, own))
     return stages
+
+
+def handed_keys(stage: Stage) -> frozenset[str]:
+    """The keys that earlier stages set for this one."""
+    keys = {"model.path"} if stage.start_from else set()
+    return frozenset(keys | ({DATA_KEYS[stage.job]} if stage.data_from else set()))

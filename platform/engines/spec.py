@@ -76,8 +76,10 @@ class Spec:
     def check_tensors(self, given: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError, naming the first tensors (name → shape) that are missing, unknown or of another shape."""
         expected = self.tensors()
-        if self.tied:  # a state dict lists the tied output layer a second time
-            given = {name: shape for name, shape in given.items() if name != "lm_head.weight"}
+        left_out = ["rotary_emb.inv_freq"]  # a constant, which old checkpoints hold
+        if self.tied:
+            left_out.append("lm_head.weight")  # the tied output layer, which a state dict lists a second time
+        given = {name: shape for name, shape in given.items() if not name.endswith(tuple(left_out))}
         missing = sorted(expected.keys() - given.keys())
         unknown = sorted(given.keys() - expected.keys())
         if missing or unknown:

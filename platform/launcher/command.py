@@ -18,13 +18,15 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from operator import attrgetter
+from pathlib import Path
 
 import offtrail
-from offtrail.platform.config.compose import compose, to_yaml
+from offtrail.platform.config.compose import compose, stage_config, to_yaml
 from offtrail.platform.config.errors import ConfigError, one_line, refuse
 from offtrail.platform.config.keys import keys_of
+from offtrail.platform.config.recipe import handed_keys, stages_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.forks import fork_server
@@ -80,10 +82,7 @@ def _run(argv: Sequence[str]) -> int:
         show(to_yaml(config))
         return 0
     require_packages()
-    require_devices(config)
-    require_models(config)
-    if config.job in ("rl", "sft"):
-        require_task_reward_and_driver(config)
+    require_inputs(config)
     if config.job == "chat":
         from offtrail.platform.launcher.chat import chat
 
@@ -133,6 +132,36 @@ def require_packages() -> None:
         )
 
 
+def require_inputs(config: Config) -> None:
+    """Raise ConfigError for what a run would need and not find here: of a recipe what any of its stages would, as far
+    as no earlier one hands it on. What is worth a word goes to stderr, once.
+    """
+    said: set[str] = set()
+
+    def note(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            print(f"offtrail: note: {one_line(text)}", file=sys.stderr)
+
+    for where, one, handed in runs_of(config):
+        try:
+            require_devices(one)
+            require_models(one, handed)
+            if one.job in ("rl", "sft"):
+                require_data(one, handed, note)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
+
+
+def runs_of(config: Config) -> Iterator[tuple[str, Config, frozenset[str]]]:
+    """(what an error begins with, configuration, keys that earlier stages set) of each run that this one makes."""
+    stages = stages_of(config)
+    if not stages:
+        yield "", config, frozenset()
+    for stage in stages:
+        yield f"recipe.stages.{stage.name}: ", stage_config(config, stage, {}), handed_keys(stage)
+
+
 def require_devices(config: Config) -> None:
     """Raise ConfigError where a role's device cannot be here; what else torch has against it, the role says."""
     for key in {spec.device: None for spec in roles_of(config) if spec.device}:
@@ -140,38 +169,53 @@ def require_devices(config: Config) -> None:
             raise ConfigError(reason)
 
 
-def require_models(config: Config) -> None:
-    """Raise ConfigError where no role could read a model that the configuration names, or its engine compute it."""
+def require_models(config: Config, handed: Collection[str] = ()) -> None:
+    """Raise ConfigError where no role could read a model that the configuration names, or its engine compute it.
+    ``handed``: keys that an earlier stage gives another value.
+    """
     from offtrail.platform.config.checkpoints import model_folder
-    from offtrail.platform.engines.spec import read_spec
-    from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of, tensors_of
+    from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of
 
     served = config.job in ("serve", "chat")
-    local = config.engine.name == "local" or (config.job == "rl" and config.eval.engine == "local")
     for key, given in ((key.path, key.default) for key in keys_of(config).values() if key.path_kind == "model"):
-        folder = (model_folder(given) or folder_of(given)) if given else None
+        folder = (model_folder(given) or folder_of(given)) if given and key not in handed else None
         if folder is None:  # there is none to make, or it is refused by name already
             continue
         check_model(key, given, folder, trained=not served)
         if key == ("checkpoint" if served else "model.path"):
             check_tokenizer(key, given, folder, config.prompt)
-            if config.job in ("rl", "chat") and local:
-                try:
-                    spec = read_spec(folder)
-                    if not served:
-                        spec.check_length(config.model.max_length)
-                except ValueError as error:
-                    raise ConfigError(str(error).replace(f"model.path={folder}", f"{key}={given}")) from None
-                tensors = tensors_of(key, given, folder)
-                try:
-                    spec.check_tensors(tensors)
-                except ValueError as error:
-                    raise refuse(key, given, f"its {error}; download or save it again") from None
+            if config.job != "serve":
+                _require_architecture(config, key, given, folder)
 
 
-def require_task_reward_and_driver(config: Config) -> None:
-    """Raise ConfigError when the task's files hold a line that cannot be used, or too few held-out problems; or a
-    component of the reward, or the driver, cannot be made.
+def _require_architecture(config: Config, key: str, given: str, folder: Path) -> None:
+    """Of what the local engine computes, the tensors are those of the config.json; another architecture is one for jobs
+    without that engine, whose learner compares them when it loads.
+    """
+    from offtrail.platform.engines.spec import read_spec
+    from offtrail.platform.model.folder import tensors_of
+
+    rl, chat = config.job == "rl", config.job == "chat"
+    local = (rl or chat) and (config.engine.name == "local" or (rl and config.eval.engine == "local"))
+    try:
+        spec = read_spec(folder)
+        if local and rl:
+            spec.check_length(config.model.max_length)
+    except ValueError as error:
+        if not local:
+            return
+        raise ConfigError(str(error).replace(f"model.path={folder}", f"{key}={given}")) from None
+    tensors = tensors_of(key, given, folder)
+    try:
+        spec.check_tensors(tensors)
+    except ValueError as error:
+        raise refuse(key, given, f"its {error}; download or save it again") from None
+
+
+def require_data(config: Config, handed: Collection[str], note: Callable[[str], None]) -> None:
+    """Raise ConfigError when the files of the task, or of examples, hold a line that cannot be used, or too few
+    held-out problems; or a component of the reward, or the driver, cannot be made. ``note`` hears what else is to be
+    said of them.
     """
     from offtrail.core.plugins import PluginError
     from offtrail.rewards.base import RewardError
@@ -179,12 +223,16 @@ def require_task_reward_and_driver(config: Config) -> None:
     from offtrail.search.registry import SearchError
     from offtrail.search.registry import check as check_driver
     from offtrail.tasks.base import TaskError
+    from offtrail.tasks.examples import read_examples
     from offtrail.tasks.registry import check_promises, from_outside, make_task, remarks_on
 
+    sft = config.sft
     try:
         task = make_task(config.task, config.run.seed)
         for remark in remarks_on(task):
-            print(f"offtrail: note: {one_line(remark)}", file=sys.stderr)
+            note(remark)
+        if sft.path and "sft.path" not in handed:
+            read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
         if config.job == "rl":
             shares = Counter(problem.task for problem in task.held_out(config.eval.prompts))
             for one in from_outside(task):

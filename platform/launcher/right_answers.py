@@ -23,6 +23,7 @@ from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.recipe import DATA_FILE
 from offtrail.platform.model.text import Text
 from offtrail.platform.tracking.summary import read_summary
+from offtrail.tasks.lines import fault_of
 
 ROWS = 256
 """Samples that are made Python objects at a time."""
@@ -42,8 +43,8 @@ def write_right_answers(run_dir: Path) -> Path:
     """Write data.jsonl of a run of job=rl, whole or not at all: its right answers in the order of their training, equal
     ones once.
 
-    Right: the main reward component is 1, and the answer ended by itself. ConfigError when there is none, or the
-    archive is not whole.
+    Right: the main reward component is 1, the answer ended by itself, and a line may hold it (tasks/lines.py).
+    ConfigError when there is none, or the archive is not whole.
     """
     if read_summary(run_dir).get("archive/unsealed"):
         raise ConfigError(f"{run_dir}: its archive is not whole yet (archive/unsealed); resume that run first")
@@ -71,6 +72,8 @@ def right_answers(run_dir: Path) -> Iterator[str]:
             continue
         problem = problem_of(row)
         answer = text.answer_text(problem, np.array(row["tokens"], np.int32))
+        if fault_of(answer):
+            continue
         told = json.dumps([problem.messages or problem.prompt, answer])
         key = hashlib.blake2b(told.encode(), digest_size=16).digest()
         if key not in seen:

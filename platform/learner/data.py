@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
@@ -22,20 +22,14 @@ from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.model.packing import SampleTable
 from offtrail.platform.model.text import Text
 from offtrail.tasks.base import Task, TaskError
-from offtrail.tasks.jsonl import as_lines, permutation
-from offtrail.tasks.lines import read_objects
+from offtrail.tasks.examples import read_examples
+from offtrail.tasks.jsonl import permutation
 from offtrail.tasks.registry import make_task
 
 log = logging.getLogger("offtrail.learner")
 
 SFT_SEED = 0x5F7
 """Keys the order of the task's problems, with sft.seed: others than those that reinforcement learning begins with."""
-
-ROLES = ("system", "user", "assistant", "tool")
-
-
-class DataError(ValueError):
-    """A file of examples cannot be used; one line with file, line and the way out."""
 
 
 class Examples(Protocol):
@@ -100,7 +94,7 @@ class Traces:
 class FileExamples:
     """The examples of a file, a permutation of all of them in each epoch, keyed by (seed, epoch).
 
-    ``drop``: those above ``max_length`` tokens are left out, and ``dropped`` counts them; else they raise DataError.
+    ``drop``: those above ``max_length`` tokens are left out, and ``dropped`` counts them; else they raise TaskError.
     """
 
     def __init__(
@@ -112,7 +106,7 @@ class FileExamples:
         lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
         long = [i for i, tokens in enumerate(lengths) if tokens > max_length]
         if long and not drop:
-            raise DataError(
+            raise TaskError(
                 f"{examples[long[0]].task}, line {examples[long[0]].index}: prompt and answer take {lengths[long[0]]} "
                 f"tokens, more than model.max_length={max_length} ({len(long)} of {len(examples)} lines do); raise it, "
                 "or set sft.long=drop"
@@ -123,7 +117,7 @@ class FileExamples:
                         examples[0].task, len(long), len(examples), max_length)  # fmt: skip
         self.pairs = [pair for *pair, n in zip(prompts, answers, lengths, strict=True) if n <= max_length]
         if not self.pairs:
-            raise DataError(
+            raise TaskError(
                 f"{examples[0].task}: all {self.dropped} examples are longer than model.max_length={max_length}; "
                 "raise it"
             )
@@ -134,52 +128,3 @@ class FileExamples:
         places = (divmod(step * self.batch_size + i, n) for i in range(self.batch_size))
         prompts, answers = zip(*(self.pairs[permutation(n, self.seed, epoch)[i]] for epoch, i in places), strict=True)
         return rows_of_pairs(prompts, answers)
-
-
-def read_examples(path: Path, prompt_field: str, answer_field: str) -> list[Problem]:
-    """The lines of a JSON-lines file; blank ones are skipped. Raises DataError with file and line.
-
-    A line has a prompt (a text or a list of messages) and an answer; or ``messages`` alone, whose last is the
-    assistant's answer. Each becomes a Problem, ``task`` naming the file and ``index`` the line.
-    """
-    try:
-        rows = read_objects(path, "sft.path")
-    except TaskError as error:
-        raise DataError(str(error)) from None
-    return [_example(row, number, path, prompt_field, answer_field) for number, row in rows]
-
-
-def _example(row: dict[str, Any], number: int, path: Path, prompt_field: str, answer_field: str) -> Problem:
-    name = f"sft.path={path}"
-    where = f"{name}, line {number}"
-    given = row.get(prompt_field, row.get("messages"))
-    if not isinstance(given, list):
-        prompt = _text(row, prompt_field, "sft.prompt_field", where)
-        return Problem(name, number, prompt, _text(row, answer_field, "sft.answer_field", where))
-    messages = _messages(given, where)
-    if answer_field not in row and len(messages) > 1 and messages[-1]["role"] == "assistant":
-        *before, last = messages
-        return Problem(name, number, as_lines(tuple(before)), last["content"], messages=tuple(before))
-    answer = _text(row, answer_field, "sft.answer_field", where)
-    return Problem(name, number, as_lines(messages), answer, messages=messages)
-
-
-def _messages(value: list[Any], where: str) -> tuple[dict[str, str], ...]:
-    if not value or not all(
-        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value
-    ):
-        raise DataError(
-            f'{where}: messages must be a list of {{"role": {" | ".join(ROLES)}, "content": text}}; mend the line'
-        )
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
-
-
-def _text(row: dict[str, Any], name: str, key: str, where: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        known = ", ".join(map(repr, row)) or "none"
-        what = "is empty" if isinstance(value, str) else "is not text"
-        if value is None:
-            what = "is null" if name in row else "is missing"
-        raise DataError(f"{where}: field {name!r} {what} (fields: {known}); mend the line, or set {key}")
-    return value

@@ -48,7 +48,7 @@ def load_model(path: Path | str, *, given: str = "", device: torch.device | str 
     be rounded away. It stays in eval mode: dropout has no place in a ratio of probabilities.
 
     Raises ValueError where transformers does not know the architecture (code that comes with a model is not run), and
-    where a tensor of it is not in the files, or has another shape there; errors name ``given``, what the user typed.
+    where its tensors are not those in the files, in name and shape; errors name ``given``, what the user typed.
     """
     kind = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
     if kind not in CONFIG_MAPPING:
@@ -65,8 +65,9 @@ def from_files(kind: Any, path: Path | str, what: str, *, new_head: bool = False
     """``kind.from_pretrained`` in float32, with packed attention. With ``new_head``, tensors outside the decoder that
     are not in the files begin at 0.
 
-    Raises ValueError, beginning with ``what``, where another is not there or has another shape: transformers draws it
-    at random, and only logs that.
+    Raises ValueError, beginning with ``what``, where another is not there or has another shape (transformers draws it
+    at random, and only logs that), or where the files hold one that the model (the decoder) has no place for: it would
+    be left out.
     """
     model, told = kind.from_pretrained(
         path, dtype=torch.float32, attn_implementation=attention.NAME, output_loading_info=True,
@@ -78,6 +79,12 @@ def from_files(kind: Any, path: Path | str, what: str, *, new_head: bool = False
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(
             f"{what}: its weights lack {missing[0]}{others}, which would be random numbers; download or save it again"
+        )
+    if beyond := sorted(name for name in told["unexpected_keys"] if name.startswith(decoder)):
+        others = f" and {len(beyond) - 1} more" if beyond[1:] else ""
+        raise ValueError(
+            f"{what}: its weights hold {beyond[0]}{others}, which its config.json has no place for, and would be left "
+            "out; give the config.json that they were saved with"
         )
     if wrong := sorted(told["mismatched_keys"]):
         name, found, wanted = wrong[0]

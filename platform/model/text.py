@@ -320,4 +320,6 @@ def _after(opened: str, answer: str) -> str:
 
 
 def _refused(problem: Problem, what: str) -> TaskError:
-    return TaskError(f"task={problem.task}, problem {problem.index}: {what}")
+    file = "=" in problem.task  # an example, which names its file and line (tasks/examples.py)
+    where = f"{problem.task}, line {problem.index}" if file else f"task={problem.task}, problem {problem.index}"
+    return TaskError(f"{where}: {what}")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offtrail.platform.learner.data import DataError, FileExamples, read_examples
+from offtrail.platform.learner.data import FileExamples
 from offtrail.platform.model.text import Text
 from offtrail.tasks.base import TaskError
+from offtrail.tasks.examples import read_examples
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -46,12 +47,12 @@ def test_long_lines_are_refused_by_name_or_left_out_and_counted(tmp_path: Path, 
     """`12+34=` is 6 tokens, and `46` with its stop token 3: 9."""
     path = write(tmp_path / "f", {"prompt": "1=", "answer": "1"}, "", {"prompt": "12+34=", "answer": "46"})
     assert examples(path, start_dir, longest=9).dropped == 0
-    with pytest.raises(DataError, match=r"f, line 3: .* take 9 tokens, more than model\.max_length=8 \(1 of 2"):
+    with pytest.raises(TaskError, match=r"f, line 3: .* take 9 tokens, more than model\.max_length=8 \(1 of 2"):
         examples(path, start_dir, longest=8)
     source = examples(path, start_dir, longest=8, drop=True)
     assert source.dropped == 1
     assert answers(source, Text(start_dir), 7) == ["1", "1"]
-    with pytest.raises(DataError, match=r"all 2 examples are longer than model\.max_length=3"):
+    with pytest.raises(TaskError, match=r"all 2 examples are longer than model\.max_length=3"):
         examples(path, start_dir, longest=3, drop=True)
 
 
@@ -81,18 +82,21 @@ def test_a_line_may_hold_messages_whose_last_is_the_answer(tmp_path: Path) -> No
         ({"prompt": 3, "answer": "1"}, "line 2: field 'prompt' is not text"),
         ({"messages": [{"role": "robot", "content": ""}]}, "line 2: messages must be a list of"),
         ({"messages": MESSAGES[:1]}, "line 2: field 'answer' is missing"),
+        ({"prompt": "1=", "answer": "1\ud83d"}, "line 2: field 'answer' holds half a surrogate pair"),
+        ({"prompt": "1\frac=", "answer": "1"}, "line 2: field 'prompt' holds a control character"),
+        ({"messages": [{"role": "user", "content": "\udc00"}]}, "line 2: a message's content holds half a surr"),
     ],
 )  # fmt: skip
 def test_a_malformed_line_is_named(tmp_path: Path, line: Any, complaint: str) -> None:
     path = write(tmp_path / "f", {"prompt": "1=", "answer": "1"}, line)
-    with pytest.raises(DataError, match=re.escape(f"sft.path={path}, {complaint}")):
+    with pytest.raises(TaskError, match=re.escape(f"sft.path={path}, {complaint}")):
         read_examples(path, "prompt", "answer")
 
 
 def test_a_file_that_is_not_there_or_empty_and_text_that_the_tokenizer_lacks(tmp_path: Path, start_dir: Path) -> None:
-    with pytest.raises(DataError, match="No such file or directory; name a readable"):
+    with pytest.raises(TaskError, match="No such file or directory; name a readable"):
         read_examples(tmp_path / "none", "prompt", "answer")
-    with pytest.raises(DataError, match="the file holds no lines"):
+    with pytest.raises(TaskError, match="the file holds no lines"):
         read_examples(write(tmp_path / "f", ""), "prompt", "answer")
-    with pytest.raises(TaskError, match="the tokenizer does not know all of 'Größe'"):
+    with pytest.raises(TaskError, match=r"^sft\.path=.*/g, line 1: the tokenizer does not know all of 'Größe'"):
         examples(write(tmp_path / "g", {"prompt": "Größe", "answer": "1"}), start_dir)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
-from offtrail.platform.launcher.command import main, require_models
+from offtrail.platform.launcher.command import main, require_inputs, require_models
 from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.scalar import load_scalar
 from offtrail.platform.model.text import Text
@@ -109,6 +109,10 @@ REFUSED: dict[str, tuple[Change, list[str], str]] = {
     ),
     "a tensor is missing": (
         other_weights(drops=UP), [],
+        f"model.path={{}}: its weights do not fit this qwen3 model: missing ['{UP}']; download or save it again",
+    ),
+    "a tensor is missing in sft": (
+        other_weights(drops=UP), ["job=sft"],
         f"model.path={{}}: its weights do not fit this qwen3 model: missing ['{UP}']; download or save it again",
     ),
     "a head is missing": (
@@ -225,6 +229,10 @@ LACKS = [
         r"its weights lack model\.layers\.2\.input_layernorm\.weight and 10 more, which would be random",
     ),
     (
+        sets("config.json", num_hidden_layers=1, layer_types=["full_attention"]),
+        r"its weights hold model\.layers\.1\.input_layernorm\.weight and 10 more, which its config\.json has no place",
+    ),
+    (
         other_weights(**{UP: torch.ones(47, 32)}),
         rf"{UP} is \[47, 32\] in its weights, but \[48, 32\] by its config\.json; give the",
     ),
@@ -252,6 +260,12 @@ def test_a_head_that_is_its_own_is_not_drawn_at_random(model: Path) -> None:
     require_models(compose([f"model.path={model}"]))
 
 
+def test_tensors_that_no_model_holds_any_more_are_no_others(model: Path) -> None:
+    other_weights(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})(model)
+    require_models(compose([f"model.path={model}"]))
+    load_model(model)
+
+
 def test_what_the_model_needs_not_have(model: Path) -> None:
     """Special tokens without a row are left out, and rows without a token stand for nothing."""
     with_tokens(3, special=True)(model)
@@ -268,3 +282,23 @@ def test_a_loaded_tokenizer_is_looked_at_too(model: Path) -> None:
     with_tokens(3, added=False)(model)
     with pytest.raises(ValueError, match=f"^{re.escape(TOO_MANY.format(model))}"):
         Text(model)
+
+
+def test_the_models_of_every_stage_are_looked_at_but_for_those_that_are_handed_on(model: Path, tmp_path: Path) -> None:
+    """Before the first stage has run for hours."""
+    other_weights(drops=UP)(model)
+    own = f"recipe.stages={{a: {{job: sft}}, b: {{job: rl, model: {{path: {model}}}}}}}"
+    words = rf"^recipe\.stages\.b: model\.path={model}: its weights do not fit this qwen3 model: missing \['{UP}'\]"
+    with pytest.raises(ConfigError, match=words):
+        require_inputs(compose([own]))
+    require_inputs(compose([own.replace("job: rl", "job: rl, start_from: a")]))
+
+
+def test_the_data_of_every_stage_is_looked_at_but_for_what_is_handed_on(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2=", "answer": "\\ud83d"}\n')
+    own = f"recipe.stages={{a: {{job: rl}}, b: {{job: sft, sft: {{path: {path}}}}}}}"
+    words = rf"^recipe\.stages\.b: sft\.path={path}, line 2: field 'answer' holds half a surrogate pair"
+    with pytest.raises(ConfigError, match=words):
+        require_inputs(compose([own]))
+    require_inputs(compose([own.replace("job: sft", "job: sft, data_from: a")]))

@@ -16,8 +16,8 @@ from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.right_answers import trained_samples, write_right_answers
-from offtrail.platform.learner.data import read_examples
 from offtrail.platform.model.text import Text
+from offtrail.tasks.examples import read_examples
 
 
 def group(text: Text, number: int, question: str, answers: list[tuple[str, float, bool]]) -> Group:

@@ -246,12 +246,39 @@ def test_a_set_with_some_such_answers_says_how_many_and_which(tmp_path: Path, an
     )
     assert f"such as {answer!r} in line 3" in remark
     mixed = MixtureConfig(weights={"jsonl": 1.0}, settings={"jsonl": {"path": task.config.path, "answer_after": ""}})
-    assert len(remarks_on(MixtureTask(mixed, 0))) == 1
+    assert remarks_on(MixtureTask(mixed, 0)) == [f"task.settings.jsonl: {remark}"]
 
 
 def test_words_are_compared_as_words_without_a_word(tmp_path: Path):
     assert of_answers(tmp_path / "a.jsonl", "Paris", "x + y", "B").remarks == []
     assert of_answers(tmp_path / "b.jsonl", "18", "-3/4", "1e-05").remarks == []
+
+
+def test_a_set_that_contradicts_itself_says_how_often_and_where_first(tmp_path: Path):
+    """18 and 18.0 are one answer; the blanks of `a  b` do not make another problem of it than `a b`."""
+    rows = [("a b", "18"), ("c", "1"), ("a  b", "18.0"), ("c", "2"), ("c", "3"), ("d", "x"), ("d", "y"), ("a b", "18")]
+    path = write(tmp_path / "a.jsonl", *({"question": question, "answer": answer} for question, answer in rows))
+    settings: dict[str, Any] = {"path": path, "answer_after": "", "held_out_share": 0.0}
+    (remark,) = JsonlTask(JsonlConfig(**settings), 0).remarks
+    assert remark == (
+        f"task.path={path}: 2 of its 3 problems stand there again with another answer, the first in lines 2 and 4 "
+        "('1', '2'); each line counts as it stands: delete those that are wrong"
+    )
+    (remark,) = JsonlTask(JsonlConfig(compare="text", **settings), 0).remarks
+    assert "3 of its 3 problems" in remark
+    assert "lines 1 and 3 ('18', '18.0')" in remark
+
+
+def test_held_out_problems_in_the_training_file_are_left_out_and_counted(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", *(row(i) for i in range(10)))
+    held_out = [{**row(i), "question": f" {row(i)['question']}"} for i in (7, 3)]
+    eval_path = write(tmp_path / "b.jsonl", *held_out, row(11))
+    task = JsonlTask(JsonlConfig(path=path, eval_path=eval_path), 0)
+    assert task.remarks == [
+        f"task.path={path}: 2 of its 10 problems stand in task.eval_path={eval_path} too, first line 4; they are left "
+        "out of training"
+    ]
+    assert {task.train(i).answer for i in range(20)} == {str(2 * i) for i in range(10) if i not in (3, 7)}
 
 
 # Files of another kind

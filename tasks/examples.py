@@ -1,0 +1,65 @@
+"""Examples to imitate from a JSON-lines file (sft.path): each line a prompt, or messages, and an answer.
+
+The command reads them before anything starts, the learner when it begins: what is wrong with a line is said at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from offtrail.core.problem import Problem
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.jsonl import as_lines
+from offtrail.tasks.lines import check_text, read_objects
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def read_examples(path: Path, prompt_field: str, answer_field: str) -> list[Problem]:
+    """The lines of a JSON-lines file; blank ones are skipped. Raises TaskError with file and line.
+
+    A line has a prompt (a text or a list of messages) and an answer; or ``messages`` alone, whose last is the
+    assistant's answer. Each becomes a Problem, ``task`` naming the file and ``index`` the line.
+    """
+    rows = read_objects(path, "sft.path")
+    return [_example(row, number, path, prompt_field, answer_field) for number, row in rows]
+
+
+def _example(row: dict[str, Any], number: int, path: Path, prompt_field: str, answer_field: str) -> Problem:
+    name = f"sft.path={path}"
+    where = f"{name}, line {number}"
+    given = row.get(prompt_field, row.get("messages"))
+    if not isinstance(given, list):
+        prompt = _text(row, prompt_field, "sft.prompt_field", where)
+        return Problem(name, number, prompt, _text(row, answer_field, "sft.answer_field", where))
+    messages = _messages(given, where)
+    if answer_field not in row and len(messages) > 1 and messages[-1]["role"] == "assistant":
+        *before, last = messages
+        return Problem(name, number, as_lines(tuple(before)), last["content"], messages=tuple(before))
+    answer = _text(row, answer_field, "sft.answer_field", where)
+    return Problem(name, number, as_lines(messages), answer, messages=messages)
+
+
+def _messages(value: list[Any], where: str) -> tuple[dict[str, str], ...]:
+    if not value or not all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value
+    ):
+        raise TaskError(
+            f'{where}: messages must be a list of {{"role": {" | ".join(ROLES)}, "content": text}}; mend the line'
+        )
+    for message in value:
+        check_text(message["content"], f"{where}: a message's content")
+    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+
+
+def _text(row: dict[str, Any], name: str, key: str, where: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        known = ", ".join(map(repr, row)) or "none"
+        what = "is empty" if isinstance(value, str) else "is not text"
+        if value is None:
+            what = "is null" if name in row else "is missing"
+        raise TaskError(f"{where}: field {name!r} {what} (fields: {known}); mend the line, or set {key}")
+    check_text(value, f"{where}: field {name!r}")
+    return value
