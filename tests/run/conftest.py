@@ -1,10 +1,9 @@
-"""The real command in a subprocess, and a start model that is made once for all runs."""
+"""The real command in a process of its own (warm.py), and a start model that is made once for all runs."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,8 +39,16 @@ Command = Callable[..., list[str]]
 Launch = Callable[..., Finished]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warmed() -> Iterator[None]:
+    """Imports what runs import, beside the worker's first tests."""
+    server = warm.warm()
+    yield
+    server.close()
+
+
 @pytest.fixture(autouse=True)
-def nothing_goes_on() -> Iterator[None]:
+def nothing_goes_on(warmed: None) -> Iterator[None]:
     """A run that its test left by a failed assertion ends with it."""
     before = set(psutil.Process().children())
     yield
@@ -80,7 +88,7 @@ def launcher(environment: dict[str, str], folder: Path) -> Launch:
 
     def run(name: str, *overrides: str) -> Finished:
         command = command_in(folder)(name, *overrides)
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=280)
+        done = warm.run(command, 280, env=environment, cwd=folder)
         return Finished(done.returncode, done.stdout + done.stderr, folder / name)
 
     return run

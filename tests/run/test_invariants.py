@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm
 from safetensors.torch import load_file
 
 from offtrail.platform.config.compose import load_config
@@ -71,7 +72,7 @@ def test_an_exact_run_repeats_bit_for_bit_and_survives_kills_of_its_learner_and_
     assert first.summary["staleness/max"] == 2
 
     # Killed between checkpoints (3 and 6), resumed from the one before: the same versions, nothing lost or twice.
-    process = subprocess.Popen(command("killed", *exact), env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
+    process = warm.Popen(command("killed", *exact), env=environment, cwd=tmp_path, stderr=subprocess.PIPE)
     wait_until("step 4", lambda: reached(tmp_path / "killed", 4))
     os.kill(pid_of("learner", tmp_path / "killed"), signal.SIGKILL)
     _, stderr = process.communicate(timeout=45)
@@ -87,7 +88,7 @@ def test_an_exact_run_repeats_bit_for_bit_and_survives_kills_of_its_learner_and_
     assert resumed.summary["lineage"] == 0
 
     # Its generator killed in the middle of a wave: started again, it makes the same versions.
-    process = subprocess.Popen(command("again", *exact), env=environment, cwd=tmp_path)
+    process = warm.Popen(command("again", *exact), env=environment, cwd=tmp_path)
     for step in (2, 5):
         wait_until(f"step {step}", lambda step=step: reached(tmp_path / "again", step))
         os.kill(pid_of("generator", tmp_path / "again"), signal.SIGKILL)
@@ -118,7 +119,7 @@ def test_a_killed_generator_or_evaluator_is_started_again_and_the_run_completes(
     role: str, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
     line = command("killed", "learner.steps=8", "eval.every=2", "eval.prompts=64", "tracking.progress=plain")
-    process = subprocess.Popen(line, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = warm.Popen(line, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run_dir = tmp_path / "killed"
     wait_until("step 2", lambda: reached(run_dir, 2))
     killed = pid_of(role, run_dir)
@@ -140,7 +141,7 @@ def test_a_dead_broker_or_learner_ends_the_run_with_its_name_and_how_it_died(
     role: str, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
     line = command("dead", "learner.steps=100000", "sft.steps=150")
-    process = subprocess.Popen(line, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = warm.Popen(line, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     run_dir = tmp_path / "dead"
     wait_until(
         "step 1",
@@ -162,7 +163,7 @@ def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal
     """One role is stopped (it stands for one that hangs in native code) when the launcher is killed, and resumed after
     the next launch has begun: by then it is gone, so that it can take nothing of its successor's.
     """
-    process = subprocess.Popen(command("orphan", "learner.steps=6"), env=environment, cwd=tmp_path)
+    process = warm.Popen(command("orphan", "learner.steps=6"), env=environment, cwd=tmp_path)
     run_dir = tmp_path / "orphan"
     wait_until("step 1", lambda: reached(run_dir, 1))
     everybody = psutil.Process(process.pid).children(recursive=True)
@@ -178,7 +179,7 @@ def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal
     assert not [child for child in everybody if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert (resumed.summary["groups/trained"], resumed.summary["groups/lost"]) == (24, 0)
 
-    process = subprocess.Popen(command("orphan2", "learner.steps=100000"), env=environment, cwd=tmp_path)
+    process = warm.Popen(command("orphan2", "learner.steps=100000"), env=environment, cwd=tmp_path)
     run_dir = tmp_path / "orphan2"
     wait_until("step 1", lambda: reached(run_dir, 1))
     everybody = psutil.Process(process.pid).children(recursive=True)
@@ -200,11 +201,11 @@ def test_a_role_of_a_killed_attempt_that_leaves_late_takes_nothing_of_the_resume
 
     Trap: the kernel wakes stopped processes whose new parent is of another session; this one takes them in.
     """
-    request.addfinalizer(lambda: adopt_orphans(False))
-    adopt_orphans()
     exact = ("staleness.mode=exact", "learner.steps=8")
     undisturbed = launch("other", *exact)
     assert undisturbed.code == 0, undisturbed.output
+    request.addfinalizer(lambda: adopt_orphans(False))
+    adopt_orphans()
     process = subprocess.Popen(command("late", *exact), env=environment, cwd=tmp_path)
     run_dir = tmp_path / "late"
     wait_until("step 1", lambda: reached(run_dir, 1))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
+import warm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +65,7 @@ def test_a_saved_config_repeats_and_a_model_directory_goes_through_the_same_code
     assert second.code == 0, second.output
     assert (second.run_dir / "start").resolve() == model.resolve()
     line = [sys.executable, str(ROOT / "launch.py"), str(second.run_dir / "config.yaml"), "run.name=again"]
-    again = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    again = warm.run(line, 280, env=environment, cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
 
     def losses(run_dir: Path) -> list[float]:

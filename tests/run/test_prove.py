@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from .test_invariants import ROLE_NAMES, checksums, numbers, pid_of, reached, running, wait_until
 
@@ -36,7 +36,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(
     for step, victim in zip(sorted(rng.sample(range(4, 116), len(victims))), victims, strict=True):
         if process is None:
             resumed = ("run.resume=true",) if run_dir.exists() else ()
-            process = subprocess.Popen(command("killed", *exact, *resumed), env=environment, cwd=tmp_path)
+            process = warm.Popen(command("killed", *exact, *resumed), env=environment, cwd=tmp_path)
         wait_until(f"step {step}", partial(reached, run_dir, step))
         if victim == "launcher":
             process.kill()

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import warm
+
 STAGES = (
     "recipe.stages={first: {job: sft}, second: {job: rl, start_from: first, learner: {steps: 8}}, "
     "third: {job: rl, start_from: second, learner: {steps: 1}}}"
@@ -25,7 +27,7 @@ def test_a_recipe_killed_in_a_stage_goes_on_with_it_and_touches_no_earlier_one(
     command: Any, launch: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
     given = (STAGES, "sft.steps=30", "sft.warmup_steps=5", "learner.checkpoint_every=2")
-    process = subprocess.Popen(command("whole", *given), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = warm.Popen(command("whole", *given), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
     stages = tmp_path / "whole" / "stages"
     metrics, limit = stages / "2_second" / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.is_file() and '"step": 3,' in metrics.read_text()):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from safetensors.torch import load_file
 
 SMALL = (
@@ -76,7 +77,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     whole: Any, launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "killed"
-    process = subprocess.Popen(
+    process = warm.Popen(
         command("killed", *SMALL), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     limit = time.monotonic() + 120

@@ -28,6 +28,7 @@ def servers_of(run_dir: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.prove
 @pytest.mark.timeout(900)
 def test_the_demo_learns_with_an_sglang_server(environment: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
@@ -54,12 +55,13 @@ def test_the_demo_learns_with_an_sglang_server(environment: dict[str, str], tmp_
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.prove)])
 def test_two_ranks_push_to_two_servers_of_which_one_is_killed(
-    command: Any, environment: dict[str, str], tmp_path: Path
+    steps: int, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """FSDP2 on gloo, weights.channel=distributed: 50 updates without a deadlock, nothing lost, nothing twice."""
+    """FSDP2 on gloo, weights.channel=distributed: updates without a deadlock, nothing lost, nothing twice."""
     keys = (
-        "engine=sglang", "engine.servers=2", "weights.channel=distributed", "learner.ranks=2", "learner.steps=50",
+        "engine=sglang", "engine.servers=2", "weights.channel=distributed", "learner.ranks=2", f"learner.steps={steps}",
         "eval.engine=local", "broker.deadline_seconds=200", "weights.probe_every=5",
     )  # fmt: skip
     process = subprocess.Popen(
@@ -72,7 +74,7 @@ def test_two_ranks_push_to_two_servers_of_which_one_is_killed(
     )
     run_dir = tmp_path / "pushed"
     limit = time.monotonic() + 400
-    while not (run_dir / "metrics.jsonl").is_file() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 10:
+    while not (run_dir / "metrics.jsonl").is_file() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 8:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit
         time.sleep(0.1)
@@ -82,7 +84,7 @@ def test_two_ranks_push_to_two_servers_of_which_one_is_killed(
     assert process.returncode == 0, output
     summary = json.loads((run_dir / "summary.json").read_text())
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert (summary["status"], summary["steps"], summary["groups/trained"]) == ("completed", 50, 200)
+    assert (summary["status"], summary["steps"], summary["groups/trained"]) == ("completed", steps, 4 * steps)
     assert (summary["groups/lost"], summary["groups/duplicated"]) == (0, 0)
     assert sum(count for reason, count in summary["groups/refused"].items() if reason != "run_ended") == 0
     probes = [row["mismatch/probe_abs_dlogp_max"] for row in rows if "mismatch/probe_abs_dlogp_max" in row]

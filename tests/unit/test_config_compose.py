@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offtrail.core.plugins import OUTSIDE
@@ -252,6 +252,16 @@ def keys_for(names):
     return module.keys_of(base).values()
 
 
+def valid(argv):
+    """What compose makes of ``argv`` without the settings that it refuses beside the others."""
+    while True:
+        try:
+            return compose(argv)
+        except ConfigError as error:
+            kept = [setting for setting in argv if setting.partition("=")[0] not in str(error)]
+            argv = kept if len(kept) < len(argv) else argv[:-1]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(argv=command_lines())
 def test_a_saved_configuration_repeats_itself(argv, tmp_path_factory):
@@ -261,14 +271,12 @@ def test_a_saved_configuration_repeats_itself(argv, tmp_path_factory):
     problems.touch()
     if "task.name=jsonl" in argv:
         argv = [*argv, f"task.path={problems}"]
-    try:
-        config = compose(argv)
-    except ConfigError:
-        assume(False)
+    config = valid(argv)
     saved = folder / "config.yaml"
     saved.write_text(to_yaml(config), encoding="utf-8", newline="")
-    assert compose([str(saved)]) == config
-    assert to_yaml(compose([str(saved)])) == to_yaml(config)
+    again = compose([str(saved)])
+    assert again == config
+    assert to_yaml(again) == to_yaml(config)
 
 
 # The tables

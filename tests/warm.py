@@ -1,0 +1,155 @@
+"""The real command, forked from a process that has already imported what launchers and roles import.
+
+torch and transformers take four CPU seconds, which every run of the suite would pay again. Here a worker of pytest pays
+them once: `Popen` and `run` are subprocess's for a command line of launch.py, and what they start is a child of the
+caller, which runs launch.py from its first line. It has its fork server (runtime/forkserver.py) beside it from the
+start, forked too; all else is as in a process of its own. Whoever wants other imports than the worker's, or to see the
+command from nothing, takes subprocess (test_learning's demo, test_serving, tests/process/test_wheel.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from offtrail.platform.launcher import forks
+from offtrail.platform.runtime import forkserver
+from offtrail.platform.runtime.host import adopt_orphans, die_with, rename_process
+
+ALSO = ("offtrail.platform.launcher.jobs", "rich.progress", "matplotlib.pyplot")
+"""What launchers import, besides what roles do."""
+
+
+class Warm:
+    """The warm process of one worker, and the line to it."""
+
+    def __init__(self) -> None:
+        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, __file__, str(os.getpid()), forks.PADDING]
+        self._process = subprocess.Popen(command, stdin=theirs.fileno())
+        theirs.close()
+
+    def close(self) -> None:
+        """What it has started stays."""
+        self.line.close()
+        self._process.kill()
+        self._process.wait()
+
+
+@cache
+def warm() -> Warm:
+    """The first call starts it; whoever starts a run first waits for its imports."""
+    return Warm()
+
+
+class Server(forks.Forked):
+    """What forks.ForkServer asks of its process."""
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.01)
+
+
+class Popen(subprocess.Popen[Any]):
+    """As subprocess.Popen([sys.executable, LAUNCH_PY, …])."""
+
+    def _execute_child(self, args: Sequence[str], *rest: Any) -> None:
+        _, _, _, _, cwd, env, _, _, _, *pipes = rest
+        theirs, _, _, out, _, err = pipes[:6]
+        standard = [own if fd == -1 else fd for own, fd in enumerate((theirs, out, err))]
+        request = json.dumps([list(args), str(cwd or os.getcwd()), dict(os.environ if env is None else env)])
+        adopt_orphans()
+        try:
+            socket.send_fds(warm().line, [request.encode()], standard)
+            self.pid = int(warm().line.recv(32))
+        finally:
+            adopt_orphans(False)
+            self._close_pipe_fds(*pipes[:6])
+        self._child_created = True
+
+
+def run(command: Sequence[str], timeout: float, **given: Any) -> subprocess.CompletedProcess[str]:
+    """As subprocess.run(…, capture_output=True, text=True)."""
+    with Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **given) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def main(worker: int) -> int:
+    """Fork until the worker is gone; in a fork, the exit status of the command, or of its fork server's roles."""
+    die_with(worker)
+    line = socket.socket(fileno=0)
+    for module in (*forkserver.PRELOADED, *ALSO):
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    while True:
+        message, standard, _, _ = socket.recv_fds(line, forkserver.MOST_BYTES, 3)
+        if not message:
+            return 0
+        if not (pid := forkserver.fork()):
+            line.detach()
+            return command(*json.loads(message), standard)
+        for fd in standard:
+            os.close(fd)
+        line.send(b"%d" % pid)
+
+
+def command(arguments: list[str], folder: str, environment: dict[str, str], standard: list[int]) -> int:
+    """Be the process that ``arguments`` would start; and, in a fork of it, its fork server."""
+    for own, fd in enumerate(standard):
+        os.dup2(fd, own)
+        os.close(fd)
+    os.chdir(folder)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
+    line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    launcher = os.getpid()
+    if not (server := os.fork()):
+        return fork_server(launcher, line, theirs)
+    theirs.close()
+
+    def begun(self: forks.ForkServer) -> None:
+        self._line, self._process = line, Server(server)
+
+    forks.ForkServer.__init__ = begun
+    rename_process(arguments, "python")
+    _, *sys.argv = arguments
+    runpy.run_path(arguments[1], run_name="__main__")
+    raise AssertionError(f"{arguments[1]} ends by sys.exit")
+
+
+def fork_server(launcher: int, line: socket.socket, theirs: socket.socket) -> int:
+    """As forks.ForkServer starts it."""
+    line.close()
+    os.setpgid(0, 0)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for own, fd in enumerate((theirs.detach(), nothing, nothing)):
+        os.dup2(fd, own)
+    os.closerange(3, 64)
+    os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    return forkserver.main([str(launcher)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
