@@ -82,9 +82,15 @@ def check_settings(
     """Raise PluginError when ``bind`` would, as far as the source tells: the module itself is not imported.
 
     ``source``: `package.module:attribute`, called ``name`` in messages. ``given_to_class``: like ``given``, of a
-    class's `__init__`. What is decorated, imported or made by a call shows its parameters only when it is loaded.
+    class's `__init__`. What is decorated or made by a call shows its parameters only when it is loaded.
     """
-    node = (_defined(_find(source, what)) or {}).get(source.rpartition(":")[2])
+    attribute = source.rpartition(":")[2]
+    node = (_defined(_find(source, what)) or {}).get(attribute)
+    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        original = next((alias.name for alias in node.names if attribute in (alias.asname, alias.name)), attribute)
+        origin, name = f"{node.module}:{original}", name or source
+        check_settings(origin, settings, what=what, name=name, given=given, given_to_class=given_to_class)
+        return
     if isinstance(node, ast.ClassDef) and not node.decorator_list:
         made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         node, given = (made[0] if made else None), given_to_class + 1

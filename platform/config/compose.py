@@ -49,8 +49,9 @@ from offtrail.platform.config.keys import (
 from offtrail.platform.config.paths import check_name, path_problem
 from offtrail.platform.config.recipe import Stage, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
-from offtrail.platform.config.validate import validate
+from offtrail.platform.config.validate import files_of_lines_are_here, numbers_are_in_range, validate
 from offtrail.tasks.config import TaskConfig
+from offtrail.tasks.mixture import MixtureConfig
 from offtrail.tasks.registry import family
 
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
@@ -232,7 +233,24 @@ def _stands(path: str, values: Mapping[str, Raw]) -> bool:
 def _composed(layers: Sequence[Layer]) -> Config:
     config = build(merge(layers))
     validate(config)
+    if isinstance(config.task, MixtureConfig):
+        _check_families(config.task)
     return config
+
+
+def _check_families(mixture: MixtureConfig) -> None:
+    """The settings of a mixture's families are keys like those of a task alone, with its types, ranges and rules."""
+    for name in mixture.weights:
+        given = {f"task.{key}": value for key, value in mixture.settings.get(name, {}).items()}
+        where = f"task.settings.{name}."
+        if "task.name" in given:
+            raise refuse(f"{where}name", given["task.name"], "the family is named by its place; leave it out")
+        try:
+            member = build({"task.name": name, **given})
+            numbers_are_in_range(member)
+            files_of_lines_are_here(member)
+        except ConfigError as error:
+            raise ConfigError(re.sub(r"\btask\.", where, str(error))) from None
 
 
 def build(values: Mapping[str, Raw]) -> Config:

@@ -51,6 +51,24 @@ MISTAKES = [
     (["learner.steps=[3]"], "learner.steps=[3]: must be a whole number", []),
     (["task=mixture", "task.weights=2"], "task.weights=2: must be a mapping", ["{chain: 0.5, addition: 0.5}"]),
     (["task=mixture", "task.weights.chain=x"], "task.weights.chain=x: must be a number", []),
+    (
+        ["task=mixture", "task.settings.chain.max_operation=5"],
+        "task.settings.chain.max_operation=5: unknown key",
+        ["nearest: task.settings.chain.max_operations"],
+    ),
+    (
+        ["task=mixture", "task.settings.chain.max_operations=2.5"],
+        "task.settings.chain.max_operations=2.5: must be a whole number",
+        [],
+    ),
+    (["task=mixture", "task.settings.chain.styles=9"], "task.settings.chain.styles=9: must be in [1, 3]", []),
+    (["task=mixture", "task.settings.chain.name=x"], "task.settings.chain.name=x: the family is named by its", []),
+    (
+        ["task=mixture", "task.weights={jsonl: 1}", "task.settings.jsonl.path=none.jsonl"],
+        f"task.settings.jsonl.path={os.getcwd()}/none.jsonl: no such file",
+        [],
+    ),
+    (["task=mixture", "task.weights={jsonl: 1}"], "task.settings.jsonl.path=: a file of problems is needed", []),
     (["model.name=\udcff"], "model.name=\\udcff: must be UTF-8 text", []),
     # the command line itself
     (["learner.steps"], "learner.steps: neither key=value", ["nearest: learner.steps"]),

@@ -151,6 +151,14 @@ def test_settings_are_checked_by_the_source_as_by_the_loaded_function(
         assert str(error.value) == line
 
 
+def test_the_settings_of_an_imported_function_are_checked_where_it_is_written(folder: Path):
+    (folder / "users_settings.py").write_text(SETTINGS)
+    (folder / "users_collection.py").write_text("from users_settings import loss as soft, estimator\n")
+    with pytest.raises(PluginError, match=r"^k\.widht=2: no such setting; users_collection:soft takes width, deep"):
+        check_settings("users_collection:soft", {"deep": 1, "widht": 2}, what="k")
+    check_settings("users_collection:estimator", {"limit": 1}, what="k", given=3)
+
+
 def test_what_the_source_does_not_show_is_left_to_the_load(folder: Path):
     (folder / "users_settings.py").write_text(SETTINGS)
     for name in ("Plain", "decorated", "made", "functools"):
