@@ -3,7 +3,7 @@
 The launcher calls `make_keys`; the broker reads ServerKeys, every other role ClientKeys, from runs/NAME/keys (directory
 0700, files 0600). On loopback the secret is a password (ZMTP's PLAIN: checked once a connection, at no cost a message);
 on any other address it is a pair of CURVE keys, and everything is encrypted. The server's public key travels in
-endpoint.json.
+endpoint.json. Trap: a password is shown to whoever listens, also to a stranger on a dead broker's port.
 
 Invariants: a peer without the secret gets no answer but a refusal, and its bytes never reach the codec. Strangers and
 connections are bounded: who shows a wrong secret is let go at once, who shows none within HANDSHAKE_SECONDS, and the
@@ -155,7 +155,8 @@ class Gate:
         self._look_at = math.inf
         """When refusals are on their way, and who was sent one is let go (monotonic seconds)."""
         self._most = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-        self._thread = threading.Thread(target=self._serve, name="gate", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
+        self._error: Exception | None = None
 
     def guard(self, socket: zmq.Socket[bytes]) -> None:
         """Ask every peer of the socket for the secret, and count its connections."""
@@ -176,29 +177,41 @@ class Gate:
         """From now on peers are answered."""
         self._thread.start()
 
+    def check(self) -> None:
+        """RuntimeError where the thread has ended before its time."""
+        if self._error is not None:
+            raise RuntimeError(f"nobody is let in any more: {self._error!r}") from self._error
+
     def join(self) -> None:
         """Wait for the thread to end; call after the context's termination has begun."""
         self._thread.join()
 
+    def _run(self) -> None:
+        """Trap: the context ends only once all of its sockets are closed."""
+        try:
+            with contextlib.suppress(zmq.ContextTerminated):
+                self._serve()
+        except Exception as error:
+            self._error = error
+        finally:
+            for socket in (self._zap, *self._monitors):
+                socket.close()
+
     def _serve(self) -> None:
-        sockets = [self._zap, *self._monitors]
         poller = zmq.Poller()
-        for socket in sockets:
+        for socket in (self._zap, *self._monitors):
             socket.linger = 0
             poller.register(socket, zmq.POLLIN)
-        with contextlib.suppress(zmq.ContextTerminated):
-            while True:
-                left = self._look_at - time.monotonic()
-                if left <= 0:
-                    self._let_refused_go()
-                    continue
-                for socket, _ in poller.poll(None if math.isinf(left) else 1 + round(1000 * left)):
-                    if socket is self._zap:
-                        self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
-                    else:
-                        self._note(*_EVENT.unpack(socket.recv_multipart()[0]))
-        for socket in sockets:
-            socket.close()
+        while True:
+            left = self._look_at - time.monotonic()
+            if left <= 0:
+                self._let_refused_go()
+                continue
+            for socket, _ in poller.poll(None if math.isinf(left) else 1 + round(1000 * left)):
+                if socket is self._zap:
+                    self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
+                else:
+                    self._note(*_EVENT.unpack(socket.recv_multipart()[0]))
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         """Request: version, id, domain, address, identity, mechanism, credentials…; reply: version, id, status, …"""

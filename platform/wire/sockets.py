@@ -15,6 +15,7 @@ import ipaddress
 import json
 import secrets
 import socket as net
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,6 +49,8 @@ LINGER_MS = 500
 """How long what is unsent may still leave after a close. Trap: with 0, libzmq 4.3.5 aborts the process when the other
 end hangs up while a message of several frames is half sent (session_base.cpp, clean_pipes).
 """
+CLOSE_SECONDS = 20.0
+"""How long a server may take to close."""
 COPIED_BYTES = 256 * 1024
 """A frame below it costs less copied than sent from where it lies: pyzmq wakes a thread to let go of it."""
 DRAIN = 256
@@ -164,8 +167,9 @@ class Server:
 
     def poll(self, timeout_s: float) -> list[Envelope]:
         """The requests at hand, about DRAIN at most; waits up to ``timeout_s`` for the first. Bad ones are answered
-        here. What was replied until now leaves first.
+        here. What was replied until now leaves first. RuntimeError where no peer could be let in any more.
         """
+        self._gate.check()
         self.flush()
         envelopes: list[Envelope] = []
         if not _readable(self._requests, timeout_s):
@@ -213,11 +217,20 @@ class Server:
         _send(self._hints, encode(message))
 
     def close(self) -> None:
-        """Close the sockets; what is unsent has LINGER_MS to leave."""
-        self.flush()
-        self._requests.close()
-        self._hints.close()
-        self._context.term()
+        """Close the sockets; what is unsent has LINGER_MS to leave. WaitError after CLOSE_SECONDS: libzmq itself would
+        wait for a socket that is not closed for ever.
+        """
+        since = time.time()
+        try:
+            self.flush()
+        finally:
+            self._requests.close()
+            self._hints.close()
+            ending = threading.Thread(target=self._context.term, name="wire-end", daemon=True)
+            ending.start()
+            ending.join(CLOSE_SECONDS)
+        if ending.is_alive():
+            raise WaitError.passed("the end of the broker's sockets", "libzmq", since, CLOSE_SECONDS)
         self._gate.join()
 
 

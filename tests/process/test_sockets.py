@@ -17,6 +17,7 @@ import zmq
 
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.heartbeat import HeartbeatThread
+from offtrail.platform.wire import auth, sockets
 from offtrail.platform.wire.auth import new_keys
 from offtrail.platform.wire.bundle import bundle, unbundle
 from offtrail.platform.wire.codec import WireError, decode, encode
@@ -459,6 +460,35 @@ def test_a_heart_measures_how_long_the_broker_is_silent_and_still_closes():
         heartbeat.close()
 
 
+@pytest.mark.parametrize("broken", ["_answer", "_note"])
+def test_a_server_whose_gate_has_broken_says_so_and_closes(broken: str, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise KeyError("of the gate")
+
+    monkeypatch.setattr(auth.Gate, broken, fail)
+    server = Server("127.0.0.1", 0, SERVER)
+    with dialing(server.endpoint, "generator-0") as client, dialing(server.endpoint, "generator-1"):
+        client.send(ask(1))
+        with pytest.raises(RuntimeError, match=r"nobody is let in any more: KeyError\('of the gate'\)"):
+            eventually(lambda: bool(server.poll(0.02)))
+        for _ in range(8):
+            with dialing(server.endpoint, "generator-2") as late:
+                late.send(ask(2))
+                late.poll(0.01)
+        server.close()
+
+
+def test_a_server_that_cannot_close_says_so(monkeypatch: pytest.MonkeyPatch):
+    server, free = Server("127.0.0.1", 0, SERVER), threading.Event()
+    end = server._context.term
+    monkeypatch.setattr(server._context, "term", lambda: free.wait(60) and end())
+    monkeypatch.setattr(sockets, "CLOSE_SECONDS", 0.01)
+    with pytest.raises(WaitError, match="the end of the broker's sockets from libzmq"):
+        server.close()
+    free.set()
+    assert eventually(lambda: not any(thread.name == "wire-end" for thread in threading.enumerate()))
+
+
 def test_closing_does_not_wait_for_unsent_frames():
     client = Client(Endpoint("tcp://127.0.0.1:9", "tcp://127.0.0.1:9"), "a", CLIENT)
     client.send(Checkpointed(step=1, path="x"), [np.zeros(1_000_000)])
@@ -471,6 +501,7 @@ def test_closing_does_not_wait_for_unsent_frames():
 CLOSES_HALF_SENT = """
 import random, threading, time
 import numpy as np
+from offtrail.platform.wire import auth, sockets
 from offtrail.platform.wire.auth import new_keys
 from offtrail.platform.wire.messages import LeaseRequest
 from offtrail.platform.wire.sockets import Client, Server
