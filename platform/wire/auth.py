@@ -42,7 +42,7 @@ libzmq 4.3.5 spells with a byte too few in PLAIN). To who is let in it has sent 
 of PLAIN's WELCOME. libzmq's own word on a handshake does not say whose.
 """
 REFUSAL_SECONDS = 0.05
-"""Within how long a refusal is on its way."""
+"""Within how long a refusal is on its way, unless the machine is busy: then they are looked for again, ever later."""
 CONNECTIONS = 4096
 """Connections at a time, if half of the process's descriptors are as many."""
 
@@ -152,7 +152,7 @@ class Gate:
         self._strangers: dict[int, None] = {}
         """Descriptors that may be strangers', the longest here first."""
         self._greeting = GREETING_BYTES + (CURVE_WELCOME_BYTES if keys.public else 0)
-        self._look_at = math.inf
+        self._look_at, self._patience = math.inf, REFUSAL_SECONDS
         """When refusals are on their way, and who was sent one is let go (monotonic seconds)."""
         self._most = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._thread = threading.Thread(target=self._run, name="gate", daemon=True)
@@ -221,7 +221,8 @@ class Gate:
         else:
             known = mechanism == b"PLAIN" and hmac.compare_digest(shown[1], self._keys.password.encode())
         if not known:
-            self._look_at = min(self._look_at, time.monotonic() + REFUSAL_SECONDS)
+            self._patience = REFUSAL_SECONDS
+            self._look_at = min(self._look_at, time.monotonic() + self._patience)
         status, text = (b"200", b"OK") if known else (b"400", b"not the run's secret")
         return [b"1.0", request_id, status, text, b"role" if known else b"", b""]
 
@@ -246,7 +247,8 @@ class Gate:
 
     def _let_refused_go(self) -> None:
         """Trap: libzmq would keep them until HANDSHAKE_SECONDS are over, and says that it refused one but not whom."""
-        self._look_at = math.inf
+        self._patience *= 2
+        self._look_at = time.monotonic() + self._patience if self._patience < HANDSHAKE_SECONDS else math.inf
         for descriptor in [fd for fd in self._strangers if _sent_bytes(fd) - self._greeting in REFUSAL_BYTES]:
             self._strangers.pop(descriptor)
             _shut(descriptor)

@@ -198,6 +198,21 @@ def test_who_shows_a_wrong_secret_is_let_go_and_roles_are_not(monkeypatch: pytes
         assert ask(client, 2) == 2
 
 
+def test_who_is_sent_the_refusal_late_is_let_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine nothing was sent yet when the gate looks first."""
+    monkeypatch.setattr(auth, "HANDSHAKE_SECONDS", 600.0)
+    sent, looks = auth._sent_bytes, []
+
+    def late(descriptor: int) -> int:
+        looks.append(descriptor)
+        return 0 if len(looks) < 3 else sent(descriptor)
+
+    monkeypatch.setattr(auth, "_sent_bytes", late)
+    with serving() as server, connect(server.endpoint.url) as stranger:
+        stranger.sendall(greeting(b"PLAIN") + command(b"HELLO", text(b"role") + text(b"guess")))
+        assert closes(stranger, 20)
+
+
 def test_a_peer_with_a_wrong_key_is_let_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """CURVE's refusal, through a relay that keeps the broker's end of the connection open when the peer's has gone."""
     monkeypatch.setattr(auth, "HANDSHAKE_SECONDS", 600.0)
