@@ -109,7 +109,7 @@ class Broker:
         self.ledger.release()
         self.scheduler.begin()
         self.roster = Roster()
-        self.numbers = RunMetrics(self.ledger, self.roster, clock, cold_start)
+        self.numbers = RunMetrics(self.ledger, self.roster, clock, cold_start, "generator" in JOBS[config.job])
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
         self.ledger.shards.name_missing(run_dir / "trajectories")
@@ -225,7 +225,7 @@ class Broker:
         if 0 in evals:
             rows.insert(0, {"step": 0, **evals[0]})
         self.recorder.restore(rows)
-        self.ending.diagnosis = Diagnosis(self.config, rows)
+        self.ending.diagnosis = Diagnosis(self.config, rows, self.ledger.failure)
 
     def on_hello(self, hello: Hello, envelope: Envelope) -> Answer:
         """A role begins, or begins again: then its leases go back, and a new learner's replay starts over."""

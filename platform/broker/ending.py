@@ -58,7 +58,7 @@ class Ending:
         self.failures: list[Failure] = []
         self.ended_at = clock()
         self.audit = self.ledger.audit()
-        self.diagnosis = Diagnosis(config)
+        self.diagnosis = Diagnosis(config, failure=self.ledger.failure)
         self.summary = self._summarise()
 
     def check(self) -> None:

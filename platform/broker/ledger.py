@@ -207,6 +207,11 @@ class Ledger:
         rows = self.file.rows("SELECT reason, detail FROM groups WHERE state = 'refused' ORDER BY id DESC LIMIT 1")
         return ": ".join(rows[0]) if rows else ""
 
+    def failure(self) -> str:
+        """Why the newest of the groups that were refused as failed has failed."""
+        rows = self.file.rows("SELECT detail FROM groups WHERE reason = 'failed' ORDER BY id DESC LIMIT 1")
+        return str(rows[0][0]) if rows else ""
+
     def queued(self) -> list[GroupRow]:
         """The queue, in order of arrival."""
         return [

@@ -33,6 +33,8 @@ class RunMetrics:
     clock: Callable[[], float]
     cold_start: Metrics = field(default_factory=dict)
     """What the making of the start model cost: flops, busy_seconds, tokens. Empty: not known, or no cold start."""
+    of_groups: bool = True
+    """Whether the job trains groups: those of the numbers that speak of them are said only then."""
     dropped: int = 0
     """Values of heartbeats and evaluations that were no numbers to count with."""
 
@@ -165,8 +167,6 @@ class RunMetrics:
     def summary(self, status: str, reason: str, seed: int, version: int, audit: Audit) -> dict[str, Any]:
         """The contents of summary.json (versions and git_commit are added where it is written)."""
         ledger, tally, ages = self.ledger, self.ledger.tally(), self.ledger.ages()
-        score_first, score_last = ledger.records.edge_scores("eval/accuracy")
-        first, last = ledger.records.edge_metrics("reward/accuracy")
         loss_first, loss_last = ledger.records.edge_metrics("loss/sft")
         of_sft = {} if loss_first is None else {"loss/sft_first": loss_first, "loss/sft_last": loss_last}
         return {
@@ -174,29 +174,38 @@ class RunMetrics:
             **({"reason": reason} if reason else {}),
             "steps": max(0, version),
             "wall_seconds": self.wall_seconds,
-            "eval/accuracy_first": score_first,
-            "eval/accuracy_last": score_last,
-            "reward/accuracy_first": first,
-            "reward/accuracy_last": last,
             **of_sft,
-            **group_counts(tally),
-            # The counters are exact at every moment, the recount is as new as the last checkpoint.
-            "groups/lost": max(audit.lost, tally.admitted - tally.accounted),
-            "groups/duplicated": audit.duplicated,
-            **staleness_row(ages),
-            "archive/unsealed": len(ledger.shards.unsealed()),
-            "tokens/generated": tally.tokens,
+            **(self._of_groups(tally, ages, audit) if self.of_groups else {}),
             "tokens/trained": ages.tokens or int(ledger.records.charges().get("learner", {}).get("trained_tokens", 0)),
             "learner/busy_fraction": self.busy_fraction("learner"),
-            "generator/busy_fraction": self.busy_fraction("generator"),
             **self.compute(),
-            "weights/publish_seconds_mean": ledger.records.mean_metric("weights/publish_seconds"),
             "restarts": self.restarts,
             **({"values_dropped": self.dropped} if self.dropped else {}),
             **({"set_aside": aside} if (aside := ledger.records.aside()) else {}),
             "lineage": ledger.lineage,
             "changes": json.loads(ledger.records.get("changes") or "[]"),
             "seed": seed,
+        }
+
+    def _of_groups(self, tally: Tally, ages: Ages, audit: Audit) -> dict[str, Any]:
+        """What only a job that trains groups has to say: scores, counts, staleness, and what its generators did."""
+        records = self.ledger.records
+        score_first, score_last = records.edge_scores("eval/accuracy")
+        first, last = records.edge_metrics("reward/accuracy")
+        return {
+            "eval/accuracy_first": score_first,
+            "eval/accuracy_last": score_last,
+            "reward/accuracy_first": first,
+            "reward/accuracy_last": last,
+            **group_counts(tally),
+            # The counters are exact at every moment, the recount is as new as the last checkpoint.
+            "groups/lost": max(audit.lost, tally.admitted - tally.accounted),
+            "groups/duplicated": audit.duplicated,
+            **staleness_row(ages),
+            "archive/unsealed": len(self.ledger.shards.unsealed()),
+            "tokens/generated": tally.tokens,
+            "generator/busy_fraction": self.busy_fraction("generator"),
+            "weights/publish_seconds_mean": records.mean_metric("weights/publish_seconds"),
         }
 
 

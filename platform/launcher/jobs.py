@@ -138,6 +138,8 @@ def finish(run_dir: Path, status: str, reason: str, seconds: float) -> None:
 
 def report(run_dir: Path, summary: dict[str, Any]) -> None:
     """The last words of a run on the terminal: what its summary says, and where to look."""
+    generator = ["generator/busy_fraction"] if "generator/busy_fraction" in summary else []
+    busy = "busy learner / generator" if generator else "busy learner"
     shown = {
         "status": summary["status"],
         "stages": _stages(summary),
@@ -148,8 +150,10 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
         "staleness mean / max": _pair(summary, "staleness/mean", "staleness/max"),
         "stale tokens": summary.get("staleness/stale_token_share"),
         "groups trained / lost / twice": _pair(summary, "groups/trained", "groups/lost", "groups/duplicated"),
+        "groups refused": _refused(summary),
+        "tokens trained": f"{summary['tokens/trained']:,}" if "loss/sft_first" in summary else None,
         "set aside": _set_aside(summary),
-        "busy learner / generator": _pair(summary, "learner/busy_fraction", "generator/busy_fraction"),
+        busy: _pair(summary, "learner/busy_fraction", *generator),
     }
     table = Table.grid(padding=(0, 2))
     for name, value in shown.items():
@@ -166,6 +170,13 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
 def _stages(summary: dict[str, Any]) -> str | None:
     stages = summary.get("stages", {}).items()
     return ", ".join(f"{name} {told.get('status', 'not begun')}" for name, told in stages) or None
+
+
+def _refused(summary: dict[str, Any]) -> str | None:
+    """By reason; not what a run's end leaves over."""
+    reasons = summary.get("groups/refused", {}).items()
+    told = [f"{count} {reason}" for reason, count in reasons if count and reason != "run_ended"]
+    return f"{', '.join(told)}, of {summary.get('groups/admitted')}" if told else None
 
 
 def _set_aside(summary: dict[str, Any]) -> str | None:

@@ -20,6 +20,8 @@ CUT = 0.99
 """Share of cut answers from which on hardly any ends by itself."""
 STRAY = 0.01
 """Share of sampled tokens without text up to which they are stray ones."""
+FAILED = 0.05
+"""Share of failed groups up to which a data set has some odd problems."""
 
 Row = Mapping[str, float | None]
 Finding = Callable[[Row], str]
@@ -27,12 +29,14 @@ Finding = Callable[[Row], str]
 
 
 class Diagnosis:
-    """The findings of one run. ``lines``: what was said so far, in order; a restart begins with the rows that stand."""
+    """The findings of one run. ``lines``: what was said so far, in order; a restart begins with the rows that stand.
+    ``failure``: why the newest of the failed groups has failed.
+    """
 
-    def __init__(self, config: Config, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, config: Config, rows: Iterable[Row] = (), failure: Callable[[], str] = str) -> None:
         self.lines: list[str] = []
         self._patience = min(PATIENCE, config.steps)
-        self._findings = _findings(config)
+        self._findings = [*_findings(config), _failing(config, failure)]
         self._held = [0] * len(self._findings)
         """How many steps in a row each has held."""
         self._said = [False] * len(self._findings)
@@ -130,3 +134,17 @@ def _without_text(row: Row) -> str:
         f"{share:.1%} of the sampled tokens are beyond the tokenizer and decode to nothing (rows of the embedding that "
         "no text uses); take the model's own tokenizer, or a model that was trained with it"
     )
+
+
+def _failing(config: Config, failure: Callable[[], str]) -> Finding:
+    def finding(row: Row) -> str:
+        failed, trained = row.get("queue/refused_failed") or 0.0, (row["step"] or 0.0) * config.batch.groups
+        made = trained + (row.get("queue/groups") or 0.0) + (row.get("queue/refused") or 0.0)
+        if failed <= FAILED * made:
+            return ""
+        return (
+            f"{failed:.0f} of {made:.0f} groups so far were refused as failed, and nothing is learned from their "
+            f"problems; the last: {failure()}"
+        )
+
+    return finding

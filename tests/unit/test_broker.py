@@ -1336,4 +1336,19 @@ def test_a_job_without_groups_is_paced_by_empty_batches_and_completes_with_its_c
     summary = run.summary()
     assert (summary["status"], summary["steps"], summary["seed"]) == ("completed", 2, 7)
     assert (summary["loss/sft_first"], summary["loss/sft_last"]) == (2.0, 1.0)
-    assert (summary["groups/admitted"], summary["groups/lost"]) == (0, 0)
+    assert "tokens/trained" in summary
+    of_groups = ("groups/", "staleness/", "eval/", "reward/", "generator/", "archive/", "tokens/generated")
+    assert not [name for name in summary if name.startswith(of_groups)]
+
+
+def test_groups_that_keep_failing_are_in_the_warnings_with_the_reason(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=2, learner__checkpoint_every=2)
+    run.everybody()
+    for lease in run.lease().leases:
+        why = f"request {lease.group}: above model.max_length=256"
+        run.ask("generator-0", FailGroup(group=lease.group, attempt=1, reason="failed", detail=why), GroupAck)
+    run.train()
+    run.train()
+    [line] = run.summary()["warnings"]
+    assert "groups so far were refused as failed" in line
+    assert line.endswith("the last: request 3: above model.max_length=256")

@@ -116,6 +116,24 @@ def test_a_full_disk_costs_a_line_and_hides_no_reason(
     assert all("No space left on device" in line for line in lines[1:])
 
 
+def test_the_last_words_are_those_of_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft = {"status": "completed", "steps": 3, "loss/sft_first": 2.0, "loss/sft_last": 0.5, "tokens/trained": 1234}
+    jobs.report(tmp_path, {**sft, "learner/busy_fraction": 0.5})
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "status completed", "learner steps 3", "loss 2.000 → 0.500", "tokens trained 1,234", "busy learner 0.50"
+    ]  # fmt: skip
+    refused = {"groups/refused": {"stale": 0, "failed": 3, "filtered": 2, "run_ended": 9}, "groups/admitted": 40}
+    busy = {"learner/busy_fraction": 0.5, "generator/busy_fraction": None}
+    jobs.report(tmp_path, {"status": "completed", **refused, **busy})
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "status completed",
+        "groups refused 3 failed, 2 filtered, of 40",
+        "busy learner / generator 0.50 / –",
+    ]
+
+
 def test_a_summary_that_was_cut_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "summary.json").write_text('{"status": ')
     jobs.finish(tmp_path, "failed", "why", 1.0)
