@@ -103,6 +103,10 @@ class JsonlTask:
         epoch, step = divmod(index, len(self._train))
         return self._problem(self._train[permutation(len(self._train), self.seed, epoch)[step]], index)
 
+    def training(self) -> list[Problem]:
+        """Every training problem once, in the order of the file; each has its line for a place."""
+        return [self._problem(record, record.line) for record in self._train]
+
     def held_out(self, n: int) -> list[Problem]:
         """See Task.held_out: in the order of the prompts' hashes, so that n prompts are a fair sample of the file."""
         if n > len(self._held_out):

@@ -97,6 +97,17 @@ def remarks_on(task: Task) -> list[str]:
     return [*getattr(task, "remarks", []), *within]
 
 
+def sets_of(task: Task) -> dict[str, list[Problem]]:
+    """Key=path → the training problems of each file that a task (of a mixture a family) reads."""
+    families: Mapping[str, Task] = getattr(task, "families", {})
+    within = {f"task.settings.{name}.": one for name, one in families.items()}
+    return {
+        f"{where}path={one.config.path}": one.training()  # type: ignore[attr-defined]
+        for where, one in ({"task.": task} | within).items()
+        if hasattr(one, "training")
+    }
+
+
 def check_promises(task: Task, n: int) -> None:
     """Look at the first problems of a task from outside the tree for what every task promises; not a proof.
 

@@ -214,10 +214,12 @@ def _require_architecture(config: Config, key: str, given: str, folder: Path) ->
 
 def require_data(config: Config, handed: Collection[str], note: Callable[[str], None]) -> None:
     """Raise ConfigError when the files of the task, or of examples, hold a line that cannot be used, or too few
-    held-out problems; or a component of the reward, or the driver, cannot be made. ``note`` hears what else is to be
-    said of them.
+    held-out problems, or none that fits the model; or a component of the reward, or the driver, cannot be made.
+    ``note`` hears what else is to be said of them.
     """
     from offtrail.core.plugins import PluginError
+    from offtrail.platform.launcher.prompts import check_prompts
+    from offtrail.platform.model.folder import folder_of
     from offtrail.rewards.base import RewardError
     from offtrail.rewards.registry import make_reward
     from offtrail.search.registry import SearchError
@@ -239,5 +241,8 @@ def require_data(config: Config, handed: Collection[str], note: Callable[[str], 
                 check_promises(one, shares[one.name])
             make_reward(config.reward, task.verify)
             check_driver(config.search)
+            folder = folder_of(config.model.path) if "model.path" not in handed and config.model.path else None
+            if folder is not None and not config.run.resume:
+                check_prompts(config, task, folder, note)
     except (PluginError, RewardError, SearchError, TaskError) as error:
         raise ConfigError(str(error)) from None

@@ -1,0 +1,76 @@
+"""Prompts of a set that do not fit the model are counted before anything starts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from offtrail.core.problem import Problem
+from offtrail.platform.config.compose import compose
+from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.schema import PromptConfig
+from offtrail.platform.launcher import prompts
+from offtrail.platform.launcher.command import require_inputs
+from offtrail.platform.launcher.prompts import told_of
+from offtrail.platform.model.lengths import Asked, count, lengths
+
+Line = Callable[..., list[str]]
+
+
+@pytest.fixture
+def line(tmp_path: Path, start_dir: Path) -> Line:
+    """The command line that trains the tiny model on questions of so many characters, which are as many tokens."""
+
+    def make(*characters: int) -> list[str]:
+        rows = [{"question": f"{i}".rjust(n, "1"), "answer": f"#### {i}"} for i, n in enumerate(characters)]
+        path, held_out = tmp_path / "set.jsonl", tmp_path / "held_out.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        held_out.write_text(json.dumps({"question": "1+1=?", "answer": "#### 2"}) + "\n")
+        return [
+            "task=jsonl", f"task.path={path}", f"task.eval_path={held_out}", "eval.prompts=1",
+            f"model.path={start_dir}", "model.max_length=100", "sampling.max_new_tokens=40",
+        ]  # fmt: skip
+
+    return make
+
+
+def test_how_many_of_how_many_do_not_fit_is_said_before_the_start(
+    line: Line, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """60 tokens and 40 new ones are the 100 that there are."""
+    monkeypatch.setattr(prompts, "lengths", count)
+    require_inputs(compose(line(10, 60, 61, 75)))
+    [note] = capsys.readouterr().err.splitlines()
+    assert note.startswith("offtrail: note: task.path=")
+    assert note.endswith(
+        "set.jsonl: 2 of 4 prompts leave no room for sampling.max_new_tokens=40 in model.max_length=100 (the longest "
+        "takes 75 tokens): raise it, or lower sampling.max_new_tokens; they are refused as failed, and never trained"
+    )
+
+
+def test_a_set_of_which_nothing_fits_is_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "lengths", count)
+    with pytest.raises(ConfigError, match=r"^task\.path=.*set\.jsonl: 2 of 2 prompts leave no room for sampling\.max"):
+        require_inputs(compose(line(61, 75)))
+    with pytest.raises(ConfigError, match=r"^eval\.prompts: 1 of 1 prompts leave no room"):
+        require_inputs(compose([*line(3, 4)[:-1], "sampling.max_new_tokens=96"]))
+
+
+def test_prompts_without_tokens_are_told_with_the_first_reason() -> None:
+    told = told_of([4, "task=jsonl, problem 2: why", "task=jsonl, problem 3: why"], compose([]))
+    assert told == ("2 of 3 prompts cannot be put to the model, the first: task=jsonl, problem 2: why", False)
+    assert told_of(["why"], compose([]))[1]
+    assert told_of([], compose([])) == ("", False)
+
+
+def test_a_process_of_its_own_counts(start_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "src"))
+    problems = [Problem("jsonl", 1, "12+34=", "46", {"solution": ""}), Problem("jsonl", 2, "Größe", "1")]
+    found = lengths(Asked(str(start_dir), PromptConfig(), problems))
+    assert found[0] == 6
+    assert re.match("task=jsonl, problem 2: the tokenizer does not know all of 'Größe'", str(found[1]))
+    assert lengths(Asked(str(tmp_path), PromptConfig(), problems)) == []
