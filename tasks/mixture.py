@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import accumulate
 from typing import Any
 
@@ -36,7 +37,8 @@ class MixtureConfig(TaskConfig):
         known = [name for name in families() if name != self.name]
         for key in (*self.weights, *self.settings):
             where = "weights" if key in self.weights else "settings"
-            check(key in known or is_plugin(key), where, key, f"one of {', '.join(known)}, or module:class")
+            near = "; nearest: " + ", ".join(found) if (found := get_close_matches(key, known)) else ""
+            check(key in known or is_plugin(key), where, key, f"one of {', '.join(known)}, or module:class{near}")
         for key in self.settings:
             check(key in self.weights, "settings", key, "a family that task.weights names")
         check(bool(self.weights), "weights", self.weights, "at least one family")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from offtrail.platform.config.errors import nearest_text, refuse
+from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.schema import Config
 
 Raw = Any
@@ -55,8 +55,11 @@ def stages_of(config: Config) -> list[Stage]:
             raise refuse(key, given, "must be a mapping of keys, such as {job: sft}")
         own = dict(given)
         job, start_from, data_from = own.pop("job", ""), own.pop("start_from", ""), own.pop("data_from", "")
+        if not job:
+            near = nearest_text(name, config.recipe.stages.keys() - {name})
+            raise ConfigError(f"{key}: no such stage, or one without its job ({' or '.join(JOBS)}){near}")
         if job not in JOBS:
-            raise refuse(f"{key}.job", job or "(empty)", f"must be one of {', '.join(JOBS)}{nearest_text(job, JOBS)}")
+            raise refuse(f"{key}.job", job, f"must be one of {', '.join(JOBS)}{nearest_text(job, JOBS)}")
         for reference, stage in (("start_from", start_from), ("data_from", data_from)):
             earlier = [stage.name for stage in stages]
             if stage and stage not in earlier:

@@ -61,6 +61,7 @@ MISTAKES = [
         "task.settings.chain.max_operations=2.5: must be a whole number",
         [],
     ),
+    (["task=mixture", "task.settings.chian.noise=.1"], "task.settings=chian: must be one of", ["nearest: chain"]),
     (["task=mixture", "task.settings.chain.styles=9"], "task.settings.chain.styles=9: must be in [1, 3]", []),
     (["task=mixture", "task.settings.chain.name=x"], "task.settings.chain.name=x: the family is named by its", []),
     (

@@ -105,7 +105,11 @@ def test_data_is_handed_on_or_its_absence_is_said(tmp_path: Path, monkeypatch: p
     ("stages", "says"),
     [
         ("{a: {job: rll}}", "recipe.stages.a.job=rll: must be one of rl, sft; nearest: rl"),
-        ("{a: {}}", "recipe.stages.a.job=(empty): must be one of rl, sft"),
+        ("{a: {}}", "recipe.stages.a: no such stage, or one without its job (rl or sft)"),
+        (
+            "{polish: {job: rl}, polsh: {learner: {steps: 3}}}",
+            "recipe.stages.polsh: no such stage, or one without its job (rl or sft); nearest: polish",
+        ),
         ("{a: {job: rl, start_from: b}}", "recipe.stages.a.start_from=b: must be an earlier stage, none"),
         (
             "{a: {job: sft}, b: {job: rl, start_from: c}}",
