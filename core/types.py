@@ -78,7 +78,7 @@ class Channel:
 LOWEST_LOGPROB, LARGEST_REWARD = -1e4, 1e9
 """No sampled token is less likely; no reward larger: its square must stay a float32."""
 SHORT = 4096
-"""Below so many elements argmin is the cheaper way to a smallest value."""
+"""Below so many elements argmax is the cheaper way to a largest value."""
 PARENT = "parent"
 """The node channel that makes nodes a tree: each node's parent, an earlier node, or −1 for a root."""
 
@@ -164,49 +164,54 @@ class Group:
         rewards = self.rewards.tolist()
         if not (-math.inf < lowest <= highest < math.inf and math.isfinite(sum(rewards))):
             raise ValueError(f"group {self.group}: a reward or log-probability is not finite")
-        if lowest < LOWEST_LOGPROB or max(map(abs, rewards)) > LARGEST_REWARD:
+        if lowest < LOWEST_LOGPROB or max(rewards) > LARGEST_REWARD or min(rewards) < -LARGEST_REWARD:
             raise ValueError(
                 f"group {self.group}: a log-probability of {lowest:.4g} or a reward of {max(map(abs, rewards)):.4g} is "
                 f"beyond {LOWEST_LOGPROB:.0e} or {LARGEST_REWARD:.0e}"
             )
         for name, column in self.components.items():
-            if any(map(math.isinf, column.tolist())):
+            values = column.tolist()
+            if not math.isfinite(sum(values)) and any(map(math.isinf, values)):
                 raise ValueError(f"group {self.group}: component {name} is infinite (NaN says that it does not apply)")
         if highest > 1e-4:
             raise ValueError(f"group {self.group}: a log-probability is above 0 ({highest:.4g})")
         if not math.isfinite(sum(self.times.ravel().tolist())):
             raise ValueError(f"group {self.group}: a time is not finite")
-        if max(self.finish.tobytes()) >= len(FINISH_REASONS):
-            raise ValueError(f"group {self.group}: unknown finish reason {max(self.finish.tobytes())}")
-        ranges = _range(self.prompt_tokens), _range(self.tokens)
-        low, high = min(ranges[0][0], ranges[1][0]), max(ranges[0][1], ranges[1][1])
-        if low < 0 or (vocab_size is not None and high >= vocab_size):
-            raise ValueError(f"group {self.group}: token ids span {low}…{high}, vocabulary is {vocab_size}")
+        if (finish := max(self.finish.tobytes())) >= len(FINISH_REASONS):
+            raise ValueError(f"group {self.group}: unknown finish reason {finish}")
+        # Unsigned, a negative id is the largest: one reduction finds both ends.
+        high = max(_largest(self.prompt_tokens.view(np.uint32)), _largest(self.tokens.view(np.uint32)))
+        if high >= (1 << 31 if vocab_size is None else vocab_size):
+            ids = np.concatenate((self.prompt_tokens, self.tokens))
+            raise ValueError(f"group {self.group}: token ids span {ids.min()}…{ids.max()}, vocabulary is {vocab_size}")
 
     def _check_shapes(self) -> None:
-        if any(array.ndim != 1 or not array.size for array in (self.lengths, self.prompt_tokens)):
+        if (
+            self.lengths.ndim != 1
+            or self.prompt_tokens.ndim != 1
+            or not (self.lengths.size and self.prompt_tokens.size)
+        ):
             shapes = f"lengths {self.lengths.shape}, prompt {self.prompt_tokens.shape}"
             raise ValueError(f"group {self.group}: empty, or not one-dimensional ({shapes})")
         lengths = self.lengths.tolist()
-        G, T = len(lengths), self.tokens.size
+        T = self.tokens.size
         if min(lengths) < 0 or sum(lengths) != T:
             raise ValueError(f"group {self.group}: lengths sum to {sum(lengths)}, but there are {T} tokens")
-        per_token = self.tokens.shape == self.logprobs.shape == self.versions.shape == (T,)
-        per_sample = self.finish.shape == self.rewards.shape == (G,) and self.times.shape == (G, 3)
-        if per_token and per_sample and all(array.shape == (G,) for array in self.components.values()):
-            return
-        arrays: list[tuple[str, npt.NDArray[Any], tuple[int, ...]]] = [
-            ("tokens", self.tokens, (T,)),
-            ("logprobs", self.logprobs, (T,)),
-            ("versions", self.versions, (T,)),
-            ("finish", self.finish, (G,)),
-            ("rewards", self.rewards, (G,)),
-            ("times", self.times, (G, 3)),
-        ]
-        arrays += [(name, array, (G,)) for name, array in self.components.items()]
-        for name, array, shape in arrays:
+        per_sample, per_token = self.lengths.shape, (T,)
+        named: tuple[tuple[str, npt.NDArray[Any], tuple[int, ...]], ...] = (
+            ("tokens", self.tokens, per_token),
+            ("logprobs", self.logprobs, per_token),
+            ("versions", self.versions, per_token),
+            ("finish", self.finish, per_sample),
+            ("rewards", self.rewards, per_sample),
+            ("times", self.times, (*per_sample, 3)),
+        )
+        for name, array, shape in named:
             if array.shape != shape:
                 raise ValueError(f"group {self.group}: {name} has shape {array.shape}, expected {shape}")
+        for name, array in self.components.items():
+            if array.shape != per_sample:
+                raise ValueError(f"group {self.group}: {name} has shape {array.shape}, expected {per_sample}")
 
     def _check_channels(self) -> None:
         ends, T = self.step_ends, self.tokens.size
@@ -259,6 +264,13 @@ def _range(array: npt.NDArray[Any]) -> tuple[float, float]:
     if array.size < SHORT:
         return array.item(array.argmin()), array.item(array.argmax())
     return np.minimum.reduce(array).item(), np.maximum.reduce(array).item()
+
+
+def _largest(array: npt.NDArray[Any]) -> int:
+    """Largest value, 0 when empty."""
+    if array.size < SHORT:
+        return int(array.item(array.argmax())) if array.size else 0
+    return int(np.maximum.reduce(array))
 
 
 @dataclass(frozen=True, slots=True)

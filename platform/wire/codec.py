@@ -2,19 +2,20 @@
 
 Called by sockets.py for every message and by groups.py for the ledger's payloads. Layout of the head:
 
-    b"offt" · protocol (uint16) · 0 (uint16) · bytes of msgpack (uint32)     little-endian
-    msgpack of [message, kinds, dims]        a byte for each array: 16 · dimensions + index into DTYPES
-    each array below LARGE_BYTES             each part starts at a multiple of 8, zeros between
+    b"offt" · protocol (uint16) · 0 (uint16)        little-endian
+    msgpack of [message, dtypes, parts, shapes]
+        dtypes      a byte for each array, an index into DTYPES
+        parts       its bytes, or nil where a raw frame has them
+        shapes      index → shape of each array that has not one dimension
 
-An array of LARGE_BYTES or more is a frame of its own, sent from where it lies. Where an array lies follows from the
-dtypes and shapes alone, so no offset of the sender is ever trusted. Invariants: `decode(encode(m, arrays))` is
+An array of LARGE_BYTES or more is a frame of its own, sent from where it lies. How long an array is follows from the
+bytes that are there, so no size or offset of the sender is ever trusted. Invariants: `decode(encode(m, arrays))` is
 (m, arrays) bit for bit; `decode` of any other frames raises WireError and nothing else, and allocates nothing in
 proportion to a size that the frames merely claim.
 """
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -32,36 +33,30 @@ Array = npt.NDArray[Any]
 DTYPES = tuple(map(np.dtype, ("<i4", "<f4", "<f8", "|u1", "<i8", "|i1", "<i2", "<f2", "<u2", "<u4", "<u8")))
 LARGE_BYTES = 32 * 1024
 """Below it a copy into the head costs less than a frame."""
-MAX_BYTES = 1 << 40
-MAX_DIMS = 8
+MAX_DIMS, MAX_SHAPES = 8, 1 << 16
 
 _MAGIC = b"offt"
-_PREFIX = struct.Struct("<4sHHI")
-_PADS = tuple(bytes(-size % 8) for size in range(8))
+_PREFIX = struct.Struct("<4sHH")
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_KINDS = tuple(
-    (DTYPES[kind & 15], DTYPES[kind & 15].itemsize, kind >> 4)
-    if kind & 15 < len(DTYPES) and kind >> 4 <= MAX_DIMS
-    else None
-    for kind in range(256)
-)
-"""(dtype, bytes of an element, dimensions) by kind; None where there is no such kind."""
+_DTYPES = dict(enumerate(DTYPES))
 
-Dim = Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)]
+Dim = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+Shape = Annotated[list[Dim], msgspec.Meta(max_length=MAX_DIMS)]
 
 
 class WireError(ValueError):
     """Frames that are not a message of this protocol; one line that says what is wrong with them."""
 
 
-class _Header(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class _Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     message: RequestMessage | ReplyMessage | VersionHint
-    kinds: bytes
-    dims: list[Dim]
+    dtypes: bytes
+    parts: list[bytes | None]
+    shapes: Annotated[dict[Dim, Shape], msgspec.Meta(max_length=MAX_SHAPES)]
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Header)
+_decoder = msgspec.msgpack.Decoder(_Head)
 
 
 def encode(message: Message, arrays: Sequence[Array] = ()) -> list[Frame]:
@@ -69,96 +64,72 @@ def encode(message: Message, arrays: Sequence[Array] = ()) -> list[Frame]:
 
     Raises WireError when an array's dtype is not in DTYPES or it has more than MAX_DIMS dimensions.
     """
-    kinds = bytearray()
-    dims: list[int] = []
-    small: list[Frame] = []
+    codes = bytearray()
+    parts: list[bytes | None] = []
+    shapes: dict[int, tuple[int, ...]] = {}
     frames: list[Frame] = [b""]
     for array in arrays:
         code = _CODES.get(array.dtype)
         if code is None or array.ndim > MAX_DIMS:
             what = f"dtype {array.dtype}" if code is None else f"{array.ndim} dimensions"
-            raise WireError(f"array {len(kinds)} has {what}; the wire carries {_allowed()}")
-        kinds.append(16 * array.ndim + code)
-        dims += array.shape
-        data = array if array.flags.c_contiguous else np.ascontiguousarray(array)
-        size = array.nbytes
-        if size >= LARGE_BYTES:
-            frames.append(data.data.cast("B"))
+            raise WireError(f"array {len(codes)} has {what}; the wire carries {_allowed()}")
+        if array.ndim != 1:
+            shapes[len(codes)] = array.shape
+        codes.append(code)
+        if array.nbytes < LARGE_BYTES:
+            parts.append(array.tobytes())
         else:
-            small.append(data)
-            if size % 8:
-                small.append(_PADS[size % 8])
-    header = _encoder.encode((message, bytes(kinds), dims))
-    prefix = _PREFIX.pack(_MAGIC, PROTOCOL, 0, len(header))
-    frames[0] = b"".join((prefix, header, _PADS[(len(prefix) + len(header)) % 8], *small))
+            parts.append(None)
+            frames.append(np.ascontiguousarray(array).data.cast("B"))
+    frames[0] = _PREFIX.pack(_MAGIC, PROTOCOL, 0) + _encoder.encode((message, bytes(codes), parts, shapes))
     return frames
 
 
 def decode(frames: Sequence[Frame]) -> tuple[Message, list[Array]]:
-    """The message and its arrays, as read-only views of the frames. Raises WireError, and nothing else."""
+    """The message and its arrays, read-only: copies of small ones, views of raw frames. Raises WireError, and nothing
+    else.
+    """
     if not frames:
         raise WireError("a message without frames")
-    header, start = _read_header(frames[0])
-    try:
-        return header.message, _views(header, frames, start)
-    except WireError:
-        raise
-    except ValueError as error:
-        raise WireError(f"arrays: {error}") from None
+    head = _read_head(frames[0])
+    return head.message, _arrays(head, frames[1:])
 
 
-def _read_header(head: Frame) -> tuple[_Header, int]:
+def _read_head(frame: Frame) -> _Head:
     """Check magic and protocol first, so that another version is named as such whatever its header looks like."""
-    if len(head) < _PREFIX.size:
-        raise WireError(f"a header of {len(head)} bytes")
-    magic, protocol, _, size = _PREFIX.unpack_from(head)
+    if len(frame) < _PREFIX.size:
+        raise WireError(f"a header of {len(frame)} bytes")
+    magic, protocol, _ = _PREFIX.unpack_from(frame)
     if magic != _MAGIC:
         raise WireError(f"a header that starts with {magic!r}: this peer does not speak offtrail's protocol")
     if protocol != PROTOCOL:
         raise WireError(
             f"protocol {protocol}, but this process speaks {PROTOCOL}: run one version of offtrail everywhere"
         )
-    end = _PREFIX.size + size
-    if end > len(head):
-        raise WireError(f"a head of {len(head)} bytes whose header needs {end}")
     try:
-        return _decoder.decode(memoryview(head)[_PREFIX.size : end]), end + -end % 8
+        return _decoder.decode(memoryview(frame)[_PREFIX.size :])
     except (msgspec.MsgspecError, RecursionError, ValueError, OverflowError) as error:
         raise WireError(f"header: {' '.join(str(error).split())}") from None
 
 
-def _views(header: _Header, frames: Sequence[Frame], start: int) -> list[Array]:
-    """The arrays; ``start``: where those in the head begin. ValueError unless header and frames fit to the byte.
-
-    Sizes are Python integers: a product of huge dimensions cannot wrap round. np.frombuffer checks every end.
-    """
-    head = memoryview(frames[0]).toreadonly()
-    dims, at, raw = header.dims, 0, 1
-    arrays: list[Array] = []
-    for kind in header.kinds:
-        dtype, item, ndim = _KINDS[kind] or _unknown(kind)
-        count = dims[at] if ndim == 1 and at < len(dims) else math.prod(dims[at : at + ndim])
-        size = count * item
-        if size < LARGE_BYTES:
-            array = np.frombuffer(head, dtype, count, start)
-            start += size + -size % 8
-        else:
-            if raw == len(frames) or len(frames[raw]) != size:
-                found = "no frame" if raw == len(frames) else f"a frame of {len(frames[raw])} bytes"
-                raise WireError(f"array {len(arrays)} needs {size} bytes and has {found}")
-            array = np.frombuffer(memoryview(frames[raw]).toreadonly(), dtype)
-            raw += 1
-        arrays.append(array if ndim == 1 else array.reshape(dims[at : at + ndim]))
-        at += ndim
-    if at != len(dims):
-        raise WireError(f"{len(dims)} dimensions, where the arrays have {at}")
-    if start != len(head) or raw != len(frames):
-        raise WireError(f"{len(head) - start} bytes and {len(frames) - raw} frames more than the header announces")
+def _arrays(head: _Head, raw: Sequence[Frame]) -> list[Array]:
+    """The arrays, of the head's parts and of all raw frames in turn. WireError unless they fit to the byte."""
+    parts: list[Any] = head.parts
+    if len(parts) != len(head.dtypes) or parts.count(None) != len(raw):
+        found = f"{len(parts)} parts, {parts.count(None)} of them raw, and {len(raw)} raw frames"
+        raise WireError(f"{len(head.dtypes)} arrays of {found}")
+    if raw:
+        frames = iter(raw)
+        parts = [memoryview(next(frames)).toreadonly() if part is None else part for part in parts]
+    try:
+        arrays = [*map(np.frombuffer, parts, map(_DTYPES.__getitem__, head.dtypes))]
+        for index, shape in head.shapes.items():
+            arrays[index] = arrays[index].reshape(shape)
+    except KeyError as error:
+        raise WireError(f"an array of dtype number {error}; the wire carries {_allowed()}") from None
+    except (ValueError, IndexError) as error:
+        raise WireError(f"arrays: {error}") from None
     return arrays
-
-
-def _unknown(kind: int) -> tuple[np.dtype[Any], int, int]:
-    raise WireError(f"an array of dtype number {kind & 15} and {kind >> 4} dimensions; the wire carries {_allowed()}")
 
 
 def _allowed() -> str:

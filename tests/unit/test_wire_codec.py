@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from offtrail.core.types import Problem
-from offtrail.platform.wire.codec import DTYPES, LARGE_BYTES, MAX_BYTES, WireError, decode, encode
+from offtrail.platform.wire.codec import DTYPES, LARGE_BYTES, MAX_SHAPES, WireError, decode, encode
 from offtrail.platform.wire.messages import (
     PROTOCOL,
     Acknowledged,
@@ -48,18 +48,16 @@ MESSAGES = st.one_of(
     st.builds(VersionHint, version=st.integers(0, 99)),
     st.just(Acknowledged()),
 )  # fmt: skip
-HEAD = struct.Struct("<4sHHI")
+HEAD = struct.Struct("<4sHH")
 
 
-def head(payload: bytes, tail: bytes = b"", protocol: int = PROTOCOL) -> bytes:
-    start = HEAD.pack(b"offt", protocol, 0, len(payload)) + payload
-    return start + bytes(-len(start) % 8) + tail
+def head(payload: bytes, protocol: int = PROTOCOL) -> bytes:
+    return HEAD.pack(b"offt", protocol, 0) + payload
 
 
-def announcing(specs: list[list[object]], tail: bytes = b"") -> bytes:
-    """A head that announces arrays of the given [dtype number, dim, dim, …]."""
-    kinds = bytes(16 * (len(spec) - 1) + int(spec[0]) for spec in specs)  # type: ignore[call-overload]
-    return head(msgspec.msgpack.encode((Acknowledged(), kinds, [dim for spec in specs for dim in spec[1:]])), tail)
+def announcing(dtypes: bytes, parts: list[bytes | None], shapes: dict[object, object] | None = None) -> bytes:
+    """A head that announces arrays by dtype number, bytes (None: a raw frame) and index → shape."""
+    return head(msgspec.msgpack.encode((Acknowledged(), dtypes, parts, shapes or {})))
 
 
 def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
@@ -109,8 +107,15 @@ def test_decoded_arrays_are_read_only():
 
 @pytest.mark.parametrize("odd", range(9))
 def test_small_arrays_are_aligned_behind_odd_ones(odd):
-    views = decode(encode(LeaseRequest(room=10**odd), [np.zeros(odd, np.uint8), np.ones(2)]))[1]
-    assert views[1].flags.aligned
+    arrays = decode(encode(LeaseRequest(room=10**odd), [np.zeros(odd, np.uint8), np.ones(2)]))[1]
+    assert arrays[1].ctypes.data % 8 == 0
+
+
+def test_small_arrays_do_not_keep_the_frame_they_came_in():
+    (frame,) = (bytearray(frame) for frame in encode(Acknowledged(), [np.arange(3)]))
+    (array,) = decode([memoryview(frame)])[1]
+    frame[:] = bytes(len(frame))
+    assert array.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [object, np.complex64, ">i4", "U3", bool])
@@ -131,25 +136,32 @@ def test_another_protocol_is_named_whatever_follows(protocol):
         ([], "without frames"),
         ([b""], "0 bytes"),
         ([b"GET / HTTP/1.1\r\n\r\n"], "does not speak"),
-        ([head(b"\xc1")], "header"),
-        ([HEAD.pack(b"offt", PROTOCOL, 0, 4_000_000_000)], "needs 4000000012"),
-        ([head(msgspec.msgpack.encode(({"type": "Launch"}, b"", [])))], "Launch"),
-        ([head(msgspec.msgpack.encode(({"type": "Acknowledged"},)))], "header"),
-        ([head(msgspec.msgpack.encode(({"type": "LeaseRequest", "room": "9", "version": 0}, b"", [])))], "room"),
-        ([announcing([[15, 1]])], "dtype number 15"),
-        ([head(msgspec.msgpack.encode((Acknowledged(), [16], [1])))], "header"),
-        ([head(msgspec.msgpack.encode((Acknowledged(), b"\x10", [])))], "arrays: buffer is smaller"),
-        ([head(msgspec.msgpack.encode((Acknowledged(), b"", [1])))], "1 dimensions, where the arrays have 0"),
-        ([announcing([[0, -1]])], "header"),
-        ([announcing([[0, 1.5]])], "header"),
-        ([announcing([[0, MAX_BYTES + 1]])], "header"),
-        ([announcing([[0, *[1] * 9]])], "9 dimensions"),
-        ([announcing([[0, 4]], bytes(15))], "arrays: buffer is smaller"),
-        ([announcing([[0, 4]], bytes(24))], "8 bytes and 0 frames more"),
-        ([announcing([[0, 1 << 40, 1 << 40]])], "has no frame"),
-        ([announcing([[0, 1 << 40, 1 << 40, 0]])], "cannot reshape"),
-        ([announcing([[3, LARGE_BYTES]]), bytes(LARGE_BYTES - 1)], "has a frame of"),
-        ([announcing([]), b"one more"], "1 frames more"),
+        ([head(b"\xc1")], "header: "),
+        ([HEAD.pack(b"offt", PROTOCOL, 0)], "header: Input data was truncated"),
+        ([head(msgspec.msgpack.encode(({"type": "Launch"}, b"", [], {})))], "Launch"),
+        ([head(msgspec.msgpack.encode(({"type": "Acknowledged"},)))], "header: "),
+        ([head(msgspec.msgpack.encode(({"type": "LeaseRequest", "room": "9", "version": 0}, b"", [], {})))], "room"),
+        ([head(msgspec.msgpack.encode((Acknowledged(), b"", [], {})) + b"x")], "trailing"),
+        ([head(msgspec.msgpack.encode((Acknowledged(), [1], [b""], {})))], "header: "),
+        ([announcing(b"\x0b", [b"1234"])], "dtype number 11"),
+        ([announcing(b"\x00", [])], "1 arrays of 0 parts"),
+        ([announcing(b"", [b""])], "0 arrays of 1 parts"),
+        ([announcing(b"\x00", [b"12345"])], "multiple of element size"),
+        ([announcing(b"\x00", ["1234"])], "header: "),
+        ([announcing(b"\x00", [b"1234"], {1: [1]})], "out of range"),
+        ([announcing(b"", [], {0: [0]})], "out of range"),
+        ([announcing(b"\x00", [b"1234"], {-1: [1]})], "header: "),
+        ([announcing(b"", [], {i: [1] for i in range(MAX_SHAPES + 1)})], "length <= 65536"),
+        ([announcing(b"\x00", [b"1234"], {0: [-1]})], "header: "),
+        ([announcing(b"\x00", [b"1234"], {0: [1.5]})], "header: "),
+        ([announcing(b"\x00", [b"1234"], {0: [1 << 40]})], "header: "),
+        ([announcing(b"\x00", [b"1234"], {0: [1] * 9})], "length <= 8"),
+        ([announcing(b"\x00", [bytes(16)], {0: [2, 3]})], "cannot reshape"),
+        ([announcing(b"\x00", [b""], {0: [1 << 39] * 8})], "arrays: "),
+        ([announcing(b"\x00", [None])], "1 of them raw, and 0 raw frames"),
+        ([announcing(b"\x00", [None]), b"1234", b"1234"], "1 of them raw, and 2 raw frames"),
+        ([announcing(b"\x00", [None]), b"12345"], "multiple of element size"),
+        ([announcing(b"", []), b"one more"], "and 1 raw frames"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_frames_is_said_in_one_line(frames, says):
@@ -169,10 +181,19 @@ def test_garbage_gives_nothing_but_wire_errors(frames):
         decode(frames)
 
 
-@given(st.binary(max_size=200), st.binary(max_size=64))
-def test_garbage_behind_a_right_prefix_gives_nothing_but_wire_errors(payload, tail):
+@given(st.binary(max_size=264))
+def test_garbage_behind_a_right_prefix_gives_nothing_but_wire_errors(payload):
     with pytest.raises(WireError):
-        decode([head(payload, tail)])
+        decode([head(payload)])
+
+
+@given(st.binary(max_size=4), st.lists(st.none() | st.binary(max_size=16), max_size=4), st.dictionaries(
+    st.integers(-2, 5), st.lists(st.integers(-1, 2**40) | st.sampled_from([0, 1, 2]), max_size=9), max_size=3
+), st.lists(st.binary(max_size=16), max_size=3))  # fmt: skip
+def test_any_dtypes_parts_and_shapes_decode_or_give_a_wire_error(dtypes, parts, shapes, raw):
+    with contextlib.suppress(WireError):
+        arrays = decode([announcing(dtypes, parts, shapes), *raw])[1]
+        assert sum(array.nbytes for array in arrays) == sum(len(part) for part in [*parts, *raw] if part is not None)
 
 
 @given(MESSAGES, ARRAYS, st.data())
@@ -208,7 +229,7 @@ def test_numbers_that_are_not_finite_travel():
 
 def test_messages_with_defaults_may_leave_them_out():
     found, _ = decode(
-        [head(msgspec.msgpack.encode(({"type": "Hello", "role": "r", "index": 0, "pid": 1, "run": "x"}, b"", [])))]
+        [head(msgspec.msgpack.encode(({"type": "Hello", "role": "r", "index": 0, "pid": 1, "run": "x"}, b"", [], {})))]
     )
     assert found == Hello(role="r", index=0, pid=1, run="x")
 
