@@ -404,7 +404,8 @@ def _wrong_type(key: Key, value: Raw) -> ConfigError:
         for name, item in value.items():
             if isinstance(item, str) and not isinstance(guess(item), int | float) and name and item:
                 return refuse(f"{key.path}.{name}", item, "must be a number")
-    return refuse(key.path, value, f"must be {_expected(key)}")
+    near = nearest_text(value, key.type_text.split("|")) if isinstance(value, str) and "|" in key.type_text else ""
+    return refuse(key.path, value, f"must be {_expected(key)}{near}")
 
 
 def _expected(key: Key) -> str:

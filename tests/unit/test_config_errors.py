@@ -43,7 +43,7 @@ MISTAKES = [
     (["batch.groups="], "batch.groups=: must be a whole number", []),
     (["sft.lr=fast"], "sft.lr=fast: must be a number", []),
     (["run.resume=maybe"], "run.resume=maybe: must be true or false", []),
-    (["staleness.mode=exakt"], "staleness.mode=exakt: must be one of bound, exact", []),
+    (["staleness.mode=exakt"], "staleness.mode=exakt: must be one of bound, exact", ["nearest: exact"]),
     (["job=ppo"], "job=ppo: must be one of rl, sft, serve, chat", []),
     (["sft.betas=0.9"], "sft.betas=0.9: must be [float, float]", ["sft.betas=[0.9, 0.98]"]),
     (["sft.betas=[0.9]"], "sft.betas=[0.9]: must be [float, float]", []),
@@ -517,3 +517,13 @@ def test_resume_names_the_newest_runs_first(tmp_path):
 def test_resume_of_a_run_of_another_version(saved, tmp_path):
     write(tmp_path / "one" / "config.yaml", "schema_version: 0\n")
     assert message(*saved[0]).startswith("schema_version=0: ")
+
+
+def test_a_run_directory_is_no_model_but_holds_one(tmp_path):
+    write(tmp_path / "config.yaml", "job: sft")
+    (tmp_path / "checkpoints" / "step_30").mkdir(parents=True)
+    write(tmp_path / "checkpoints" / "step_30" / "config.json", "{}")
+    where = tmp_path / "checkpoints" / "step_30"
+    assert message(f"model.path={tmp_path}") == (
+        f"model.path={tmp_path}: is a run directory; give the model in it: {where}"
+    )
