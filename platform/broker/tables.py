@@ -5,7 +5,7 @@
 - The counts by state move with the groups, in the same transaction (triggers `count_admission`, `count_move`).
 """
 
-LEDGER_SCHEMA = 4
+LEDGER_SCHEMA = 5
 """Kept as the file's user_version; another one is refused."""
 
 TABLES = """

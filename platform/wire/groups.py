@@ -8,6 +8,7 @@ Group.check; WireError otherwise.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,17 +122,23 @@ def _wrong_dtype(components: Sequence[str], dtypes: Sequence[np.dtype[Any]]) -> 
 
 
 def pack_group(group: Group) -> bytes:
-    """One group as one blob, for the ledger: number of frames (uint32), their sizes (uint64), the frames."""
+    """One group as one blob, for the ledger: number of frames (uint32), their sizes (uint64), the frames, the CRC-32 of
+    it all (uint32).
+    """
     header, arrays = group_frames(group)
     frames = encode(SubmitGroup(header=header), arrays)
-    return b"".join((_COUNT.pack(len(frames)), *(_SIZE.pack(len(f)) for f in frames), *frames))
+    blob = b"".join((_COUNT.pack(len(frames)), *(_SIZE.pack(len(f)) for f in frames), *frames))
+    return blob + _COUNT.pack(zlib.crc32(blob))
 
 
 def unpack_group(blob: Frame, vocab_size: int | None = None) -> Group:
     """The checked group of a blob; its arrays are read-only views of it. WireError when the blob is not whole."""
     view = memoryview(blob)
-    if len(view) < _COUNT.size:
+    if len(view) < 2 * _COUNT.size:
         raise WireError(f"a group's blob of {len(view)} bytes")
+    view, (checksum,) = view[: -_COUNT.size], _COUNT.unpack(view[-_COUNT.size :])
+    if zlib.crc32(view) != checksum:
+        raise WireError(f"a group's blob of {len(view)} bytes that is damaged: its checksum is another one")
     (count,) = _COUNT.unpack_from(view)
     start = _COUNT.size + count * _SIZE.size
     if len(view) < start:

@@ -297,7 +297,7 @@ def test_another_schema_and_another_file_are_refused(tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / FILE)
     other.execute("PRAGMA user_version = 7")
     other.close()
-    with pytest.raises(LedgerError, match="written by ledger schema 7, this is 4; go on with the version of offtrail"):
+    with pytest.raises(LedgerError, match="written by ledger schema 7, this is 5; go on with the version of offtrail"):
         Ledger(tmp_path / FILE)
     (tmp_path / "other.sqlite").write_bytes(b"not a database, but long enough to be taken for one" * 100)
     with pytest.raises(LedgerError, match=r"other\.sqlite: file is not a database"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import fields, replace
 from typing import get_args
 
@@ -248,12 +249,25 @@ def test_truncated_blobs_give_nothing_but_wire_errors(cut):
         unpack_group(blob[: cut % len(blob)])
 
 
+def sealed(blob: bytes) -> bytes:
+    """With the checksum that pack_group puts behind it."""
+    return blob + zlib.crc32(blob).to_bytes(4, "little")
+
+
 @given(st.data())
-def test_damaged_blobs_decode_to_a_checked_group_or_give_a_wire_error(data):
+def test_a_blob_with_a_damaged_byte_is_refused(data):
     blob = bytearray(pack_group(make_group([5, 6])))
     blob[data.draw(st.integers(0, len(blob) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(WireError, match="that is damaged: its checksum is another one"):
+        unpack_group(bytes(blob))
+
+
+@given(st.data())
+def test_a_hostile_blob_decodes_to_a_checked_group_or_gives_a_wire_error(data):
+    blob = bytearray(pack_group(make_group([5, 6]))[:-4])
+    blob[data.draw(st.integers(0, len(blob) - 1))] ^= data.draw(st.integers(1, 255))
     try:
-        group = unpack_group(bytes(blob))
+        group = unpack_group(sealed(bytes(blob)))
     except WireError:
         return
     group.check()
@@ -263,4 +277,4 @@ def test_a_blob_of_another_message_is_refused():
     (frame,) = encode(Acknowledged())
     blob = (1).to_bytes(4, "little") + len(frame).to_bytes(8, "little") + bytes(frame)
     with pytest.raises(WireError, match="holds Acknowledged"):
-        unpack_group(blob)
+        unpack_group(sealed(blob))
