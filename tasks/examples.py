@@ -5,6 +5,7 @@ The command reads them before anything starts, the learner when it begins: what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def read_examples(path: Path, prompt_field: str, answer_field: str) -> list[Prob
     """
     rows = read_objects(path, "sft.path")
     return [_example(row, number, path, prompt_field, answer_field) for number, row in rows]
+
+
+def remark_on_held_out(examples: Sequence[Problem], held_out: Sequence[Problem]) -> str:
+    """What to say of examples whose prompts are held-out ones, up to blanks; empty where none is."""
+    asked = {" ".join(problem.prompt.split()) for problem in held_out}
+    both = [example for example in examples if " ".join(example.prompt.split()) in asked]
+    if not both:
+        return ""
+    return (
+        f"{both[0].task}: {len(both):,} of {len(examples):,} examples answer held-out prompts, first line "
+        f"{both[0].index}; what is evaluated was trained on: take them out, or name another held-out set"
+    )
 
 
 def _example(row: dict[str, Any], number: int, path: Path, prompt_field: str, answer_field: str) -> Problem:

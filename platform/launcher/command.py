@@ -23,6 +23,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import offtrail
+from offtrail.core.problem import Problem
 from offtrail.platform.config.compose import compose, stage_config, to_yaml
 from offtrail.platform.config.errors import ConfigError, one_line, refuse
 from offtrail.platform.config.keys import keys_of
@@ -136,7 +137,7 @@ def require_inputs(config: Config) -> None:
     """Raise ConfigError for what a run would need and not find here: of a recipe what any of its stages would, as far
     as no earlier one hands it on. What is worth a word goes to stderr, once.
     """
-    said: set[str] = set()
+    said, examples = set[str](), list[Problem]()
 
     def note(text: str) -> None:
         if text not in said:
@@ -148,7 +149,7 @@ def require_inputs(config: Config) -> None:
             require_devices(one)
             require_models(one, handed)
             if one.job in ("rl", "sft"):
-                require_data(one, handed, note)
+                require_data(one, handed, examples, note)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
 
@@ -212,10 +213,11 @@ def _require_architecture(config: Config, key: str, given: str, folder: Path) ->
         raise refuse(key, given, f"its {error}; download or save it again") from None
 
 
-def require_data(config: Config, handed: Collection[str], note: Callable[[str], None]) -> None:
+def require_data(config: Config, handed: Collection[str], examples: list[Problem], note: Callable[[str], None]) -> None:
     """Raise ConfigError when the files of the task, or of examples, hold a line that cannot be used, or too few
     held-out problems, or none that fits the model; or a component of the reward, or the driver, cannot be made.
-    ``note`` hears what else is to be said of them.
+    ``note`` hears what else is to be said of them, and of ``examples``: those that earlier stages and
+    this one imitate.
     """
     from offtrail.core.plugins import PluginError
     from offtrail.platform.launcher.prompts import check_prompts
@@ -225,7 +227,7 @@ def require_data(config: Config, handed: Collection[str], note: Callable[[str], 
     from offtrail.search.registry import SearchError
     from offtrail.search.registry import check as check_driver
     from offtrail.tasks.base import TaskError
-    from offtrail.tasks.examples import read_examples
+    from offtrail.tasks.examples import read_examples, remark_on_held_out
     from offtrail.tasks.registry import check_promises, from_outside, make_task, remarks_on
 
     sft = config.sft
@@ -233,10 +235,14 @@ def require_data(config: Config, handed: Collection[str], note: Callable[[str], 
         task = make_task(config.task, config.run.seed)
         for remark in remarks_on(task):
             note(remark)
-        if sft.path and "sft.path" not in handed:
-            read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
+        cold = not config.model.path and "model.path" not in handed
+        if sft.path and "sft.path" not in handed and (config.job == "sft" or cold):
+            examples += read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
         if config.job == "rl":
-            shares = Counter(problem.task for problem in task.held_out(config.eval.prompts))
+            held_out = task.held_out(config.eval.prompts)
+            if remark := remark_on_held_out(examples, held_out):
+                note(remark)
+            shares = Counter(problem.task for problem in held_out)
             for one in from_outside(task):
                 check_promises(one, shares[one.name])
             make_reward(config.reward, task.verify)

@@ -74,3 +74,24 @@ def test_a_process_of_its_own_counts(start_dir: Path, tmp_path: Path, monkeypatc
     assert found[0] == 6
     assert re.match("task=jsonl, problem 2: the tokenizer does not know all of 'Größe'", str(found[1]))
     assert lengths(Asked(str(tmp_path), PromptConfig(), problems)) == []
+
+
+def test_examples_that_answer_held_out_prompts_are_counted(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The held-out prompt is 1+1=?; a run that starts from a model imitates nothing."""
+    monkeypatch.setattr(prompts, "lengths", count)
+    examples = tmp_path / "examples.jsonl"
+    asked = ("2+1=?", " 1+1=? ", "1+1=?")
+    examples.write_text("".join(json.dumps({"prompt": prompt, "answer": "2"}) + "\n" for prompt in asked))
+    words = (
+        f"sft.path={examples}: 2 of 3 examples answer held-out prompts, first line 2; what is evaluated was trained "
+        "on: take them out, or name another held-out set"
+    )
+    task = [setting for setting in line(3, 4) if not setting.startswith("model.path=")]
+    stages = f"recipe.stages={{a: {{job: sft, sft: {{path: {examples}}}}}, b: {{job: rl, start_from: a}}}}"
+    for settings in ([*task, f"sft.path={examples}"], [*task, stages]):
+        require_inputs(compose(settings))
+        assert capsys.readouterr().err == f"offtrail: note: {words}\n"
+    require_inputs(compose([*line(3, 4), f"sft.path={examples}"]))
+    assert capsys.readouterr().err == ""
