@@ -28,11 +28,12 @@ from offtrail.platform.broker.ending import Ending
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.ledger import FILE, Ledger
 from offtrail.platform.broker.polls import NO_ARRAYS, Answer, LongPoll, Polls, Wire
-from offtrail.platform.broker.resume import check_same_run, check_whole, cold_start_of
+from offtrail.platform.broker.resume import check_settings, check_whole, cold_start_of, note_launch
 from offtrail.platform.broker.roster import Member, Roster
 from offtrail.platform.broker.rules import GroupRules
 from offtrail.platform.broker.run_metrics import LARGEST, RunMetrics, plain
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
+from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS, roles_of
 from offtrail.platform.tracking.diagnosis import Diagnosis
@@ -76,7 +77,8 @@ log = logging.getLogger("offtrail.broker")
 class Broker:
     """One run's broker. ``problems`` maps a place of the data order to its problem.
 
-    LedgerError or ValueError at the start when the ledger is another run's, or the admission policy cannot work.
+    LedgerError, ConfigError or ValueError at the start when the ledger is another run's, or the admission policy cannot
+    work.
     """
 
     def __init__(
@@ -92,9 +94,10 @@ class Broker:
         self.ledger = Ledger(run_dir / FILE)
         try:
             check_whole(self.ledger, run_dir)
-            check_same_run(self.ledger, config, run_dir.name)
+            check_settings(self.ledger, config, run_dir)
+            note_launch(self.ledger, config, run_dir.name)
             cold_start = cold_start_of(config, run_dir)
-        except ValueError:
+        except (ConfigError, ValueError):
             self.ledger.close()
             raise
         self.scheduler = Scheduler(
@@ -121,7 +124,7 @@ class Broker:
         self.polls = Polls(clock, wire, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
         self.restartable = {spec.name for spec in roles_of(config) if spec.restarts}
-        self.later: list[Callable[[], None]] = []
+        self.deferred: list[Callable[[], None]] = []
         self._restore_rows()
         self._handlers: dict[type[Message], Callable[[Any, Envelope], Answer | None]] = {
             Hello: self.on_hello,
@@ -186,9 +189,9 @@ class Broker:
 
     def _catch_up(self) -> None:
         """What a reply need not wait for: files that are made of what the ledger holds already."""
-        while self.later:
+        while self.deferred:
             try:
-                self.later.pop(0)()
+                self.deferred.pop(0)()
             except (LedgerError, UnfitError, OSError) as error:
                 self.ending.broken(error)
             except Exception:
@@ -367,7 +370,7 @@ class Broker:
         if outcome != "repeated":
             self.deadlines.progress()
             self.wire.hint(VersionHint(version=self.scheduler.version))
-            self.later.append(self.ending.write_summary)
+            self.deferred.append(self.ending.write_summary)
         if message.pinned_bytes:
             self.evaluations.pinned[message.version] = message.pinned_bytes
         self.ending.check()
@@ -382,7 +385,9 @@ class Broker:
         self.ledger.records.put(self.numbers.remarks())
         for line in self.ending.diagnosis.take({**metrics, "step": step + 1}):
             log.warning("%s", line)
-        self.later.append(lambda: self.recorder.step({**metrics, "step": step + 1}, message.histograms, message.texts))
+        self.deferred.append(
+            lambda: self.recorder.step({**metrics, "step": step + 1}, message.histograms, message.texts)
+        )
         return outcome
 
     def on_checkpointed(self, message: Checkpointed, envelope: Envelope) -> Answer:

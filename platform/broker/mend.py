@@ -59,7 +59,6 @@ SUMS = {
 NEEDED = {
     "checkpoint": _whole,
     "begun_with": _map_of(lambda _: True),
-    "settings": _map_of(lambda value: isinstance(value, str)),
     "noted": _map_of(lambda _: True),
     "changes": _list_of(dict),
     "inputs": _map_of(lambda value: isinstance(value, dict)),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from offtrail.platform.broker.ledger import Ledger
-from offtrail.platform.config.keys import noted_settings
+from offtrail.platform.config.errors import refuse, show
+from offtrail.platform.config.keys import deciding_settings, noted_settings
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS
 from offtrail.platform.tracking import compute
 
 log = logging.getLogger("offtrail.broker")
+
+_ABSENT = "(absent)"
 
 
 def check_whole(ledger: Ledger, run_dir: Path) -> None:
@@ -31,38 +33,38 @@ def check_whole(ledger: Ledger, run_dir: Path) -> None:
         )
 
 
-def check_same_run(ledger: Ledger, config: Config, run: str) -> None:
-    """Note the settings of a new ledger, and compare them with an old one's; note what may change, where it has.
-
-    The last step is what the configuration says (again, after a budget ended the run earlier).
-
-    Raises ValueError, naming key, values and way out, where they differ or the run is past its last step.
+def check_settings(ledger: Ledger, config: Config, run_dir: Path) -> None:
+    """Write the settings that decide numbers into the ledger of a new run; compare them with those that an old one
+    began with: its config.yaml may have been edited since. Raises ConfigError with each key and both values.
     """
-    settings = {
-        "run.seed": config.run.seed,
-        "batch.groups": config.batch.groups,
-        "batch.group_size": config.batch.group_size,
-        "staleness.mode": config.staleness.mode,
-        "staleness.on_violation": config.staleness.on_violation,
-        "task": asdict(config.task),
-        **({f"sft.{name}": value for name, value in asdict(config.sft).items()} if config.job == "sft" else {}),
-    }
-    noted = noted_settings(config)
-    settings = {key: value for key, value in settings.items() if key not in noted}
-    now = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
-    before = ledger.records.get("settings")
-    for key, value in (json.loads(before) if before else {}).items():
-        if now.get(key, value) != value:
-            raise ValueError(
-                f"{key}={now[key]}: the run {run} began with {value}; resume it with that, or choose another run.name"
-            )
+    begun_with: dict[str, Any] | None = json.loads(ledger.records.get("begun_with") or "null")
+    now: dict[str, Any] = json.loads(json.dumps(deciding_settings(config)))  # tuples as lists
+    if begun_with is None:
+        ledger.records.put({"begun_with": json.dumps(now)})
+        return
+    changed = [key for key in now | begun_with if now.get(key, _ABSENT) != begun_with.get(key, _ABSENT)]
+    if changed:
+        was = {key: show(begun_with.get(key, _ABSENT)) for key in changed}
+        others = "; ".join(f"{key}={show(now.get(key, _ABSENT))}, was {was[key]}" for key in changed[1:])
+        also = f" (also: {others})" if others else ""
+        raise refuse(
+            changed[0], now.get(changed[0], _ABSENT), f"{run_dir / 'config.yaml'} was edited, the run began with "
+            f"{was[changed[0]]}{also}, and one curve would join two "
+            "experiments; put back what was there, or start a new run from its config.yaml",
+        )  # fmt: skip
+
+
+def note_launch(ledger: Ledger, config: Config, run: str) -> None:
+    """Note whose ledger it is, what has changed of what may, and the last step: what the configuration says (again,
+    after a budget ended the run earlier). Raises ValueError where the run is past it.
+    """
     if (done := ledger.logged()) > config.steps:
         raise ValueError(
             f"{config.steps_key}={config.steps}: the run {run} is at step {done} already; "
             "raise it, or choose another run.name"
         )
-    note_changes(ledger, noted)
-    ledger.records.put({"run": run, "settings": json.dumps(now), "last": str(config.steps), "last_why": ""})
+    note_changes(ledger, noted_settings(config))
+    ledger.records.put({"run": run, "last": str(config.steps), "last_why": ""})
 
 
 def note_changes(ledger: Ledger, noted: Mapping[str, Any]) -> None:

@@ -19,8 +19,8 @@ log = logging.getLogger("offtrail.broker")
 def main(context: RoleContext) -> None:
     """Run until the run has ended and every role has left.
 
-    Raises LedgerError when the run directory cannot hold the ledger, ValueError when the address cannot be bound or
-    the settings are another run's.
+    Raises LedgerError when the run directory cannot hold the ledger, ConfigError when the settings are another run's,
+    ValueError when the address cannot be bound.
     """
     config, run_dir = context.config, context.run_dir
     take_all_descriptors()

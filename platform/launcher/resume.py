@@ -1,7 +1,7 @@
 """Before the roles of a launch start: is what the run goes on from what it has left, and what it reads what it began
 with? Each refusal names the file and the way out, and changes nothing.
 
-    settings     each key that decides numbers: its value is in the ledger from the first launch on
+    settings     each key that decides numbers: its value is in the ledger from the first launch on (broker/resume.py)
     inputs       each file that a key names: its hash is in the ledger from the first launch on
     ledger       there, where there are checkpoints, and as new as they are
     checkpoint   the one that the ledger names: every file as it was written
@@ -13,18 +13,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.broker.resume import check_settings
 from offtrail.platform.config.checkpoints import steps_of
-from offtrail.platform.config.errors import ConfigError, refuse, show
-from offtrail.platform.config.keys import deciding_settings
+from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.inputs import Input, hashes, inputs_of
 from offtrail.platform.runtime.contents import cut_short, damage_of
 
-_ABSENT = "(absent)"
 SET_ASIDE = "set_aside"
 """In checkpoints/: those that were later than the one that run.resume_from chose."""
 
@@ -39,7 +37,7 @@ def check_what_is_there(config: Config, run_dir: Path) -> None:
         ledger = Ledger(run_dir / FILE)
         try:
             refuse_older_ledger(ledger, run_dir, steps)
-            note_settings(ledger, config, run_dir)
+            check_settings(ledger, config, run_dir)
             note_inputs(ledger, inputs)
             step = int(config.run.resume_from.removeprefix("step_")) if config.run.resume_from else ledger.checkpoint
             refuse_unusable(ledger, run_dir, step, steps)
@@ -62,27 +60,6 @@ def refuse_cut_weights(inputs: Mapping[str, Input]) -> None:
             if file.suffix == ".safetensors" and (problem := cut_short(file)):
                 mend = "fetch or copy it again" if one.value else f"delete {file.parent}, and it is made anew"
                 raise refuse(key, one.value, f"{problem}: it was cut or damaged; {mend}")
-
-
-def note_settings(ledger: Ledger, config: Config, run_dir: Path) -> None:
-    """Write the settings that decide numbers into the ledger of a new run; compare them with those that an old one
-    began with: its config.yaml may have been edited since.
-    """
-    begun_with: dict[str, Any] | None = json.loads(ledger.records.get("begun_with") or "null")
-    now: dict[str, Any] = json.loads(json.dumps(deciding_settings(config)))  # tuples as lists
-    if begun_with is None:
-        ledger.records.put({"begun_with": json.dumps(now)})
-        return
-    changed = [key for key in now | begun_with if now.get(key, _ABSENT) != begun_with.get(key, _ABSENT)]
-    if changed:
-        was = {key: show(begun_with.get(key, _ABSENT)) for key in changed}
-        others = "; ".join(f"{key}={show(now.get(key, _ABSENT))}, was {was[key]}" for key in changed[1:])
-        also = f" (also: {others})" if others else ""
-        raise refuse(
-            changed[0], now.get(changed[0], _ABSENT), f"{run_dir / 'config.yaml'} was edited, the run began with "
-            f"{was[changed[0]]}{also}, and one curve would join two "
-            "experiments; put back what was there, or start a new run from its config.yaml",
-        )  # fmt: skip
 
 
 def note_inputs(ledger: Ledger, inputs: Mapping[str, Input]) -> None:

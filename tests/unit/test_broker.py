@@ -20,6 +20,7 @@ from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.ledger import FILE
 from offtrail.platform.broker.polls import HOLD_SECONDS
 from offtrail.platform.broker.role import main
+from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.tracking import compute
@@ -1099,7 +1100,7 @@ def test_versions_of_before_the_restart_are_not_handed_to_the_evaluator(start: C
 def test_settings_that_the_ledger_depends_on_cannot_change(start: Callable[..., Run]) -> None:
     run = start()
     run.broker.close()
-    with pytest.raises(ValueError, match=r"batch\.groups=7: the run run began with 2; resume it with that, or choose"):
+    with pytest.raises(ConfigError, match=r"batch\.groups=7: .*config\.yaml was edited, the run began with 2, and one"):
         Run(run.run_dir, batch__groups=7)
     run.again(learner__steps=99)  # a longer run may go on
 
