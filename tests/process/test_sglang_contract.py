@@ -185,9 +185,12 @@ async def test_the_models_end_token_stops_unless_it_is_ignored_and_so_do_all_oth
     # Trap: ignore_eos ignores stop_token_ids too.
     answer = await server.generate({"input_ids": PROMPT, "sampling_params": params | {"ignore_eos": True}})
     assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 5}
-    samples = await server.generate({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 400, "n": 4}})
-    ended = [s for s in samples if s["meta_info"]["finish_reason"]["type"] == "stop"]
-    assert ended, "one of 1,600 tokens ends"
+    ended: list[dict[str, Any]] = []
+    for _ in range(20):  # a token in some hundreds is the end
+        samples = await server.generate({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 400, "n": 4}})
+        if ended := [s for s in samples if s["meta_info"]["finish_reason"]["type"] == "stop"]:
+            break
+    assert ended
     assert all(s["meta_info"]["finish_reason"]["matched"] == s["output_ids"][-1] == 2 for s in ended)
 
 

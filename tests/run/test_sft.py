@@ -110,5 +110,5 @@ def test_a_file_of_prompts_and_answers_is_learned_by_heart(launch: Any, tmp_path
     assert run.summary["loss/sft_last"] < 0.5
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1+1="}')
     broken = launch("broken", *SMALL, f"sft.path={tmp_path / 'pairs.jsonl'}")
-    assert broken.code == 1
+    assert broken.code == 2
     assert "pairs.jsonl, line 1: field 'answer' is missing" in broken.output
