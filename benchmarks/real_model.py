@@ -1,6 +1,6 @@
 """A model of 135M parameters on two cores: the whole asynchronous run against TRL, and the engine against transformers.
 
-    python benchmarks/real_model.py [--model DIR] [--steps 5] [--trl-steps 2] [KEY=VALUE …]
+    python benchmarks/real_model.py [--model DIR] [--steps 5] [--trl-steps 2] [--quick] [KEY=VALUE …]
 
 Without --model it is SmolLM2-135M's architecture with random weights and a byte-pair tokenizer as large as its own
 (49,152), so that every answer is as long as it may be. B = 2 groups of G = 8 samples of 256 new tokens at T = 1, one
@@ -72,7 +72,7 @@ def share(answered):
 Measured = dict[str, Any]
 
 
-def start_model(folder: Path) -> None:
+def start_model(folder: Path, layers: int) -> None:
     """SmolLM2-135M's architecture with random weights. Tokens are bytes and pairs of bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [(a, b) for a in letters for b in letters][: VOCABULARY - 1 - len(letters)]
@@ -87,7 +87,7 @@ def start_model(folder: Path) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
             num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
             rope_theta=1e5, tie_word_embeddings=True, initializer_range=1 / 24, bos_token_id=0, eos_token_id=0,
             pad_token_id=0, dtype="float32",
@@ -213,17 +213,17 @@ class Engines:
         return rate(lambda: run_generate(model, setting[1], work, in_flight, 0), "cpu")
 
 
-def compare_engines(folder: Path, core: int) -> Measured:
+def compare_engines(folder: Path, core: int, tokens: int) -> Measured:
     """All rates, the best setting of `generate`, and the engine's ratios to the better of the two others."""
     ahead = 3 * B * G
     arm = Arm(Engines, folder, ahead, cores={core})
-    trials = {setting: arm.measure("generate", B * G, ENGINE_TOKENS // 4, setting) for setting in SETTINGS}
+    trials = {setting: arm.measure("generate", B * G, tokens // 4, setting) for setting in SETTINGS}
     best = max(trials, key=trials.__getitem__)
     found = {
-        f"engine_{B * G}": arm.measure("engine", B * G, ENGINE_TOKENS),
-        f"engine_{ahead}": arm.measure("engine", ahead, ENGINE_TOKENS),
-        f"generate_{B * G}": arm.measure("generate", B * G, ENGINE_TOKENS, best),
-        f"continuous_{B * G}": arm.measure("continuous", B * G, ENGINE_TOKENS),
+        f"engine_{B * G}": arm.measure("engine", B * G, tokens),
+        f"engine_{ahead}": arm.measure("engine", ahead, tokens),
+        f"generate_{B * G}": arm.measure("generate", B * G, tokens, best),
+        f"continuous_{B * G}": arm.measure("continuous", B * G, tokens),
     }
     arm.close()
     theirs = max(found[f"generate_{B * G}"], found[f"continuous_{B * G}"])
@@ -241,7 +241,7 @@ def ours(folder: Path, model: Path, args: argparse.Namespace) -> tuple[Run, Meas
     steps = WARM + args.steps + TAIL
     keys = [
         f"model.path={model}", f"model.max_length={LONGEST}", f"batch.groups={B}", f"batch.group_size={G}",
-        f"sampling.max_new_tokens={NEW_TOKENS}", f"learner.steps={steps}", f"learner.checkpoint_every={steps}",
+        f"sampling.max_new_tokens={args.new_tokens}", f"learner.steps={steps}", f"learner.checkpoint_every={steps}",
         "learner.minibatches=1", "learner.tokens_per_microbatch=1280", "tracking.gradient_cosine=false",
         "reward.weights={vowels:share: 1.0}", "eval.every=0", f"eval.prompts={G}", *args.keys,
     ]  # fmt: skip
@@ -279,8 +279,8 @@ def report(folder: Path, args: argparse.Namespace) -> Measured:
     about, (one, other) = machine(), cores()
     model = args.model
     if model is None:
-        start_model(model := folder / "model")
-    engines = compare_engines(model, one)
+        start_model(model := folder / "model", args.layers)
+    engines = compare_engines(model, one, args.engine_tokens)
     say(f"engines: {engines}")
     run, mine = ours(folder, model, args)
     say(f"ours: {mine}")
@@ -296,7 +296,7 @@ def report(folder: Path, args: argparse.Namespace) -> Measured:
         "cpu_ratio": round(cheapest / mine["cpu_seconds_a_sample"], 3),
         "memory_ratio": round(mine["peak_bytes"] / leanest, 3), "engine": engines,
         "ours": shown(mine), "trl": {f"{parts} micro-batches": shown(arm) for parts, arm in arms.items()},
-        "settings": {"B": B, "G": G, "new_tokens": NEW_TOKENS, "model": str(args.model or "random"), **about},
+        "settings": {"B": B, "G": G, "new_tokens": args.new_tokens, "model": str(args.model or "random"), **about},
     }  # fmt: skip
 
 
@@ -312,9 +312,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face directory in place of random weights")
     parser.add_argument("--steps", type=int, default=5, help="learner steps of ours under the clock")
     parser.add_argument("--trl-steps", type=int, default=2, help="steps of TRL under the clock, for each setting")
+    parser.add_argument("--quick", action="store_true", help="a trial of this script: 2 layers, 8 tokens, 1 step")
     parser.add_argument("keys", nargs="*", help="keys of the run, as launch.py takes them")
+    args = parser.parse_args()
+    args.layers, args.new_tokens, args.engine_tokens = (2, 8, 8) if args.quick else (30, NEW_TOKENS, ENGINE_TOKENS)
+    if args.quick:
+        args.steps = args.trl_steps = 1
     with tempfile.TemporaryDirectory(prefix="real-model-") as folder:
-        print(json.dumps(report(Path(folder), parser.parse_args())))
+        print(json.dumps(report(Path(folder), args)))
 
 
 if __name__ == "__main__":
