@@ -1,26 +1,30 @@
 """A model of 135M parameters on two cores: the whole asynchronous run against TRL, and the engine against transformers.
 
-    python benchmarks/real_model.py [--model DIR] [--steps 5] [--trl-steps 2] [--quick] [KEY=VALUE …]
+    python benchmarks/real_model.py [--model DIR] [--steps 5] [--trl-steps 2] [--trl-parts 4 8] [--quick] [KEY=VALUE …]
 
 Without --model it is SmolLM2-135M's architecture with random weights and a byte-pair tokenizer as large as its own
 (49,152), so that every answer is as long as it may be. B = 2 groups of G = 8 samples of 256 new tokens at T = 1, one
-update a batch (K = 1), GRPO, AdamW, float32; the reward is the share of vowels among an answer's letters.
+update a batch (K = 1), GRPO, AdamW; the reward is the share of vowels among an answer's letters.
+
+Both train in float32, and then both under autocast to bfloat16 (--dtypes). Ours generates in bfloat16 in either case
+(engine.dtype; TRL generates with the module that it trains), and trains micro-batches of two samples, as TRL does with
+--trl-parts 8. KEY=VALUE replaces any of this, and more such keys may follow.
 
 samples_per_second_ratio: trained samples a second, ours ÷ TRL's. Ours: the real command, from the commit of version
 WARM until generation ends, by the broker's clock. TRL: GRPOTrainer on two threads after its first step, with the
-fastest of its settings here: attention and cache of `generate` as measured below, and the batch in one or in four
-micro-batches. No evaluation, logging or checkpoint is in TRL's figure; our evaluator scores versions 0 and last.
+fastest of its settings here: attention and cache of `generate` as measured below, and the fastest of --trl-parts. No
+evaluation, logging or checkpoint is in TRL's figure; our evaluator scores versions 0 and last.
 
 cpu_ratio: CPU seconds of all processes a trained sample, TRL's ÷ ours: what is left of the ratio where others share the
 machine.
 
-memory_ratio: the largest sum over all processes, ours ÷ TRL's leaner setting. A sum is proportional set sizes (PSS:
+memory_ratio: the largest sum over all processes, ours ÷ TRL's leanest setting. A sum is proportional set sizes (PSS:
 what n processes share counts 1/n in each), looked at every half second, and what stands in the weight channel without
 being mapped. It covers everything from start to end: import, load, training, and our checkpoint.
 
 engine: useful tokens per second of CPU time of one thread, ENGINE_TOKENS a sample, at B·G samples in flight and at what
 the run has in flight (`staleness.max` lets it generate ahead), against transformers' `generate` with B·G (its best
-setting of those in local_engine.py) and its continuous batching.
+setting of those in local_engine.py) and its continuous batching; all in float32, and all in bfloat16.
 
 The last line of stdout is one JSON object.
 """
@@ -58,8 +62,7 @@ from offtrail.tasks.registry import make_task
 B, G, NEW_TOKENS, LONGEST = 2, 8, 256, 320
 WARM, TAIL = 1, 3
 """Versions before the clock starts, and after it stops: staleness.max and one more, while which nothing generates."""
-ENGINE_TOKENS = 128
-MICRO_BATCHES = (1, 4)
+ENGINE_TOKENS = 64
 LOOK_SECONDS = 0.5
 VOCABULARY, END = 49_152, "<|endoftext|>"
 REWARD = '''
@@ -174,11 +177,12 @@ def _role(command: list[str]) -> str:
 class TrlInParts(Trl):
     """TRL with a batch in ``parts`` micro-batches, and no engine beside it for evaluations."""
 
-    def __init__(self, run: Run, threads: int, parts: int) -> None:
+    def __init__(self, run: Run, threads: int, parts: int, mixed: bool) -> None:
         logging.disable(logging.WARNING)
         torch.set_num_threads(threads)
         sys.path.insert(0, str(run.folder.parent))  # the reward's module
-        self.run, self.config, self.text, self.parts = run, run.config, Text(run.start), parts
+        self.run, self.config, self.text = run, run.config, Text(run.start)
+        self.parts, self.mixed = parts, mixed
 
     def __call__(self, seed: int, steps: int, attention: str, cache: str | None, *_: Any) -> Measured:
         """Also ``cpu_seconds``, with the trainer's own start."""
@@ -190,11 +194,11 @@ class TrlInParts(Trl):
 class Engines:
     """Tokens per CPU second of one thread, by the engine, by `generate` or by continuous batching."""
 
-    def __init__(self, folder: Path, samples: int) -> None:
+    def __init__(self, folder: Path, samples: int, dtype: str) -> None:
         torch.set_num_threads(1)
         logging.disable(logging.WARNING)
         text, task = Text(folder), make_task(ChainConfig(), 0)
-        self.folder, self.end = folder, text.stop_token_ids[0]
+        self.folder, self.end, self.dtype = folder, text.stop_token_ids[0], dtype
         self.prompts = text.encode_all([task.train(i) for i in range(samples)])
 
     def __call__(
@@ -203,20 +207,21 @@ class Engines:
         """One filling of ``in_flight`` samples of at most ``tokens`` new tokens."""
         work = Work(self.prompts[:in_flight], None, self.end, self.end, "cpu", tokens)
         if way == "engine":
-            config = LocalConfig(max_running=in_flight)
+            config = LocalConfig(max_running=in_flight, dtype=self.dtype)
             engine = LocalEngine(self.folder, config, max_length=LONGEST, threads=1)
             return rate(lambda: run_engine(engine, work, 0), "cpu")
         attention = "paged|sdpa" if way == "continuous" else setting[0]
-        model = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation=attention).eval()
+        dtype = getattr(torch, self.dtype)
+        model = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation=attention, dtype=dtype).eval()
         if way == "continuous":
             return rate(lambda: run_continuous(model, work, in_flight), "cpu")
         return rate(lambda: run_generate(model, setting[1], work, in_flight, 0), "cpu")
 
 
-def compare_engines(folder: Path, core: int, tokens: int) -> Measured:
+def compare_engines(folder: Path, core: int, tokens: int, dtype: str) -> Measured:
     """All rates, the best setting of `generate`, and the engine's ratios to the better of the two others."""
     ahead = 3 * B * G
-    arm = Arm(Engines, folder, ahead, cores={core})
+    arm = Arm(Engines, folder, ahead, dtype, cores={core})
     trials = {setting: arm.measure("generate", B * G, tokens // 4, setting) for setting in SETTINGS}
     best = max(trials, key=trials.__getitem__)
     found = {
@@ -235,19 +240,22 @@ def compare_engines(folder: Path, core: int, tokens: int) -> Measured:
     }
 
 
-def ours(folder: Path, model: Path, args: argparse.Namespace) -> tuple[Run, Measured]:
+def ours(folder: Path, model: Path, args: argparse.Namespace, dtype: str) -> tuple[Run, Measured]:
     """The real command, with the memory of all its processes."""
     (folder / "vowels.py").write_text(REWARD)
     steps = WARM + args.steps + TAIL
     keys = [
         f"model.path={model}", f"model.max_length={LONGEST}", f"batch.groups={B}", f"batch.group_size={G}",
         f"sampling.max_new_tokens={args.new_tokens}", f"learner.steps={steps}", f"learner.checkpoint_every={steps}",
-        "learner.minibatches=1", "learner.tokens_per_microbatch=1280", "tracking.gradient_cosine=false",
-        "reward.weights={vowels:share: 1.0}", "eval.every=0", f"eval.prompts={G}", *args.keys,
+        "learner.minibatches=1", f"learner.tokens_per_microbatch={2 * LONGEST}", "tracking.gradient_cosine=false",
+        "reward.weights={vowels:share: 1.0}", "eval.every=0", f"eval.prompts={G}",
+        f"learner.dtype={dtype}", "engine.dtype=bfloat16",
     ]  # fmt: skip
-    memory = Memory(folder / "ours")
+    given = {key.partition("=")[0] for key in args.keys}
+    keys = [key for key in keys if key.partition("=")[0] not in given] + args.keys
+    memory = Memory(folder / dtype)
     with memory.watching():
-        run = launch(folder, "ours", keys)
+        run = launch(folder, dtype, keys)
     last = steps - TAIL
     return run, {
         "samples_per_second": B * G * (last - WARM) / run.seconds(WARM, last),
@@ -260,10 +268,10 @@ def ours(folder: Path, model: Path, args: argparse.Namespace) -> tuple[Run, Meas
 
 
 def trl(run: Run, parts: int, steps: int, setting: tuple[str, str | None], both: set[int]) -> Measured:
-    """TRL on two threads, with the memory of its process."""
+    """TRL on two threads, in the run's precision, with the memory of its process."""
     memory = Memory()
     with memory.watching():
-        arm = Arm(TrlInParts, run, 2, parts, cores=both, threads=2)
+        arm = Arm(TrlInParts, run, 2, parts, run.config.learner.dtype == "bfloat16", cores=both, threads=2)
         found = arm.measure(0, WARM + steps, *setting)
         arm.close()
     seconds = found["seconds"]
@@ -274,29 +282,45 @@ def trl(run: Run, parts: int, steps: int, setting: tuple[str, str | None], both:
     }  # fmt: skip
 
 
-def report(folder: Path, args: argparse.Namespace) -> Measured:
-    """One part after the other, so that each has the machine."""
-    about, (one, other) = machine(), cores()
-    model = args.model
-    if model is None:
-        start_model(model := folder / "model", args.layers)
-    engines = compare_engines(model, one, args.engine_tokens)
-    say(f"engines: {engines}")
-    run, mine = ours(folder, model, args)
-    say(f"ours: {mine}")
+def compare(
+    folder: Path, model: Path, args: argparse.Namespace, dtype: str, setting: tuple[str, str | None]
+) -> Measured:
+    """Ours and TRL's settings in one precision, one after the other, so that each has the machine."""
+    run, mine = ours(folder, model, args, dtype)
+    say(f"ours, {dtype}: {shown(mine)}")
     arms: dict[int, Measured] = {}
-    for parts in MICRO_BATCHES:
-        arms[parts] = trl(run, parts, args.trl_steps, engines["generate_setting"], {one, other})
-        say(f"TRL in {parts} micro-batches: {arms[parts]}")
+    for parts in args.trl_parts:
+        arms[parts] = trl(run, parts, args.trl_steps, setting, set(cores()))
+        say(f"TRL, {dtype}, in {parts} micro-batches: {shown(arms[parts])}")
+    run.remove()
     fastest = max(arm["samples_per_second"] for arm in arms.values())
     cheapest = min(arm["cpu_seconds_a_sample"] for arm in arms.values())
     leanest = min(arm["peak_bytes"] for arm in arms.values())
     return {
-        "benchmark": "real_model", "samples_per_second_ratio": round(mine["samples_per_second"] / fastest, 3),
+        "samples_per_second_ratio": round(mine["samples_per_second"] / fastest, 3),
         "cpu_ratio": round(cheapest / mine["cpu_seconds_a_sample"], 3),
-        "memory_ratio": round(mine["peak_bytes"] / leanest, 3), "engine": engines,
+        "memory_ratio": round(mine["peak_bytes"] / leanest, 3),
         "ours": shown(mine), "trl": {f"{parts} micro-batches": shown(arm) for parts, arm in arms.items()},
-        "settings": {"B": B, "G": G, "new_tokens": args.new_tokens, "model": str(args.model or "random"), **about},
+    }  # fmt: skip
+
+
+def report(folder: Path, args: argparse.Namespace) -> Measured:
+    """All parts; one line of text for each as it comes."""
+    about, model = machine(), args.model
+    if model is None:
+        start_model(model := folder / "model", args.layers)
+    engines: dict[str, Measured] = {}
+    for dtype in ("float32", "bfloat16"):
+        engines[dtype] = compare_engines(model, cores()[0], args.engine_tokens, dtype)
+        say(f"engines, {dtype}: {engines[dtype]}")
+    setting = engines["float32"]["generate_setting"]
+    found = {dtype: compare(folder, model, args, dtype, setting) for dtype in args.dtypes}
+    return {
+        "benchmark": "real_model", "engine": engines, **found,
+        "settings": {
+            "B": B, "G": G, "new_tokens": args.new_tokens, "model": str(args.model or "random"), "keys": args.keys,
+            **about,
+        },
     }  # fmt: skip
 
 
@@ -312,6 +336,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face directory in place of random weights")
     parser.add_argument("--steps", type=int, default=5, help="learner steps of ours under the clock")
     parser.add_argument("--trl-steps", type=int, default=2, help="steps of TRL under the clock, for each setting")
+    parser.add_argument("--trl-parts", type=int, nargs="+", default=[4, 8], help="micro-batches of a batch of TRL's")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="precisions of training")
     parser.add_argument("--quick", action="store_true", help="a trial of this script: 2 layers, 8 tokens, 1 step")
     parser.add_argument("keys", nargs="*", help="keys of the run, as launch.py takes them")
     args = parser.parse_args()
