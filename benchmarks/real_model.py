@@ -1,6 +1,6 @@
 """A model of 135M parameters on two cores: the whole asynchronous run against TRL, and the engine against transformers.
 
-    python benchmarks/real_model.py [--model DIR] [--steps 5] [--trl-steps 2] [--trl-parts 4 8] [--quick] [KEY=VALUE …]
+    python benchmarks/real_model.py [--model DIR] [--steps 2] [--trl-steps 1] [--trl-parts 8] [--quick] [KEY=VALUE …]
 
 Without --model it is SmolLM2-135M's architecture with random weights and a byte-pair tokenizer as large as its own
 (49,152), so that every answer is as long as it may be. B = 2 groups of G = 8 samples of 256 new tokens at T = 1, one
@@ -8,7 +8,7 @@ update a batch (K = 1), GRPO, AdamW; the reward is the share of vowels among an 
 
 Both train in float32, and then both under autocast to bfloat16 (--dtypes). Ours generates in bfloat16 in either case
 (engine.dtype; TRL generates with the module that it trains), and trains micro-batches of two samples, as TRL does with
---trl-parts 8. KEY=VALUE replaces any of this, and more such keys may follow.
+--trl-parts 8, its default here. KEY=VALUE replaces any of this, and more such keys may follow.
 
 samples_per_second_ratio: trained samples a second, ours ÷ TRL's. Ours: the real command, from the commit of version
 WARM until generation ends, by the broker's clock. TRL: GRPOTrainer on two threads after its first step, with the
@@ -334,9 +334,9 @@ def shown(found: Measured) -> Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face directory in place of random weights")
-    parser.add_argument("--steps", type=int, default=5, help="learner steps of ours under the clock")
-    parser.add_argument("--trl-steps", type=int, default=2, help="steps of TRL under the clock, for each setting")
-    parser.add_argument("--trl-parts", type=int, nargs="+", default=[4, 8], help="micro-batches of a batch of TRL's")
+    parser.add_argument("--steps", type=int, default=2, help="learner steps of ours under the clock")
+    parser.add_argument("--trl-steps", type=int, default=1, help="steps of TRL under the clock, for each setting")
+    parser.add_argument("--trl-parts", type=int, nargs="+", default=[8], help="micro-batches of a batch of TRL's")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="precisions of training")
     parser.add_argument("--quick", action="store_true", help="a trial of this script: 2 layers, 8 tokens, 1 step")
     parser.add_argument("keys", nargs="*", help="keys of the run, as launch.py takes them")
