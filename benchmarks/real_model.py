@@ -19,7 +19,7 @@ cpu_ratio: CPU seconds of all processes a trained sample, TRL's ÷ ours: what is
 machine.
 
 memory_ratio: the largest sum over all processes, ours ÷ TRL's leanest setting. A sum is proportional set sizes (PSS:
-what n processes share counts 1/n in each), looked at every half second, and what stands in the weight channel without
+what n processes share counts 1/n in each), looked at every two seconds, and what stands in the weight channel without
 being mapped. It covers everything from start to end: import, load, training, and our checkpoint.
 
 engine: useful tokens per second of CPU time of one thread, ENGINE_TOKENS a sample, at B·G samples in flight and at what
@@ -63,7 +63,8 @@ B, G, NEW_TOKENS, LONGEST = 2, 8, 256, 320
 WARM, TAIL = 1, 3
 """Versions before the clock starts, and after it stops: staleness.max and one more, while which nothing generates."""
 ENGINE_TOKENS = 64
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 2.0
+"""A look costs the kernel a walk over all pages of all processes, .1 CPU seconds here."""
 VOCABULARY, END = 49_152, "<|endoftext|>"
 REWARD = '''
 def share(answered):
