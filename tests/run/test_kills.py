@@ -48,9 +48,10 @@ class Storm:
                 assert self.process.wait(PATIENCE_S) == 0, "it ended by itself, and not well"
                 self.process = None
                 continue
-            self.blow()
-            if self.process.poll() is None and not self.goes_on():
+            if self.blow() & {"broker", "learner"}:
                 self.wait_for_the_end()
+            elif self.process.poll() is None:
+                self.wait_for_a_step()
             if self.process.poll() is not None:
                 self.process = None
             recount(self.run_dir)
@@ -76,8 +77,8 @@ class Storm:
             time.sleep(0.005)
         return self.process.poll() is None
 
-    def blow(self) -> None:
-        """SIGKILL to a role, several, all, or the launcher."""
+    def blow(self) -> set[str]:
+        """SIGKILL to a role, several, all, or the launcher; the roles."""
         assert self.process is not None
         roles = self.roles()
         self.rng.shuffle(roles)
@@ -86,14 +87,16 @@ class Storm:
             self.process.kill()
             self.process.wait()
             self.kills["launcher"] += 1
-            return
-        count = {"one": 1, "several": self.rng.randint(2, 3), "all": len(roles)}[blow]
+            return set()
+        killed, count = set(), {"one": 1, "several": self.rng.randint(2, 3), "all": len(roles)}[blow]
         for role, pid in roles[:count]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
             self.kills[role] += 1
+            killed.add(role)
+        return killed
 
     def roles(self) -> list[tuple[str, int]]:
         """Those that are up."""
@@ -106,15 +109,14 @@ class Storm:
             found += [(role, pid)] if alive(pid) else []
         return found
 
-    def goes_on(self) -> bool:
-        """Whether the launcher starts what was killed again: then a step comes. A dead broker or learner ends it."""
+    def wait_for_a_step(self) -> None:
+        """The launcher starts generators and evaluators again, and the run goes on, or has got to its end."""
         assert self.process is not None
         before, limit = self.rows(), time.monotonic() + PATIENCE_S
         while self.process.poll() is None and self.rows() <= before:
-            if {role for role, _ in self.roles()}.isdisjoint({"broker"}) or time.monotonic() > limit:
-                return False
+            assert time.monotonic() < limit, f"no step within {PATIENCE_S:g} s"
             time.sleep(0.02)
-        return self.process.poll() is None
+        assert self.process.poll() in (None, 0)
 
     def wait_for_the_end(self) -> None:
         """Of a run whose broker or learner was killed: exit status 1, and nothing of it is left."""
