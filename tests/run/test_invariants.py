@@ -235,23 +235,27 @@ def test_a_role_of_a_killed_attempt_that_leaves_late_takes_nothing_of_the_resume
 def test_an_interrupted_run_says_so_and_goes_on(
     launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(command("stop", "learner.steps=6"), env=environment, cwd=tmp_path)
+    """Trap: of what still waited for a score when a run was stopped, only what is trained again gets one."""
+    keys = ("learner.steps=30", "eval.nice=0")
+    process = subprocess.Popen(command("stop", *keys), env=environment, cwd=tmp_path)
+    metrics = tmp_path / "stop" / "metrics.jsonl"
     wait_until("step 2", lambda: reached(tmp_path / "stop", 2))
+    wait_until("a score of version 0", lambda: json.loads(metrics.read_text().split("\n", 1)[0])["step"] == 0)
     for role in ROLE_NAMES:  # a cluster that ends a job signals all of its processes
         os.kill(pid_of(role, tmp_path / "stop"), signal.SIGUSR1)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(45) == 130
     summary = json.loads((tmp_path / "stop" / "summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("interrupted", "stopped by SIGUSR1")
-    resumed = launch("stop", "run.resume=true", "learner.steps=6")
+    resumed = launch("stop", "run.resume=true", *keys)
     assert resumed.code == 0, resumed.output
     assert resumed.summary["status"] == "completed"
-    assert [row["step"] for row in resumed.rows] == list(range(7))
+    assert [row["step"] for row in resumed.rows] == list(range(31))
     assert (
         resumed.summary["groups/trained"],
         resumed.summary["groups/lost"],
         resumed.summary["groups/duplicated"],
-    ) == (24, 0, 0)
+    ) == (120, 0, 0)
 
 
 def test_an_interrupt_in_the_cold_start_and_one_before_the_endpoint_end_the_run_soon(
