@@ -30,7 +30,7 @@ from offtrail.platform.tracking.summary import read_summary
 from offtrail.platform.wire.auth import make_keys
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.messages import LAUNCHER, Failure, Hello, Status, StatusRequest, StopRun
-from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, RefusedError, WaitError
+from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, RefusedError, WaitError, new_process
 
 STATUS_PERIOD_S = 0.5
 LOOK_SECONDS = 0.02
@@ -72,6 +72,7 @@ class Run:
     hosts: Hosts
     roles: list[Role] = field(default_factory=list)
     client: Client | None = None
+    process: str = field(default_factory=new_process, repr=False)
 
     def start_all(self) -> None:
         """In the order of the table, the broker first: every other role dials its endpoint.json."""
@@ -115,7 +116,7 @@ class Run:
         """The line to the broker. Raises WaitError while endpoint.json is not there, WireError when it is damaged."""
         if self.client is None:
             endpoint = Endpoint.read(self.run_dir / "endpoint.json", 0.0)
-            client = Client(endpoint, f"{LAUNCHER}-0", ClientKeys.read(self.run_dir))
+            client = Client(endpoint, f"{LAUNCHER}-0", ClientKeys.read(self.run_dir), self.process)
             hello = Hello(role=LAUNCHER, index=0, pid=os.getpid(), run=self.run_dir.name)
             try:
                 client.request(hello, what="a welcome", deadline_s=2.0)

@@ -6,10 +6,12 @@ import sys
 import pytest
 
 from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher import run as module
 from offtrail.platform.launcher.hosts import LocalHandle
 from offtrail.platform.launcher.run import Role, Run, watch
 from offtrail.platform.runtime.roles import RoleSpec
 from offtrail.platform.tracking.summary import write_summary
+from offtrail.platform.wire.sockets import WaitError
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,28 @@ def test_a_broker_that_has_left_after_a_failure_has_written_whose_it_was(tmp_pat
     status, reason = watch(run, [])
     assert status == "failed"
     assert reason.startswith(says)
+
+
+def test_who_dials_again_is_the_same_process_to_the_broker(tmp_path, monkeypatch):
+    """A Hello that the broker reads late has given its name away; another process's would be refused."""
+    dialled = []
+
+    class Unanswered:
+        def __init__(self, endpoint, identity, keys, process):
+            dialled.append((identity, process))
+
+        def request(self, *args, **kwargs):
+            raise WaitError("no welcome")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(module, "Client", Unanswered)
+    monkeypatch.setattr(module.Endpoint, "read", lambda *args: None)
+    monkeypatch.setattr(module.ClientKeys, "read", lambda *args: None)
+    run = Run(Config(), tmp_path, hosts=None)
+    for _ in range(2):
+        with pytest.raises(WaitError):
+            run.dial()
+    assert len(dialled) == 2
+    assert len(set(dialled)) == 1
