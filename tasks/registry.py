@@ -104,7 +104,7 @@ def sets_of(task: Task) -> dict[str, list[Problem]]:
     return {
         f"{where}path={one.config.path}": one.training()  # type: ignore[attr-defined]
         for where, one in ({"task.": task} | within).items()
-        if hasattr(one, "training")
+        if callable(getattr(one, "training", None)) and hasattr(getattr(one, "config", None), "path")
     }
 
 

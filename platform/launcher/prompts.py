@@ -38,14 +38,17 @@ def check_prompts(config: Config, task: Task, folder: Path, note: Callable[[str]
 
 def told_of(counted: Sequence[int | str], config: Config) -> tuple[str, bool]:
     """What is to be said of prompts of these lengths, and whether none of them can be answered."""
-    new, longest = config.sampling.max_new_tokens, config.model.max_length
+    new, longest = config.sampling.longest_at(config.learner.steps), config.model.max_length
+    asked = f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
+    if new > config.sampling.max_new_tokens:
+        asked += f" ({new} from sampling.growth_step={config.sampling.growth_step} on)"
     tokens = [n for n in counted if isinstance(n, int)]
     wrong = [n for n in counted if isinstance(n, str)]
     long = [n for n in tokens if n + new > longest]
     parts = []
     if long:
         parts.append(
-            f"{len(long):,} of {len(counted):,} prompts leave no room for sampling.max_new_tokens={new} in "
+            f"{len(long):,} of {len(counted):,} prompts leave no room for {asked} in "
             f"model.max_length={longest} (the longest takes {max(long):,} tokens): raise it, or lower "
             "sampling.max_new_tokens"
         )

@@ -32,7 +32,10 @@ def lengths(asked: Asked) -> list[int | str]:
     """
     command = [sys.executable, "-m", "offtrail.platform.model.lengths"]
     done = subprocess.run(command, input=msgspec.msgpack.encode(asked), capture_output=True, check=False)
-    return [] if done.returncode else msgspec.msgpack.decode(done.stdout, type=list[int | str])
+    try:
+        return [] if done.returncode else msgspec.msgpack.decode(done.stdout, type=list[int | str])
+    except msgspec.MsgspecError:  # a library has printed into it
+        return []
 
 
 def count(asked: Asked) -> list[int | str]:

@@ -12,7 +12,7 @@ import pytest
 from offtrail.core.problem import Problem
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
-from offtrail.platform.config.schema import PromptConfig
+from offtrail.platform.config.schema import Config, PromptConfig
 from offtrail.platform.launcher import prompts
 from offtrail.platform.launcher.command import require_inputs
 from offtrail.platform.launcher.prompts import told_of
@@ -95,3 +95,14 @@ def test_examples_that_answer_held_out_prompts_are_counted(
         assert capsys.readouterr().err == f"offtrail: note: {words}\n"
     require_inputs(compose([*line(3, 4), f"sft.path={examples}"]))
     assert capsys.readouterr().err == ""
+
+
+def test_answers_that_grow_take_their_room_from_the_start() -> None:
+    config = Config()
+    config.model.max_length, config.learner.steps = 64, 10
+    config.sampling.max_new_tokens, config.sampling.growth_step, config.sampling.growth_factor = 16, 5, 3.0
+    said, none = told_of([10, 20], config)
+    assert said.startswith(
+        "1 of 2 prompts leave no room for sampling.max_new_tokens=16 (48 from sampling.growth_step=5 on)"
+    )
+    assert not none
