@@ -3,7 +3,9 @@
     launcher ── the pid of each role, at the end "done" ──► stdin; its end without "done": the launcher was killed
 
 The kernel has told the roles to leave then (PR_SET_PDEATHSIG). Who has not left after GRACE_SECONDS, hung in native
-code or stopped, is killed, and so is whatever they started; then what the attempt shared is removed.
+code or stopped, is killed, and so is whatever they started; then what the attempt shared is removed. While there are
+servers, it looks every LOOK_SECONDS for what they share under names of their own: the kernel may have ended them before
+anybody could look.
 
 Invariant: cleaning belongs to one attempt. This process has inherited the lock of the run directory, so that no later
 launch begins before the last process of this one is gone; where it was killed too, names keep attempts apart.
@@ -16,6 +18,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import psutil
@@ -24,6 +28,8 @@ from offtrail.platform.runtime import attempt
 
 GRACE_SECONDS = 5.0
 """Between the launcher's death and SIGKILL."""
+LOOK_SECONDS = 2.0
+"""Between two looks."""
 
 
 class Reaper:
@@ -78,14 +84,25 @@ def note(roles: list[psutil.Process], pid: int) -> None:
 def main(run_dir: Path, name: str) -> int:
     """Until the launcher says that it is done, or is gone and everything is cleaned up."""
     roles: list[psutil.Process] = []
+    shared, over = set[str](), threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK_SECONDS):
+            if any(Path(tempfile.gettempdir()).glob(f"offtrail-*-{name}-*")):  # a server's (context.make_temporary)
+                shared.update(attempt.shared_files(attempt.members(name, tuple(roles))))
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
     for line in sys.stdin.buffer:
         if line == b"done\n":
             return 0
         note(roles, int(line))
+    over.set()
+    looking.join()
     if sys.platform != "linux":  # elsewhere the kernel has told nobody
         for process in attempt.members(name, roles):
             process.terminate()
-    attempt.sweep(name, roles, GRACE_SECONDS)
+    attempt.sweep(name, roles, GRACE_SECONDS, shared)
     from offtrail.platform.config.compose import load_config  # slow to import, and rarely needed
     from offtrail.platform.runtime.context import remove_leftovers
 

@@ -89,12 +89,14 @@ def shared_files(processes: Iterable[psutil.Process]) -> set[str]:
     return set()
 
 
-def sweep(attempt: str, roles: Sequence[psutil.Process] = (), patience_s: float = 0.0) -> None:
+def sweep(
+    attempt: str, roles: Sequence[psutil.Process] = (), patience_s: float = 0.0, known: Iterable[str] = ()
+) -> None:
     """Give every process of an attempt so long to leave by itself, kill the rest, and remove what they shared of memory
-    that bears no name of the attempt's.
+    that bears no name of the attempt's; ``known``: files of that kind that were seen before.
     """
     left = members(attempt, roles)
-    shared = shared_files(left)
+    shared = shared_files(left).union(known)
     deadline = time.monotonic() + patience_s
     while left and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,6 +132,35 @@ def test_without_a_last_word_of_the_launcher_nothing_of_the_attempt_is_left(
     assert shared(config, run_dir, tmp_path) == []
     assert list((tmp_path / "channel").iterdir()) == []
     assert not (run_dir / "servers").exists()
+
+
+def test_what_a_server_shared_is_given_back_also_where_it_has_died_before_anybody_could_look(
+    hung: Hung, name: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the launcher the kernel ends the servers that it has started, and what they had mapped is no more told."""
+    monkeypatch.setattr(reaper, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(reaper, "LOOK_SECONDS", 0.01)
+    seen, look = threading.Event(), attempt.shared_files
+
+    def looked(processes: list[psutil.Process]) -> set[str]:
+        if hung.semaphore in (found := look(processes)):
+            seen.set()
+        return found
+
+    monkeypatch.setattr(attempt, "shared_files", looked)
+    hears, tells = os.pipe()
+    with open(hears) as stdin, open(tells, "w") as launcher:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        main = threading.Thread(target=reaper.main, args=(run_dir, name))
+        main.start()
+        assert seen.wait(60)
+        for process in (hung.process, hung.child):
+            process.kill()
+            process.wait()
+        assert hung.left == [False, False, True]
+        launcher.close()
+        main.join()
+    assert hung.left == [False, False, False]
 
 
 def test_a_role_that_a_fork_has_made_is_known_by_its_number_and_what_it_started_by_its_parent(
