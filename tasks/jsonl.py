@@ -198,9 +198,10 @@ def remark_on_contradictions(records: list[Record], where: str, compare: str) ->
     first: dict[str, Record] = {}
     found: dict[str, tuple[Record, Record]] = {}
     for record in records:
-        before = first.setdefault(identity(record), record)
-        if not is_answer(before.answer, record.answer, compare):
-            found.setdefault(identity(record), (before, record))
+        problem = identity(record)
+        before = first.setdefault(problem, record)
+        if record.answer != before.answer and not is_answer(before.answer, record.answer, compare):
+            found.setdefault(problem, (before, record))
     if not found:
         return ""
     one, other = next(iter(found.values()))

@@ -11,11 +11,11 @@ from offtrail.platform.config.errors import refuse
 _STEP = re.compile(r"step_(\d+)")
 
 
-def model_folder(checkpoint: str) -> Path | None:
+def model_folder(checkpoint: str, key: str = "checkpoint") -> Path | None:
     """The newest checkpoint of a run directory (of its last stage that has begun), or its start model before the first;
     a folder with a config.json as it is; None for anything else, which may be a name in the Hugging Face cache.
 
-    Raises ConfigError for a run directory without a model.
+    Raises ConfigError, which names ``key``, for a run directory without a model.
     """
     given = Path(checkpoint)
     if os.path.isfile(given / "config.json"):
@@ -28,8 +28,8 @@ def model_folder(checkpoint: str) -> Path | None:
         return found
     stages = sorted(given.glob("stages/*/config.yaml"), key=lambda path: int(path.parent.name.partition("_")[0]))
     if not stages:
-        raise refuse("checkpoint", checkpoint, "the run has neither a checkpoint nor a start model")
-    return model_folder(str(stages[-1].parent))
+        raise refuse(key, checkpoint, "the run has neither a checkpoint nor a start model")
+    return model_folder(str(stages[-1].parent), key)
 
 
 def steps_of(run_dir: Path) -> list[int]:

@@ -118,7 +118,7 @@ def _model_is_here(key: str, given: str, give: str = "a Hugging Face model folde
         merge = "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), with peft"
         raise refuse(key, given, f"is a LoRA adapter, not a model; merge it into its model first: {merge}")
     if os.path.isfile(Path(given) / "config.yaml"):
-        raise refuse(key, given, f"is a run directory; give the model in it: {model_folder(given)}")
+        raise refuse(key, given, f"is a run directory; give the model in it: {model_folder(given, key)}")
     if os.path.exists(given):
         raise refuse(key, given, "holds no config.json; a Hugging Face model folder has one")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given, re.ASCII) or given.startswith("."):

@@ -35,6 +35,8 @@ from offtrail.platform.runtime.device import without_gpu
 from offtrail.platform.runtime.roles import roles_of
 
 FLAGS = ("--help", "--version", "--dry-run")
+Imitated = dict[tuple[str, str, str], list[Problem]]
+"""The examples of each (sft.path, sft.prompt_field, sft.answer_field)."""
 # What the roles import, checked here so that a missing one is one line and not five tracebacks.
 PACKAGES = (
     "accelerate aiohttp matplotlib msgspec numpy psutil pyarrow rich safetensors tensorboard torch transformers "
@@ -137,7 +139,7 @@ def require_inputs(config: Config) -> None:
     """Raise ConfigError for what a run would need and not find here: of a recipe what any of its stages would, as far
     as no earlier one hands it on. What is worth a word goes to stderr, once.
     """
-    said, examples = set[str](), list[Problem]()
+    said, examples = set[str](), Imitated()
 
     def note(text: str) -> None:
         if text not in said:
@@ -179,7 +181,7 @@ def require_models(config: Config, handed: Collection[str] = ()) -> None:
 
     served = config.job in ("serve", "chat")
     for key, given in ((key.path, key.default) for key in keys_of(config).values() if key.path_kind == "model"):
-        folder = (model_folder(given) or folder_of(given)) if given and key not in handed else None
+        folder = (model_folder(given, key) or folder_of(given)) if given and key not in handed else None
         if folder is None:  # there is none to make, or it is refused by name already
             continue
         check_model(key, given, folder, trained=not served)
@@ -213,11 +215,10 @@ def _require_architecture(config: Config, key: str, given: str, folder: Path) ->
         raise refuse(key, given, f"its {error}; download or save it again") from None
 
 
-def require_data(config: Config, handed: Collection[str], examples: list[Problem], note: Callable[[str], None]) -> None:
+def require_data(config: Config, handed: Collection[str], examples: Imitated, note: Callable[[str], None]) -> None:
     """Raise ConfigError when the files of the task, or of examples, hold a line that cannot be used, or too few
     held-out problems, or none that fits the model; or a component of the reward, or the driver, cannot be made.
-    ``note`` hears what else is to be said of them, and of ``examples``: those that earlier stages and
-    this one imitate.
+    ``note`` hears what else is to be said of them, and of ``examples``: those that earlier stages and this one imitate.
     """
     from offtrail.core.plugins import PluginError
     from offtrail.platform.launcher.prompts import check_prompts
@@ -237,11 +238,14 @@ def require_data(config: Config, handed: Collection[str], examples: list[Problem
             note(remark)
         cold = not config.model.path and "model.path" not in handed
         if sft.path and "sft.path" not in handed and (config.job == "sft" or cold):
-            examples += read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
+            given = (sft.path, sft.prompt_field, sft.answer_field)
+            if given not in examples:
+                examples[given] = read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
         if config.job == "rl":
             held_out = task.held_out(config.eval.prompts)
-            if remark := remark_on_held_out(examples, held_out):
-                note(remark)
+            for imitated in examples.values():
+                if remark := remark_on_held_out(imitated, held_out):
+                    note(remark)
             shares = Counter(problem.task for problem in held_out)
             for one in from_outside(task):
                 check_promises(one, shares[one.name])

@@ -33,7 +33,7 @@ Array = npt.NDArray[Any]
 DTYPES = tuple(map(np.dtype, ("<i4", "<f4", "<f8", "|u1", "<i8", "|i1", "<i2", "<f2", "<u2", "<u4", "<u8")))
 LARGE_BYTES = 32 * 1024
 """Below it a copy into the head costs less than a frame."""
-MAX_DIMS, MAX_SHAPES = 8, 1 << 16
+MAX_DIMS, MAX_ARRAYS, MAX_SHAPES = 8, 1 << 20, 1 << 16
 
 _MAGIC = b"offt"
 _PREFIX = struct.Struct("<4sHH")
@@ -51,7 +51,7 @@ class WireError(ValueError):
 class _Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     message: RequestMessage | ReplyMessage | VersionHint
     dtypes: bytes
-    parts: list[bytes | None]
+    parts: Annotated[list[bytes | None], msgspec.Meta(max_length=MAX_ARRAYS)]
     shapes: Annotated[dict[Dim, Shape], msgspec.Meta(max_length=MAX_SHAPES)]
 
 

@@ -521,6 +521,9 @@ def test_resume_of_a_run_of_another_version(saved, tmp_path):
 
 def test_a_run_directory_is_no_model_but_holds_one(tmp_path):
     write(tmp_path / "config.yaml", "job: sft")
+    assert message(f"model.path={tmp_path}") == (
+        f"model.path={tmp_path}: the run has neither a checkpoint nor a start model"
+    )
     (tmp_path / "checkpoints" / "step_30").mkdir(parents=True)
     write(tmp_path / "checkpoints" / "step_30" / "config.json", "{}")
     where = tmp_path / "checkpoints" / "step_30"

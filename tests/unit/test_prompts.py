@@ -90,7 +90,8 @@ def test_examples_that_answer_held_out_prompts_are_counted(
     )
     task = [setting for setting in line(3, 4) if not setting.startswith("model.path=")]
     stages = f"recipe.stages={{a: {{job: sft, sft: {{path: {examples}}}}}, b: {{job: rl, start_from: a}}}}"
-    for settings in ([*task, f"sft.path={examples}"], [*task, stages]):
+    again = stages.replace(" b: ", f" again: {{job: sft, sft: {{path: {examples}}}}}, b: ")  # counted once
+    for settings in ([*task, f"sft.path={examples}"], [*task, stages], [*task, again]):
         require_inputs(compose(settings))
         assert capsys.readouterr().err == f"offtrail: note: {words}\n"
     require_inputs(compose([*line(3, 4), f"sft.path={examples}"]))

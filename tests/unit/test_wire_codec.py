@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from offtrail.core.types import Problem
-from offtrail.platform.wire.codec import DTYPES, LARGE_BYTES, MAX_SHAPES, WireError, decode, encode
+from offtrail.platform.wire.codec import DTYPES, LARGE_BYTES, MAX_ARRAYS, MAX_SHAPES, WireError, decode, encode
 from offtrail.platform.wire.messages import (
     PROTOCOL,
     Acknowledged,
@@ -152,6 +152,7 @@ def test_another_protocol_is_named_whatever_follows(protocol):
         ([announcing(b"", [], {0: [0]})], "out of range"),
         ([announcing(b"\x00", [b"1234"], {-1: [1]})], "header: "),
         ([announcing(b"", [], {i: [1] for i in range(MAX_SHAPES + 1)})], "length <= 65536"),
+        ([announcing(b"", [b""] * (MAX_ARRAYS + 1))], "length <= 1048576"),
         ([announcing(b"\x00", [b"1234"], {0: [-1]})], "header: "),
         ([announcing(b"\x00", [b"1234"], {0: [1.5]})], "header: "),
         ([announcing(b"\x00", [b"1234"], {0: [1 << 40]})], "header: "),
