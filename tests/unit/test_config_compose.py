@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from offtrail.core.plugins import OUTSIDE
 from offtrail.core.settings import inside, limits_text
-from offtrail.platform.config import compose as module
+from offtrail.platform.config import keys as module
 from offtrail.platform.config.compose import OPTIONS_DIR, compose, load_config, options_of, to_yaml
 from offtrail.platform.config.errors import ConfigError, nearest
 from offtrail.platform.config.files import read_file
