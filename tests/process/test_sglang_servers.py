@@ -18,6 +18,7 @@ from offtrail.platform.engines.sglang import lifecycle
 from offtrail.platform.engines.sglang.health import ask
 from offtrail.platform.engines.sglang.lifecycle import UnhealthyError
 from offtrail.platform.engines.sglang.servers import Address, Servers
+from offtrail.platform.runtime.attempt import shared_files
 
 Real = tuple[Servers, Path]
 MAX_LENGTH = 128
@@ -112,7 +113,7 @@ def test_a_server_through_its_life(
         assert first.incarnation == 2  # a taken port is another start, and no death
         family = tree_of(first)
         assert len(family) >= 3  # scheduler and detokenizer
-        shared = shared_memory_of(family)
+        shared = loads_of(family)
         os.kill(family[0].pid, signal.SIGKILL)
         until(servers, lambda: not servers.ready())
         until(servers, servers.ready)
@@ -127,14 +128,14 @@ def test_a_server_through_its_life(
         assert generate(router, "wrong")[0] == 401
         assert ask(f"{router.url}/abort_request", router.admin_key, {"rid": "of-nobody"})[0] == 404
         family = tree_of(second)
-        shared |= shared_memory_of(family)
+        shared |= loads_of(family)
         for process in family[1:]:
             process.suspend()
     finally:
         servers.close()
     assert not any(alive(process) for process in family)
     assert not any(alive(process) for process in set(psutil.Process().children()) - children)
-    assert len(shared) >= 2
+    assert len(shared) == 2
     assert not any(os.path.exists(path) for path in shared)
 
 
@@ -151,9 +152,11 @@ def tree_of(address: Address) -> list[psutil.Process]:
     return [main, *main.children(recursive=True)]
 
 
-def shared_memory_of(family: list[psutil.Process]) -> set[str]:
-    found = {path for process in family for path in re.findall(r"/dev/shm/sgl\S+", maps_of(process))}
+def loads_of(family: list[psutil.Process]) -> set[str]:
+    """The file that they share, in TMPDIR; in /dev/shm they have nothing that bears a random name."""
+    found = {path for process in family for path in re.findall(r"/\S*/sglang_loads_\S+", maps_of(process))}
     assert found
+    assert not shared_files(family)
     return found
 
 

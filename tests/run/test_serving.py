@@ -182,7 +182,7 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
 
 @pytest.mark.prove
 def test_nothing_of_a_served_model_outlives_a_killed_launcher(start_dir: Path, tmp_path: Path) -> None:
-    """No process of a real server, whatever session it is in, and neither its semaphores nor its temporary folder."""
+    """No process of a real server, whatever session it is in, nor its temporary folder and what they share there."""
     saved = save_checkpoint(start_dir, tmp_path / "runs" / "trained")
     settings = ["job=serve", f"checkpoint={saved}", "serve.port=0", "run.name=api"]
     with subprocess.Popen(
@@ -192,15 +192,13 @@ def test_nothing_of_a_served_model_outlives_a_killed_launcher(start_dir: Path, t
         while not (line := served.stdout.readline()).startswith("curl "):
             assert line
         family = psutil.Process(served.pid).children(recursive=True)
-        shared = [Path(file) for file in shared_files(family)]
         temporary = f"{own_name(tmp_path / 'runs' / 'api')}-*"
         assert len(family) >= 4  # server, scheduler, detokenizer, reaper
-        assert shared
-        assert list(Path(tempfile.gettempdir()).glob(temporary))
+        assert list(Path(tempfile.gettempdir()).glob(f"{temporary}/sglang_loads_*"))
+        assert not shared_files(family)
         served.kill()
     psutil.wait_procs(family, timeout=60)
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
-    assert not [file for file in shared if file.exists()]
     assert not list(Path(tempfile.gettempdir()).glob(temporary))
 
 

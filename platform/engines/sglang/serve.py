@@ -21,6 +21,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,18 @@ def guard_endpoints() -> None:
         endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
 
 
+def keep_loads_in_temporary() -> None:
+    """Have the file by which a server's processes tell each other their load lie in TMPDIR, which goes with the run:
+    sglang gives it a random name in /dev/shm, and after a kill -9 nobody knows whose it was. (Not in 0.5.17.)
+    """
+    try:
+        from sglang.srt.managers import load_snapshot
+    except ImportError:
+        return
+    path_for = load_snapshot.shm_path_for
+    load_snapshot.shm_path_for = lambda name: os.path.join(tempfile.gettempdir(), os.path.basename(path_for(name)))
+
+
 def fork_children() -> None:
     """Have multiprocessing fork, whatever sglang asks for, and every fork end with the process that made it."""
     forks_from = [os.getpid()]
@@ -123,5 +136,6 @@ if __name__ in ("__main__", "__mp_main__"):
         cpu.install()
     else:
         cpu.install_features()
+    keep_loads_in_temporary()
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
