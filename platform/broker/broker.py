@@ -447,6 +447,8 @@ class Broker:
         self.numbers.dropped += len(message.metrics) - len(scores)
         self.ledger.records.evaluated(message.version, scores)
         self.recorder.evaluation(message.version, scores, message.texts)
+        for line in self.ending.diagnosis.take_scores(message.version, scores):
+            log.warning("%s", line)
 
     # ------------------------------------------------------------------ all roles, and the launcher
 

@@ -133,6 +133,7 @@ class Evaluation:
             "eval/length_mean": float(np.concatenate([g.lengths for g in groups if g is not None]).mean()),
             "eval/truncated_share": float(np.mean(np.concatenate([g.finish != STOP for g in groups if g is not None]))),
             "eval/prompts": float(len(self.problems)),
+            "eval/prompts_without_room": float(sum(group is None for group in groups)),
             "eval/version": float(version),
         }
         log.info("version %d: accuracy %.3f", version, metrics.get("eval/accuracy", np.nan))

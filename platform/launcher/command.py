@@ -221,8 +221,7 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
     ``note`` hears what else is to be said of them, and of ``examples``: those that earlier stages and this one imitate.
     """
     from offtrail.core.plugins import PluginError
-    from offtrail.platform.launcher.prompts import check_prompts
-    from offtrail.platform.model.folder import folder_of
+    from offtrail.platform.launcher.prompts import check_prompts, counter
     from offtrail.rewards.base import RewardError
     from offtrail.rewards.registry import make_reward
     from offtrail.search.registry import SearchError
@@ -251,8 +250,7 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
                 check_promises(one, shares[one.name])
             make_reward(config.reward, task.verify)
             check_driver(config.search)
-            folder = folder_of(config.model.path) if "model.path" not in handed and config.model.path else None
-            if folder is not None and not config.run.resume:
-                check_prompts(config, task, folder, note)
+            if (count := counter(config, handed)) is not None and not config.run.resume:
+                check_prompts(config, task, count, note)
     except (PluginError, RewardError, SearchError, TaskError) as error:
         raise ConfigError(str(error)) from None

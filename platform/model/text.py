@@ -22,6 +22,7 @@ import numpy as np
 from offtrail.core.types import Int32, Problem
 from offtrail.platform.config.schema import PromptConfig
 from offtrail.platform.model.folder import without_bos, without_rows, without_template
+from offtrail.platform.model.refusals import empty_prompt, refused, unknown_text, without_chat
 from offtrail.tasks.base import TaskError
 
 TASK_FILE = "offtrail.json"
@@ -78,10 +79,7 @@ class Text:
         """
         if not self.chats:
             if problem.messages:
-                raise _refused(
-                    problem, "its prompt is a list of messages, and no chat template is in use (prompt.chat); choose a "
-                    "model.path whose tokenizer has one, or take task.prompt_field"
-                )  # fmt: skip
+                raise without_chat(problem)
             return problem.prompt
         messages = [dict(m) for m in problem.messages] or [{"role": "user", "content": problem.prompt}]
         return self._render(messages, problem)
@@ -96,7 +94,7 @@ class Text:
         tokens = self._tokens(told)
         for problem, text, ids in zip(problems, told, tokens, strict=True):
             if not ids:
-                raise _refused(problem, "the prompt is empty; mend the data or task.template")
+                raise empty_prompt(problem)
             self._check_known(problem, text, ids)
         return [np.array([*self._prefix, *ids], np.int32) for ids in tokens]
 
@@ -164,13 +162,8 @@ class Text:
         return list(self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
     def _check_known(self, problem: Problem, text: str, tokens: Sequence[int]) -> None:
-        """What is trained on must be the text itself."""
         if not self.knows(text, tokens):
-            raise _refused(
-                problem,
-                f"the tokenizer does not know all of {text[:60]!r}; choose a model.path whose tokenizer covers the "
-                "task's text",
-            )
+            raise unknown_text(problem, text)
 
     def _render(self, messages: Sequence[dict[str, str]], problem: Problem, generation: bool = True) -> str:
         from jinja2 import TemplateError
@@ -178,7 +171,7 @@ class Text:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
         except TemplateError as error:
-            raise _refused(
+            raise refused(
                 problem, f"the chat template refuses its messages ({error}); mend them, or see prompt.system and "
                 "prompt.template_kwargs"
             ) from None  # fmt: skip
@@ -317,9 +310,3 @@ def _after(opened: str, answer: str) -> str:
     if "</think>" in opened:
         return re.sub(r"\A\s*<think>.*?</think>\s*", "", answer, flags=re.DOTALL)
     return re.sub(r"\A\s*<think>", "", answer) if opened else answer
-
-
-def _refused(problem: Problem, what: str) -> TaskError:
-    file = "=" in problem.task  # an example, which names its file and line (tasks/examples.py)
-    where = f"{problem.task}, line {problem.index}" if file else f"task={problem.task}, problem {problem.index}"
-    return TaskError(f"{where}: {what}")

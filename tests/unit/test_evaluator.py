@@ -83,6 +83,7 @@ def test_a_prompt_that_does_not_fit_counts_as_wrong_and_is_said_once(
         for _ in range(2):
             metrics, texts = evaluation.run()
     assert (metrics["eval/accuracy"], metrics["eval/prompts"]) == (0.75, PROMPTS)
+    assert metrics["eval/prompts_without_room"] == 1
     assert 0 < metrics["eval/length_mean"] <= 8
     assert "1" * 60 not in texts["eval/samples"]
     [record] = caplog.records
