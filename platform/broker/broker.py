@@ -123,6 +123,7 @@ class Broker:
         self.ending = Ending(config, run_dir, self.scheduler, self.evaluations, self.archive, self.numbers, clock)
         self.polls = Polls(clock, wire, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
+        self._here = not is_remote(config.broker.address)
         self.restartable = {spec.name for spec in roles_of(config) if spec.restarts}
         self.deferred: list[Callable[[], None]] = []
         self._restore_rows()
@@ -232,8 +233,7 @@ class Broker:
 
     def on_hello(self, hello: Hello, envelope: Envelope) -> Answer:
         """A role begins, or begins again: then its leases go back, and a new learner's replay starts over."""
-        here = not is_remote(self.config.broker.address)
-        check_hello(hello, envelope.process, self.run_dir.name, self.roster, here=here)
+        check_hello(hello, envelope.process, self.run_dir.name, self.roster, here=self._here)
         name = f"{hello.role}-{hello.index}"
         before = self.roster.get(name)
         # A process that comes back under a new connection goes on with its cumulative charges.
@@ -467,8 +467,14 @@ class Broker:
         return Beat(version=self.scheduler.version, stop=bool(self.ending.status)), NO_ARRAYS
 
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
-        """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words."""
+        """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words.
+        Trap: a word of the launcher that comes late must not remove the process that has followed the dead one.
+        """
         name = f"{failure.role}-{failure.index}"
+        member = self.roster.get(name)
+        if failure.pid and member is not None and member.pid != failure.pid and member.runs(here=self._here):
+            log.info("%s: process %d is dead, and process %d has followed it", name, failure.pid, member.pid)
+            return Acknowledged(), NO_ARRAYS
         if failure.role == "learner" and failure.batch >= 0 and not self.ending.status:
             self.scheduler.blame(failure.batch, failure.error)
         if failure.final or name not in self.restartable:

@@ -236,7 +236,7 @@ class Beat(Message, frozen=True):
 
 class Failure(Message, frozen=True):
     """A role says why it dies, or the launcher how one has died. ``final``: another start would not cure it.
-    ``batch``: the learner step whose batch it failed on, or −1.
+    ``batch``: the learner step whose batch it failed on, or −1. ``pid``: who was found dead, 0 where it is the sender.
     """
 
     role: Name
@@ -244,6 +244,7 @@ class Failure(Message, frozen=True):
     error: Text
     final: bool = False
     batch: VersionOrNone = -1
+    pid: Pid = 0
 
 
 class StatusRequest(Message, frozen=True):

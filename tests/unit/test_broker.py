@@ -152,6 +152,21 @@ def test_a_killed_process_leaves_its_name_to_the_next_one_though_nobody_told_of_
     assert run.lease().leases
 
 
+def test_a_death_that_is_told_late_leaves_the_next_process_its_name_and_its_leases(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    with subprocess.Popen(["true"]) as killed:
+        pass
+    run.broker.roster.members["generator-0"].pid = killed.pid
+    run.hello("generator", process="second")
+    held = run.lease().leases
+    words = "was killed by SIGKILL"
+    run.ask("launcher-0", Failure(role="generator", index=0, error=words, pid=killed.pid), Acknowledged)
+    assert run.submit(held[0], 0).accepted
+    run.ask("launcher-0", Failure(role="generator", index=0, error=words, pid=os.getpid()), Acknowledged)
+    assert "has not said Hello" in run.ask("generator-0", LeaseRequest(room=1), Error).error
+
+
 def test_a_name_is_free_once_its_process_is_lost(start: Callable[..., Run]) -> None:
     run = start(broker__address="0.0.0.0")  # elsewhere a process id says nothing, its heartbeats do
     run.everybody()
