@@ -102,7 +102,7 @@ class Text:
         """Tokens [T] of whole answers such as worked ones, each with its stop token and without the tags that the
         prompt has opened already. Raises TaskError when one holds text that the tokenizer lacks.
         """
-        answers = [_after(self.opened(problem), text) for problem, text in zip(problems, texts, strict=True)]
+        answers = [rest_of(self.opened(problem), text) for problem, text in zip(problems, texts, strict=True)]
         tokens = self._tokens(answers)
         for problem, text, ids in zip(problems, answers, tokens, strict=True):
             self._check_known(problem, text, ids)
@@ -133,8 +133,7 @@ class Text:
         if self.chats:
             _, tag, rest = self._generation_prompt.partition("<think>")
             return tag + rest
-        match = _OPENED.search(problem.prompt)
-        return match[0] if match else ""
+        return opened_by(problem.prompt)
 
     def answer_text(self, problem: Problem, tokens: Int32) -> str:
         """The whole answer for verifiers and readers: what the prompt opened, and what the model said."""
@@ -305,7 +304,13 @@ def _set_bos(tokenizer: Any, bos: str, model_dir: Path) -> None:
     tokenizer.add_bos_token = bos == "always"
 
 
-def _after(opened: str, answer: str) -> str:
+def opened_by(prompt: str) -> str:
+    """What the end of a plain prompt has begun of the answer; see Text.opened."""
+    match = _OPENED.search(prompt)
+    return match[0] if match else ""
+
+
+def rest_of(opened: str, answer: str) -> str:
     """A whole answer without the think tag that the prompt has opened, or without the block that it has closed."""
     if "</think>" in opened:
         return re.sub(r"\A\s*<think>.*?</think>\s*", "", answer, flags=re.DOTALL)

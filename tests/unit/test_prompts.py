@@ -102,7 +102,42 @@ PLAIN = st.lists(st.sampled_from([*characters.ALPHABET, *characters.TAGS, *chara
 def test_the_small_models_tokens_are_counted_without_its_tokenizer(start_dir: Path, texts: list[str]) -> None:
     problems = [Problem("t", i, text, "1") for i, text in enumerate(texts)]
     problems.append(Problem("t", 99, "1+1=", "2", messages=({"role": "user", "content": "1+1="},)))
-    assert characters.count(problems) == count(Asked(str(start_dir), PromptConfig(), problems))
+    assert characters.count(problems, False) == count(Asked(str(start_dir), PromptConfig(), problems))
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(PLAIN.map("".join), PLAIN.map("".join)), max_size=5))
+def test_so_are_those_of_answers(start_dir: Path, pairs: list[tuple[str, str]]) -> None:
+    pairs = [*pairs, ("1+1=<think>", "<think>1</think>2"), ("1+1=<think>\n</think>", "<think>1</think> 2")]
+    problems = [Problem("t", i, prompt, answer) for i, (prompt, answer) in enumerate(pairs)]
+    found = characters.count(problems, True)
+    assert found == count(Asked(str(start_dir), PromptConfig(), problems, answered=True))
+    assert found[-2:] == [len("1+1=") + 1 + len("1") + 1 + len("2") + 1, len("1+1=") + 3 + len("2") + 1]
+
+
+@pytest.mark.parametrize("model", [True, False], ids=["a model", "the small model"])
+def test_examples_that_are_too_long_or_unknown_are_refused_before_the_start_as_in_the_learner(
+    model: bool, start_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`12+34=` is 6 tokens, and `46` with its stop token 3: 9."""
+    monkeypatch.setattr(prompts, "lengths", count)
+    path = tmp_path / "examples.jsonl"
+    rows = [{"prompt": "1=", "answer": "1"}, {"prompt": "12+34=", "answer": "46"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft = ["job=sft", f"sft.path={path}", "sampling.max_new_tokens=1", *([f"model.path={start_dir}"] if model else [])]
+    words = f"sft.path={path}, line 2: prompt and answer take 9 tokens, more than model.max_length=8 (1 of 2 lines do)"
+    require_inputs(compose([*sft, "model.max_length=9"]))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        require_inputs(compose([*sft, "model.max_length=8"]))
+    assert capsys.readouterr().err == ""
+    require_inputs(compose([*sft, "model.max_length=8", "sft.long=drop"]))
+    assert "1 of 2 examples are left out: they are longer than model.max_length=8" in capsys.readouterr().err
+    monkeypatch.setattr(prompts, "LOOKED_AT", 1)  # the longer one
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        require_inputs(compose([*sft, "model.max_length=8"]))
+    path.write_text(json.dumps({"prompt": "Größe", "answer": "1"}))
+    with pytest.raises(ConfigError, match=re.escape(f"sft.path={path}, line 1: the tokenizer does not know all of")):
+        require_inputs(compose(sft))
 
 
 def test_a_process_of_its_own_counts(start_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
