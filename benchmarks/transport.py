@@ -38,7 +38,7 @@ WAYS = ("wire", "raw_copy", "raw_zero_copy")
 WINDOW = 16
 PATIENCE_S = 30.0
 RAW_END_S = 2.0
-"""After the measurement: in about one of two hundred, libzmq's zmq_ctx_term waits for ever, whatever the linger."""
+"""After a measurement: in one of a hundred or so at 1 MB, libzmq's zmq_ctx_term never returns, whatever the linger."""
 STOP = b"stop"
 
 
