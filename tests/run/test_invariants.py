@@ -259,13 +259,13 @@ def test_an_interrupted_run_says_so_and_goes_on(
 def test_what_had_no_score_yet_when_a_run_was_stopped_gets_the_one_of_an_undisturbed_run(
     launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Its evaluator stands still in the first launch: version 0, version 2 of a checkpoint that is kept until then, and
-    version 4, from which the second launch goes on, all wait.
+    """Its evaluator stands still in the first launch: version 0, those of checkpoints, which the second launch keeps no
+    longer than they wait, and the one that it goes on from all wait.
     """
     keys = ("staleness.mode=exact", "learner.steps=8", "learner.checkpoint_every=2", "eval.every=2")
     undisturbed = launch("other", *keys)
     assert undisturbed.code == 0, undisturbed.output
-    process = warm.Popen(command("stop", *keys), env=environment, cwd=tmp_path)
+    process = warm.Popen(command("stop", "learner.keep_checkpoints=4", *keys), env=environment, cwd=tmp_path)
     run_dir = tmp_path / "stop"
     wait_until("an evaluator", lambda: running("evaluator", run_dir))
     evaluator = psutil.Process(pid_of("evaluator", run_dir))
@@ -277,7 +277,7 @@ def test_what_had_no_score_yet_when_a_run_was_stopped_gets_the_one_of_an_undistu
     assert process.wait(45) == 130
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["status"], summary["eval/accuracy_first"]) == ("interrupted", None)
-    resumed = launch("stop", "run.resume=true", *keys)
+    resumed = launch("stop", "run.resume=true", "learner.keep_checkpoints=1", *keys)
     assert resumed.code == 0, resumed.output
     assert scores(resumed) == scores(undisturbed)
     assert list(scores(resumed)) == [0, 2, 4, 6, 8]
