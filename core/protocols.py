@@ -138,6 +138,11 @@ class Engine(Protocol):
     def abort(self) -> list[Completion]:
         """Return every unfinished sample as it is, with finish reason ``abort``."""
 
+    def release(self) -> None:
+        """Give back the memory that ``load_weights`` takes again quickly; until then there is nothing to make tokens
+        with. No sample is unfinished.
+        """
+
     def close(self) -> None:
         """Give back what the engine holds."""
 

@@ -85,6 +85,8 @@ class KVCache:
                 ) from error
             new[:, : self.slots, :, : self.columns] = old[:, :slots, :, :columns]
             self.layers[i] = new
+            self._rows[i] = []  # views that would keep the old one
+            del old
         self.slots, self.columns = slots, columns
         self._index()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from offtrail.platform.config.schema import Config, SglangConfig
-from offtrail.platform.runtime.context import servers_folder
+from offtrail.platform.runtime.context import reuses_files, servers_folder
 
 
 class Reader(Protocol):
@@ -65,7 +65,7 @@ def open_reader(config: Config, folder: Path) -> Reader:
         return PushedReader(folder)
     from offtrail.platform.weights.store import Subscriber
 
-    return Subscriber(folder)
+    return Subscriber(folder, reuse=reuses_files(config))
 
 
 def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Channel:
@@ -76,7 +76,8 @@ def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Chan
 
     weights, dtype = config.weights, engine_dtype(config)
     whole = weights.channel in ("shm", "disk")
-    store = Publisher(folder, keep, dtype=dtype, full_every=weights.full_every if weights.delta and whole else 0)
+    full_every = weights.full_every if weights.delta and whole else 0
+    store = Publisher(folder, keep, dtype=dtype, full_every=full_every, reuse=reuses_files(config))
     if whole:
         return store
     bucket_bytes = weights.bucket_mb << 20

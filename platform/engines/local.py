@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from offtrail.platform.engines.sampler import draw, keep, log_probabilities
 from offtrail.platform.engines.slots import Pending, Slots, queue, stacked
 from offtrail.platform.engines.spec import read_spec
 from offtrail.platform.engines.stops import StopStrings
+from offtrail.platform.runtime.host_memory import give_back_freed
 
 Int64 = npt.NDArray[np.int64]
 _PASS_TOKENS = {"cpu": 1024}
@@ -39,6 +41,8 @@ _PASS_TOKENS = {"cpu": 1024}
 
 _IDLE_BYTES = 1 << 28
 """What an engine without work keeps of its KV cache: more than that was filled by seconds of work."""
+_HOLES = 1 << 26
+"""Freed bytes that are worth giving back when the cache has grown: where smaller layers were."""
 _BLOCK_LOGITS = 1 << 20
 """Logits sampled together on a CPU: few enough to stay in its cache."""
 
@@ -59,10 +63,14 @@ class LocalEngine:
     besides the protocol's, ``scored_tokens``. A prompt of P tokens counts P − 1 as prefilled, since the first decode
     step feeds its last, and P − 1 as prefix hits for each further sample of the request.
 
+    ``loaded=False``: without weights until ``load_weights``, as after ``release``.
+
     ValueError on an architecture, tensor or length that the model does not have.
     """
 
-    def __init__(self, model_dir: Path, config: LocalConfig, *, max_length: int, threads: int) -> None:
+    def __init__(
+        self, model_dir: Path, config: LocalConfig, *, max_length: int, threads: int, loaded: bool = True
+    ) -> None:
         torch.set_num_threads(threads)
         spec = read_spec(model_dir)
         spec.check_length(max_length)
@@ -75,8 +83,6 @@ class LocalEngine:
         self._config, self._max_length = config, max_length
         self._device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         self._pass_tokens = _PASS_TOKENS.get(self._device.type, 8192)
-        self._decoder = Decoder(spec, max_length, dtype, self._device)
-        self._decoder.load(read_weights(model_dir))
         self._cache = KVCache(spec, config.max_running, max_length, config.kv_cache_mb, dtype, self._device)
         self._slots = Slots(config.max_running, max_length, spec.vocab_size)
         self._stops = StopStrings(model_dir)
@@ -84,6 +90,10 @@ class LocalEngine:
         self._prompt_kv: Tensor | None = None
         """Prompt KV of the first waiting request, where some of its samples have entered already."""
         self._kv_stale = self._paused = False
+        self._make_decoder = partial(Decoder, spec, max_length, dtype, self._device)
+        self._loaded: Decoder | None = None
+        if loaded:
+            self.load_weights(0, read_weights(model_dir))
 
     replicas = 1
     waiting_for = ""
@@ -162,7 +172,9 @@ class LocalEngine:
         """Copy a version's weights in, between steps. Unfinished samples go on under it, from the KV cache that
         ``engine.kv_on_update`` says; prompts that enter later are always prefilled under it.
         """
-        self._decoder.load(weights)
+        if self._loaded is None:
+            self._loaded = self._make_decoder()
+        self._loaded.load(weights)
         self.version = version
         self._prompt_kv = None
         self._kv_stale = self._config.kv_on_update == "recompute" and self._slots.running > 0
@@ -202,10 +214,17 @@ class LocalEngine:
         self._prompt_kv, self._kv_stale = None, False
         return partial
 
+    def release(self) -> None:
+        """Give back weights and cache, to the system too; ``load_weights`` takes them again."""
+        self._loaded = self._prompt_kv = None
+        self._cache.release()
+        give_back_freed()
+
     def close(self) -> None:
         """Drop the unfinished samples, the cache and the weights; the engine is of no use afterwards."""
         self.abort()
-        del self._cache, self._decoder
+        self._loaded = None
+        del self._cache
 
     # One step
 
@@ -266,8 +285,10 @@ class LocalEngine:
         """Room for what runs: a column beyond the newest token too, which there is since a sample of full length has
         ended.
         """
-        slots = self._slots
+        slots, before = self._slots, self._cache.bytes
         self._cache.reserve(slots.running, int(slots.length[: slots.running].max()) + 1)
+        if self._cache.bytes > before:
+            give_back_freed(_HOLES)
 
     def _decode(self, due: Sequence[_Due]) -> Tensor:
         """Logits [n, V] of the next token of each running sample.
@@ -346,6 +367,13 @@ class LocalEngine:
             self._cache.move(source, target, int(self._slots.length[target].max()))
 
     # Helpers
+
+    @property
+    def _decoder(self) -> Decoder:
+        """RuntimeError where it was released."""
+        if self._loaded is None:
+            raise RuntimeError("the engine has no weights: load_weights brings them (back)")
+        return self._loaded
 
     def _passes(self, due: Sequence[_Due]) -> list[Prefill | Continuation]:
         """Passes over what is due: beginnings first, since what continues them attends to them."""

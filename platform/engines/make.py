@@ -28,7 +28,13 @@ def make_engine(context: RoleContext) -> Engine:
         )
     from offtrail.platform.engines.local import LocalEngine
 
-    return LocalEngine(context.start_model, local_config(config.engine), max_length=longest, threads=threads)
+    return LocalEngine(
+        context.start_model,
+        local_config(config.engine),
+        max_length=longest,
+        threads=threads,
+        loaded=not evaluates,  # nothing is scored before a version is loaded
+    )
 
 
 def local_config(engine: EngineConfig) -> LocalConfig:

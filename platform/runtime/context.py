@@ -62,10 +62,6 @@ class RoleContext:
         """The Hugging Face directory that version 0 comes from: a link that the launcher makes."""
         return self.run_dir / "start"
 
-    def model_of(self, version: int) -> Path:
-        """The Hugging Face directory that a version is in where it was kept: the start model, or its checkpoint."""
-        return self.run_dir / "checkpoints" / f"step_{version}" if version else self.start_model
-
     @property
     def weights_folder(self) -> Path:
         """The weight channel's folder, the same for every role of the attempt."""
@@ -117,6 +113,13 @@ def own_name(run_dir: Path) -> str:
 def make_temporary(run_dir: Path, name: str) -> Path:
     """A new folder for temporary files, which goes with the attempt's leftovers also where its maker is killed."""
     return Path(tempfile.mkdtemp(prefix=f"{own_name(run_dir)}-{current()}-{name}-"))
+
+
+def reuses_files(config: Config) -> bool:
+    """Whether the store keeps a retired file to write into. Not where the learner computes in the same memory, which a
+    version more would lift at its peak; new pages then cost little beside a step.
+    """
+    return config.learner.device != "cpu"
 
 
 def servers_folder(run_dir: Path) -> Path:

@@ -237,24 +237,28 @@ class VersionFile:
 
 
 class Maps:
-    """A reader's memory maps by file, kept from version to version: publishers use files again, and page tables cost
-    more than the bytes. Maps of removed files are dropped.
+    """A reader's memory maps by file. With ``keep`` they stay from version to version, for publishers that use files
+    again: page tables cost more than the bytes. Maps of removed files are dropped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = True) -> None:
+        self._keep = keep
         self._maps: dict[tuple[int, int, int], tuple[int, Tensor]] = {}
         weakref.finalize(self, _close, self._maps)
 
     def of(self, file: int) -> Tensor:
         """The bytes of an open file. Private: what is written into them is nobody else's."""
-        self._drop_removed()
+        self.drop_removed()
         key = _identity(file)
+        if not self._keep:
+            return _map(file, key[2])
         if key not in self._maps:
             kept = os.dup(file)
-            self._maps[key] = kept, torch.frombuffer(mmap.mmap(kept, key[2], mmap.MAP_PRIVATE), dtype=torch.uint8)
+            self._maps[key] = kept, _map(kept, key[2])
         return self._maps[key][1]
 
-    def _drop_removed(self) -> None:
+    def drop_removed(self) -> None:
+        """Of files that have no name any more, or another size."""
         for key, (kept, _) in list(self._maps.items()):
             if os.fstat(kept).st_nlink == 0 or _identity(kept) != key:
                 os.close(kept)
@@ -349,6 +353,10 @@ def _open_locked(path: Path) -> int:
                     return file
             _lock(file, fcntl.F_UNLCK)
         os.close(file)
+
+
+def _map(file: int, size: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(file, size, mmap.MAP_PRIVATE), dtype=torch.uint8)
 
 
 def _close(maps: Mapping[Any, tuple[int, Tensor]]) -> None:

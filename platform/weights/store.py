@@ -45,10 +45,7 @@ from offtrail.platform.weights.files import (
     sweep,
 )
 
-__all__ = [
-    "Published", "Publisher", "Subscriber", "WeightsError", "checksum", "copy_whole", "pin_anew", "remove",
-    "whole_size",
-]  # fmt: skip
+__all__ = ["Published", "Publisher", "Subscriber", "WeightsError", "checksum", "copy_whole", "remove", "whole_size"]
 
 _NAME = re.compile(r"v(\d{8,})\.safetensors")
 _PINNED = "pinned"
@@ -95,9 +92,10 @@ class HeldVersion:
 class Publisher:
     """Writes versions into ``folder`` and keeps the ``keep`` newest of them; pinned ones stay until unpinned.
 
-    One retired file more is kept to write into. ``dtype``: floating-point tensors are cast to it. ``full_every`` ≥ 1:
-    write what changed, and every so many versions a whole one; then a copy of the version before is held in memory, and
-    versions are kept back to the whole one that the oldest kept one leads to. 0: every version is whole.
+    With ``reuse`` one retired file more is kept to write into: a version's memory for the speed of pages that exist.
+    ``dtype``: floating-point tensors are cast to it. ``full_every`` ≥ 1: write what changed, and every so many versions
+    a whole one; then a copy of the version before is held in memory, and versions are kept back to the whole one that
+    the oldest kept one leads to. 0: every version is whole.
 
     Starting removes what a former publisher left, except pinned versions: after a restart the newest version in the
     folder must not be one that the restored run has not made.
@@ -106,7 +104,14 @@ class Publisher:
         WeightsError: the folder belongs to another user or cannot be made, or another publisher holds it.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, dtype: torch.dtype | None = None, full_every: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        dtype: torch.dtype | None = None,
+        full_every: int = 0,
+        reuse: bool = True,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: the newest version is always kept, so at least 1")
         self.folder, self.keep, self.dtype, self.full_every = folder, keep, dtype, full_every
@@ -121,7 +126,8 @@ class Publisher:
         for version in list(_versions(folder)):
             _path(folder, version).unlink(missing_ok=True)
         system = file_system(folder)
-        self._reuse, self._mapped = system is not None, system == "tmpfs"
+        local = system is not None
+        self._reuse, self._removes, self._mapped = reuse and local, local and not reuse, system == "tmpfs"
         self._files: dict[int, VersionFile] = {}
         self._bases: dict[int, int | None] = {}
         self._spares: list[VersionFile] = []
@@ -254,6 +260,9 @@ class Publisher:
         for version in sorted(self._files.keys() - kept, reverse=True):
             file = self._files.pop(version)
             del self._bases[version]
+            if self._removes:  # who has it open or pinned keeps it; between hosts a reader would lose it
+                file.remove()
+                continue
             try:
                 file.rename(self._unused())
                 self._spares.append(file)
@@ -329,11 +338,14 @@ class Published(Mapping[str, Tensor]):
 
 
 class Subscriber:
-    """Reads versions out of ``folder``; makes nothing and needs no publisher to be alive. For one thread."""
+    """Reads versions out of ``folder``; makes nothing and needs no publisher to be alive. For one thread. ``reuse``:
+    keep the memory maps of what was read, for a publisher that writes into its files again; a map keeps the memory of a
+    file that was removed.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reuse: bool = True) -> None:
         self.folder = folder
-        self._maps = Maps()
+        self._maps = Maps(keep=reuse)
         self._held = HeldVersion()
 
     def newest(self) -> int | None:
@@ -365,6 +377,7 @@ class Subscriber:
     def unpin(self, version: int) -> None:
         """Let a pinned version go; nothing happens if it is not pinned."""
         _path(self.folder / _PINNED, version).unlink(missing_ok=True)
+        self._maps.drop_removed()
 
     def _open(self, reading: Reading) -> Published:
         with contextlib.ExitStack() as stack:
@@ -427,34 +440,13 @@ class Subscriber:
 def copy_whole(folder: Path, version: int, target: Path) -> None:
     """Write the published ``version`` to ``target`` as one whole file. FileNotFoundError: it is not kept any more."""
     with Subscriber(folder).open(version) as weights:
-        _write_whole(target, version, {name: Source.of(tensor) for name, tensor in weights.items()})
-
-
-def pin_anew(folder: Path, version: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
-    """Put a version that was published before, and is gone from ``folder``, among the pinned ones there; floating-point
-    tensors are cast to ``dtype``. Returns its checksum. For one caller at a time; a publisher has the folder open.
-
-    Raises:
-        OSError: no room for it, for one.
-    """
-    sources = {name: Source.of(t, dtype if t.dtype.is_floating_point else None) for name, t in tensors.items()}
-    temporary = _path(folder / _WRITING, version)
-    temporary.unlink(missing_ok=True)
-    try:
-        digest = _write_whole(temporary, version, sources)
-        os.replace(temporary, _path(folder / _PINNED, version))
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
-
-
-def _write_whole(target: Path, version: int, sources: Sources) -> str:
-    metadata = _metadata(version, ())
-    file = VersionFile(target, mapped=False)
-    try:
-        return file.write(sources, Layout.of(sources, metadata), metadata)
-    finally:
-        file.close()
+        sources = {name: Source.of(tensor) for name, tensor in weights.items()}
+        metadata = _metadata(version, ())
+        file = VersionFile(target, mapped=False)
+        try:
+            file.write(sources, Layout.of(sources, metadata), metadata)
+        finally:
+            file.close()
 
 
 def whole_size(folder: Path, version: int) -> int:

@@ -324,6 +324,35 @@ def test_a_pinned_file_is_not_written_while_it_is_pinned(publisher, reader):
     assert len(names(publisher.folder / "writing")) == 1
 
 
+def held_files() -> set[str]:
+    """Names of versions that this process has mapped, removed ones too."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split(maxsplit=5)[5] for line in lines if ".safetensors" in line}
+
+
+def test_without_reuse_nothing_of_a_retired_version_is_held(tmp_path):
+    publisher, reader = Publisher(tmp_path / "w", keep=1, reuse=False), Subscriber(tmp_path / "w", reuse=False)
+    for version in range(3):
+        publisher.publish(version, tensors(version))
+        assert value(reader, version) == version
+        assert names(publisher.folder) == [f"v{version:08d}.safetensors"]
+        assert not list((publisher.folder / "writing").iterdir())
+        assert not held_files()
+    publisher.close()
+
+
+def test_an_unpinned_version_is_not_held_by_its_readers_map(tmp_path):
+    publisher, reader = Publisher(tmp_path / "w", keep=1, reuse=False), Subscriber(tmp_path / "w")
+    publisher.publish(0, tensors(0))
+    publisher.pin(0)
+    assert value(reader, 0) == 0
+    publisher.publish(1, tensors(1))
+    assert held_files()
+    reader.unpin(0)
+    assert not held_files()
+    publisher.close()
+
+
 def test_other_sizes_take_new_files(publisher, reader):
     for version in range(6):
         publisher.publish(version, {"a": torch.full((10_000 * (version + 1),), float(version))})
@@ -552,7 +581,7 @@ HAMMER = textwrap.dedent("""
 
 @pytest.mark.parametrize("full_every", [0, 5])
 def test_readers_and_publisher_hammer_one_folder(place, full_every):
-    publisher, last = Publisher(place, keep=2, full_every=full_every), 200
+    publisher, last = Publisher(place, keep=2, full_every=full_every), 400
     command = [sys.executable, "-W", "error", "-c", HAMMER, str(place), str(last)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)]

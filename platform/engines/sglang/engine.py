@@ -247,6 +247,9 @@ class SglangEngine:
         self._remaining = Counter()
         return finished + partial
 
+    def release(self) -> None:
+        """Nothing: a server keeps its weights."""
+
     def close(self) -> None:
         """Abort what runs, then end the servers that this engine started."""
         self._watching.cancel()
