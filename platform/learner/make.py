@@ -11,6 +11,7 @@ from typing import Any
 from offtrail.algos.config import CriticConfig, PpoConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig
+from offtrail.platform.learner.gradients import GradientBlock
 from offtrail.platform.learner.objectives import Likelihood, Loss, PolicyGradient, ValueRegression
 from offtrail.platform.learner.train import Schedule, Trained, Trainer, adamw, cosine, warmup
 from offtrail.platform.learner.world import World
@@ -92,7 +93,10 @@ def trained(
     """A module with an AdamW of its own, sharded over the world."""
     optimizer = adamw(module.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
     module, optimizer = world.prepare(module, optimizer)
-    return Trained(name, module, objective, optimizer, schedule, optim.grad_clip)
+    made = Trained(name, module, objective, optimizer, schedule, optim.grad_clip)
+    if world.size == 1 and world.device.type == "cpu":  # FSDP2 and a GPU's allocator have ways of their own
+        made.block = GradientBlock(made.parameters)
+    return made
 
 
 def make_policy(config: Config, model: Any) -> Policy:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from offtrail.algos.config import CriticConfig
 from offtrail.platform.config.schema import OptimConfig, SftConfig
+from offtrail.platform.learner.gradients import GradientBlock
 from offtrail.platform.learner.objectives import B, Loss, Metrics, Objective, StepData, UpdatePlan
 from offtrail.platform.learner.world import World, full, local, resharded
 from offtrail.platform.model.head import Reference
@@ -97,7 +98,7 @@ class Trained:
     ``name``: of its metrics (NAME/lr), of its files in a checkpoint and in messages. ``charges``: what its tokens and
     FLOPs are called in the compute ledger. ``lr_key``: the configuration's, for messages. ``first_step``: the learner
     step from which it is trained. ``watch_gradient``: log the cosine of consecutive gradients, at the price of a copy
-    of one. ``updates``: optimizer updates done so far.
+    of one. ``updates``: optimizer updates done so far. ``block``: where its gradients are kept together.
     """
 
     name: str
@@ -111,12 +112,19 @@ class Trained:
     first_step: int = 0
     watch_gradient: bool = False
     updates: int = 0
+    block: GradientBlock | None = None
     gradient: list[Tensor] = field(default_factory=list)
     """The one before, while it is watched."""
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.parameters)
+
+    def zero_grad(self) -> None:
+        """Let the gradients go."""
+        self.optimizer.zero_grad()
+        if self.block is not None:
+            self.block.release()
 
 
 class Trainer(Generic[B]):
@@ -268,7 +276,7 @@ class Trainer(Generic[B]):
             raise self._diverged(step, work, update, trained, loss_sum, norm, said)
         cosine = self._cosine(update, len(work.updates), trained) if trained.watch_gradient else math.nan
         trained.optimizer.step()
-        trained.optimizer.zero_grad()
+        trained.zero_grad()
         trained.updates += 1
         return UpdateReport(metrics, norm, lr, cosine)
 

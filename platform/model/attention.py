@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from offtrail.platform.model.lean import again
 from offtrail.platform.model.packing import Bucket, Packed
 
 NAME = "offtrail_packed"
@@ -34,15 +35,21 @@ def attend(qkv: Tensor, heads: int, kv_heads: int, packed: Packed, scaling: floa
     if packed.shared:
         out: Tensor = _SharedAttention.apply(qkv, heads, kv_heads, packed, scaling)  # type: ignore[no-untyped-call]
         return out
-    outputs = []
+    outputs, kept = list[Tensor](), list[Tensor]()
     for bucket in packed.buckets:
         n, L = bucket.queries.shape
         rows = qkv.index_select(0, bucket.queries.view(-1)).view(n, L, heads + 2 * kv_heads, -1).transpose(1, 2)
         q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
-        outputs.append(out.transpose(1, 2).reshape(n * L, -1))
-    padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return padded.index_select(0, packed.restore)
+        outputs.append(out)
+        kept.append(out.detach())  # which its own backward keeps
+    return again(_flat(outputs, packed), lambda: _flat(kept, packed))
+
+
+def _flat(outputs: list[Tensor], packed: Packed) -> Tensor:
+    """[n, heads, L, D] of each bucket → [F, heads·D]."""
+    padded = [out.transpose(1, 2).reshape(out.shape[0] * out.shape[2], -1) for out in outputs]
+    return (padded[0] if len(padded) == 1 else torch.cat(padded)).index_select(0, packed.restore)
 
 
 class _SharedAttention(torch.autograd.Function):

@@ -3,7 +3,8 @@
 ``fuse(model)`` changes the class of the modules it knows (Llama, Qwen2, Qwen3: RMS norm, SwiGLU, attention) to a
 subclass with the same parameters and another ``forward``; all other modules stay as they are, so any architecture
 works. On a narrow model the elementwise operations of these three cost as much as the matrix products; each is one
-autograd node here, with its gradient written out.
+autograd node here, with its gradient written out. Weights of one input lie one behind the other in one storage, so that
+they are one matrix without a copy; what an elementwise pass gives again is not kept for the backward (lean.py).
 
 Invariant: outputs and gradients equal the unfused model's to float32 rounding (tests/unit/test_learner_model.py).
 bfloat16 and GPUs keep transformers' modules, whose rounding order this does not follow.
@@ -11,6 +12,7 @@ bfloat16 and GPUs keep transformers' modules, whose rounding order this does not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from offtrail.platform.model.attention import attend, check_supported
+from offtrail.platform.model.lean import MLPS, NORMS, again
 from offtrail.platform.model.packing import Packed
 
-NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")
 ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention")
 
 
@@ -30,15 +31,19 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = torch.linalg.vecdot(x, x).mul_(1 / x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        r = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, r)
-        out: Tensor = (x * r).mul_(weight)
-        return out
+        return (x * r).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors
         return *_norm_gradient(grads[0], x * r, r, weight), None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    r: Tensor = torch.linalg.vecdot(x, x).mul_(1 / x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    return r
 
 
 def _norm_gradient(g: Tensor, n: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,16 +59,14 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
-        gate, up = both.chunk(2, -1)
-        s = torch.sigmoid(gate)
-        ctx.save_for_backward(both, s)
-        out: Tensor = (gate * s).mul_(up)
-        return out
+        ctx.save_for_backward(both)
+        return _swiglu(both)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        both, s = ctx.saved_tensors
+        (both,) = ctx.saved_tensors
         gate, up = both.chunk(2, -1)
+        s = torch.sigmoid(gate)
         out = torch.empty_like(both)
         d_gate, d_up = out.chunk(2, -1)
         silu = gate * s
@@ -72,6 +75,28 @@ class _SwiGlu(torch.autograd.Function):
         slope = silu.addcmul(silu, s, value=-1).add_(s)
         torch.mul(grads[0], slope.mul_(up), out=d_gate)
         return out
+
+
+def _swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return torch.sigmoid(gate).mul_(gate).mul_(up)
+
+
+class _Joint(torch.autograd.Function):
+    """x·Wᵀ + b for x [..., C], where W [R, C], ``joint``, is what the ``weights`` are views of, in order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, joint: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, joint)
+        ctx.rows, ctx.biased = [len(weight) for weight in weights], bias is not None
+        return linear(x, joint, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, joint = ctx.saved_tensors
+        g = grads[0].reshape(-1, len(joint))
+        d_joint = torch.mm(g.t(), x.reshape(-1, x.shape[-1]))
+        return torch.mm(g, joint).view(x.shape), None, g.sum(0) if ctx.biased else None, *torch.split(d_joint, ctx.rows)
 
 
 class _NormRope(torch.autograd.Function):
@@ -88,7 +113,7 @@ class _NormRope(torch.autograd.Function):
     ) -> Tensor:
         x, out, r = qkv[:, :rotated], torch.empty_like(qkv), None
         if weight is not None:
-            r = torch.linalg.vecdot(x, x).mul_(1 / x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+            r = _inverse_rms(x, eps)
             x = (x * r).mul_(weight)
         _rotate(x, cos, sin, out[:, :rotated])
         out[:, rotated:] = qkv[:, rotated:]
@@ -132,7 +157,8 @@ class _FusedNorm:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         out: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
-        return out
+        x, weight, eps = hidden_states.detach(), self.weight.detach(), self.variance_epsilon
+        return again(out, lambda: (x * _inverse_rms(x, eps)).mul_(weight))
 
 
 class _FusedMlp:
@@ -142,7 +168,9 @@ class _FusedMlp:
 
     def forward(self, x: Tensor) -> Tensor:
         both = _joint(x, (self.gate_proj, self.up_proj))
-        out: Tensor = self.down_proj(_SwiGlu.apply(both))  # type: ignore[no-untyped-call]
+        inner: Tensor = _SwiGlu.apply(both)  # type: ignore[no-untyped-call]
+        both = both.detach()
+        out: Tensor = self.down_proj(again(inner, lambda: _swiglu(both)))
         return out
 
 
@@ -180,18 +208,50 @@ class _FusedAttention:
 
 def _joint(x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
     """Several linear layers of one input as one matrix product, outputs side by side."""
-    weight = torch.cat([layer.weight for layer in layers])
+    weights = [layer.weight for layer in layers]
     bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
-    return linear(x, weight, bias)
+    joint = _whole(weights)
+    if joint is None:
+        return linear(x, torch.cat(weights), bias)
+    out: Tensor = _Joint.apply(x, joint, bias, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+@torch.no_grad()
+def _lay_together(layers: Sequence[nn.Linear]) -> None:
+    """Give the weights of ``layers`` one storage, one behind the other."""
+    joint = torch.cat([layer.weight for layer in layers])
+    for layer, rows in zip(layers, torch.split(joint, [len(layer.weight) for layer in layers]), strict=True):
+        layer.weight.data = rows
+
+
+def _whole(weights: Sequence[Tensor]) -> Tensor | None:
+    """The matrix that the weights [R_i, C] are all rows of, in order, without gradient; None where their storage is
+    not such a one any more: FSDP2 gathers each by itself.
+    """
+    first, at = weights[0], 0
+    storage = first.untyped_storage()
+    for weight in weights:
+        if weight.untyped_storage().data_ptr() != storage.data_ptr() or weight.storage_offset() != at:
+            return None
+        at += weight.numel()
+    if storage.nbytes() != at * first.element_size():
+        return None
+    return first.detach().as_strided((at // first.shape[1], first.shape[1]), (first.shape[1], 1))
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """Change the known modules of ``model`` in place; see the file's head for when this is right."""
+    for parameter in model.parameters():  # or what was mapped of a file stays in memory beside the weights moved below
+        parameter.data = parameter.data.clone()
     for module in model.modules():
         kind = type(module)
         for names, fused in ((NORMS, _FusedNorm), (MLPS, _FusedMlp), (ATTENTIONS, _FusedAttention)):
             if kind.__name__ in names and _fits(module):
                 module.__class__ = type(f"Fused{kind.__name__}", (fused, kind), {})
+        for part in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            if isinstance(module, _FusedAttention | _FusedMlp) and hasattr(module, part[0]):
+                _lay_together([getattr(module, name) for name in part])
     return model
 
 

@@ -19,16 +19,15 @@ from offtrail.tasks.base import TaskError
 
 @dataclass
 class Asked:
-    """Prompts for the tokenizer of a Hugging Face folder; ``answered``: with their answers, as they are imitated."""
+    """Prompts for the tokenizer of a Hugging Face folder."""
 
     folder: str
     prompt: PromptConfig
     problems: list[Problem]
-    answered: bool = False
 
 
 def lengths(asked: Asked) -> list[int | str]:
-    """Of each problem its tokens, or why it has none. Empty where the process failed: the roles, which
+    """Of each problem the tokens of its prompt, or why it has none. Empty where the process failed: the roles, which
     have the same to do, say why.
     """
     command = [sys.executable, "-m", "offtrail.platform.model.lengths"]
@@ -47,8 +46,7 @@ def count(asked: Asked) -> list[int | str]:
 
     def one(problem: Problem) -> int | str:
         try:
-            tokens = len(text.encode(problem))
-            return tokens + len(text.encode_answers([problem], [problem.answer])[0]) if asked.answered else tokens
+            return len(text.encode(problem))
         except TaskError as error:
             return str(error)
 

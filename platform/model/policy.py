@@ -12,6 +12,7 @@ full vocabulary, so that they are comparable with the engine's.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
@@ -37,8 +38,10 @@ from offtrail.platform.model.head import (
     pieces,
     token_logprobs,
 )
+from offtrail.platform.model.lean import keeping_less, lean
 from offtrail.platform.model.liger import apply as apply_liger
 from offtrail.platform.model.packing import Packed
+from offtrail.platform.runtime.host_memory import give_back_freed
 
 
 def load_model(path: Path | str, *, given: str = "", device: torch.device | str = "cpu") -> Any:
@@ -97,6 +100,8 @@ def from_files(kind: Any, path: Path | str, what: str, *, new_head: bool = False
     return model
 
 
+_HOLES = 1 << 26
+"""Freed bytes from which on giving them back costs nothing beside a forward pass that leaves so many."""
 Out = TypeVar("Out", bound=tuple[Tensor | None, ...])
 """What a head says: a NamedTuple of tensors, the first with one number a row. A row is a token, or a sample."""
 
@@ -105,18 +110,23 @@ class PackedModel(nn.Module, ABC, Generic[Out]):
     """A transformers model with a head, on packed samples. ``model`` is transformers' module, names unchanged.
 
     The root of the FSDP2 world: its forward gathers embedding, final norm and head, that of a decoder layer its own; so
-    a head is computed inside ``forward``. With ``dtype`` bfloat16 the decoder runs under autocast. In float32 on a CPU
-    the layers that fused.py knows are fused; on CUDA ``liger`` (auto, always, never) decides on Liger's kernels. With
-    ``activation_checkpointing`` a decoder layer keeps only its input and runs again in backward.
+    a head is computed inside ``forward``. With ``dtype`` bfloat16 the decoder runs under autocast. On a CPU the layers
+    that fused.py knows are fused in float32, and keep less (lean.py) in bfloat16; on CUDA ``liger`` (auto, always,
+    never) decides on Liger's kernels. With ``activation_checkpointing`` a decoder layer keeps only its input and runs
+    again in backward.
     """
 
     def __init__(
         self, model: Any, *, dtype: str = "float32", activation_checkpointing: bool = False, liger: str = "auto"
     ) -> None:
         super().__init__()
-        plain = dtype == "float32" and model.device.type == "cpu"
+        on_cpu = model.device.type == "cpu"
+        plain = dtype == "float32" and on_cpu
         apply_liger(model, liger)
         self.model: Any = fuse(model) if plain else model
+        self.keeps_less = on_cpu and not activation_checkpointing
+        if self.keeps_less and not plain:
+            lean(model)
         if activation_checkpointing:
             for layer in model.base_model.layers:
                 kind: Any = type(layer)
@@ -141,11 +151,16 @@ class PackedModel(nn.Module, ABC, Generic[Out]):
 
     def hidden(self, packed: Packed, places: Tensor) -> Tensor:
         """The decoder's hidden states [M, H] at flat ``places`` [M]; within ``forward`` only."""
-        with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+        if self.keeps_less:
+            give_back_freed(_HOLES)  # of the micro-batch before, in sizes that another layer may not fit into
+        less = keeping_less() if self.keeps_less and torch.is_grad_enabled() else contextlib.nullcontext()
+        with less, torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
             hidden = self.model.base_model(
                 input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
             ).last_hidden_state[0]
         rows: Tensor = hidden.index_select(0, places)
+        if self.keeps_less:
+            give_back_freed(_HOLES)  # between the activations, before the head takes its logits
         return rows
 
 

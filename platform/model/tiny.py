@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import string
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from offtrail.platform.config.schema import ModelConfig
-from offtrail.platform.model.characters import ALPHABET, SPECIALS, TAGS
+
+SPECIALS = ("<pad>", "<eos>", "<unk>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+ALPHABET = string.digits + string.ascii_lowercase + " \n" + "+-*/%=()?.,:;<>#"
 
 
 def build_tokenizer(max_length: int = 256) -> PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from offtrail.platform.model import liger
+from offtrail.platform.model import fused, lean, liger
 from offtrail.platform.model.head import TokenOutputs
-from offtrail.platform.model.packing import SampleTable, lay_out
+from offtrail.platform.model.lean import again, keeping_less
+from offtrail.platform.model.packing import Packed, SampleTable, lay_out
 from offtrail.platform.model.policy import Policy, load_model
 
 SIZES: dict[str, Any] = {
@@ -133,20 +136,113 @@ def test_fused_layers_are_in_use(start_dir: Path) -> None:
     assert not any(kind.startswith("Fused") for kind in rough)
 
 
+def test_weights_of_one_input_are_one_matrix_and_stay_parameters(start_dir: Path) -> None:
+    loaded = load_model(start_dir)
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
+    policy = Policy(loaded)
+    assert all(torch.equal(p, before[name.removeprefix("model.")]) for name, p in policy.named_parameters())
+    for layer in policy.model.base_model.layers:
+        for module, parts in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.mlp, ("gate_proj", "up_proj"))):
+            weights = [getattr(module, name).weight for name in parts]
+            joint = fused._whole(weights)
+            assert joint is not None
+            with torch.no_grad():
+                weights[1].add_(1.0)
+            assert torch.equal(joint, torch.cat([w.detach() for w in weights]))
+            assert fused._whole([weights[1], weights[0]]) is None
+            assert fused._whole([w.detach().clone() for w in weights]) is None
+
+
+def test_weights_that_lie_apart_give_the_same_bits(folder: Path) -> None:
+    packed, found = lay_out(ragged(), range(9), share_up_to=100), []
+    for apart in (False, True):
+        policy = Policy(load_model(folder))
+        if apart:  # as FSDP2 has them
+            for parameter in policy.parameters():
+                parameter.data = parameter.data.clone()
+        logprobs, _ = policy(packed)
+        logprobs.sum().backward()
+        found.append([logprobs.detach(), *(p.grad for p in policy.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def kept_of(policy: Policy, packed: Packed, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, int]:
+    """Log-probabilities, and the bytes that the forward pass keeps for the backward."""
+    kept, pack = dict[int, int](), lean._pack
+
+    def keep(tensor: Any) -> Any:
+        if isinstance(tensor, torch.Tensor):
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with monkeypatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(lean, "_pack", lambda tensor: keep(pack(tensor)))
+        logprobs, _ = policy(packed)
+    return logprobs, sum(kept.values())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activation_checkpointing_gives_equal_gradients_and_keeps_less(folder: Path, dtype: str) -> None:
+def test_keeping_less_gives_the_same_bits(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, found, kept = lay_out(ragged(), range(9)), [], []
+    for less in (True, False):
+        if not less:
+            monkeypatch.setattr("offtrail.platform.model.policy.lean", lambda model: model)
+            monkeypatch.setattr("offtrail.platform.model.policy.keeping_less", contextlib.nullcontext)
+        policy = Policy(load_model(folder), dtype=dtype)
+        logprobs, size = kept_of(policy, packed, monkeypatch)
+        kept.append(size)
+        logprobs.sum().backward()
+        found.append([logprobs.detach(), *(p.grad for p in policy.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[0] < kept[1]
+
+
+def test_what_is_made_again_is_what_was_kept() -> None:
+    x, w, made, grads = torch.randn(5, 7, requires_grad=True), torch.randn(7, requires_grad=True), list[int](), []
+    kept = x.detach()
+
+    def make() -> torch.Tensor:
+        made.append(1)
+        return kept.exp()
+
+    for less in (keeping_less(), contextlib.nullcontext()):
+        with less:
+            inner = again(x.exp().clone(), make)
+            out = inner * w
+            del inner  # its address may be another tensor's from here on
+            out = out + (torch.ones(5, 7) * w).square()
+        grads.append(torch.autograd.grad(out.sum(), (x, w)))
+    assert made == [1]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_rounded_weights_are_not_kept_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, kept, grads, pack = nn.Linear(7, 9), torch.randn(5, 7), list[Any](), [], lean._pack
+
+    def spied(saved: torch.Tensor) -> Any:
+        kept.append(pack(saved))
+        return kept[-1]
+
+    monkeypatch.setattr(lean, "_pack", spied)
+    for less in (keeping_less(), contextlib.nullcontext()):
+        with less, torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        grads.append(torch.autograd.grad(out.float().square().sum(), (layer.weight, layer.bias)))
+    assert kept
+    assert not any(isinstance(t, torch.Tensor) and {*t.shape} == {7, 9} for t in kept)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activation_checkpointing_gives_equal_gradients_and_keeps_less(
+    folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = lay_out(ragged(), range(9), share_up_to=100 if dtype == "float32" else 0)
     grads, kept = [], []
     for recompute in (False, True):
-        policy, saved = Policy(load_model(folder), dtype=dtype, activation_checkpointing=recompute), []
-
-        def keep(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
-            saved.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logprobs, _ = policy(packed)
-        kept.append(sum(saved))
+        policy = Policy(load_model(folder), dtype=dtype, activation_checkpointing=recompute)
+        logprobs, size = kept_of(policy, packed, monkeypatch)
+        kept.append(size)
         logprobs.sum().backward()
         grads.append([p.grad for p in policy.parameters()])
     assert kept[1] < kept[0] / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from offtrail.algos.config import Aggregation, GrpoConfig, ProcessConfig
 from offtrail.algos.correction_config import CorrectionConfig, TisConfig
 from offtrail.core.types import Axis, Batch, Channel, Group
 from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
+from offtrail.platform.learner.gradients import GradientBlock
 from offtrail.platform.learner.objectives import ChannelError, PolicyGradient, StalenessError
 from offtrail.platform.learner.report import batch_metrics, histogram, sample_texts, staleness, staleness_in_flight
 from offtrail.platform.learner.train import DivergedError, Trained, Trainer, adamw, cosine, warmup
@@ -325,6 +327,27 @@ def test_gradients_are_clipped_to_the_norm(start_dir: Path, make_batch: MakeBatc
     report = trainer.step(0, make_batch(0))
     assert seen == [pytest.approx(1e-4, rel=1e-3)]
     assert report.metrics["policy/grad_norm"] > 1e-3  # as it was before
+
+
+def test_gradients_lie_in_one_block_with_the_same_bits() -> None:
+    torch.manual_seed(0)
+    x, plain = torch.randn(2, 3, 5), [nn.Linear(5, 7), nn.Linear(7, 2), nn.Linear(2, 2)]
+    together = copy.deepcopy(plain)
+    parameters = [p for layer in together for p in layer.parameters()]
+    block = GradientBlock(parameters)
+    for _ in range(2):
+        for layers in (plain, together):
+            for micro in x:
+                layers[1](layers[0](micro).tanh()).square().sum().backward()
+        found = [p.grad for p in parameters]
+        assert [g is None for g in found] == [False] * 4 + [True] * 2
+        kept = [g for g in found if g is not None]
+        assert len({g.untyped_storage().data_ptr() for g in kept}) == 1
+        wanted = [p.grad for layer in plain[:2] for p in layer.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(kept, wanted, strict=True))  # type: ignore[arg-type]
+        for layer in plain + together:
+            layer.zero_grad()
+        block.release()
 
 
 def test_schedules_by_hand() -> None:

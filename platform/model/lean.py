@@ -1,0 +1,131 @@
+"""Tensors that a backward needs and an elementwise pass gives again: made again there, not kept from the forward.
+
+    with keeping_less(): h = norm(x); again(h, make) ──► linear(h) ──► its graph holds ``make`` in place of h
+                                                                        └──► its backward calls ``make``
+
+So are the weights that autocast rounds to bfloat16, which would else be kept beside the float32 ones. ``lean(model)``
+does so in transformers' RMS norms and SwiGLU layers, for bfloat16 on a CPU, where those stay as they are; fused.py and
+attention.py do it by themselves.
+
+Invariant: what is made again has the same bits, so that nothing else changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")
+
+Make = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    make: Make
+    shape: torch.Size
+
+
+_known: dict[int, tuple[weakref.ref[Tensor], Make]] | None = None
+"""By address, inside ``keeping_less``. A tensor that is gone has left its address to another."""
+
+
+@contextlib.contextmanager
+def keeping_less() -> Iterator[None]:
+    """Operations inside keep nothing for their backward that can be made again. Not for layers that are checkpointed,
+    which keep nothing at all.
+    """
+    global _known
+    _known = {}
+    try:
+        with saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        _known = None
+
+
+def again(tensor: Tensor, make: Make) -> Tensor:
+    """``tensor``, which ``make`` gives again, and views of all of it. What ``make`` refers to is kept: it must be
+    detached, and kept by others anyway.
+    """
+    if _known is not None:
+        _known[tensor.data_ptr()] = weakref.ref(tensor), make
+    return tensor
+
+
+def _pack(saved: Tensor) -> Tensor | _Again:
+    assert _known is not None
+    found, make = _known.get(saved.data_ptr(), (None, None))
+    tensor = found() if found is not None else None
+    if tensor is not None and make is not None and tensor.nbytes == saved.nbytes and saved.is_contiguous():
+        return _Again(make, saved.shape)
+    rounded = _rounded_parameter(saved) if saved.dtype == torch.bfloat16 else None
+    return saved if rounded is None else _Again(rounded, saved.shape)
+
+
+def _unpack(saved: Tensor | _Again) -> Tensor:
+    if not isinstance(saved, _Again):
+        return saved
+    made = saved.make()
+    return made if made.shape == saved.shape else made.view(saved.shape)
+
+
+def _rounded_parameter(saved: Tensor) -> Make | None:
+    """How to round a parameter again that autocast has rounded, transposed where ``saved`` is."""
+    node: Any = saved.grad_fn
+    transposed = node is not None and node.name() == "TBackward0"
+    if transposed:
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    parameter = getattr(node.next_functions[0][0], "variable", None)
+    if not isinstance(parameter, nn.Parameter):
+        return None
+    whole, dtype = parameter.detach(), saved.dtype
+    return lambda: whole.to(dtype).t() if transposed else whole.to(dtype)
+
+
+class _LeanNorm:
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.to(torch.float32)
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        kept_x, kept_r = x.detach(), r.detach()
+        n = again(x * r, lambda: kept_x * kept_r)
+        return self.weight * n.to(hidden_states.dtype)
+
+
+class _LeanMlp:
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        kept_gate, kept_up = gate.detach(), up.detach()
+        acted = again(self.act_fn(gate), lambda: self.act_fn(kept_gate))
+        inner = again(acted * up, lambda: self.act_fn(kept_gate) * kept_up)
+        del acted
+        out: Tensor = self.down_proj(inner)
+        return out
+
+
+def lean(model: nn.Module) -> nn.Module:
+    """Change the known modules of ``model`` in place."""
+    for module in model.modules():
+        kind = type(module)
+        for names, changed in ((NORMS, _LeanNorm), (MLPS, _LeanMlp)):
+            if kind.__name__ in names:
+                module.__class__ = type(f"Lean{kind.__name__}", (changed, kind), {})
+    return model
