@@ -1,6 +1,7 @@
 """A model of 135M parameters on two cores: the whole asynchronous run against TRL, and the engine against transformers.
 
-    python benchmarks/real_model.py [--model DIR] [--steps 2] [--trl-steps 1] [--trl-parts 8] [--quick] [KEY=VALUE …]
+    python benchmarks/real_model.py [--model DIR] [--steps 2] [--trl-steps 1] [--trl-parts 8] [--runs-only] [--quick]
+        [KEY=VALUE …]
 
 Without --model it is SmolLM2-135M's architecture with random weights and a byte-pair tokenizer as large as its own
 (49,152), so that every answer is as long as it may be. B = 2 groups of G = 8 samples of 256 new tokens at T = 1, one
@@ -311,10 +312,10 @@ def report(folder: Path, args: argparse.Namespace) -> Measured:
     if model is None:
         start_model(model := folder / "model", args.layers)
     engines: dict[str, Measured] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in () if args.runs_only else ("float32", "bfloat16"):
         engines[dtype] = compare_engines(model, cores()[0], args.engine_tokens, dtype)
         say(f"engines, {dtype}: {engines[dtype]}")
-    setting = engines["float32"]["generate_setting"]
+    setting = SETTINGS[0] if args.runs_only else engines["float32"]["generate_setting"]
     found = {dtype: compare(folder, model, args, dtype, setting) for dtype in args.dtypes}
     return {
         "benchmark": "real_model", "engine": engines, **found,
@@ -339,6 +340,9 @@ def main() -> None:
     parser.add_argument("--trl-steps", type=int, default=1, help="steps of TRL under the clock, for each setting")
     parser.add_argument("--trl-parts", type=int, nargs="+", default=[8], help="micro-batches of a batch of TRL's")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="precisions of training")
+    parser.add_argument(
+        "--runs-only", action="store_true", help="without the engines; TRL then has the first setting of `generate`"
+    )
     parser.add_argument("--quick", action="store_true", help="a trial of this script: 2 layers, 8 tokens, 1 step")
     parser.add_argument("keys", nargs="*", help="keys of the run, as launch.py takes them")
     args = parser.parse_args()

@@ -26,6 +26,7 @@ from offtrail.algos.config import PpoConfig
 from offtrail.platform.config.schema import Config, SglangConfig
 from offtrail.platform.engines.make import local_config
 from offtrail.platform.model.start import StartError
+from offtrail.platform.runtime.context import reuses_files
 from offtrail.platform.runtime.host_memory import FreeMemory, free_memory, kills, resident
 from offtrail.platform.runtime.roles import roles_of
 
@@ -116,12 +117,7 @@ class Shape:
     @property
     def kept_numbers(self) -> int:
         """What one token's forward pass keeps for its backward (the saved tensors of the fused layers, counted)."""
-        return self.layers * (5 * self.hidden + 4 * self.mlp + 2 * self.qkv_size)
-
-    @property
-    def joined_numbers(self) -> int:
-        """Weights of one input that the fused layers lay side by side, and keep (model/fused.py)."""
-        return self.layers * self.hidden * (self.qkv_size + 2 * self.mlp)
+        return self.layers * (5 * self.hidden + 2 * self.mlp + 2 * self.qkv_size)
 
 
 @dataclass(frozen=True)
@@ -185,8 +181,9 @@ def estimate(config: Config, start: Path) -> Iterator[Part]:
         )
     if "generator" in counts and config.weights.channel == "shm":
         size = shape.parameters * _engine_bytes(config)
-        versions = (config.staleness.max + 2 if config.staleness.mode == "exact" else 1) + 1
-        versions += _waiting_versions(config, size)
+        versions = config.staleness.max + 2 if config.staleness.mode == "exact" else 1
+        # On a CPU the next one is written when the gradients, which are larger, are gone.
+        versions += reuses_files(config) + _waiting_versions(config, size)
         what = f"{versions} versions: those kept, the next, and those that wait for the evaluator"
         yield Part("weight channel", what, versions * size)
 
@@ -217,8 +214,10 @@ def _learner(config: Config, shape: Shape, ranks: int) -> Iterator[Part]:
     width = FLOAT32 if learner.dtype == "float32" else 3  # under autocast some stay float32
     yield Part("learner", f"activations of {tokens} tokens", ranks * width * kept, TOKEN_KEYS)
     logits = min(max(HEAD_LOGITS, shape.vocabulary * shape.hidden // 2), update * longest * shape.vocabulary)
-    copies = 2 * shape.vocabulary * shape.hidden + (0 if learner.activation_checkpointing else shape.joined_numbers)
-    yield Part("learner", "the head, and weights side by side", ranks * FLOAT32 * (logits + copies))
+    table = shape.vocabulary * shape.hidden
+    yield Part("learner", "the head", ranks * FLOAT32 * (logits + 2 * table))
+    if learner.dtype == "bfloat16":
+        yield Part("learner", "weights in bfloat16", ranks * 2 * (shape.parameters - table))
 
 
 def _generators(config: Config, shape: Shape, count: int) -> Iterator[Part]:
@@ -241,8 +240,9 @@ def _engines(role: str, config: Config, shape: Shape, count: int, samples: int) 
     width, longest, keys = _engine_bytes(config), config.model.max_length, SAMPLE_KEYS[role]
     yield Part(role, "weights", count * shape.parameters * width)
     cache = samples * longest * shape.kv_numbers * width
-    # While the start model is read it stands beside the weights; the cache comes later.
-    yield Part(role, f"{samples} samples of {longest} tokens", max(cache, count * shape.parameters * width), keys)
+    if role == "generator":  # while the start model is read it stands beside the weights; the cache comes later
+        cache = max(cache, count * shape.parameters * width)
+    yield Part(role, f"{samples} samples of {longest} tokens", cache, keys)
     yield Part(role, "sampling", samples * shape.vocabulary * SAMPLED_BYTES, keys)
 
 
