@@ -6,7 +6,8 @@ For each age a run directory is made whose ledger has held so many groups (GROUP
 writes them, archived but for the last checkpoint's), and a broker is opened on it. Then it goes on for some steps, and
 each call is timed in the loop's own process: no sockets, no other process, no archive thread. Beside it, in the same
 run, stand what the same would cost if it were counted anew: the whole audit, the sums over all batches and metrics, all
-of metrics.jsonl. The last line of stdout is one JSON object: `growth` is a call's cost at the greatest age over that at
+of metrics.jsonl; and what each start pays for comparing the ledger's tables and indexes (`integrity_check_ms`, of
+`ledger_mb`). The last line of stdout is one JSON object: `growth` is a call's cost at the greatest age over that at
 the least, for the worst of the calls; goal ≤ 1.5.
 """
 
@@ -196,7 +197,10 @@ def measure(groups: int, more: int) -> dict[str, Any]:
         other.mkdir()
         (run_dir / "trajectories" / "000000_batches_000000.parquet").touch()
         steps = aged(run_dir, groups)
+        size = (run_dir / FILE).stat().st_size
         bench = Bench(run_dir, steps, more)
+        for _ in range(3):
+            bench.timed("integrity check", bench.broker.ledger.file.check_integrity)
         bench.go_on(steps, more)
         found = {kind: 1e3 * statistics.median(times) for kind, times in bench.seconds.items()}
         whole = bench.anew(other)
@@ -205,7 +209,10 @@ def measure(groups: int, more: int) -> dict[str, Any]:
         shutil.rmtree(folder)
     kept = {kind: round(found[kind], 3) for kind in KINDS}
     counted = {name: round(value, 2) for name, value in whole.items()}
-    return {"groups": groups, "steps": steps, "ms": kept, "anew_ms": counted, "open_s": round(bench.opened, 2)}
+    return {
+        "groups": groups, "steps": steps, "ms": kept, "anew_ms": counted, "open_s": round(bench.opened, 2),
+        "integrity_check_ms": round(found["integrity check"], 2), "ledger_mb": round(size / 1e6, 1),
+    }  # fmt: skip
 
 
 KINDS = ("lease", "submit", "batch", "commit", "late evaluation", "checkpoint", "tick")

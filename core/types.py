@@ -79,6 +79,7 @@ LOWEST_LOGPROB, LARGEST_REWARD = -1e4, 1e9
 """No sampled token is less likely; no reward larger: its square must stay a float32."""
 SHORT = 4096
 """Below so many elements argmax is the cheaper way to a largest value."""
+_UNSIGNED = np.dtype(np.uint32)
 PARENT = "parent"
 """The node channel that makes nodes a tree: each node's parent, an earlier node, or −1 for a root."""
 
@@ -175,13 +176,12 @@ class Group:
                 raise ValueError(f"group {self.group}: component {name} is infinite (NaN says that it does not apply)")
         if highest > 1e-4:
             raise ValueError(f"group {self.group}: a log-probability is above 0 ({highest:.4g})")
-        if not math.isfinite(sum(self.times.ravel().tolist())):
+        if not math.isfinite(sum(self.times.reshape(-1).tolist())):
             raise ValueError(f"group {self.group}: a time is not finite")
         if (finish := max(self.finish.tobytes())) >= len(FINISH_REASONS):
             raise ValueError(f"group {self.group}: unknown finish reason {finish}")
-        # Unsigned, a negative id is the largest: one reduction finds both ends.
-        high = max(_largest(self.prompt_tokens.view(np.uint32)), _largest(self.tokens.view(np.uint32)))
-        if high >= (1 << 31 if vocab_size is None else vocab_size):
+        limit = 1 << 31 if vocab_size is None else vocab_size
+        if _largest_id(self.prompt_tokens) >= limit or _largest_id(self.tokens) >= limit:
             ids = np.concatenate((self.prompt_tokens, self.tokens))
             raise ValueError(f"group {self.group}: token ids span {ids.min()}…{ids.max()}, vocabulary is {vocab_size}")
 
@@ -266,11 +266,12 @@ def _range(array: npt.NDArray[Any]) -> tuple[float, float]:
     return np.minimum.reduce(array).item(), np.maximum.reduce(array).item()
 
 
-def _largest(array: npt.NDArray[Any]) -> int:
-    """Largest value, 0 when empty."""
-    if array.size < SHORT:
-        return int(array.item(array.argmax())) if array.size else 0
-    return int(np.maximum.reduce(array))
+def _largest_id(ids: Int32) -> int:
+    """Largest id, 0 when empty. Unsigned, a negative one is the largest: one reduction finds both ends."""
+    unsigned = ids.view(_UNSIGNED)
+    if ids.size >= SHORT:
+        return int(np.maximum.reduce(unsigned))
+    return unsigned.item(unsigned.argmax()) if ids.size else 0
 
 
 @dataclass(frozen=True, slots=True)

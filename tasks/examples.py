@@ -27,6 +27,32 @@ def read_examples(path: Path, prompt_field: str, answer_field: str) -> list[Prob
     return [_example(row, number, path, prompt_field, answer_field) for number, row in rows]
 
 
+def too_long(examples: Sequence[Problem], tokens: Sequence[int], max_length: int, *, drop: bool) -> list[int]:
+    """Places of the examples that take more than ``max_length`` ``tokens``, prompt and answer. Raises TaskError where
+    there are some and they are not to be dropped, or where there are no others.
+    """
+    long = [place for place, n in enumerate(tokens) if n > max_length]
+    if long and not drop:
+        first = examples[long[0]]
+        raise TaskError(
+            f"{first.task}, line {first.index}: prompt and answer take {tokens[long[0]]} tokens, more than "
+            f"model.max_length={max_length} ({len(long)} of {len(examples)} lines do); raise it, or set sft.long=drop"
+        )
+    if len(long) == len(examples):
+        raise TaskError(
+            f"{examples[0].task}: all {len(long)} examples are longer than model.max_length={max_length}; raise it"
+        )
+    return long
+
+
+def left_out(examples: Sequence[Problem], long: Sequence[int], max_length: int) -> str:
+    """What is to be said of those that are dropped."""
+    return (
+        f"{examples[0].task}: {len(long)} of {len(examples)} examples are left out: they are longer than "
+        f"model.max_length={max_length} (sft.long=drop)"
+    )
+
+
 def remark_on_held_out(examples: Sequence[Problem], held_out: Sequence[Problem]) -> str:
     """What to say of examples whose prompts are held-out ones, up to blanks; empty where none is."""
     asked = {" ".join(problem.prompt.split()) for problem in held_out}

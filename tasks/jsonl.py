@@ -93,10 +93,19 @@ class JsonlTask:
         self.name, self.config, self.seed = config.name, config, seed
         self._train: list[Record] = []
         self._held_out: list[Record] = []
-        self.remarks: list[str] = []
-        """What is to be said of the files before a run."""
+        self._files: dict[str, list[Record]] = {}
+        """Key=path → all that it holds."""
         if load:
             self._load()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be said of the files before a run; computed anew each time, for one process to ask for once."""
+        compare, found = self.config.compare, list[str]()
+        for where, records in self._files.items():
+            found += [remark_on(records, where)] if compare == "value" else []
+            found.append(remark_on_contradictions(records, where, compare))
+        return [*filter(None, found), *self._remark_on_both()]
 
     def train(self, index: int) -> Problem:
         """See Task.train."""
@@ -142,11 +151,6 @@ class JsonlTask:
         self._held_out = sorted(prompts.values(), key=lambda record: place(self.name, record.prompt))
         outside = {identity(record) for record in held_out}
         self._train = [record for record in records if identity(record) not in outside]
-        if config.eval_path and (both := [record for record in records if identity(record) in outside]):
-            self.remarks.append(
-                f"task.path={config.path}: {len(both):,} of its {len(records):,} problems stand in "
-                f"task.eval_path={config.eval_path} too, first line {both[0].line}; they are left out of training"
-            )
         if not self._train:
             raise TaskError(
                 f"task.path={config.path}: none of its {len(records)} problems is left for training once the held-out"
@@ -154,10 +158,23 @@ class JsonlTask:
             )
 
     def _read(self, key: str, path: str) -> list[Record]:
-        records, where = read(Path(path), key, self.config), f"{key}={path}"
-        found = [remark_on(records, where)] if self.config.compare == "value" else []
-        self.remarks += filter(None, [*found, remark_on_contradictions(records, where, self.config.compare)])
+        records = self._files[f"{key}={path}"] = read(Path(path), key, self.config)
+        if self.config.compare == "value":
+            refuse_unreadable(records, f"{key}={path}")
         return records
+
+    def _remark_on_both(self) -> list[str]:
+        """Of training problems that are held-out ones too."""
+        config = self.config
+        if not config.eval_path:
+            return []
+        records, outside = self._files[f"task.path={config.path}"], {identity(record) for record in self._held_out}
+        if not (both := [record for record in records if identity(record) in outside]):
+            return []
+        return [
+            f"task.path={config.path}: {len(both):,} of its {len(records):,} problems stand in "
+            f"task.eval_path={config.eval_path} too, first line {both[0].line}; they are left out of training"
+        ]
 
     def _problem(self, record: Record, index: int) -> Problem:
         template, meta = self.config.template, {"solution": record.solution}
@@ -173,22 +190,37 @@ def read(path: Path, key: str, config: JsonlConfig) -> list[Record]:
     return [record_of(row, line, f"{key}={path}, line {line}", config) for line, row in read_objects(path, key)]
 
 
+def refuse_unreadable(records: list[Record], where: str) -> None:
+    """Raise TaskError where most answers mean a value, and `verify` can read none as one."""
+    if any(number(record.answer) is not None for record in records):
+        return
+    others = [record for record in records if MEANT_BY_VALUE.search(record.answer)]
+    if 2 * len(others) > len(records):
+        raise TaskError(
+            f"{where}: none of its {len(records):,} answers can be read as a number, {_example(others)}; {PLAIN}"
+        )
+
+
 def remark_on(records: list[Record], where: str) -> str:
     """What to say of answers that `verify` can only compare as text though they mean a value, such as `18%`; empty
-    where there are none. TaskError where there is nothing else.
+    where there are none.
     """
-    numbers = sum(number(record.answer) is not None for record in records)
-    others = [record for record in records if number(record.answer) is None and MEANT_BY_VALUE.search(record.answer)]
+    unread = [record for record in records if number(record.answer) is None]
+    others = [record for record in unread if MEANT_BY_VALUE.search(record.answer)]
     if not others:
         return ""
-    example = f"such as {others[0].answer[:60]!r} in line {others[0].line}"
-    way = "write them as plain numbers, or say task.compare=text, or take a task of your own (docs/extending/tasks.md)"
-    if not numbers and 2 * len(others) > len(records):
-        raise TaskError(f"{where}: none of its {len(records):,} answers can be read as a number, {example}; {way}")
+    numbers = len(records) - len(unread)
     return (
         f"{where}: of {len(records):,} answers {numbers:,} can be read as numbers; {len(others):,} others with digits "
-        f"or LaTeX, {example}, count as right only where the very same text is answered; {way}"
+        f"or LaTeX, {_example(others)}, count as right only where the very same text is answered; {PLAIN}"
     )
+
+
+PLAIN = "write them as plain numbers, or say task.compare=text, or take a task of your own (docs/extending/tasks.md)"
+
+
+def _example(others: list[Record]) -> str:
+    return f"such as {others[0].answer[:60]!r} in line {others[0].line}"
 
 
 def remark_on_contradictions(records: list[Record], where: str, compare: str) -> str:

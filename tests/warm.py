@@ -1,10 +1,12 @@
-"""The real command, forked from a process that has already imported what launchers and roles import.
+"""The real command, and SGLang's servers, forked from a process that has already imported what they import.
 
-torch and transformers take four CPU seconds, which every run of the suite would pay again. Here a worker of pytest pays
-them once: `Popen` and `run` are subprocess's for a command line of launch.py, and what they start is a child of the
-caller, which runs launch.py from its first line. It has its fork server (runtime/forkserver.py) beside it from the
-start, forked too; all else is as in a process of its own. Whoever wants other imports than the worker's, or to see the
-command from nothing, takes subprocess (test_learning's demo, test_serving, tests/process/test_wheel.py).
+torch and transformers take four CPU seconds and sglang seven, which every run and every server of the suite would pay
+again. Here a worker of pytest pays them once. `Popen` and `run` are subprocess's for a command line of launch.py, and
+what they start is a child of the caller, which runs launch.py from its first line. It has its fork server
+(runtime/forkserver.py) beside it from the start, forked too; all else is as in a process of its own. `ServerPopen` is
+subprocess's for what engines/sglang/child.py starts: a server is a child of the caller, too, and runs serve.py from its
+first line; anything else is started as ever. Whoever wants other imports than the worker's, or to see the command from
+nothing, takes subprocess (test_learning's demo, test_serving, tests/process/test_wheel.py); so do the servers of runs.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from offtrail.platform.launcher import forks
@@ -29,14 +31,16 @@ from offtrail.platform.runtime.host import adopt_orphans, die_with, rename_proce
 
 ALSO = ("offtrail.platform.launcher.jobs", "rich.progress", "matplotlib.pyplot")
 """What launchers import, besides what roles do."""
+SERVE = "offtrail.platform.engines.sglang.serve"
+OF_SERVERS = ("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
 
 
 class Warm:
-    """The warm process of one worker, and the line to it."""
+    """A warm process of one worker, and the line to it; ``kind``: what it becomes, `launch` or `serve`."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, __file__, str(os.getpid()), forks.PADDING]
+        command = [sys.executable, __file__, str(os.getpid()), kind, forks.PADDING]
         self._process = subprocess.Popen(command, stdin=theirs.fileno())
         theirs.close()
 
@@ -47,10 +51,14 @@ class Warm:
         self._process.wait()
 
 
-@cache
-def warm() -> Warm:
+RUNNING: dict[str, Warm] = {}
+
+
+def warm(kind: str = "launch") -> Warm:
     """The first call starts it; whoever starts a run first waits for its imports."""
-    return Warm()
+    if kind not in RUNNING:
+        RUNNING[kind] = Warm(kind)
+    return RUNNING[kind]
 
 
 class Server(forks.Forked):
@@ -67,19 +75,34 @@ class Server(forks.Forked):
 class Popen(subprocess.Popen[Any]):
     """As subprocess.Popen([sys.executable, LAUNCH_PY, …])."""
 
+    kind = "launch"
+
     def _execute_child(self, args: Sequence[str], *rest: Any) -> None:
         _, _, _, _, cwd, env, _, _, _, *pipes = rest
         theirs, _, _, out, _, err = pipes[:6]
         standard = [own if fd == -1 else fd for own, fd in enumerate((theirs, out, err))]
         request = json.dumps([list(args), str(cwd or os.getcwd()), dict(os.environ if env is None else env)])
+        line = warm(self.kind).line
         adopt_orphans()
         try:
-            socket.send_fds(warm().line, [request.encode()], standard)
-            self.pid = int(warm().line.recv(32))
+            socket.send_fds(line, [request.encode()], standard)
+            self.pid = int(line.recv(32))
         finally:
             adopt_orphans(False)
             self._close_pipe_fds(*pipes[:6])
         self._child_created = True
+
+
+class ServerPopen(Popen):
+    """As subprocess.Popen([sys.executable, "-P", "-m", MODULE, …], process_group=0)."""
+
+    kind = "serve"
+
+    def _execute_child(self, args: Sequence[str], *rest: Any) -> None:
+        if SERVE in args:
+            super()._execute_child(args, *rest)
+        else:
+            subprocess.Popen._execute_child(self, args, *rest)  # type: ignore[attr-defined]
 
 
 def run(command: Sequence[str], timeout: float, **given: Any) -> subprocess.CompletedProcess[str]:
@@ -93,12 +116,15 @@ def run(command: Sequence[str], timeout: float, **given: Any) -> subprocess.Comp
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def main(worker: int) -> int:
-    """Fork until the worker is gone; in a fork, the exit status of the command, or of its fork server's roles."""
+def main(worker: int, kind: str) -> int:
+    """Fork until the worker is gone; in a fork, the exit status of what it has become."""
     die_with(worker)
     line = socket.socket(fileno=0)
-    for module in (*forkserver.PRELOADED, *ALSO):
-        importlib.import_module(module)
+    if kind == "serve":
+        import_servers()
+    else:
+        for module in (*forkserver.PRELOADED, *ALSO):
+            importlib.import_module(module)
     gc.collect()
     gc.freeze()
     while True:
@@ -107,14 +133,26 @@ def main(worker: int) -> int:
             return 0
         if not (pid := forkserver.fork()):
             line.detach()
-            return command(*json.loads(message), standard)
+            arguments, folder, environment = json.loads(message)
+            become(arguments, folder, environment, standard)
+            return serve(arguments) if kind == "serve" else command(arguments)
         for fd in standard:
             os.close(fd)
         line.send(b"%d" % pid)
 
 
-def command(arguments: list[str], folder: str, environment: dict[str, str], standard: list[int]) -> int:
-    """Be the process that ``arguments`` would start; and, in a fork of it, its fork server."""
+def import_servers() -> None:
+    """As serve.py does before it reads its flags. Trap: some of sglang's settings are read when it is imported."""
+    os.environ["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
+    from offtrail.platform.engines.sglang import cpu
+
+    cpu.install()
+    for module in OF_SERVERS:
+        importlib.import_module(module)
+
+
+def become(arguments: list[str], folder: str, environment: dict[str, str], standard: list[int]) -> None:
+    """Be the process that ``arguments`` would start, as far as the kernel is asked."""
     for own, fd in enumerate(standard):
         os.dup2(fd, own)
         os.close(fd)
@@ -122,7 +160,21 @@ def command(arguments: list[str], folder: str, environment: dict[str, str], stan
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
+    rename_process(arguments, "python")
+
+
+def serve(arguments: list[str]) -> int:
+    """An SGLang server."""
+    os.setpgid(0, 0)
+    sys.argv = arguments[arguments.index("-m") + 1 :]
+    runpy.run_module(SERVE, run_name="__main__", alter_sys=True)
+    raise AssertionError(f"{SERVE} ends by sys.exit")
+
+
+def command(arguments: list[str]) -> int:
+    """launch.py; and, in a fork of it, its fork server."""
     line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     launcher = os.getpid()
     if not (server := os.fork()):
@@ -133,7 +185,6 @@ def command(arguments: list[str], folder: str, environment: dict[str, str], stan
         self._line, self._process = line, Server(server)
 
     forks.ForkServer.__init__ = begun
-    rename_process(arguments, "python")
     _, *sys.argv = arguments
     runpy.run_path(arguments[1], run_name="__main__")
     raise AssertionError(f"{arguments[1]} ends by sys.exit")
@@ -152,4 +203,4 @@ def fork_server(launcher: int, line: socket.socket, theirs: socket.socket) -> in
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2]))

@@ -75,18 +75,103 @@ sample 0.
 """
 
 
-def table(run: str, groups: Sequence[tuple[dict[str, Any], Group]]) -> pa.Table:
-    """Rows of SCHEMA and the channels for groups, each with what the ledger says of it (state, reason, batch, …)."""
-    parts = [_rows(run, facts, group) for facts, group in groups]
-    # Permissive: a channel that is int32 in one group and float32 in another becomes float64, which holds both.
-    return pa.concat_tables(parts, promote_options="permissive") if parts else SCHEMA.empty_table()
+GROUPS_AT_ONCE = 64
+"""A column of text repeats a group's prompt for each of its samples, and pieces of it must stay below 2 GiB."""
 
 
-def _rows(run: str, facts: dict[str, Any], group: Group) -> pa.Table:
-    rows = pa.Table.from_pydict(_columns(run, facts, group), schema=SCHEMA)
-    for name, channel in group.channels.items():
-        rows = rows.append_column(f"{channel.axis}/{name}", _by_sample(group, channel))
+def tables(run: str, groups: Sequence[tuple[dict[str, Any], Group]], left_out: dict[int, str]) -> list[pa.Table]:
+    """Rows of SCHEMA and the channels for groups, each with what the ledger says of it (state, reason, batch, …); a
+    group that Parquet cannot hold goes to ``left_out``, with the reason.
+    """
+    try:
+        return [_rows(run, groups)] if groups else []
+    except Exception as error:  # whatever an older broker let in
+        if len(groups) == 1:
+            left_out[groups[0][1].group] = _why(error)
+            return []
+    middle = len(groups) // 2
+    return tables(run, groups[:middle], left_out) + tables(run, groups[middle:], left_out)
+
+
+def _why(error: Exception) -> str:
+    return f"the archive cannot hold it ({type(error).__name__}: {error})"
+
+
+def _rows(run: str, told: Sequence[tuple[dict[str, Any], Group]]) -> pa.Table:
+    groups = [group for _, group in told]
+    facts = [_of_group(run, *one) for one in told]
+    once = pa.Table.from_pylist(facts, schema=pa.schema([column for column in SCHEMA if column.name in facts[0]]))
+    columns = _of_samples(groups)
+    repeated = once.take(np.repeat(np.arange(len(groups)), [group.size for group in groups]))
+    rows = pa.Table.from_arrays(
+        [columns[name] if name in columns else repeated[name] for name in SCHEMA.names], schema=SCHEMA
+    )
+    for name in dict.fromkeys((c.axis, name) for group in groups for name, c in group.channels.items()):
+        rows = rows.append_column("/".join(name), _channel_column(groups, *name))
     return rows
+
+
+def _of_group(run: str, facts: dict[str, Any], group: Group) -> dict[str, Any]:
+    """What all samples of a group have in common."""
+    problem = group.problem
+    told = {name: problem_value(problem, name) for name in ("task", "index", "prompt", "answer", "meta", "messages")}
+    scored_by = [(name, {"model": by.model, "version": by.version}) for name, by in group.scored_by.items()]
+    return {
+        "run": run, **facts, "group": group.group, "slot": group.slot, "attempt": group.attempt,
+        "generator": group.generator, "temperature": group.temperature, "prompt": problem.prompt,
+        "problem": json.dumps(told, ensure_ascii=False), "prompt_tokens": group.prompt_tokens,
+        "queued_at": group.queued_at, "queued_version": group.queued_version, "scored_by": scored_by,
+    }  # fmt: skip
+
+
+def _of_samples(groups: Sequence[Group]) -> dict[str, pa.Array]:
+    """The columns in which the samples of a group differ."""
+    token_starts = _starts([group.lengths for group in groups])
+    times = np.concatenate([group.times for group in groups])
+    components = [np.array(list(group.components.values()), np.float32) for group in groups]
+    return {
+        "sample": pa.array(np.concatenate([np.arange(group.size, dtype=np.int32) for group in groups])),
+        "finish": pa.array(FINISH_REASONS).take(np.concatenate([group.finish for group in groups])),
+        "reward": pa.array(np.concatenate([group.rewards for group in groups])),
+        "rewards": pa.MapArray.from_arrays(
+            _starts([np.full(group.size, len(group.components)) for group in groups]),
+            pa.array([name for group in groups for _ in range(group.size) for name in group.components], pa.string()),
+            pa.array(np.concatenate([values.T.ravel() for values in components])),
+        ),
+        "step_ends": pa.ListArray.from_arrays(
+            _starts([_steps(group) for group in groups]),
+            pa.array(np.concatenate([g.step_ends - _starts([g.lengths])[g.step_samples] for g in groups])),
+        ),
+    } | {
+        name: pa.ListArray.from_arrays(token_starts, pa.array(np.concatenate([getattr(g, name) for g in groups])))
+        for name in ("tokens", "logprobs", "versions")
+    } | {
+        name: pa.array(np.ascontiguousarray(times[:, place]))
+        for place, name in enumerate(("submitted_at", "first_token_at", "last_token_at"))
+    }  # fmt: skip
+
+
+def _starts(lengths: Sequence[Any]) -> Int32:
+    """Where the parts of all groups begin, and the last one's end."""
+    return np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int32)
+
+
+def _steps(group: Group) -> Int32:
+    """[G]: how many steps each sample has."""
+    return np.bincount(group.step_samples, minlength=group.size).astype(np.int32)
+
+
+def _channel_column(groups: Sequence[Group], axis: str, name: str) -> pa.ChunkedArray:
+    """A channel of all groups; null for those without it."""
+    pieces = [
+        _by_sample(group, channel)
+        if (channel := group.channels.get(name)) is not None and channel.axis == axis
+        else pa.nulls(group.size)
+        for group in groups
+    ]
+    # Permissive: a channel that is int32 in one group and float32 in another becomes float64, which holds both.
+    parts = [pa.table({name: piece}) for piece in pieces]
+    return pa.concat_tables(parts, promote_options="permissive")[name]
 
 
 def _by_sample(group: Group, channel: Channel) -> pa.Array:
@@ -97,47 +182,7 @@ def _by_sample(group: Group, channel: Channel) -> pa.Array:
     if channel.axis == "node":
         nodes = pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
         return pa.concat_arrays([nodes, pa.nulls(group.size - 1, nodes.type)])
-    return pa.ListArray.from_arrays(_token_starts(group) if channel.axis == "token" else _step_starts(group), values)
-
-
-def _token_starts(group: Group) -> Int32:
-    """[G + 1]: where each sample's tokens begin, and the last one's end."""
-    return np.concatenate([[0], np.cumsum(group.lengths)]).astype(np.int32)
-
-
-def _step_starts(group: Group) -> Int32:
-    """[G + 1]: where each sample's steps begin, and the last one's end."""
-    counts = np.bincount(group.step_samples, minlength=group.size)
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-
-
-def _columns(run: str, facts: dict[str, Any], group: Group) -> dict[str, Any]:
-    G = group.size
-    problem = group.problem
-    told = {name: problem_value(problem, name) for name in ("task", "index", "prompt", "answer", "meta", "messages")}
-    scored_by = [(name, {"model": by.model, "version": by.version}) for name, by in group.scored_by.items()]
-    once: dict[str, Any] = {
-        "run": run, **facts, "group": group.group, "slot": group.slot, "attempt": group.attempt,
-        "generator": group.generator, "temperature": group.temperature, "prompt": problem.prompt,
-        "problem": json.dumps(told, ensure_ascii=False), "prompt_tokens": group.prompt_tokens,
-        "queued_at": group.queued_at, "queued_version": group.queued_version, "scored_by": scored_by,
-    }  # fmt: skip
-    ends = _token_starts(group)
-    scores = [[(name, float(column[i])) for name, column in group.components.items()] for i in range(G)]
-    step_ends = group.step_ends - ends[group.step_samples]
-    return {name: [value] * G for name, value in once.items()} | {
-        "sample": np.arange(G, dtype=np.int32),
-        "tokens": pa.ListArray.from_arrays(ends, pa.array(group.tokens)),
-        "logprobs": pa.ListArray.from_arrays(ends, pa.array(group.logprobs)),
-        "versions": pa.ListArray.from_arrays(ends, pa.array(group.versions)),
-        "finish": [FINISH_REASONS[i] for i in group.finish],
-        "reward": group.rewards,
-        "rewards": scores,
-        "submitted_at": np.ascontiguousarray(group.times[:, 0]),
-        "first_token_at": np.ascontiguousarray(group.times[:, 1]),
-        "last_token_at": np.ascontiguousarray(group.times[:, 2]),
-        "step_ends": pa.ListArray.from_arrays(_step_starts(group), pa.array(step_ends)),
-    }
+    return pa.ListArray.from_arrays(_starts([group.lengths if channel.axis == "token" else _steps(group)]), values)
 
 
 def problem_value(problem: Any, name: str) -> Any:
@@ -151,19 +196,20 @@ def write_shard(ledger: Path, folder: Path, run: str, name: str) -> dict[int, st
 
     OSError when the disk does not take it, LedgerError when the ledger cannot be read.
     """
-    groups, left_out = [], {}
+    groups: list[tuple[dict[str, Any], Group]] = []
+    left_out: dict[int, str] = {}
     for facts, body in read_shard(ledger, name):
         try:
-            group = unpack_group(body)
-            _rows(run, facts, group)
+            groups.append((facts, unpack_group(body)))
         except Exception as error:  # whatever an older broker let in
-            left_out[facts["group"]] = f"the archive cannot hold it ({type(error).__name__}: {error})"
-        else:
-            groups.append((facts, group))
+            left_out[facts["group"]] = _why(error)
+    rows = [part for at in range(0, len(groups), GROUPS_AT_ONCE)
+            for part in tables(run, groups[at : at + GROUPS_AT_ONCE], left_out)]  # fmt: skip
     folder.mkdir(exist_ok=True)
     partial = folder / f".{name}"
     try:
-        pq.write_table(table(run, groups), partial, compression="zstd", write_page_checksum=True)
+        whole = pa.concat_tables(rows, promote_options="permissive") if rows else SCHEMA.empty_table()
+        pq.write_table(whole, partial, compression="zstd", write_page_checksum=True)
         os.replace(partial, folder / name)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -123,6 +123,7 @@ class Broker:
         self.ending = Ending(config, run_dir, self.scheduler, self.evaluations, self.archive, self.numbers, clock)
         self.polls = Polls(clock, wire, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
+        self._here = not is_remote(config.broker.address)
         self.restartable = {spec.name for spec in roles_of(config) if spec.restarts}
         self.deferred: list[Callable[[], None]] = []
         self._restore_rows()
@@ -232,8 +233,7 @@ class Broker:
 
     def on_hello(self, hello: Hello, envelope: Envelope) -> Answer:
         """A role begins, or begins again: then its leases go back, and a new learner's replay starts over."""
-        here = not is_remote(self.config.broker.address)
-        check_hello(hello, envelope.process, self.run_dir.name, self.roster, here=here)
+        check_hello(hello, envelope.process, self.run_dir.name, self.roster, here=self._here)
         name = f"{hello.role}-{hello.index}"
         before = self.roster.get(name)
         # A process that comes back under a new connection goes on with its cumulative charges.
@@ -248,7 +248,7 @@ class Broker:
         if again and name == "learner-0" and not self.ending.status:
             self.scheduler.rewind()
             self._restore_rows()
-            self.evaluations.pinned.clear()
+            self.evaluations.kept.clear()
         self.deadlines.progress()
         log.info("%s is here (pid %d)", name, hello.pid)
         return Welcome(run=self.run_dir.name, step=start, evaluate=self.evaluations.due(start)), NO_ARRAYS
@@ -359,6 +359,7 @@ class Broker:
         if message.step < 0:
             if (outcome := self.scheduler.start(message.version, message.checksum)) != "repeated":
                 self.numbers.mark()
+                self.evaluations.resume()
         elif message.version <= self.scheduler.version:
             outcome = self.scheduler.commit(message.step, message.checksum, {})
         else:
@@ -372,10 +373,11 @@ class Broker:
             self.wire.hint(VersionHint(version=self.scheduler.version))
             self.deferred.append(self.ending.write_summary)
         if message.pinned_bytes:
-            self.evaluations.pinned[message.version] = message.pinned_bytes
+            self.evaluations.kept[message.version] = message.pinned_bytes
         self.ending.check()
-        due = self.evaluations.due(message.version + 1)
-        return Committed(lineage=self.ledger.lineage, diverged=outcome == "diverged", evaluate=due), NO_ARRAYS
+        due, spared = self.evaluations.due(message.version + 1), self.evaluations.stored
+        diverged = outcome == "diverged"
+        return Committed(lineage=self.ledger.lineage, diverged=diverged, evaluate=due, spared=spared), NO_ARRAYS
 
     def _train(self, message: Commit) -> Outcome:
         step = message.step
@@ -410,8 +412,8 @@ class Broker:
         def serve() -> Answer | None:
             if self.ending.status:
                 return EvalJob(version=-1, stop=True), NO_ARRAYS
-            version = self.evaluations.next()
-            return (EvalJob(version=version), NO_ARRAYS) if version is not None else None
+            job = self.evaluations.next()
+            return (job, NO_ARRAYS) if job is not None else None
 
         def empty(sentence: str) -> Message:
             return EvalJob(version=-1, waiting=sentence)
@@ -422,22 +424,31 @@ class Broker:
         return self.polls.hold(LongPoll(envelope, serve, empty, why))
 
     def on_eval_result(self, message: EvalResult, envelope: Envelope) -> Answer:
-        """Scores of one version go to its row of metrics.jsonl."""
+        """Scores of one version go to its row of metrics.jsonl; one that is to be had no more, to the summary."""
         if not 0 <= message.version <= self.scheduler.version:
             raise RequestError(
                 f"version {message.version} was scored, but the newest version is {self.scheduler.version}"
             )
         if strange := [name for name in message.metrics if not name.startswith("eval/")]:
             raise RequestError(f"a score named {strange[0]!r}: the evaluator's are eval/…")
-        scores = {name: value for name, value in message.metrics.items() if abs(value) <= LARGEST}
-        self.numbers.dropped += len(message.metrics) - len(scores)
-        self.ledger.records.evaluated(message.version, scores)
-        self.recorder.evaluation(message.version, scores, message.texts)
+        if message.lost:
+            self.evaluations.lose(message.version)
+            log.warning("version %d cannot be scored any more: %s", message.version, message.lost)
+        else:
+            self._note_scores(message)
         self.deadlines.progress()
         self.ending.check()
         if not self.ending.status:
             self.ending.write_summary()
         return Acknowledged(), NO_ARRAYS
+
+    def _note_scores(self, message: EvalResult) -> None:
+        scores = {name: value for name, value in message.metrics.items() if abs(value) <= LARGEST}
+        self.numbers.dropped += len(message.metrics) - len(scores)
+        self.ledger.records.evaluated(message.version, scores)
+        self.recorder.evaluation(message.version, scores, message.texts)
+        for line in self.ending.diagnosis.take_scores(message.version, scores):
+            log.warning("%s", line)
 
     # ------------------------------------------------------------------ all roles, and the launcher
 
@@ -456,8 +467,14 @@ class Broker:
         return Beat(version=self.scheduler.version, stop=bool(self.ending.status)), NO_ARRAYS
 
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
-        """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words."""
+        """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words.
+        Trap: a word of the launcher that comes late must not remove the process that has followed the dead one.
+        """
         name = f"{failure.role}-{failure.index}"
+        member = self.roster.get(name)
+        if failure.pid and member is not None and member.pid != failure.pid and member.runs(here=self._here):
+            log.info("%s: process %d is dead, and process %d has followed it", name, failure.pid, member.pid)
+            return Acknowledged(), NO_ARRAYS
         if failure.role == "learner" and failure.batch >= 0 and not self.ending.status:
             self.scheduler.blame(failure.batch, failure.error)
         if failure.final or name not in self.restartable:

@@ -89,6 +89,10 @@ class Database:
                 f"{self.path}: written by ledger schema {schema}, this is {LEDGER_SCHEMA}; "
                 "go on with the version of offtrail that wrote it, or start a new run.name"
             )
+        self.check_integrity()
+
+    def check_integrity(self) -> None:
+        """Compare tables and indexes. Raises LedgerError where they disagree."""
         (found,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
             raise LedgerError(f"{self.path}: {' '.join(found.split())}; {ADVICE['SQLITE_CORRUPT']}")

@@ -127,7 +127,8 @@ class Ending:
         # A run that is killed says nothing any more: until it ends otherwise, it is interrupted.
         status = self.status or "interrupted"
         summary = self.numbers.summary(status, self.reason, self.config.seed, self.scheduler.version, self.audit)
-        return summary | self.budget.row() | {"warnings": self.diagnosis.lines}
+        unscored = {"eval/unscored": self.evaluations.unscored} if self.evaluations.unscored else {}
+        return summary | unscored | self.budget.row() | {"warnings": self.diagnosis.lines}
 
     def write_summary(self) -> None:
         """summary.json as things stand."""

@@ -1,7 +1,8 @@
 """The evaluator role: scores published versions on held-out prompts with an engine of its own.
 
 The loop consumes evaluation jobs (versions 0, every eval.every-th, the last) and yields one EvalResult each; it is
-unblocked by the broker. The learner has pinned the version's weights, so they outlive newer versions until read.
+unblocked by the broker. The learner has pinned the version's weights, so they outlive newer versions until read; one
+that still waited when an earlier launch ended is read from its checkpoint, or (version 0) the start model.
 It computes with what learner and generators leave (eval.nice), and holds the learner up only where the versions that
 wait for it keep as much memory as they may (eval.waiting_mb). An embedded engine has weights and cache only while it
 scores.
@@ -16,16 +17,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
 
 from offtrail.core.protocols import Engine
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Problem, Sampling
+from offtrail.platform.engines.channels import engine_dtype
+from offtrail.platform.engines.decoder import read_weights
 from offtrail.platform.engines.make import make_engine
 from offtrail.platform.evaluator.answers import Answers
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext, reuses_files
 from offtrail.platform.verifier.pool import VerifierPool
-from offtrail.platform.weights.store import Subscriber
+from offtrail.platform.weights.store import Subscriber, pin_anew
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
 from offtrail.rewards.total import means, nothing_earned
 from offtrail.tasks.registry import make_task
@@ -52,16 +57,37 @@ def main(context: RoleContext) -> None:
                 return
             waiting_for = job.waiting or "broker"
             if job.version >= 0:
-                load = partial(load_version, evaluation.engine, connection.activity, weights, job.version)
-                load()
-                metrics, texts = evaluation.run(load)
-                result = EvalResult(version=job.version, metrics=metrics, texts=texts)
+                result = score(context, evaluation, weights, job)
                 connection.client.request(result, what="an acknowledged evaluation", deadline_s=deadline)
                 weights.unpin(job.version)  # not before: another process would have to evaluate it again
                 evaluation.engine.release()
     finally:
         evaluation.close()
         connection.close()
+
+
+def score(context: RoleContext, evaluation: Evaluation, weights: Subscriber, job: EvalJob) -> EvalResult:
+    """The scores of one version, or why a stored one is to be had no more."""
+    if job.stored and (lost := pin_stored(context, evaluation.activity, job)):
+        return EvalResult(version=job.version, metrics={}, lost=lost)
+    load = partial(load_version, evaluation.engine, evaluation.activity, weights, job.version)
+    load()
+    metrics, texts = evaluation.run(load)
+    return EvalResult(version=job.version, metrics=metrics, texts=texts)
+
+
+def pin_stored(context: RoleContext, activity: Activity, job: EvalJob) -> str:
+    """Bring a version from before this launch into the weight channel, as the learner would pin it; why it cannot be,
+    or "". Trap: a start model's files may name tensors otherwise than the learner does, so that only a checkpoint's
+    checksum is compared; the launcher has compared the start model's files.
+    """
+    folder, dtype = context.model_of(job.version), engine_dtype(context.config) or torch.float32
+    try:
+        with activity.busy("load_weights"):
+            checksum = pin_anew(context.weights_folder, job.version, read_weights(folder), dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        return " ".join(str(error).split())
+    return f"{folder} holds another version" if job.version and checksum != job.stored else ""
 
 
 def load_version(engine: Engine, activity: Activity, weights: Subscriber, version: int) -> None:
@@ -109,6 +135,7 @@ class Evaluation:
             "eval/length_mean": float(np.concatenate([g.lengths for g in groups if g is not None]).mean()),
             "eval/truncated_share": float(np.mean(np.concatenate([g.finish != STOP for g in groups if g is not None]))),
             "eval/prompts": float(len(self.problems)),
+            "eval/prompts_without_room": float(sum(group is None for group in groups)),
             "eval/version": float(version),
         }
         log.info("version %d: accuracy %.3f", version, metrics.get("eval/accuracy", np.nan))

@@ -221,8 +221,7 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
     ``note`` hears what else is to be said of them, and of ``examples``: those that earlier stages and this one imitate.
     """
     from offtrail.core.plugins import PluginError
-    from offtrail.platform.launcher.prompts import check_prompts
-    from offtrail.platform.model.folder import folder_of
+    from offtrail.platform.launcher.prompts import check_examples, check_prompts, counter
     from offtrail.rewards.base import RewardError
     from offtrail.rewards.registry import make_reward
     from offtrail.search.registry import SearchError
@@ -236,11 +235,14 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
         task = make_task(config.task, config.run.seed)
         for remark in remarks_on(task):
             note(remark)
+        count = None if config.run.resume else counter(config, handed)
         cold = not config.model.path and "model.path" not in handed
         if sft.path and "sft.path" not in handed and (config.job == "sft" or cold):
             given = (sft.path, sft.prompt_field, sft.answer_field)
             if given not in examples:
                 examples[given] = read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
+            if count is not None:
+                check_examples(config, examples[given], count, note)
         if config.job == "rl":
             held_out = task.held_out(config.eval.prompts)
             for imitated in examples.values():
@@ -251,8 +253,7 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
                 check_promises(one, shares[one.name])
             make_reward(config.reward, task.verify)
             check_driver(config.search)
-            folder = folder_of(config.model.path) if "model.path" not in handed and config.model.path else None
-            if folder is not None and not config.run.resume:
-                check_prompts(config, task, folder, note)
+            if count is not None:
+                check_prompts(config, task, count, note)
     except (PluginError, RewardError, SearchError, TaskError) as error:
         raise ConfigError(str(error)) from None

@@ -28,6 +28,10 @@ from offtrail.platform.runtime.roles import RoleSpec
 class Handle(Protocol):
     """One role process that was started."""
 
+    @property
+    def pid(self) -> int:
+        """Its process id on its host, the one that it tells the broker."""
+
     def poll(self) -> int | None:
         """Its exit status, −N where signal N ended it; None while it runs."""
 
@@ -63,6 +67,11 @@ class LocalHandle:
 
     def __post_init__(self) -> None:
         self._memory = Watched(self.process.pid)
+
+    @property
+    def pid(self) -> int:
+        """See Handle."""
+        return self.process.pid
 
     def poll(self) -> int | None:
         """See Handle."""

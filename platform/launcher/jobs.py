@@ -153,6 +153,7 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
         "groups refused": _refused(summary),
         "tokens trained": f"{summary['tokens/trained']:,}" if "loss/sft_first" in summary else None,
         "set aside": _set_aside(summary),
+        "never scored": _unscored(summary),
         busy: _pair(summary, "learner/busy_fraction", *generator),
     }
     table = Table.grid(padding=(0, 2))
@@ -183,6 +184,12 @@ def _set_aside(summary: dict[str, Any]) -> str | None:
     """What could not be read, trained or archived; summary.json has the rest of it."""
     lines = summary.get("set_aside") or []
     return f"{lines[0]}{f', and {len(lines) - 1} more in summary.json' if lines[1:] else ''}" if lines else None
+
+
+def _unscored(summary: dict[str, Any]) -> str | None:
+    """Versions that were due, but of which no checkpoint was left when the run went on."""
+    versions = summary.get("eval/unscored", ())
+    return f"{', '.join(f'version {v}' for v in versions)}: no checkpoint of it is left" if versions else None
 
 
 def _between(summary: dict[str, Any], name: str) -> str | None:

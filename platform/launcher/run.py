@@ -101,7 +101,7 @@ class Run:
         """
         report, spec = role.handle.exit_report(), role.spec
         with contextlib.suppress(WireError, RefusedError, WaitError):
-            death = Failure(role=spec.role, index=spec.index, error=report)
+            death = Failure(role=spec.role, index=spec.index, error=report, pid=role.handle.pid)
             self.dial().request(death, what="a noted death", deadline_s=2.0)
         role.handle = self._start(spec)
         role.restarts += 1

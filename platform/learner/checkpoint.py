@@ -22,7 +22,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,13 +177,13 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def prune(run_dir: Path, newest: int, keep: int) -> None:
-    """Remove all but the ``keep`` newest up to ``newest``, of which the broker knows. Later ones are of an earlier life
-    of the run that never told of them.
+def prune(run_dir: Path, newest: int, keep: int, spared: Sequence[int] = ()) -> None:
+    """Remove all but the ``keep`` newest up to ``newest``, of which the broker knows, and the ``spared`` ones. Later
+    ones are of an earlier life of the run that never told of them.
     """
     steps = steps_of(run_dir)
     kept = [step for step in steps if step <= newest][-keep:]
-    for step in set(steps) - set(kept):
+    for step in set(steps) - set(kept) - set(spared):
         shutil.rmtree(path_of(run_dir, step))
 
 

@@ -21,8 +21,8 @@ from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.model.packing import SampleTable
 from offtrail.platform.model.text import Text
-from offtrail.tasks.base import Task, TaskError
-from offtrail.tasks.examples import read_examples
+from offtrail.tasks.base import Task
+from offtrail.tasks.examples import left_out, read_examples, too_long
 from offtrail.tasks.jsonl import permutation
 from offtrail.tasks.registry import make_task
 
@@ -104,23 +104,11 @@ class FileExamples:
         prompts = text.encode_all(examples)
         answers = text.encode_answers(examples, [example.answer for example in examples])
         lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-        long = [i for i, tokens in enumerate(lengths) if tokens > max_length]
-        if long and not drop:
-            raise TaskError(
-                f"{examples[long[0]].task}, line {examples[long[0]].index}: prompt and answer take {lengths[long[0]]} "
-                f"tokens, more than model.max_length={max_length} ({len(long)} of {len(examples)} lines do); raise it, "
-                "or set sft.long=drop"
-            )
+        long = too_long(examples, lengths, max_length, drop=drop)
         self.dropped = len(long)
         if long:
-            log.warning("%s: %d of %d examples are left out: they are longer than model.max_length=%d (sft.long=drop)",
-                        examples[0].task, len(long), len(examples), max_length)  # fmt: skip
+            log.warning("%s", left_out(examples, long, max_length))
         self.pairs = [pair for *pair, n in zip(prompts, answers, lengths, strict=True) if n <= max_length]
-        if not self.pairs:
-            raise TaskError(
-                f"{examples[0].task}: all {self.dropped} examples are longer than model.max_length={max_length}; "
-                "raise it"
-            )
 
     def table(self, step: int) -> SampleTable:
         """See Examples.table."""

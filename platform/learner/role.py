@@ -22,6 +22,7 @@ import logging
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class Learner:
     """State of one rank; each public method is one verb of the loop. ``step``: learner steps done = newest version.
 
     ``saved``: the version of the newest checkpoint. ``committed``: the newest commit, rank 0's. ``evaluate``: the next
-    version to be published is due for evaluation, as rank 0 was told. ``pinned_bytes``: what its pin keeps.
+    version to be published is due for evaluation, as rank 0 was told; ``spared``: versions whose checkpoints still wait
+    for the evaluator. ``pinned_bytes``: what its pin keeps.
     """
 
     context: RoleContext
@@ -111,6 +113,7 @@ class Learner:
     step: int
     saved: int
     evaluate: bool
+    spared: Sequence[int] = ()
     committed: Commit | None = None
     publish_seconds: float = 0.0
     pinned_bytes: int = 0
@@ -224,7 +227,8 @@ class Learner:
             self._settle()
             ticket = self.connection.client.send(Checkpointed(step=self.step, path=str(path)))
             self._reply(ticket, "an acknowledged checkpoint")
-            checkpoint.prune(self.context.run_dir, self.step, self.context.config.learner.keep_checkpoints)
+            keep = self.context.config.learner.keep_checkpoints
+            checkpoint.prune(self.context.run_dir, self.step, keep, self.spared)
 
     def finish(self) -> None:
         """The newest version is the last one: keep it for the evaluator, and write its checkpoint, if not done yet."""
@@ -303,7 +307,7 @@ class Learner:
         self.unacknowledged = None
         reply = self._reply(ticket, f"an acknowledged commit of version {version}", deadline_s)
         assert isinstance(reply, Committed)
-        self.evaluate = reply.evaluate
+        self.evaluate, self.spared = reply.evaluate, reply.spared
         if reply.diverged:
             log.warning("version %d differs from the one logged before the restart: lineage %d", version, reply.lineage)
 

@@ -19,15 +19,16 @@ from offtrail.tasks.base import TaskError
 
 @dataclass
 class Asked:
-    """Prompts for the tokenizer of a Hugging Face folder."""
+    """Prompts for the tokenizer of a Hugging Face folder; ``answered``: with their answers, as they are imitated."""
 
     folder: str
     prompt: PromptConfig
     problems: list[Problem]
+    answered: bool = False
 
 
 def lengths(asked: Asked) -> list[int | str]:
-    """Of each problem the tokens of its prompt, or why it has none. Empty where the process failed: the roles, which
+    """Of each problem its tokens, or why it has none. Empty where the process failed: the roles, which
     have the same to do, say why.
     """
     command = [sys.executable, "-m", "offtrail.platform.model.lengths"]
@@ -46,7 +47,8 @@ def count(asked: Asked) -> list[int | str]:
 
     def one(problem: Problem) -> int | str:
         try:
-            return len(text.encode(problem))
+            tokens = len(text.encode(problem))
+            return tokens + len(text.encode_answers([problem], [problem.answer])[0]) if asked.answered else tokens
         except TaskError as error:
             return str(error)
 

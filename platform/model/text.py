@@ -22,6 +22,7 @@ import numpy as np
 from offtrail.core.types import Int32, Problem
 from offtrail.platform.config.schema import PromptConfig
 from offtrail.platform.model.folder import without_bos, without_rows, without_template
+from offtrail.platform.model.refusals import empty_prompt, refused, unknown_text, without_chat
 from offtrail.tasks.base import TaskError
 
 TASK_FILE = "offtrail.json"
@@ -78,10 +79,7 @@ class Text:
         """
         if not self.chats:
             if problem.messages:
-                raise _refused(
-                    problem, "its prompt is a list of messages, and no chat template is in use (prompt.chat); choose a "
-                    "model.path whose tokenizer has one, or take task.prompt_field"
-                )  # fmt: skip
+                raise without_chat(problem)
             return problem.prompt
         messages = [dict(m) for m in problem.messages] or [{"role": "user", "content": problem.prompt}]
         return self._render(messages, problem)
@@ -96,7 +94,7 @@ class Text:
         tokens = self._tokens(told)
         for problem, text, ids in zip(problems, told, tokens, strict=True):
             if not ids:
-                raise _refused(problem, "the prompt is empty; mend the data or task.template")
+                raise empty_prompt(problem)
             self._check_known(problem, text, ids)
         return [np.array([*self._prefix, *ids], np.int32) for ids in tokens]
 
@@ -104,7 +102,7 @@ class Text:
         """Tokens [T] of whole answers such as worked ones, each with its stop token and without the tags that the
         prompt has opened already. Raises TaskError when one holds text that the tokenizer lacks.
         """
-        answers = [_after(self.opened(problem), text) for problem, text in zip(problems, texts, strict=True)]
+        answers = [rest_of(self.opened(problem), text) for problem, text in zip(problems, texts, strict=True)]
         tokens = self._tokens(answers)
         for problem, text, ids in zip(problems, answers, tokens, strict=True):
             self._check_known(problem, text, ids)
@@ -135,8 +133,7 @@ class Text:
         if self.chats:
             _, tag, rest = self._generation_prompt.partition("<think>")
             return tag + rest
-        match = _OPENED.search(problem.prompt)
-        return match[0] if match else ""
+        return opened_by(problem.prompt)
 
     def answer_text(self, problem: Problem, tokens: Int32) -> str:
         """The whole answer for verifiers and readers: what the prompt opened, and what the model said."""
@@ -164,13 +161,8 @@ class Text:
         return list(self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
     def _check_known(self, problem: Problem, text: str, tokens: Sequence[int]) -> None:
-        """What is trained on must be the text itself."""
         if not self.knows(text, tokens):
-            raise _refused(
-                problem,
-                f"the tokenizer does not know all of {text[:60]!r}; choose a model.path whose tokenizer covers the "
-                "task's text",
-            )
+            raise unknown_text(problem, text)
 
     def _render(self, messages: Sequence[dict[str, str]], problem: Problem, generation: bool = True) -> str:
         from jinja2 import TemplateError
@@ -178,7 +170,7 @@ class Text:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
         except TemplateError as error:
-            raise _refused(
+            raise refused(
                 problem, f"the chat template refuses its messages ({error}); mend them, or see prompt.system and "
                 "prompt.template_kwargs"
             ) from None  # fmt: skip
@@ -312,14 +304,14 @@ def _set_bos(tokenizer: Any, bos: str, model_dir: Path) -> None:
     tokenizer.add_bos_token = bos == "always"
 
 
-def _after(opened: str, answer: str) -> str:
+def opened_by(prompt: str) -> str:
+    """What the end of a plain prompt has begun of the answer; see Text.opened."""
+    match = _OPENED.search(prompt)
+    return match[0] if match else ""
+
+
+def rest_of(opened: str, answer: str) -> str:
     """A whole answer without the think tag that the prompt has opened, or without the block that it has closed."""
     if "</think>" in opened:
         return re.sub(r"\A\s*<think>.*?</think>\s*", "", answer, flags=re.DOTALL)
     return re.sub(r"\A\s*<think>", "", answer) if opened else answer
-
-
-def _refused(problem: Problem, what: str) -> TaskError:
-    file = "=" in problem.task  # an example, which names its file and line (tasks/examples.py)
-    where = f"{problem.task}, line {problem.index}" if file else f"task={problem.task}, problem {problem.index}"
-    return TaskError(f"{where}: {what}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import string
 import tempfile
 from pathlib import Path
 
@@ -18,10 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from offtrail.platform.config.schema import ModelConfig
-
-SPECIALS = ("<pad>", "<eos>", "<unk>")
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-ALPHABET = string.digits + string.ascii_lowercase + " \n" + "+-*/%=()?.,:;<>#"
+from offtrail.platform.model.characters import ALPHABET, SPECIALS, TAGS
 
 
 def build_tokenizer(max_length: int = 256) -> PreTrainedTokenizerFast:

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -56,23 +56,29 @@ def members(attempt: str, roles: Iterable[psutil.Process] = ()) -> list[psutil.P
 
     ``roles``: those of them that a fork has made, whose environment the system does not tell.
     """
-    found = {process.pid: process for process in roles if _lives(process)}
-    living = [process for process in psutil.process_iter() if _lives(process)] if attempt or found else []
-    for process in living:
-        with contextlib.suppress(psutil.Error, OSError):  # another user's, or gone meanwhile
-            if attempt and process.environ().get(VARIABLE) == attempt:
-                found[process.pid] = process
-    for process in living:  # in the order of their numbers: a parent before its children, mostly
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.ppid() in found:  # while a process begins a program, its environment cannot be read
-                found[process.pid] = process
+    found = {process.pid: process for process in which(roles, _lives)}
+    living = list(which(psutil.process_iter(), _lives)) if attempt or found else []
+    if attempt:
+        found |= {process.pid: process for process in which(living, lambda p: p.environ().get(VARIABLE) == attempt)}
+    # While a process begins a program, its environment cannot be read. In the order of their numbers: a parent before
+    # its children, mostly.
+    for process in which(living, lambda p: p.ppid() in found):
+        found[process.pid] = process
     return list(found.values())
 
 
+def which(processes: Iterable[psutil.Process], holds: Callable[[psutil.Process], bool]) -> Iterator[psutil.Process]:
+    """Those of which ``holds`` is true; one that is gone meanwhile, or another user's, is none of them."""
+    for process in processes:
+        held = False
+        with contextlib.suppress(psutil.Error, OSError):
+            held = holds(process)
+        if held:
+            yield process
+
+
 def _lives(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
 
 
 def shared_files(processes: Iterable[psutil.Process]) -> set[str]:

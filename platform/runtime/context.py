@@ -62,6 +62,10 @@ class RoleContext:
         """The Hugging Face directory that version 0 comes from: a link that the launcher makes."""
         return self.run_dir / "start"
 
+    def model_of(self, version: int) -> Path:
+        """The Hugging Face directory that a version is in where it was kept: the start model, or its checkpoint."""
+        return self.run_dir / "checkpoints" / f"step_{version}" if version else self.start_model
+
     @property
     def weights_folder(self) -> Path:
         """The weight channel's folder, the same for every role of the attempt."""

@@ -40,8 +40,10 @@ class Diagnosis:
         self._held = [0] * len(self._findings)
         """How many steps in a row each has held."""
         self._said = [False] * len(self._findings)
+        self._without_room, self._said_without_room = _without_room(config), False
         for row in rows:
             self.take(row)
+            self.take_scores(int(row["step"] or 0), row)
 
     def take(self, row: Row) -> list[str]:
         """Look at the row of one learner step (docs/metrics.md), and say what is new."""
@@ -54,6 +56,15 @@ class Diagnosis:
                 new.append(f"steps {step - self._held[i] + 1} to {step}: {shown}")
         self.lines += new
         return new
+
+    def take_scores(self, version: int, scores: Row) -> list[str]:
+        """Look at the scores of one version, if there are any, and say what is new."""
+        shown = self._without_room(scores)
+        if not shown or self._said_without_room:
+            return []
+        self._said_without_room = True
+        self.lines.append(f"version {version}: {shown}")
+        return self.lines[-1:]
 
 
 def _findings(config: Config) -> list[Finding]:
@@ -134,6 +145,21 @@ def _without_text(row: Row) -> str:
         f"{share:.1%} of the sampled tokens are beyond the tokenizer and decode to nothing (rows of the embedding that "
         "no text uses); take the model's own tokenizer, or a model that was trained with it"
     )
+
+
+def _without_room(config: Config) -> Finding:
+    """Of held-out prompts."""
+
+    def finding(row: Row) -> str:
+        if not (without := row.get("eval/prompts_without_room")):
+            return ""
+        return (
+            f"{without:.0f} of {row.get('eval/prompts') or 0:.0f} held-out prompts leave no room for their answers in "
+            f"model.max_length={config.model.max_length} and count as wrong; raise it, or lower "
+            "sampling.max_new_tokens"
+        )
+
+    return finding
 
 
 def _failing(config: Config, failure: Callable[[], str]) -> Finding:

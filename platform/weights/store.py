@@ -45,7 +45,10 @@ from offtrail.platform.weights.files import (
     sweep,
 )
 
-__all__ = ["Published", "Publisher", "Subscriber", "WeightsError", "checksum", "copy_whole", "remove", "whole_size"]
+__all__ = [
+    "Published", "Publisher", "Subscriber", "WeightsError", "checksum", "copy_whole", "pin_anew", "remove",
+    "whole_size",
+]  # fmt: skip
 
 _NAME = re.compile(r"v(\d{8,})\.safetensors")
 _PINNED = "pinned"
@@ -440,13 +443,34 @@ class Subscriber:
 def copy_whole(folder: Path, version: int, target: Path) -> None:
     """Write the published ``version`` to ``target`` as one whole file. FileNotFoundError: it is not kept any more."""
     with Subscriber(folder).open(version) as weights:
-        sources = {name: Source.of(tensor) for name, tensor in weights.items()}
-        metadata = _metadata(version, ())
-        file = VersionFile(target, mapped=False)
-        try:
-            file.write(sources, Layout.of(sources, metadata), metadata)
-        finally:
-            file.close()
+        _write_whole(target, version, {name: Source.of(tensor) for name, tensor in weights.items()})
+
+
+def pin_anew(folder: Path, version: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """Put a version that was published before, and is gone from ``folder``, among the pinned ones there; floating-point
+    tensors are cast to ``dtype``. Returns its checksum. For one caller at a time; a publisher has the folder open.
+
+    Raises:
+        OSError: no room for it, for one.
+    """
+    sources = {name: Source.of(t, dtype if t.dtype.is_floating_point else None) for name, t in tensors.items()}
+    temporary = _path(folder / _WRITING, version)
+    temporary.unlink(missing_ok=True)
+    try:
+        digest = _write_whole(temporary, version, sources)
+        os.replace(temporary, _path(folder / _PINNED, version))
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def _write_whole(target: Path, version: int, sources: Sources) -> str:
+    metadata = _metadata(version, ())
+    file = VersionFile(target, mapped=False)
+    try:
+        return file.write(sources, Layout.of(sources, metadata), metadata)
+    finally:
+        file.close()
 
 
 def whole_size(folder: Path, version: int) -> int:

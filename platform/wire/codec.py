@@ -37,6 +37,7 @@ MAX_DIMS, MAX_ARRAYS, MAX_SHAPES = 8, 1 << 20, 1 << 16
 
 _MAGIC = b"offt"
 _PREFIX = struct.Struct("<4sHH")
+_HEAD_PREFIX = _PREFIX.pack(_MAGIC, PROTOCOL, 0)
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _DTYPES = dict(enumerate(DTYPES))
 
@@ -69,19 +70,20 @@ def encode(message: Message, arrays: Sequence[Array] = ()) -> list[Frame]:
     shapes: dict[int, tuple[int, ...]] = {}
     frames: list[Frame] = [b""]
     for array in arrays:
-        code = _CODES.get(array.dtype)
-        if code is None or array.ndim > MAX_DIMS:
-            what = f"dtype {array.dtype}" if code is None else f"{array.ndim} dimensions"
-            raise WireError(f"array {len(codes)} has {what}; the wire carries {_allowed()}")
         if array.ndim != 1:
             shapes[len(codes)] = array.shape
-        codes.append(code)
+            if array.ndim > MAX_DIMS:
+                raise WireError(f"array {len(codes)} has {array.ndim} dimensions; the wire carries {_allowed()}")
+        try:
+            codes.append(_CODES[array.dtype])
+        except KeyError:
+            raise WireError(f"array {len(codes)} has dtype {array.dtype}; the wire carries {_allowed()}") from None
         if array.nbytes < LARGE_BYTES:
             parts.append(array.tobytes())
         else:
             parts.append(None)
             frames.append(np.ascontiguousarray(array).data.cast("B"))
-    frames[0] = _PREFIX.pack(_MAGIC, PROTOCOL, 0) + _encoder.encode((message, bytes(codes), parts, shapes))
+    frames[0] = _HEAD_PREFIX + _encoder.encode((message, bytes(codes), parts, shapes))
     return frames
 
 

@@ -69,42 +69,24 @@ def group_from(header: GroupHeader, arrays: Sequence[Array], vocab_size: int | N
 
     Raises WireError when the number of arrays, a dtype, a repeated name or Group.check is wrong.
     """
-    n = len(FIXED)
     if len(arrays) != arrays_per_group(header):
         raise WireError(f"group {header.group}: {len(arrays)} arrays, its header announces {arrays_per_group(header)}")
     names = header.component_names
-    dtypes = [array.dtype for array in arrays[: n + len(names)]]
+    prompt, lengths, tokens, logprobs, versions, finish, rewards, times, step_ends, *named = arrays
+    dtypes = [array.dtype for array in arrays[: len(FIXED) + len(names)]]
     if dtypes != [*_DTYPES, *[FLOAT32] * len(names)]:
         raise WireError(f"group {header.group}: {_wrong_dtype(names, dtypes)}")
-    components = dict(zip(names, arrays[n : n + len(names)], strict=True))
-    channels = {
-        name: Channel(axis, values)
-        for (name, axis), values in zip(header.channels, arrays[n + len(names) :], strict=True)
-    }
+    components = dict(zip(names, named[: len(names)], strict=True))
+    channels = {}
+    for (name, axis), values in zip(header.channels, named[len(names) :], strict=True):
+        channels[name] = Channel(axis, values)
     if len(components) != len(names) or len(channels) != len(header.channels):
         raise WireError(f"group {header.group}: a component or channel name stands twice")
     group = Group(
-        group=header.group,
-        slot=header.slot,
-        attempt=header.attempt,
-        problem=header.problem,
-        generator=header.generator,
-        temperature=header.temperature,
-        prompt_tokens=arrays[0],
-        lengths=arrays[1],
-        tokens=arrays[2],
-        logprobs=arrays[3],
-        versions=arrays[4],
-        finish=arrays[5],
-        rewards=arrays[6],
-        components=components,
-        times=arrays[7],
-        step_ends=arrays[8],
-        channels=channels,
-        scored_by=header.scored_by,
-        queued_version=header.queued_version,
-        queued_at=header.queued_at,
-    )
+        header.group, header.slot, header.attempt, header.problem, header.generator, header.temperature,
+        prompt, lengths, tokens, logprobs, versions, finish, rewards, components, times, channels, step_ends,
+        header.scored_by, header.queued_version, header.queued_at,
+    )  # fmt: skip
     try:
         group.check(vocab_size=vocab_size)
     except ValueError as error:
@@ -132,7 +114,7 @@ def pack_group(group: Group) -> bytes:
 
 
 def unpack_group(blob: Frame, vocab_size: int | None = None) -> Group:
-    """The checked group of a blob; its arrays are read-only views of it. WireError when the blob is not whole."""
+    """The checked group of a blob; its arrays are read-only, aligned copies. WireError when the blob is not whole."""
     view = memoryview(blob)
     if len(view) < 2 * _COUNT.size:
         raise WireError(f"a group's blob of {len(view)} bytes")
@@ -146,7 +128,8 @@ def unpack_group(blob: Frame, vocab_size: int | None = None) -> Group:
     frames: list[Frame] = []
     for i in range(count):
         (size,) = _SIZE.unpack_from(view, _COUNT.size + i * _SIZE.size)
-        frames.append(view[start : start + size])
+        # A copy: in the blob, behind a head of any length, its array would not be aligned.
+        frames.append(bytes(view[start : start + size]))
         start += size
     if start != len(view):
         raise WireError(f"a group's blob of {len(view)} bytes, its frames need {start}")

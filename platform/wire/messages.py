@@ -23,7 +23,7 @@ from msgspec import Meta
 
 from offtrail.core.types import Axis, Lease, Problem, ScoredBy
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 Index = Annotated[int, Meta(ge=0, lt=1 << 16)]
 """Of a process among those of its role."""
@@ -167,12 +167,14 @@ class Commit(Message, frozen=True):
 class Committed(Message, frozen=True):
     """The commit is durable. ``lineage`` rises when a replay's checksum differs from the logged one.
 
-    ``evaluate``: the version after this one is due for evaluation: it is to be pinned.
+    ``evaluate``: the version after this one is due for evaluation: it is to be pinned. ``spared``: versions from before
+    this launch that still wait for their score: their checkpoints are not to be pruned.
     """
 
     lineage: int
     diverged: bool = False
     evaluate: bool = False
+    spared: list[Version] = []
 
 
 class Checkpointed(Message, frozen=True):
@@ -187,19 +189,25 @@ class NextEval(Message, frozen=True):
 
 
 class EvalJob(Message, frozen=True):
-    """Evaluate ``version`` (−1: nothing to do yet, ``waiting`` says for what)."""
+    """Evaluate ``version`` (−1: nothing to do yet, ``waiting`` says for what).
+
+    ``stored``: the checksum of a version from before this launch, which is not in the weight channel but in its
+    checkpoint, or (version 0) the start model; empty: it is pinned in the channel.
+    """
 
     version: int
     stop: bool = False
     waiting: str = ""
+    stored: str = ""
 
 
 class EvalResult(Message, frozen=True):
-    """Scores of one version, names as in docs/metrics.md (eval/…)."""
+    """Scores of one version, names as in docs/metrics.md (eval/…). ``lost``: why a stored one is to be had no more."""
 
     version: Version
     metrics: dict[Name, float]
     texts: dict[Name, Text] = {}
+    lost: Text = ""
 
 
 class Heartbeat(Message, frozen=True):
@@ -228,7 +236,7 @@ class Beat(Message, frozen=True):
 
 class Failure(Message, frozen=True):
     """A role says why it dies, or the launcher how one has died. ``final``: another start would not cure it.
-    ``batch``: the learner step whose batch it failed on, or −1.
+    ``batch``: the learner step whose batch it failed on, or −1. ``pid``: who was found dead, 0 where it is the sender.
     """
 
     role: Name
@@ -236,6 +244,7 @@ class Failure(Message, frozen=True):
     error: Text
     final: bool = False
     batch: VersionOrNone = -1
+    pid: Pid = 0
 
 
 class StatusRequest(Message, frozen=True):

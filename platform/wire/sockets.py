@@ -270,13 +270,15 @@ class Client:
         broker takes.
         """
         frames = encode(message, arrays)
-        if (largest := max(bytes_alone(frames[0]), *map(len, frames))) > REQUEST_FRAME_BYTES:
-            raise WireError(
-                f"{type(message).__name__} has a frame of {largest} bytes; the broker takes {REQUEST_FRAME_BYTES}"
-            )
+        size = bytes_alone(frames[0]) + sum(map(len, frames[1:]))
+        if size > REQUEST_FRAME_BYTES:  # perhaps a frame of it is, too
+            largest = max(bytes_alone(frames[0]), *map(len, frames))
+            if largest > REQUEST_FRAME_BYTES:
+                raise WireError(
+                    f"{type(message).__name__} has a frame of {largest} bytes; the broker takes {REQUEST_FRAME_BYTES}"
+                )
         if len(frames) > REQUEST_FRAMES:
             raise WireError(f"{type(message).__name__} has {len(frames)} frames; the broker reads {REQUEST_FRAMES}")
-        size = sum(map(len, frames))
         if self._bytes + size > SHARED_BYTES:
             self.flush()
         ticket = self._next

@@ -235,12 +235,9 @@ def test_a_role_of_a_killed_attempt_that_leaves_late_takes_nothing_of_the_resume
 def test_an_interrupted_run_says_so_and_goes_on(
     launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Trap: of what still waited for a score when a run was stopped, only what is trained again gets one."""
-    keys = ("learner.steps=30", "eval.nice=0")
+    keys = ("learner.steps=30",)
     process = subprocess.Popen(command("stop", *keys), env=environment, cwd=tmp_path)
-    metrics = tmp_path / "stop" / "metrics.jsonl"
     wait_until("step 2", lambda: reached(tmp_path / "stop", 2))
-    wait_until("a score of version 0", lambda: json.loads(metrics.read_text().split("\n", 1)[0])["step"] == 0)
     for role in ROLE_NAMES:  # a cluster that ends a job signals all of its processes
         os.kill(pid_of(role, tmp_path / "stop"), signal.SIGUSR1)
     process.send_signal(signal.SIGUSR1)
@@ -256,6 +253,42 @@ def test_an_interrupted_run_says_so_and_goes_on(
         resumed.summary["groups/lost"],
         resumed.summary["groups/duplicated"],
     ) == (120, 0, 0)
+
+
+@pytest.mark.timeout(600)
+def test_what_had_no_score_yet_when_a_run_was_stopped_gets_the_one_of_an_undisturbed_run(
+    launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Its evaluator stands still in the first launch: version 0, those of checkpoints, which the second launch keeps no
+    longer than they wait, and the one that it goes on from all wait.
+    """
+    keys = ("staleness.mode=exact", "learner.steps=8", "learner.checkpoint_every=2", "eval.every=2")
+    undisturbed = launch("other", *keys)
+    assert undisturbed.code == 0, undisturbed.output
+    process = warm.Popen(command("stop", "learner.keep_checkpoints=4", *keys), env=environment, cwd=tmp_path)
+    run_dir = tmp_path / "stop"
+    wait_until("an evaluator", lambda: running("evaluator", run_dir))
+    evaluator = psutil.Process(pid_of("evaluator", run_dir))
+    evaluator.suspend()
+    wait_until("a checkpoint", lambda: (run_dir / "checkpoints" / "step_4").is_dir())
+    process.send_signal(signal.SIGINT)
+    wait_until("an end", lambda: '"reason"' in (run_dir / "summary.json").read_text())
+    evaluator.kill()  # it would hear nothing
+    assert process.wait(45) == 130
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["eval/accuracy_first"]) == ("interrupted", None)
+    resumed = launch("stop", "run.resume=true", "learner.keep_checkpoints=1", *keys)
+    assert resumed.code == 0, resumed.output
+    assert scores(resumed) == scores(undisturbed)
+    assert list(scores(resumed)) == [0, 2, 4, 6, 8]
+    assert resumed.summary["eval/accuracy_first"] == undisturbed.summary["eval/accuracy_first"]
+    assert "eval/unscored" not in resumed.summary
+
+
+def scores(run: Any) -> dict[int, dict[str, float]]:
+    """Version → all that its evaluation said."""
+    found = {row["step"]: {k: v for k, v in row.items() if k.startswith("eval/")} for row in run.rows}
+    return {step: row for step, row in found.items() if row}
 
 
 def test_an_interrupt_in_the_cold_start_and_one_before_the_endpoint_end_the_run_soon(

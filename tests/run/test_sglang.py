@@ -55,7 +55,7 @@ def test_the_demo_learns_with_an_sglang_server(environment: dict[str, str], tmp_
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.prove)])
+@pytest.mark.parametrize("steps", [12, pytest.param(50, marks=pytest.mark.prove)])
 def test_two_ranks_push_to_two_servers_of_which_one_is_killed(
     steps: int, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -74,7 +74,7 @@ def test_two_ranks_push_to_two_servers_of_which_one_is_killed(
     )
     run_dir = tmp_path / "pushed"
     limit = time.monotonic() + 400
-    while not (run_dir / "metrics.jsonl").is_file() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 8:
+    while not (run_dir / "metrics.jsonl").is_file() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 5:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit
         time.sleep(0.1)

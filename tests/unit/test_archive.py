@@ -13,7 +13,7 @@ import pytest
 
 from offtrail.core.types import Channel, Group, Problem, ScoredBy
 from offtrail.platform.broker import older
-from offtrail.platform.broker.archive import SCHEMA, Archive, Sealed, write_shard
+from offtrail.platform.broker.archive import SCHEMA, Archive, Sealed, tables, write_shard
 from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.ledger import FILE, Ledger
 from offtrail.platform.broker.older import go_back
@@ -284,3 +284,25 @@ def test_a_folder_that_takes_no_file_is_named_and_nothing_is_lost(ledger: Ledger
     assert len(ledger.shards.unsealed()) == 2
     assert ledger.payloads([0, 1])
     assert ledger.audit() == Audit(6, 0, 0)
+
+
+def test_groups_of_one_shard_may_differ_in_channels_components_and_size_and_one_that_does_not_fit_is_named() -> None:
+    """Each group's rows are as they are alone; a channel of two types is the wider one."""
+    facts = {"state": "trained", "reason": None, "detail": None, "batch": 0, "position": 0, "lineage": 0}
+    kinds = [np.float32, np.int32]
+    groups = [
+        group(i, [0] * (2 + i), channels={"leaf": Channel("sample", np.array([1, 2], kinds[i % 2]))} if i < 4 else {},
+              components={} if i == 2 else {f"c{i % 2}": np.array([i, 0], np.float32)})
+        for i in range(6)
+    ]  # fmt: skip
+    broken = group(6, [0, 0, 0], times=np.zeros((1, 3)))
+    left_out: dict[int, str] = {}
+    told = [(facts | {"group": one.group}, one) for one in (*groups[:3], broken, *groups[3:])]
+    rows = [row for part in tables("run", told, left_out) for row in part.to_pylist()]
+    assert list(left_out) == [6]
+    assert [row["group"] for row in rows] == [g for g in range(6) for _ in range(2)]
+    alone = [row for one in told if one[1] is not broken for row in tables("run", [one], {})[0].to_pylist()]
+    for row, expected in zip(rows, alone, strict=True):
+        assert {name: value for name, value in row.items() if value is not None} == {
+            name: value for name, value in expected.items() if value is not None
+        }

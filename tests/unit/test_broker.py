@@ -152,6 +152,21 @@ def test_a_killed_process_leaves_its_name_to_the_next_one_though_nobody_told_of_
     assert run.lease().leases
 
 
+def test_a_death_that_is_told_late_leaves_the_next_process_its_name_and_its_leases(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    with subprocess.Popen(["true"]) as killed:
+        pass
+    run.broker.roster.members["generator-0"].pid = killed.pid
+    run.hello("generator", process="second")
+    held = run.lease().leases
+    words = "was killed by SIGKILL"
+    run.ask("launcher-0", Failure(role="generator", index=0, error=words, pid=killed.pid), Acknowledged)
+    assert run.submit(held[0], 0).accepted
+    run.ask("launcher-0", Failure(role="generator", index=0, error=words, pid=os.getpid()), Acknowledged)
+    assert "has not said Hello" in run.ask("generator-0", LeaseRequest(room=1), Error).error
+
+
 def test_a_name_is_free_once_its_process_is_lost(start: Callable[..., Run]) -> None:
     run = start(broker__address="0.0.0.0")  # elsewhere a process id says nothing, its heartbeats do
     run.everybody()
@@ -611,6 +626,50 @@ def test_a_killed_evaluators_version_is_given_to_the_next_one(start: Callable[..
     assert run.ask("evaluator-0", NextEval(), EvalJob).version == 0
 
 
+def test_what_waited_for_a_score_when_a_run_was_stopped_waits_on_where_it_lies(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=6)  # eval.every = 2
+    run.everybody()
+    for _ in range(5):
+        run.train(checkpoint=run.broker.scheduler.version < 3)
+    run.ask("evaluator-0", EvalResult(version=4, metrics={"eval/accuracy": 0.4}), Acknowledged)
+    run = run.again(learner__steps=6)
+    run.hello("evaluator")
+    assert run.ask("evaluator-0", NextEval(), EvalJob).version == -1  # the weight channel is not there yet
+    run.everybody()  # the learner begins from version 3 again, and makes version 4 again
+    for version, left in ((0, [0, 2]), (2, [2])):
+        expected = EvalJob(version=version, stored=f"c{version}")
+        assert run.ask("evaluator-0", NextEval(), EvalJob) == expected
+        again = run.ask("learner-0", Commit(step=-1, version=3, checksum="c3"), Committed)
+        assert again.spared == left  # no checkpoint of these is pruned
+        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.1 * version}), Acknowledged)
+    assert run.ask("evaluator-0", NextEval(), EvalJob).waiting.startswith("version 4 from learner-0")
+    assert run.summary()["eval/accuracy_first"] == 0.0
+    assert "eval/unscored" not in run.summary()
+    assert run.ask("learner-0", NextBatch(step=3), BatchReply).replay
+    run.commit(3, 4)
+    assert run.ask("evaluator-0", NextEval(), EvalJob) == EvalJob(version=4)
+
+
+def test_a_version_that_no_checkpoint_holds_any_more_is_named_and_holds_nobody_up(start: Callable[..., Run]) -> None:
+    run = start(learner__steps=4)
+    run.everybody()
+    for _ in range(3):
+        run.train()
+    run = run.restarted(eval__waiting_mb=1, learner__steps=4)
+    assert run.broker.evaluations.behind(3, 3) == ""  # what lies in a checkpoint takes none of eval.waiting_mb
+    run.train()
+    held = run.ask("evaluator-0", EvalResult(version=4, metrics={}, lost="cut"), Error).error
+    assert held == "version 4 was given up, but it is none that lies in a checkpoint"
+    for version in (0, 4):
+        assert run.broker.ending.status == ""
+        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Acknowledged)
+    assert run.broker.ending.status == ""
+    assert run.ask("evaluator-0", NextEval(), EvalJob).version == 2
+    run.ask("evaluator-0", EvalResult(version=2, metrics={}, lost="checkpoints/step_2 is not there"), Acknowledged)
+    assert (run.broker.ending.status, run.summary()["eval/unscored"]) == ("completed", [2])
+    assert [row["step"] for row in run.rows() if "eval/accuracy" in row] == [0, 4]
+
+
 @pytest.mark.parametrize(
     ("role", "final", "restarts"), [("generator", True, 3), ("generator", False, 0), ("learner", False, 3)]
 )
@@ -762,7 +821,8 @@ def test_a_run_that_is_killed_after_its_budget_was_spent_ends_at_the_same_step(s
     run.commit(1, 2)
     assert run.ask("learner-0", NextBatch(step=2), BatchReply).finished
     run.ask("learner-0", Checkpointed(step=2, path="step_2"), Acknowledged)
-    run.ask("evaluator-0", EvalResult(version=2, metrics={"eval/accuracy": 0.5}), Acknowledged)
+    for version in (0, 2):
+        run.ask("evaluator-0", EvalResult(version=version, metrics={"eval/accuracy": 0.5}), Acknowledged)
     assert run.summary()["reason"] == "run.budget_seconds=50: 60 seconds are spent, the last step is 2"
     run.finish_archive()
     again = run.restarted(**changes)
@@ -1087,14 +1147,6 @@ def test_one_version_may_wait_whatever_it_keeps_and_others_are_made_meanwhile(st
     run.train()
     run.train()
     assert run.ask("learner-0", NextBatch(step=2), BatchReply).waiting.startswith("a score of version 0 from evaluator")
-
-
-def test_versions_of_before_the_restart_are_not_handed_to_the_evaluator(start: Callable[..., Run]) -> None:
-    run = start()
-    run.everybody()
-    run.train()
-    run = run.restarted()  # version 0 was never scored, and its weights are gone
-    assert run.ask("evaluator-0", NextEval(), EvalJob).waiting.startswith("version 2 from learner-0, since ")
 
 
 def test_settings_that_the_ledger_depends_on_cannot_change(start: Callable[..., Run]) -> None:

@@ -187,13 +187,13 @@ def test_a_learner_that_fails_erases_nothing_of_its_run(
     for _ in range(4):
         run.train(checkpoint=False)
     assert run.ask("learner-0", NextBatch(step=4), BatchReply).headers
-    rows, pinned = run.rows(), dict(run.broker.evaluations.pinned)
+    rows, pinned = run.rows(), dict(run.broker.evaluations.kept)
     tell(run, BatchError(4, ValueError("x")), monkeypatch)
     for number in (1, 2):  # another process of it may begin before the broker has left
         assert run.broker.ending.status == "failed"
         assert (run.summary()["steps"], run.summary()["groups/trained"]) == (4, 4 * B)
         assert run.rows() == rows
-        assert run.broker.evaluations.pinned == pinned
+        assert run.broker.evaluations.kept == pinned
         run.broker.roster.members["learner-0"].lost = True
         run.hello("learner", process=f"after {number} deaths")
         run.broker.ending.write_summary()

@@ -262,7 +262,7 @@ def valid(argv):
             argv = kept if len(kept) < len(argv) else argv[:-1]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(argv=command_lines())
 def test_a_saved_configuration_repeats_itself(argv, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "repeat"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from offtrail.platform.config.compose import compose
+from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking.diagnosis import PATIENCE, Diagnosis
 
 FINE: dict[str, Any] = {
@@ -95,3 +96,17 @@ def test_a_row_that_lacks_a_number_shows_nothing_of_it() -> None:
     for step in range(1, 40):
         diagnosis.take({"step": step, "policy/grad_norm": None})
     assert diagnosis.lines == []
+
+
+def test_held_out_prompts_without_room_are_said_once_with_the_first_version_that_shows_them() -> None:
+    scores = {"eval/prompts": 16.0, "eval/prompts_without_room": 3.0}
+    diagnosis = Diagnosis(Config())
+    assert diagnosis.take_scores(0, {"eval/prompts_without_room": 0.0}) == []
+    (line,) = diagnosis.take_scores(4, scores)
+    assert line.startswith(
+        "version 4: 3 of 16 held-out prompts leave no room for their answers in model.max_length=256"
+    )
+    assert diagnosis.take_scores(8, scores) == []
+    assert (
+        diagnosis.lines == Diagnosis(Config(), [{"step": 2.0}, {"step": 4.0, **scores}, {"step": 8.0, **scores}]).lines
+    )

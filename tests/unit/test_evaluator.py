@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.decoder import read_weights
 from offtrail.platform.evaluator import role
-from offtrail.platform.evaluator.role import Evaluation
+from offtrail.platform.evaluator.role import Evaluation, load_version
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext
+from offtrail.platform.weights.store import Publisher, Subscriber, checksum
+from offtrail.platform.wire.messages import EvalJob
 
 PROMPTS, SAMPLES = 4, 2
 
@@ -56,6 +61,16 @@ def evaluation(start_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made.close()
 
 
+@pytest.fixture
+def channel(evaluation: Evaluation, tmp_path: Path) -> Iterator[RoleContext]:
+    """The evaluator's process with a weight channel that is open."""
+    evaluation.config.weights.dir = str(tmp_path / "channel")
+    context = RoleContext(evaluation.config, tmp_path, "evaluator", 0)
+    publisher = Publisher(context.weights_folder)
+    yield context
+    publisher.close()
+
+
 def lengthen(evaluation: Evaluation, count: int) -> None:
     """The first ``count`` prompts leave no room for an answer."""
     for i in range(count):
@@ -70,6 +85,7 @@ def test_a_prompt_that_does_not_fit_counts_as_wrong_and_is_said_once(
         for _ in range(2):
             metrics, texts = evaluation.run()
     assert (metrics["eval/accuracy"], metrics["eval/prompts"]) == (0.75, PROMPTS)
+    assert metrics["eval/prompts_without_room"] == 1
     assert 0 < metrics["eval/length_mean"] <= 8
     assert "1" * 60 not in texts["eval/samples"]
     [record] = caplog.records
@@ -99,3 +115,50 @@ def test_engine_and_verifiers_are_charged_to_the_compute_ledger(evaluation: Eval
     assert charged["verified_groups"] == 2 * PROMPTS
     assert charged["verifier_seconds"] == pytest.approx(0.1 * 2 * PROMPTS * SAMPLES)
     assert charged["decoded_tokens"] == evaluation.engine.counters["decoded_tokens"] > 0
+
+
+def test_a_start_model_is_scored_as_the_version_0_that_was_pinned(
+    evaluation: Evaluation, channel: RoleContext, start_dir: Path
+) -> None:
+    reader = Subscriber(channel.weights_folder)
+    scored = role.score(channel, evaluation, reader, EvalJob(version=0, stored="named otherwise"))
+    load_version(evaluation.engine, evaluation.activity, reader, 0)
+    assert (scored.metrics, scored.texts) == evaluation.run()
+    assert scored.metrics["eval/accuracy"] == 1.0
+    with reader.open(0) as weights:
+        assert all((weights[name] == value).all() for name, value in load_file(start_dir / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_scored_where_it_is_the_version_that_was_published(
+    dtype: Any, evaluation: Evaluation, channel: RoleContext, start_dir: Path
+) -> None:
+    evaluation.config.engine.dtype = dtype
+    tensors = {name: value + 0.01 for name, value in load_file(start_dir / "model.safetensors").items()}
+    kept = channel.run_dir / "checkpoints" / "step_4"
+    kept.mkdir(parents=True)
+    save_file(tensors, kept / "model.safetensors")
+    rounded = {name: value.to(getattr(torch, dtype)) for name, value in tensors.items()}
+    reader, job = Subscriber(channel.weights_folder), EvalJob(version=4, stored=checksum(rounded))
+    assert role.score(channel, evaluation, reader, job).metrics["eval/version"] == 4
+    with reader.open(4) as weights:
+        assert all((weights[name] == value).all() for name, value in rounded.items())
+
+
+def test_a_version_that_is_gone_or_is_another_one_is_given_up_with_the_reason(
+    evaluation: Evaluation, channel: RoleContext, start_dir: Path
+) -> None:
+    reader, job = Subscriber(channel.weights_folder), EvalJob(version=4, stored="of version 4")
+    kept = channel.run_dir / "checkpoints" / "step_4"
+
+    def lost() -> str:
+        result = role.score(channel, evaluation, reader, job)
+        assert result.metrics == {}
+        return result.lost
+
+    assert f"{kept}: no model.safetensors there" in lost()
+    kept.mkdir(parents=True)
+    (kept / "model.safetensors").write_bytes((start_dir / "model.safetensors").read_bytes()[:-100])
+    assert lost()
+    shutil.copy(start_dir / "model.safetensors", kept)
+    assert lost() == f"{kept} holds another version"

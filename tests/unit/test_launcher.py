@@ -363,7 +363,7 @@ def test_a_killed_generator_is_started_again_and_the_broker_hears_of_it_first(
     monkeypatch.setattr(running, "STATUS_PERIOD_S", 0.0)
     run.config.tracking.progress = "plain"
     role = dead_generator(run, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    before = len(hosts.started)
+    before, dead = len(hosts.started), role.handle.pid
 
     class Broker(Line):
         def request(self, message: object, **_: object) -> tuple[object, list[object]]:
@@ -376,7 +376,7 @@ def test_a_killed_generator_is_started_again_and_the_broker_hears_of_it_first(
     run.client = line  # type: ignore[assignment]
     assert watch(run, []) == ("completed", "")
     [death] = [message for message in line.asked if isinstance(message, Failure)]
-    assert (death.role, death.index, death.final) == ("generator", 0, False)
+    assert (death.role, death.index, death.final, death.pid) == ("generator", 0, False, dead)
     assert death.error.startswith("generator-0 was killed by SIGKILL")
     assert (hosts.started[before:], role.handle.poll()) == (["generator-0"], None)
     assert "started again (1 of generator.max_restarts=2)" in capsys.readouterr().out

@@ -33,8 +33,15 @@ MakeBatch = Callable[..., Batch]
 
 
 def settings(*argv: str) -> Config:
-    """Four groups in two updates (R1's sixteen need sixteen groups), at a learning rate that moves a tiny model."""
-    small = ("batch.groups=4", "batch.group_size=3", "learner.minibatches=2", "learner.optim.lr=1e-3")
+    """Four groups in two updates (R1's sixteen need sixteen groups), at a learning rate that moves a tiny model.
+
+    Trap: AdamW's steps divide a gradient by its own size, which makes whole steps of rounding errors where it is nearly
+    0; a larger eps leaves them what they are.
+    """
+    small = (
+        "batch.groups=4", "batch.group_size=3", "learner.minibatches=2", "learner.optim.lr=1e-3",
+        "learner.optim.eps=1e-4",
+    )  # fmt: skip
     given = {argument.split("=")[0] for argument in argv}
     return compose([*argv, *(s for s in small if s.split("=")[0] not in given)])
 
@@ -95,7 +102,7 @@ def test_every_algorithm_and_correction_trains_and_does_not_depend_on_the_cut(
     assert (parameters(whole) - before).abs().max() > 1e-5
     assert a.keys() == b.keys()
     assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
-    assert (parameters(whole) - parameters(cut)).abs().max() < 2e-5
+    assert (parameters(whole) - parameters(cut)).abs().max() < 2e-6
 
 
 GOLDEN = {

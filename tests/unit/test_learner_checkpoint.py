@@ -237,6 +237,8 @@ def test_a_safetensors_file_that_was_cut_is_told_by_its_header(saved: Saved) -> 
 def test_the_newest_are_kept(saved: Saved) -> None:
     for step in (2, 9, 10):
         saved.save(step)
+    checkpoint.prune(saved.run_dir, 10, keep=2, spared=(0, 2))
+    assert sorted(p.name for p in saved.path.parent.iterdir()) == ["step_10", "step_2", "step_9"]
     checkpoint.prune(saved.run_dir, 10, keep=2)
     assert sorted(p.name for p in saved.path.parent.iterdir()) == ["step_10", "step_9"]
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from offtrail.core.types import Group, Problem
-from offtrail.platform.broker.archive import table
+from offtrail.platform.broker.archive import tables
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
@@ -46,7 +47,7 @@ def archived(run_dir: Path, start_dir: Path, shards: dict[str, list[tuple[dict[s
     (run_dir / "start").symlink_to(start_dir)
     (run_dir / "config.yaml").write_text(to_yaml(Config()))
     for name, groups in shards.items():
-        pq.write_table(table("run", groups), run_dir / "trajectories" / f"{name}.parquet")
+        pq.write_table(pa.concat_tables(tables("run", groups, {})), run_dir / "trajectories" / f"{name}.parquet")
 
 
 def test_right_answers_each_once_in_the_order_of_training(start_dir: Path, tmp_path: Path) -> None:

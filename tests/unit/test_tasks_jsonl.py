@@ -110,6 +110,7 @@ def test_too_few_held_out(hundred: str):
         ('{"question": true, "answer": "#### 4"}', r"line 3: field 'question' is bool, not text"),
         ("[" * 100_000, r"line 3: not valid JSON \(nested too deep\)"),
         ('{"question": "\\frac", "answer": "#### 4"}', r"line 3: field 'question' holds a control char"),
+        ('{"question": "\\beta", "answer": "#### 4"}', r"line 3: field 'question' holds a control char"),
         ('{"question": "\\sin"}', r"line 3: not valid JSON \(Invalid \\escape, column 15\); write"),
         ('{"question": "a", "answer": "#1", "answer": "#2"}', r"line 3: the key 'answer' is given twice; keep one"),
         ('{"question": "a", "answer": NaN}', r"line 3: NaN is no number in JSON"),
@@ -122,6 +123,15 @@ def test_a_bad_line_is_an_error_with_its_number(tmp_path: Path, line: str, messa
     with pytest.raises(TaskError, match=r"^task.path=.*bad.jsonl, " + message) as caught:
         JsonlTask(JsonlConfig(path=path), 0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_page_end_or_another_separator_in_a_text_ends_no_line(tmp_path: Path):
+    """Form feeds come with text out of PDFs, the others with text of the web."""
+    texts = [f"one{separator}two" for separator in "\f\v\x1c\x85\u2028"]
+    for escaped in (True, False):
+        rows = (json.dumps({"question": text, "answer": "#### 4"}, ensure_ascii=escaped) for text in texts)
+        task = JsonlTask(JsonlConfig(path=write(tmp_path / "f.jsonl", *rows), held_out_share=0.0), 0)
+        assert [problem.prompt for problem in task.training()] == texts
 
 
 def test_bytes_that_are_no_text_are_an_error_with_their_line(tmp_path: Path):

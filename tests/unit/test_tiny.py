@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3ForCausalLM
 
 from offtrail.platform.config.schema import ModelConfig
-from offtrail.platform.model.tiny import ALPHABET, SPECIALS, TAGS, build_model, build_tokenizer, save_start
+from offtrail.platform.model.characters import ALPHABET, SPECIALS, TAGS
+from offtrail.platform.model.tiny import build_model, build_tokenizer, save_start
 
 TOKENIZER = build_tokenizer()
 TEXTS = st.lists(st.sampled_from([*ALPHABET, *TAGS, *SPECIALS])).map("".join)

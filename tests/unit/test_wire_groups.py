@@ -96,6 +96,13 @@ def test_large_groups_round_trip():
     assert plain(unpack_group(memoryview(pack_group(group)))) == plain(group)
 
 
+@pytest.mark.parametrize("odd", range(8))
+def test_large_arrays_of_a_blob_are_aligned_however_long_its_head(odd):
+    group = replace(make_group([9000] * 8), generator="g" * odd)
+    found = unpack_group(pack_group(group))
+    assert all(array.flags.aligned for array in group_frames(found)[1])
+
+
 def test_arrays_of_a_batch_are_cut_by_the_headers():
     groups = [
         make_group([3, 4], 1),

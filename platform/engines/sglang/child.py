@@ -15,12 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from offtrail.platform.runtime.attempt import shared_files
+from offtrail.platform.runtime.attempt import shared_files, which
 
 TRACKER = "multiprocessing.resource_tracker"
 TRACKER_SECONDS = 5.0
@@ -64,10 +64,10 @@ class Child:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def remember(self) -> list[psutil.Process]:
-        """The tree's processes. What they hold of shared memory is removed at the end, also if they die before it:
-        sglang leaves it behind.
+        """The tree's processes: the group's, for they may have lost their parent. What they hold of shared memory is
+        removed at the end, also if they die before it: sglang leaves it behind.
         """
-        members = list(self._members())
+        members = list(which(psutil.process_iter(), lambda process: os.getpgid(process.pid) == self.pid))
         self._shared |= shared_files(members)
         return members
 
@@ -112,17 +112,10 @@ class Child:
             return log.read().decode(errors="replace")
         return ""
 
-    def _members(self) -> Iterator[psutil.Process]:
-        """The group's processes; they may have lost their parent."""
-        for pid in psutil.pids():
-            with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-                if os.getpgid(pid) == self.pid:
-                    yield psutil.Process(pid)
-
 
 def _end_but_trackers(members: Sequence[psutil.Process]) -> None:
     """Kill all but the trackers, and let these end by themselves, which they do when the last of the others is gone."""
-    trackers = [member for member in members if _is_tracker(member)]
+    trackers = list(which(members, _is_tracker))
     for member in set(members) - set(trackers):
         with contextlib.suppress(psutil.Error):
             member.kill()
@@ -130,9 +123,7 @@ def _end_but_trackers(members: Sequence[psutil.Process]) -> None:
 
 
 def _is_tracker(member: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return any(TRACKER in argument for argument in member.cmdline())
-    return False
+    return any(TRACKER in argument for argument in member.cmdline())
 
 
 def _wait_for(members: Sequence[psutil.Process], seconds: float) -> None:
