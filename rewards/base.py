@@ -22,7 +22,7 @@ from offtrail.rewards.format import Parts
 T = TypeVar("T")
 
 Verify = Callable[[Problem, str], float]
-"""A task's verifier: (problem, what the answer block holds) → from 0 to 1; a bool is fine."""
+"""A task's verifier: (problem, the answer) → from 0 to 1; a bool is fine."""
 
 
 class RewardError(ValueError):
@@ -31,25 +31,27 @@ class RewardError(ValueError):
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer. ``text`` is without its stop token; ``finished``: a stop token ended it; ``parts``: its blocks, None
-    where it is malformed.
+    """One answer. ``text`` is without its stop token and with what the prompt opened; ``finished``: a stop token ended
+    it; ``parts``: its blocks, None where it is malformed; ``answer``: what is compared, found as reward.answer says,
+    None where there is none.
     """
 
     problem: Problem
     text: str
     finished: bool
     parts: Parts | None
+    answer: str | None
     verify: Verify
 
     @cached_property
     def accuracy(self) -> float:
-        """What the task's verifier says of the answer block, from 0 to 1, asked once; 0 where there is none.
+        """What the task's verifier says of ``answer``, from 0 to 1, asked once; 0 where there is none.
 
         Raises RewardError when the verifier gives anything else.
         """
-        if self.parts is None:
+        if self.answer is None:
             return 0.0
-        given: Any = self.verify(self.problem, self.parts.answer)
+        given: Any = self.verify(self.problem, self.answer)
         try:
             value = float(given)
         except (TypeError, ValueError):

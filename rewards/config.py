@@ -31,6 +31,11 @@ class RewardConfig:
     only: dict[str, dict[str, Any]] = setting({})
     """Component → where it counts, as {NAME: {from_step: 1300, to_step: 1700, tasks: [TASK]}}: from_step ≤ learner step
     < to_step, and problems of these tasks."""
+    answer: Literal["tags", "boxed", "mark", "last_number"] = "tags"
+    """Where the answer that is compared is looked for. tags: the answer block of a well-formed text; boxed: the last
+    \\boxed{}; mark: the line after the last answer_mark; last_number."""
+    answer_mark: str = "Answer:"
+    """The mark of answer=mark, such as #### or Answer:."""
     workers: int = setting(1, "[1, 1024]", resumable=True)
     """Verifier processes of each generator."""
     deadline_seconds: float = setting(5.0, "(0, 1e9]")
@@ -46,6 +51,8 @@ class RewardConfig:
     def __post_init__(self) -> None:
         """Raise ValueError when a value is out of bounds or a name unknown."""
         check_limits(self, "reward")
+        if not self.answer_mark.strip():
+            raise ValueError(f"reward.answer_mark={self.answer_mark!r}: must be a text that answers hold, such as ####")
         if not any(self.weights.values()):
             raise ValueError(
                 f"reward.weights={_shown(self.weights)}: at least one must not be 0, such as accuracy: 1.0; with all "

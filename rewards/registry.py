@@ -13,6 +13,7 @@ from typing import Any
 
 from offtrail.core.plugins import bind, is_plugin, load
 from offtrail.core.types import Problem
+from offtrail.rewards.answer import find_answer
 from offtrail.rewards.base import Answered, RewardError, Verify
 from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.format import parse
@@ -38,10 +39,7 @@ class Reward:
         ``texts`` are without their stop token; ``finished``: a stop token ended the answer. Raises RewardError that
         names the component which raised, gave no number, or when none applies to an answer.
         """
-        asked = [
-            Answered(problem, text, ended, parse(text), self._verify)
-            for text, ended in zip(texts, finished, strict=True)
-        ]
+        asked = [self._read(problem, text, ended) for text, ended in zip(texts, finished, strict=True)]
         nothing: list[float | None] = [None] * len(asked)
         scores = {
             name: ask(asked) if self._config.applies(name, problem.task) else nothing
@@ -53,6 +51,11 @@ class Reward:
                 "one that does, or widen reward.only"
             )
         return scores
+
+    def _read(self, problem: Problem, text: str, finished: bool) -> Answered:
+        parts = parse(text)
+        answer = find_answer(text, parts, finished, self._config)
+        return Answered(problem, text, finished, parts, answer, self._verify)
 
 
 def make_reward(config: RewardConfig, verify: Verify) -> Reward:
