@@ -53,10 +53,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vs_trl import Trl
 
-from offtrail.platform.config.schema import Config, LocalConfig
+from offtrail.platform.config.schema import LocalConfig
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.model.text import Text
-from offtrail.platform.runtime.context import weights_folder
+from offtrail.platform.runtime.context import own_name
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.registry import make_task
 
@@ -109,7 +109,6 @@ class Memory:
 
     def __init__(self, run: Path | None = None) -> None:
         self.run, self.peak, self.parts = run, 0, dict[str, int]()
-        self.channel = weights_folder(Config(), run) if run is not None else None
         self.cpu_seconds: list[float] = []
 
     @contextmanager
@@ -140,11 +139,15 @@ class Memory:
             rows = self.run / "metrics.jsonl" if self.run is not None else None
             committed = len(rows.read_text().splitlines()) if rows is not None and rows.is_file() else 0
             self.cpu_seconds += [cpu] * (committed - len(self.cpu_seconds))
-            channels = iter(()) if self.channel is None else self.channel.rglob("*.safetensors")
-            held = {found.st_ino: found.st_blocks * 512 for found in _stats(channels)}
+            held = {found.st_ino: found.st_blocks * 512 for found in _stats(self._versions())}
             parts["weight channel and shared memory"] = max(mapped, sum(held.values()))
             if sum(parts.values()) > self.peak:
                 self.peak, self.parts = sum(parts.values()), parts
+
+    def _versions(self) -> Iterator[Path]:
+        """Files of the weight channel, whatever the name of the run's attempt."""
+        if self.run is not None:
+            yield from Path("/dev/shm").glob(f"{own_name(self.run)}-*/**/*.safetensors")
 
 
 def _stats(paths: Iterator[Path]) -> Iterator[os.stat_result]:
