@@ -1,6 +1,6 @@
-"""Examples to imitate from a JSON-lines file (sft.path): each line a prompt, or messages, and an answer.
+"""Examples to imitate from a file or folder (sft.path; tasks/rows.py): each row a prompt, or messages, and an answer.
 
-The command reads them before anything starts, the learner when it begins: what is wrong with a line is said at once.
+The command reads them before anything starts, the learner when it begins: what is wrong with a row is said at once.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 from offtrail.core.problem import Problem
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.jsonl import as_lines
-from offtrail.tasks.lines import check_text, read_objects
+from offtrail.tasks.lines import Row, check_text
+from offtrail.tasks.rows import read_rows
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_examples(path: Path, prompt_field: str, answer_field: str) -> list[Problem]:
-    """The lines of a JSON-lines file; blank ones are skipped. Raises TaskError with file and line.
+    """The rows of a file or folder. Raises TaskError with file and row.
 
-    A line has a prompt (a text or a list of messages) and an answer; or ``messages`` alone, whose last is the
-    assistant's answer. Each becomes a Problem, ``task`` naming the file and ``index`` the line.
+    A row has a prompt (a text or a list of messages) and an answer; or ``messages`` alone, whose last is the
+    assistant's answer. Each becomes a Problem, ``task`` naming the file, ``index`` and ``meta["place"]`` the row.
     """
-    rows = read_objects(path, "sft.path")
-    return [_example(row, number, path, prompt_field, answer_field) for number, row in rows]
+    return [_example(row, path, prompt_field, answer_field) for row in read_rows(path, "sft.path")]
 
 
 def too_long(examples: Sequence[Problem], tokens: Sequence[int], max_length: int, *, drop: bool) -> list[int]:
@@ -35,7 +35,7 @@ def too_long(examples: Sequence[Problem], tokens: Sequence[int], max_length: int
     if long and not drop:
         first = examples[long[0]]
         raise TaskError(
-            f"{first.task}, line {first.index}: prompt and answer take {tokens[long[0]]} tokens, more than "
+            f"{first.task}, {first.meta['place']}: prompt and answer take {tokens[long[0]]} tokens, more than "
             f"model.max_length={max_length} ({len(long)} of {len(examples)} lines do); raise it, or set sft.long=drop"
         )
     if len(long) == len(examples):
@@ -60,24 +60,24 @@ def remark_on_held_out(examples: Sequence[Problem], held_out: Sequence[Problem])
     if not both:
         return ""
     return (
-        f"{both[0].task}: {len(both):,} of {len(examples):,} examples answer held-out prompts, first line "
-        f"{both[0].index}; what is evaluated was trained on: take them out, or name another held-out set"
+        f"{both[0].task}: {len(both):,} of {len(examples):,} examples answer held-out prompts, first "
+        f"{both[0].meta['place']}; what is evaluated was trained on: take them out, or name another held-out set"
     )
 
 
-def _example(row: dict[str, Any], number: int, path: Path, prompt_field: str, answer_field: str) -> Problem:
-    name = f"sft.path={path}"
-    where = f"{name}, line {number}"
-    given = row.get(prompt_field, row.get("messages"))
+def _example(row: Row, path: Path, prompt_field: str, answer_field: str) -> Problem:
+    name, fields, meta = f"sft.path={path}", row.fields, {"place": row.place}
+    where = f"{name}, {row.place}"
+    given = fields.get(prompt_field, fields.get("messages"))
     if not isinstance(given, list):
-        prompt = _text(row, prompt_field, "sft.prompt_field", where)
-        return Problem(name, number, prompt, _text(row, answer_field, "sft.answer_field", where))
+        prompt = _text(fields, prompt_field, "sft.prompt_field", where)
+        return Problem(name, row.number, prompt, _text(fields, answer_field, "sft.answer_field", where), meta)
     messages = _messages(given, where)
-    if answer_field not in row and len(messages) > 1 and messages[-1]["role"] == "assistant":
+    if answer_field not in fields and len(messages) > 1 and messages[-1]["role"] == "assistant":
         *before, last = messages
-        return Problem(name, number, as_lines(tuple(before)), last["content"], messages=tuple(before))
-    answer = _text(row, answer_field, "sft.answer_field", where)
-    return Problem(name, number, as_lines(messages), answer, messages=messages)
+        return Problem(name, row.number, as_lines(tuple(before)), last["content"], meta, tuple(before))
+    answer = _text(fields, answer_field, "sft.answer_field", where)
+    return Problem(name, row.number, as_lines(messages), answer, meta, messages)
 
 
 def _messages(value: list[Any], where: str) -> tuple[dict[str, str], ...]:

@@ -1,6 +1,6 @@
-"""Public sets from local JSON-lines files, such as GSM8K: one object a line with a question and a worked answer.
+"""Public sets from local files (tasks/rows.py: of which forms), such as GSM8K: a question and a worked answer a row.
 
-Invariants: a line that cannot be used stops the run with its file and number; a set of answers that `verify` cannot
+Invariants: a row that cannot be used stops the run with its file and number; a set of answers that `verify` cannot
 read stops it too, and of one that has some, or that contradicts itself, the run says so before it starts (`remarks`);
 data order is one permutation of the training problems per epoch, keyed by (seed, epoch); no prompt of the held-out side
 is ever trained on, whether it comes from ``eval_path`` or from the hash split.
@@ -21,19 +21,20 @@ from offtrail.core.problem import Problem
 from offtrail.core.settings import setting
 from offtrail.tasks.base import TaskError, tagged
 from offtrail.tasks.config import TaskConfig, check
-from offtrail.tasks.lines import check_text, read_objects
+from offtrail.tasks.lines import Row, check_text
+from offtrail.tasks.rows import read_rows
 from offtrail.tasks.split import is_held_out, place, stream
 
 
 @dataclass
 class JsonlConfig(TaskConfig):
-    """A local JSON-lines file, one problem a line: GSM8K's question/answer fields by default."""
+    """A local file or folder (JSON lines, an array, Parquet, Arrow), one problem a row: GSM8K's fields by default."""
 
     name: str = "jsonl"
     path: str = setting("", path="file")
-    """Training problems."""
+    """Training problems; of a folder its train split."""
     eval_path: str = setting("", path="file")
-    """Held-out problems; empty = held_out_share of `path`, by hash of the prompt."""
+    """Held-out problems, of a folder its test split; empty = held_out_share of `path`, by hash of the prompt."""
     prompt_field: str = "question"
     """Field of the problem's text."""
     answer_field: str = "answer"
@@ -81,7 +82,9 @@ class Record:
     solution: str
     answer: str
     messages: tuple[dict[str, str], ...] = ()
-    line: int = 0
+    number: int = 0
+    place: str = ""
+    """The row, by number and as it is named in what is said of it."""
 
 
 class JsonlTask:
@@ -114,7 +117,7 @@ class JsonlTask:
 
     def training(self) -> list[Problem]:
         """Every training problem once, in the order of the file; each has its line for a place."""
-        return [self._problem(record, record.line) for record in self._train]
+        return [self._problem(record, record.number) for record in self._train]
 
     def held_out(self, n: int) -> list[Problem]:
         """See Task.held_out: in the order of the prompts' hashes, so that n prompts are a fair sample of the file."""
@@ -141,7 +144,7 @@ class JsonlTask:
     def _load(self) -> None:
         config = self.config
         if not config.path:
-            raise TaskError("task.path is empty: task=jsonl needs task.path=FILE.jsonl with one problem a line")
+            raise TaskError("task.path is empty: task=jsonl needs task.path=FILE with one problem a row")
         records = self._read("task.path", config.path)
         if config.eval_path:
             held_out = self._read("task.eval_path", config.eval_path)
@@ -173,7 +176,7 @@ class JsonlTask:
             return []
         return [
             f"task.path={config.path}: {len(both):,} of its {len(records):,} problems stand in "
-            f"task.eval_path={config.eval_path} too, first line {both[0].line}; they are left out of training"
+            f"task.eval_path={config.eval_path} too, first {both[0].place}; they are left out of training"
         ]
 
     def _problem(self, record: Record, index: int) -> Problem:
@@ -186,8 +189,8 @@ class JsonlTask:
 
 
 def read(path: Path, key: str, config: JsonlConfig) -> list[Record]:
-    """The usable lines of a file; blank lines are skipped. Raises TaskError with file and line number."""
-    return [record_of(row, line, f"{key}={path}, line {line}", config) for line, row in read_objects(path, key)]
+    """The rows of a file or folder. Raises TaskError with file and row."""
+    return [record_of(row, f"{key}={path}, {row.place}", config) for row in read_rows(path, key)]
 
 
 def refuse_unreadable(records: list[Record], where: str) -> None:
@@ -220,7 +223,7 @@ PLAIN = "write them as plain numbers, or say task.compare=text, or take a task o
 
 
 def _example(others: list[Record]) -> str:
-    return f"such as {others[0].answer[:60]!r} in line {others[0].line}"
+    return f"such as {others[0].answer[:60]!r} in {others[0].place}"
 
 
 def remark_on_contradictions(records: list[Record], where: str, compare: str) -> str:
@@ -239,7 +242,7 @@ def remark_on_contradictions(records: list[Record], where: str, compare: str) ->
     one, other = next(iter(found.values()))
     return (
         f"{where}: {len(found):,} of its {len(first):,} problems stand there again with another answer, the first in "
-        f"lines {one.line} and {other.line} ({one.answer[:60]!r}, {other.answer[:60]!r}); each line counts as it "
+        f"{one.place} and {other.place} ({one.answer[:60]!r}, {other.answer[:60]!r}); each line counts as it "
         "stands: delete those that are wrong"
     )
 
@@ -255,11 +258,12 @@ def is_answer(gold: str, answer: str, compare: str) -> bool:
     return answer.split() == gold.split() if value is None else number(answer) == value
 
 
-def record_of(row: dict[str, object], line: int, where: str, config: JsonlConfig) -> Record:
-    """Check and cut one line. Raises TaskError that opens with ``where``."""
-    messages = message_list(row, config.messages_field, where) if config.messages_field else ()
-    prompt = as_lines(messages) if messages else field_text(row, config.prompt_field, "prompt_field", where)
-    answer = field_text(row, config.answer_field, "answer_field", where)
+def record_of(row: Row, where: str, config: JsonlConfig) -> Record:
+    """Check and cut one row. Raises TaskError that opens with ``where``."""
+    fields = row.fields
+    messages = message_list(fields, config.messages_field, where) if config.messages_field else ()
+    prompt = as_lines(messages) if messages else field_text(fields, config.prompt_field, "prompt_field", where)
+    answer = field_text(fields, config.answer_field, "answer_field", where)
     solution, mark, gold = answer.rpartition(config.answer_after) if config.answer_after else ("", "", answer)
     if config.answer_after and not mark:
         raise TaskError(
@@ -268,7 +272,7 @@ def record_of(row: dict[str, object], line: int, where: str, config: JsonlConfig
         )
     if not gold.strip():
         raise TaskError(f"{where}: no answer after {config.answer_after!r}; add it, or delete the line")
-    return Record(prompt, solution.strip(), gold.strip(), messages, line)
+    return Record(prompt, solution.strip(), gold.strip(), messages, row.number, row.place)
 
 
 def message_list(row: dict[str, object], name: str, where: str) -> tuple[dict[str, str], ...]:
@@ -310,6 +314,8 @@ def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
         raise TaskError(
             f"{where}: field {name!r} is {type(value).__name__}, not text; mend the line, or set task.{key}"
         )
+    if isinstance(value, Decimal) and not value.is_finite():
+        raise TaskError(f"{where}: field {name!r} is {value}, no number; mend the line, or delete it")
     if isinstance(value, Decimal) and abs(value.adjusted()) >= LONGEST_NUMBER:
         raise TaskError(f"{where}: field {name!r} is a number of more than {LONGEST_NUMBER} digits; mend the line")
     text = format(value, "f") if isinstance(value, Decimal) else str(value)  # 1e-05 as 0.00001

@@ -118,7 +118,7 @@ class SftConfig:
     """
 
     path: str = setting("", path="file")
-    """JSON lines to imitate, each a prompt (text or messages) and an answer; empty = the task's worked answers."""
+    """Rows to imitate (docs/sets.md), each a prompt or messages and an answer; empty = the task's worked answers."""
     prompt_field: str = "prompt"
     """Field of a line's prompt; a line without it may have `messages`, whose last is the assistant's answer."""
     answer_field: str = "answer"

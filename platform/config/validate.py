@@ -135,19 +135,17 @@ def hub_cache() -> Path:
 
 
 def files_of_lines_are_here(config: Config) -> None:
-    """The JSON-lines files of task=jsonl and of sft.path."""
+    """The files and folders of task=jsonl and of sft.path."""
     task = config.task
     files = {"sft.path": config.sft.path}
     if isinstance(task, JsonlConfig):
         files |= {"task.path": task.path, "task.eval_path": task.eval_path}
         if not task.path:
-            raise ConfigError("task.path=: a file of problems is needed, one JSON object a line: task.path=FILE.jsonl")
+            raise ConfigError("task.path=: problems are needed: task.path=FILE, or a folder of files (docs/sets.md)")
     for key, path in files.items():
         what = "example" if key == "sft.path" else "problem"
-        if path and os.path.isdir(path):
-            raise refuse(key, path, f"is a folder; give a JSON-lines file of it, one {what} a line")
-        if path and not os.path.isfile(path):
-            raise refuse(key, path, f"no such file; give a JSON-lines file, one {what} a line")
+        if path and not os.path.isfile(path) and not os.path.isdir(path):
+            raise refuse(key, path, f"no such file or folder; give one {what} a row (docs/sets.md)")
 
 
 def objective_and_correction_fit(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""What a run reads that stands outside its directory: every file that a key of its configuration names.
+"""What a run reads that stands outside its directory: every file that a key of its configuration names, in folders too.
 
 launch ─► inputs_of ─► hashes ─► ledger (at the first launch), or compared with it (resume.py)
 """
@@ -18,6 +18,8 @@ from offtrail.platform.config.keys import keys_of, variant_keys
 from offtrail.platform.config.schema import Config
 from offtrail.platform.model.start import StartError, resolve
 from offtrail.platform.runtime.contents import digests
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.rows import files_of
 
 READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors")
 """Suffixes of the files of a model's folder that are read; .bin where there are no safetensors."""
@@ -35,7 +37,8 @@ class Input:
 
 def inputs_of(config: Config, run_dir: Path) -> dict[str, Input]:
     """Key → the files that it names: data, models (the start model, however it was had) and code from outside."""
-    found = {key: Input(value, _files(Path(path))) for key, value, path in _named_paths(config)}
+    found = data_of(config)
+    found |= {key: Input(value, _files(Path(path))) for key, value, path in _models(config)}
     start = run_dir / "start"
     if start.is_symlink():
         found["model.path"] = Input(config.model.path, _files(Path(os.path.realpath(start))))
@@ -45,34 +48,53 @@ def inputs_of(config: Config, run_dir: Path) -> dict[str, Input]:
     return found
 
 
+def data_of(config: Config) -> dict[str, Input]:
+    """Key → the files of data that it names."""
+    return {key: Input(value, _data(key, Path(value))) for key, value in _data_paths(config)}
+
+
 def hashes(inputs: Mapping[str, Input]) -> dict[str, dict[str, str]]:
     """Key → file → hash; each file is read once."""
     known = digests({path for one in inputs.values() for path in one.files.values()})
     return {key: {name: known[path] for name, path in one.files.items()} for key, one in inputs.items()}
 
 
-def _named_paths(config: Config) -> Iterator[tuple[str, str, str]]:
-    """(key, value, path) of all but the start model; a model's name is looked up in the Hugging Face cache."""
+def _data_paths(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, path) of each file or folder of data that is named."""
     for key in keys_of(config).values():
         if key.is_mapping and not key.resumable:
             yield from _paths_within(key.path, key.default)
-        elif not key.default or key.resumable or key.path in ("model.path", "checkpoint"):
+        elif key.path_kind == "file" and not key.resumable:
+            paths = [key.default] if isinstance(key.default, str) else key.default
+            yield from ((key.path, path) for path in paths if path)
+
+
+def _models(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(key, value, path) of all but the start model; a name is looked up in the Hugging Face cache."""
+    for key in keys_of(config).values():
+        if key.path_kind != "model" or not key.default or key.resumable or key.path in ("model.path", "checkpoint"):
             continue
-        elif key.path_kind == "file":
-            yield key.path, key.default, key.default
-        elif key.path_kind == "model":
-            with contextlib.suppress(StartError):  # who needs it will say so
-                yield key.path, key.default, str(resolve(key.default))
+        with contextlib.suppress(StartError):  # who needs it will say so
+            yield key.path, key.default, str(resolve(key.default))
 
 
-def _paths_within(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _paths_within(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Those of task.settings={jsonl: {path: …}}."""
     group = path.partition(".")[0]
     for family, entries in settings.items():
         kinds = {name: key.path_kind for name, key in variant_keys().get(group, {}).get(family, {}).items()}
         for name, value in entries.items() if isinstance(entries, dict) else ():
             if kinds.get(f"{group}.{name}") == "file" and value:
-                yield f"{path}.{family}.{name}", str(value), str(value)
+                yield f"{path}.{family}.{name}", str(value)
+
+
+def _data(key: str, path: Path) -> dict[str, Path]:
+    """The file itself, or those of a folder that are read, by their path in it."""
+    if not path.is_dir():
+        return {path.name: path} if path.is_file() else {}
+    with contextlib.suppress(TaskError):  # who reads it will say so
+        return {str(file.relative_to(path)): file for file in files_of(path, key)}
+    return {}
 
 
 def _files(path: Path) -> dict[str, Path]:

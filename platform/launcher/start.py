@@ -23,6 +23,7 @@ from pathlib import Path
 
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.schema import Config, LearnerConfig
+from offtrail.platform.launcher.inputs import data_of, hashes
 from offtrail.platform.model.start import StartError, resolve
 from offtrail.platform.runtime.contents import MANIFEST, damage_of, write_manifest
 from offtrail.platform.tracking import compute
@@ -158,7 +159,7 @@ def cache_key(config: Config) -> str:
         "model": model,
         "task": dataclasses.asdict(config.task),
         "sft": dataclasses.asdict(config.sft),
-        "data": Path(config.sft.path).read_text(encoding="utf-8") if config.sft.path else "",
+        "data": hashes(data_of(config)) or "",
         "dtype": config.learner.dtype,
         "torch": metadata.version("torch"),
     }

@@ -8,8 +8,8 @@ from offtrail.tasks.base import TaskError
 
 def refused(problem: Problem, what: str) -> TaskError:
     """What is wrong with a problem, under its place."""
-    file = "=" in problem.task  # an example, which names its file and line (tasks/examples.py)
-    where = f"{problem.task}, line {problem.index}" if file else f"task={problem.task}, problem {problem.index}"
+    file = "=" in problem.task  # an example, which names its file and row (tasks/examples.py)
+    where = f"{problem.task}, {problem.meta['place']}" if file else f"task={problem.task}, problem {problem.index}"
     return TaskError(f"{where}: {what}")
 
 

@@ -69,7 +69,7 @@ MISTAKES = [
         f"task.settings.jsonl.path={os.getcwd()}/none.jsonl: no such file",
         [],
     ),
-    (["task=mixture", "task.weights={jsonl: 1}"], "task.settings.jsonl.path=: a file of problems is needed", []),
+    (["task=mixture", "task.weights={jsonl: 1}"], "task.settings.jsonl.path=: problems are needed", []),
     (["model.name=\udcff"], "model.name=\\udcff: must be UTF-8 text", []),
     # the command line itself
     (["learner.steps"], "learner.steps: neither key=value", ["nearest: learner.steps"]),
@@ -248,9 +248,9 @@ MISTAKES = [
     # paths
     (["model.path=/no/such/model"], "model.path=/no/such/model: no such folder", []),
     (["model=pretrained"], "model.path=: model=pretrained needs a Hugging Face folder or name: model.path=DIR", []),
-    (["task=gsm8k"], "task.path=: a file of problems is needed", ["task.path=FILE.jsonl"]),
+    (["task=gsm8k"], "task.path=: problems are needed", ["task.path=FILE"]),
     (["task=gsm8k", "task.path=/no/such.jsonl"], "task.path=/no/such.jsonl: no such file", []),
-    (["job=sft", "sft.path=/no/such.jsonl"], "sft.path=/no/such.jsonl: no such file", ["one example a line"]),
+    (["job=sft", "sft.path=/no/such.jsonl"], "sft.path=/no/such.jsonl: no such file", ["one example a row"]),
     # resume
     (["run.resume=true", "run.dir=/no/such"], "run.resume=true: needs run.name=NAME", []),
     (["run.resume=true", "run.name=lost", "run.dir=/no/such"], "run.name=lost: no run to resume in /no/such", []),
@@ -358,10 +358,6 @@ def test_a_held_out_file_must_exist(tmp_path):
 def test_a_lora_adapter_is_no_model(tmp_path):
     write(tmp_path / "adapter_config.json", "{}")
     assert f"model.path={tmp_path}: is a LoRA adapter, not a model; merge it" in message(f"model.path={tmp_path}")
-
-
-def test_a_folder_is_no_file_of_problems(tmp_path):
-    assert message("task=gsm8k", f"task.path={tmp_path}").startswith(f"task.path={tmp_path}: is a folder; give a JSON-")
 
 
 def test_an_alias_counts_as_all_that_it_stands_for(tmp_path):

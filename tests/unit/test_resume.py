@@ -106,6 +106,27 @@ def test_unchanged_inputs_go_on_and_what_nobody_reads_may_change(config: Config,
     check_what_is_there(config, trained)
 
 
+def test_a_folder_of_data_is_what_the_key_reads_of_it(config: Config, run_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "set"
+    for name in ("data/train-0.jsonl", "data/train-1.jsonl", "data/test.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"question": "1+1"}\n')
+    config.task = JsonlConfig(path=str(folder), eval_path=str(folder))
+    found = {key: sorted(one.files) for key, one in inputs_of(config, run_dir).items() if key.startswith("task")}
+    assert found == {"task.path": ["data/train-0.jsonl", "data/train-1.jsonl"], "task.eval_path": ["data/test.jsonl"]}
+    check_what_is_there(config, run_dir)
+    (folder / "README.md").write_text("read by nobody")
+    config.run.resume = True
+    check_what_is_there(config, run_dir)
+    (folder / "data/train-2.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"^task.path=.*train-2.jsonl is new \(its hash is in the ledger"):
+        check_what_is_there(config, run_dir)
+    (folder / "data/train-2.jsonl").unlink()
+    (folder / "data/train-1.jsonl").write_text('{"question": "1+2"}\n')
+    with pytest.raises(ConfigError, match=r"^task.path=.*train-1.jsonl is not what the run began with"):
+        check_what_is_there(config, run_dir)
+
+
 @pytest.mark.parametrize(
     ("key", "file"),
     [

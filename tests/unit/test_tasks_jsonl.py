@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
-import gzip
 import json
 import os
 import subprocess
@@ -13,8 +13,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,8 +144,9 @@ def test_files_that_cannot_be_used(tmp_path: Path, hundred: str):
         JsonlTask(JsonlConfig(), 0)
     with pytest.raises(TaskError, match=r"task.path=.*none.jsonl: No such file or directory; name a readable"):
         JsonlTask(JsonlConfig(path=str(tmp_path / "none.jsonl")), 0)
-    with pytest.raises(TaskError, match=r"task.eval_path=.*: Is a directory"):
-        JsonlTask(JsonlConfig(path=hundred, eval_path=str(tmp_path)), 0)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(TaskError, match=r"task.eval_path=.*: the folder holds no Parquet, Arrow or JSON file"):
+        JsonlTask(JsonlConfig(path=hundred, eval_path=str(tmp_path / "none")), 0)
     with pytest.raises(TaskError, match=r"the file holds no lines"):
         JsonlTask(JsonlConfig(path=write(tmp_path / "empty.jsonl", "", "")), 0)
     with pytest.raises(TaskError, match=r"none of its 100 problems is left for training"):
@@ -271,12 +270,12 @@ def test_a_set_that_contradicts_itself_says_how_often_and_where_first(tmp_path: 
     settings: dict[str, Any] = {"path": path, "answer_after": "", "held_out_share": 0.0}
     (remark,) = JsonlTask(JsonlConfig(**settings), 0).remarks
     assert remark == (
-        f"task.path={path}: 2 of its 3 problems stand there again with another answer, the first in lines 2 and 4 "
+        f"task.path={path}: 2 of its 3 problems stand there again with another answer, the first in line 2 and line 4 "
         "('1', '2'); each line counts as it stands: delete those that are wrong"
     )
     (remark,) = JsonlTask(JsonlConfig(compare="text", **settings), 0).remarks
     assert "3 of its 3 problems" in remark
-    assert "lines 1 and 3 ('18', '18.0')" in remark
+    assert "line 1 and line 3 ('18', '18.0')" in remark
 
 
 def test_held_out_problems_in_the_training_file_are_left_out_and_counted(tmp_path: Path):
@@ -294,10 +293,6 @@ def test_held_out_problems_in_the_training_file_are_left_out_and_counted(tmp_pat
 # Files of another kind
 
 
-def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
 def table(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -306,9 +301,6 @@ def table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 OTHERS: dict[str, tuple[Callable[[Path, list[dict[str, Any]]], object], str]] = {
-    "p.parquet": (parquet, "is a Parquet file, not JSON lines; convert it: "),
-    "array.json": (lambda path, rows: path.write_text(json.dumps(rows)), "is one JSON array of 3 objects, not"),
-    "pretty.json": (lambda path, rows: path.write_text(json.dumps(rows, indent=2)), "is one JSON array of 3 objects"),
     "inside.json": (
         lambda path, rows: path.write_text(json.dumps({"v": 1, "data": rows}, indent=2)),
         "is one JSON object over 17 lines, not JSON lines; ",
@@ -323,8 +315,12 @@ OTHERS: dict[str, tuple[Callable[[Path, list[dict[str, Any]]], object], str]] = 
         "is UTF-16 text without its mark, or no text at all, not",
     ),
     "packed.jsonl": (
-        lambda path, rows: path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode())),
-        "is compressed (gzip), not JSON lines; make it plain first: gunzip ",
+        lambda path, rows: path.write_bytes(bz2.compress("\n".join(map(json.dumps, rows)).encode())),
+        "is compressed (bzip2), not JSON lines; make it plain first: bunzip2 ",
+    ),
+    "pointer.parquet": (
+        lambda path, rows: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+        "is a pointer of Git LFS, not the data, not JSON lines; make it plain first: git lfs pull ",
     ),
 }  # fmt: skip
 
