@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from offtrail.core.settings import setting
 from offtrail.tasks.base import TaskError, tagged
 from offtrail.tasks.config import TaskConfig, check
 from offtrail.tasks.lines import Row, check_text
+from offtrail.tasks.overlap import Item, Overlap, compare
 from offtrail.tasks.rows import read_rows
 from offtrail.tasks.split import is_held_out, place, stream
 
@@ -46,12 +47,24 @@ class JsonlConfig(TaskConfig):
     text: always the same text, up to blanks."""
     template: str = "{prompt}"
     """How a prompt is put to the model; {prompt} is the problem's text, or its last message's."""
+    decontaminate: Literal["off", "report", "drop"] = "off"
+    """Training problems that share 10 words in a row with held-out ones: said before the run and in its directory;
+    drop: left out of training, too."""
+    decontaminate_against: list[str] = setting([], path="file")
+    """Further sets that training problems are compared with, by their prompts alone."""
     messages_field: str = ""
     """Field of a list of messages, {role, content} each and the user's last, instead of prompt_field; empty = none."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value cannot work whatever the file holds."""
         super().__post_init__()
+        given = self.decontaminate_against
+        check(
+            not given or self.decontaminate != "off",
+            "decontaminate_against",
+            given,
+            "empty with task.decontaminate=off",
+        )
         check("{prompt}" in self.template, "template", repr(self.template), "a text that contains {prompt}")
 
 
@@ -108,16 +121,41 @@ class JsonlTask:
         for where, records in self._files.items():
             found += [remark_on(records, where)] if compare == "value" else []
             found.append(remark_on_contradictions(records, where, compare))
+        found += [] if self.overlap is None else [self.overlap.remark()]
         return [*filter(None, found), *self._remark_on_both()]
+
+    @cached_property
+    def overlap(self) -> Overlap | None:
+        """What the training side shares with evaluation sets (task.decontaminate)."""
+        config = self.config
+        if config.decontaminate == "off":
+            return None
+        held_out = f"task.eval_path={config.eval_path}" if config.eval_path else f"its held-out {config.held_out_share}"
+        items = [Item(held_out, record.place, record.prompt) for record in self._held_out]
+        for path in config.decontaminate_against:
+            items += read_prompts(Path(path), config)
+        training = [Item(f"task.path={config.path}", record.place, record.prompt) for record in self._train]
+        return compare(training, items, config.decontaminate)
+
+    @cached_property
+    def _trained(self) -> list[Record]:
+        """The training side, without what decontamination takes out."""
+        if self.overlap is None or self.config.decontaminate != "drop":
+            return self._train
+        out = set(self.overlap.places)
+        kept = [record for record in self._train if record.place not in out]
+        if not kept:
+            raise TaskError("task.decontaminate=drop: leaves no problem for training; name another task.path")
+        return kept
 
     def train(self, index: int) -> Problem:
         """See Task.train."""
-        epoch, step = divmod(index, len(self._train))
-        return self._problem(self._train[permutation(len(self._train), self.seed, epoch)[step]], index)
+        epoch, step = divmod(index, len(self._trained))
+        return self._problem(self._trained[permutation(len(self._trained), self.seed, epoch)[step]], index)
 
     def training(self) -> list[Problem]:
         """Every training problem once, in the order of the file; each has its line for a place."""
-        return [self._problem(record, record.number) for record in self._train]
+        return [self._problem(record, record.number) for record in self._trained]
 
     def held_out(self, n: int) -> list[Problem]:
         """See Task.held_out: in the order of the prompts' hashes, so that n prompts are a fair sample of the file."""
@@ -191,6 +229,25 @@ class JsonlTask:
 def read(path: Path, key: str, config: JsonlConfig) -> list[Record]:
     """The rows of a file or folder. Raises TaskError with file and row."""
     return [record_of(row, f"{key}={path}, {row.place}", config) for row in read_rows(path, key)]
+
+
+PROMPT_FIELDS = ("problem", "question", "prompt", "Question", "Problem", "text")
+
+
+def read_prompts(path: Path, config: JsonlConfig) -> list[Item]:
+    """The prompts of a set that is only compared with, in the first field there is of the task's own and the usual
+    ones. Raises TaskError.
+    """
+    key, items = "task.decontaminate_against", list[Item]()
+    for row in read_rows(path, key):
+        where = f"{key}={path}, {row.place}"
+        if isinstance(row.fields.get(config.messages_field), list):
+            text = as_lines(message_list(row.fields, config.messages_field, where))
+        else:
+            names = (config.prompt_field, *PROMPT_FIELDS)
+            text = field_text(row.fields, next((n for n in names if n in row.fields), names[0]), "prompt_field", where)
+        items.append(Item(f"{key}={path}", row.place, text))
+    return items
 
 
 def refuse_unreadable(records: list[Record], where: str) -> None:

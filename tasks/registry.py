@@ -23,6 +23,7 @@ from offtrail.core.plugins import is_plugin, load
 from offtrail.core.problem import Problem
 from offtrail.tasks.base import Task, TaskError
 from offtrail.tasks.config import TaskConfig
+from offtrail.tasks.overlap import Overlap
 
 LOOKED_AT = 256
 """Training problems of a family from outside the tree that are compared with the held-out ones before a run."""
@@ -106,6 +107,13 @@ def sets_of(task: Task) -> dict[str, list[Problem]]:
         for where, one in ({"task.": task} | within).items()
         if callable(getattr(one, "training", None)) and hasattr(getattr(one, "config", None), "path")
     }
+
+
+def overlaps_of(task: Task) -> list[Overlap]:
+    """What the training sets of a task (of a mixture its families) share with evaluation sets, where it was asked."""
+    families: Mapping[str, Task] = getattr(task, "families", {})
+    found = [getattr(one, "overlap", None) for one in (task, *families.values())]
+    return [overlap for overlap in found if overlap is not None]
 
 
 def check_promises(task: Task, n: int) -> None:

@@ -108,8 +108,7 @@ def _structure(path: str, value: Raw, key: Key | None) -> Raw:
 def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
     """Set one key; OmegaConf turns texts into numbers by the declared type."""
     _check_texts(key.path, value)
-    if isinstance(value, str):
-        value = _path(key.path, key.path_kind, value)
+    value = _path_or_paths(key.path, key.path_kind, value)
     if key.type_text == "{name: value}":  # no declared type to go by
         value = guess(value)
     if key.type_text == "{name: {name: value}}":
@@ -156,15 +155,20 @@ def _paths_within(key: Key, value: Raw) -> Raw:
     variants = variant_keys().get(key.path.partition(".")[0], {})
     return {
         family: {
-            name: _path(f"{key.path}.{family}.{name}", _kind_of(variants.get(family, {}), name), item)
-            if isinstance(item, str)
-            else item
+            name: _path_or_paths(f"{key.path}.{family}.{name}", _kind_of(variants.get(family, {}), name), item)
             for name, item in entries.items()
         }
         if isinstance(entries, dict)
         else entries
         for family, entries in value.items()
     }
+
+
+def _path_or_paths(key: str, kind: PathKind, value: Raw) -> Raw:
+    """`_path` of a text, and of each in a list."""
+    if isinstance(value, list):
+        return [_path_or_paths(key, kind, item) for item in value]
+    return _path(key, kind, value) if isinstance(value, str) else value
 
 
 def _kind_of(keys: Mapping[str, Key], name: str) -> PathKind:

@@ -137,12 +137,13 @@ def hub_cache() -> Path:
 def files_of_lines_are_here(config: Config) -> None:
     """The files and folders of task=jsonl and of sft.path."""
     task = config.task
-    files = {"sft.path": config.sft.path}
+    files = [("sft.path", config.sft.path)]
     if isinstance(task, JsonlConfig):
-        files |= {"task.path": task.path, "task.eval_path": task.eval_path}
+        files += [("task.path", task.path), ("task.eval_path", task.eval_path)]
+        files += [("task.decontaminate_against", path) for path in task.decontaminate_against]
         if not task.path:
             raise ConfigError("task.path=: problems are needed: task.path=FILE, or a folder of files (docs/sets.md)")
-    for key, path in files.items():
+    for key, path in files:
         what = "example" if key == "sft.path" else "problem"
         if path and not os.path.isfile(path) and not os.path.isdir(path):
             raise refuse(key, path, f"no such file or folder; give one {what} a row (docs/sets.md)")

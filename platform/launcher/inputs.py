@@ -50,7 +50,12 @@ def inputs_of(config: Config, run_dir: Path) -> dict[str, Input]:
 
 def data_of(config: Config) -> dict[str, Input]:
     """Key → the files of data that it names."""
-    return {key: Input(value, _data(key, Path(value))) for key, value in _data_paths(config)}
+    found = {}
+    for key, paths in _data_paths(config):
+        files = [_data(key, Path(path)) for path in paths]
+        named = {f"{i}/{name}" if i else name: file for i, one in enumerate(files) for name, file in one.items()}
+        found[key] = Input(", ".join(paths), named)
+    return found
 
 
 def hashes(inputs: Mapping[str, Input]) -> dict[str, dict[str, str]]:
@@ -59,14 +64,13 @@ def hashes(inputs: Mapping[str, Input]) -> dict[str, dict[str, str]]:
     return {key: {name: known[path] for name, path in one.files.items()} for key, one in inputs.items()}
 
 
-def _data_paths(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, path) of each file or folder of data that is named."""
+def _data_paths(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """(key, files and folders of data that it names) of each key that names some."""
     for key in keys_of(config).values():
         if key.is_mapping and not key.resumable:
             yield from _paths_within(key.path, key.default)
-        elif key.path_kind == "file" and not key.resumable:
-            paths = [key.default] if isinstance(key.default, str) else key.default
-            yield from ((key.path, path) for path in paths if path)
+        elif key.path_kind == "file" and not key.resumable and (paths := _listed(key.default)):
+            yield key.path, paths
 
 
 def _models(config: Config) -> Iterator[tuple[str, str, str]]:
@@ -78,14 +82,18 @@ def _models(config: Config) -> Iterator[tuple[str, str, str]]:
             yield key.path, key.default, str(resolve(key.default))
 
 
-def _paths_within(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _listed(value: str | list[str]) -> list[str]:
+    return [path for path in (value if isinstance(value, list) else [value]) if path]
+
+
+def _paths_within(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Those of task.settings={jsonl: {path: …}}."""
     group = path.partition(".")[0]
     for family, entries in settings.items():
         kinds = {name: key.path_kind for name, key in variant_keys().get(group, {}).get(family, {}).items()}
         for name, value in entries.items() if isinstance(entries, dict) else ():
-            if kinds.get(f"{group}.{name}") == "file" and value:
-                yield f"{path}.{family}.{name}", str(value)
+            if kinds.get(f"{group}.{name}") == "file" and (paths := _listed(value)):
+                yield f"{path}.{family}.{name}", paths
 
 
 def _data(key: str, path: Path) -> dict[str, Path]:

@@ -22,6 +22,7 @@ from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.hosts import LocalHosts
 from offtrail.platform.launcher.memory import check as check_memory
+from offtrail.platform.launcher.overlap import write_overlaps
 from offtrail.platform.launcher.recipe import Outcome, run_recipe
 from offtrail.platform.launcher.resume import check_what_is_there
 from offtrail.platform.launcher.run import Run, watch
@@ -63,6 +64,7 @@ def run_to_its_end(config: Config, run_dir: Path, interrupted: list[int]) -> Out
 
 def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """A training job: the start model, then every role until the end; how it ended, and why."""
+    write_overlaps(config, run_dir)
     prepare_start_model(config, run_dir, interrupted, run_roles)
     check_what_is_there(config, run_dir)
     check_memory(config, run_dir)

@@ -63,7 +63,8 @@ def placeholders(folder: Path) -> None:
         (folder / model).mkdir(parents=True)
         (folder / model / "config.json").write_text("{}", encoding="utf-8")
     (folder / "runs" / "NAME" / "config.yaml").write_text(to_yaml(compose([])), encoding="utf-8")
-    (folder / "gsm8k_train.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
+    for name in ("gsm8k_train", "gsm8k_test", "math500", "aime24", "gpqa_diamond"):
+        (folder / f"{name}.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
     (folder / "settings.yaml").write_text("learner: {steps: 9}\n", encoding="utf-8")
 
 
