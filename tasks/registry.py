@@ -85,6 +85,20 @@ def family_config(name: str, settings: Mapping[str, Any], held_out_share: float)
         raise TaskError(f"task.settings.{name}: {error}") from error
 
 
+def sets_to_ask(task: TaskConfig, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskConfig]:
+    """Name → task of each evaluation set; without ``sets`` the one ``task``. A set's `name`, or else its own, is the
+    family. Raises TaskError and PluginError.
+    """
+    found = {}
+    for label, settings in sets.items():
+        given = {"name": label, **settings}
+        try:
+            found[label] = family(given["name"], f"eval.sets.{label}").Config(**given)
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"eval.sets.{label}: {error}") from error
+    return found or {task.name: task}
+
+
 def from_outside(task: Task) -> list[Task]:
     """What of a task is from outside the tree: itself, or some of a mixture's families."""
     members: Mapping[str, Task] = getattr(task, "families", {task.name: task})

@@ -99,9 +99,9 @@ def _why(error: Exception) -> str:
 
 def _rows(run: str, told: Sequence[tuple[dict[str, Any], Group]]) -> pa.Table:
     groups = [group for _, group in told]
-    facts = [_of_group(run, *one) for one in told]
-    once = pa.Table.from_pylist(facts, schema=pa.schema([column for column in SCHEMA if column.name in facts[0]]))
     columns = _of_samples(groups)
+    rest = pa.schema([column for column in SCHEMA if column.name not in columns])
+    once = pa.Table.from_pylist([_of_group(run, *one) for one in told], schema=rest)
     repeated = once.take(np.repeat(np.arange(len(groups)), [group.size for group in groups]))
     rows = pa.Table.from_arrays(
         [columns[name] if name in columns else repeated[name] for name in SCHEMA.names], schema=SCHEMA

@@ -31,8 +31,8 @@ VARIANTS: dict[str, Mapping[str, type[Any]]] = {
     "engine": {"local": LocalConfig, "sglang": SglangConfig},
     "search": SEARCHES,
 }
-# Groups with options in configs/; `recipe`, `model` and `reward` have one dataclass each and a free name.
-GROUPS = ("recipe", "model", "reward", *VARIANTS)
+# Groups with options in configs/; `recipe`, `model`, `reward` and `eval` have one dataclass each and a free name.
+GROUPS = ("recipe", "model", "reward", "eval", *VARIANTS)
 
 
 def variant_of(group: str, name: object) -> type[Any] | None:

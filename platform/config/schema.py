@@ -317,16 +317,22 @@ class SglangConfig(EngineConfig):
 
 @dataclass
 class EvalConfig:
-    """Held-out evaluation of published versions: 0, every `every`-th, and the last."""
+    """Held-out evaluation, of published versions while training, and by job=eval."""
 
+    name: str = "sampled"
+    """Label of the settings."""
     every: int = setting(10, "[0, inf)")
     """In learner steps; 0 = only the first and the last version."""
     prompts: int = setting(512, "[1, inf)")
-    """Held-out prompts, the same for every version."""
+    """Held-out prompts, the same for every version; of each set."""
     samples: int = setting(1, "[1, 65536]")
     """Answers drawn for each prompt."""
     temperature: float = setting(1.0, "[0, 100]")
     """0 = greedy."""
+    top_p: float = setting(1.0, "(0, 1]")
+    """Tokens are drawn from the smallest set of the likeliest that holds this share; 1 = all."""
+    sets: dict[str, dict[str, Any]] = setting({})
+    """job=eval: name → settings of a task (its family by `name`, else by the set's name); empty = the task."""
     threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of the evaluator."""
     nice: int = setting(19, "[0, 19]", resumable=True)
@@ -412,11 +418,11 @@ class Config:
 
     schema_version: int = SCHEMA_VERSION
     """Version of these keys; a configuration of another one is refused."""
-    job: Literal["rl", "sft", "serve", "chat"] = "rl"
-    """rl: the asynchronous loop. sft: supervised fine-tuning on worked answers or a file. serve: a checkpoint behind an
-    OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
+    job: Literal["rl", "sft", "eval", "serve", "chat"] = "rl"
+    """rl: the asynchronous loop. sft: supervised fine-tuning on worked answers or a file. eval: a checkpoint answers
+    held-out problems. serve: a checkpoint behind an OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
     checkpoint: str = setting("", path="model")
-    """job=serve, chat: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
+    """job=eval, serve, chat: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
     run: RunConfig = section(RunConfig)
     recipe: RecipeConfig = section(RecipeConfig)
     model: ModelConfig = section(ModelConfig)

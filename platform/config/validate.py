@@ -323,8 +323,8 @@ def liger_has_a_gpu(config: Config) -> None:
 
 
 def a_checkpoint_is_served(config: Config) -> None:
-    """job=serve and job=chat load `checkpoint`, and no other job reads it."""
-    served = config.job in ("serve", "chat")
+    """job=eval, serve and chat load `checkpoint`, and no other job reads it."""
+    served = config.job in ("eval", "serve", "chat")
     if served and not config.checkpoint:
         raise refuse(
             "checkpoint",

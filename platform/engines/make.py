@@ -9,8 +9,10 @@ from offtrail.platform.config.schema import EngineConfig, LocalConfig, SglangCon
 from offtrail.platform.runtime.context import RoleContext
 
 
-def make_engine(context: RoleContext) -> Engine:
-    """The engine of one generator or of the evaluator, over the start model."""
+def make_engine(context: RoleContext, *, loaded: bool = True) -> Engine:
+    """The engine of one generator or of the evaluator, over the start model; an embedded one that is not ``loaded`` has
+    no weights before `load_weights`.
+    """
     config, evaluates = context.config, context.role == "evaluator"
     threads = config.eval.threads if evaluates else config.generator.threads
     longest = config.model.max_length
@@ -33,7 +35,7 @@ def make_engine(context: RoleContext) -> Engine:
         local_config(config.engine),
         max_length=longest,
         threads=threads,
-        loaded=not evaluates,  # nothing is scored before a version is loaded
+        loaded=loaded,
     )
 
 

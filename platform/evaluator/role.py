@@ -107,7 +107,7 @@ class Evaluation:
         self.activity = activity
         self.problems = make_task(config.task, config.run.seed).held_out(config.eval.prompts)
         text = Text(context.start_model, config.prompt)
-        self.answers = Answers(config, make_engine(context), text, VerifierPool(config), context.role)
+        self.answers = Answers(config, make_engine(context, loaded=False), text, VerifierPool(config), context.role)
 
     @property
     def engine(self) -> Engine:
@@ -124,6 +124,7 @@ class Evaluation:
         sampling = Sampling(
             max_new_tokens=config.sampling.longest_at(version),
             temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
             stop_token_ids=self.answers.text.stop_token_ids,
             seed=EVAL_SEED,
         )

@@ -30,6 +30,7 @@ from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.recipe import handed_keys, stages_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
+from offtrail.platform.config.trained import inherit
 from offtrail.platform.launcher.forks import fork_server
 from offtrail.platform.runtime.device import without_gpu
 from offtrail.platform.runtime.roles import roles_of
@@ -81,6 +82,8 @@ def _run(argv: Sequence[str]) -> int:
         show(f"offtrail {offtrail.__version__}\n")
         return 0
     config = compose(settings)
+    if config.job == "eval":
+        inherit(config)
     if "--dry-run" in flags:
         show(to_yaml(config))
         return 0
@@ -152,6 +155,8 @@ def require_inputs(config: Config) -> None:
             require_models(one, handed)
             if one.job in ("rl", "sft"):
                 require_data(one, handed, examples, note)
+            elif one.job == "eval":
+                require_sets(one)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
 
@@ -179,7 +184,7 @@ def require_models(config: Config, handed: Collection[str] = ()) -> None:
     from offtrail.platform.config.checkpoints import model_folder
     from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of
 
-    served = config.job in ("serve", "chat")
+    served = config.job in ("eval", "serve", "chat")
     for key, given in ((key.path, key.default) for key in keys_of(config).values() if key.path_kind == "model"):
         folder = (model_folder(given, key) or folder_of(given)) if given and key not in handed else None
         if folder is None:  # there is none to make, or it is refused by name already
@@ -198,8 +203,10 @@ def _require_architecture(config: Config, key: str, given: str, folder: Path) ->
     from offtrail.platform.engines.spec import read_spec
     from offtrail.platform.model.folder import tensors_of
 
-    rl, chat = config.job == "rl", config.job == "chat"
-    local = (rl or chat) and (config.engine.name == "local" or (rl and config.eval.engine == "local"))
+    rl = config.job == "rl"
+    local = config.job in ("rl", "eval", "chat") and (
+        config.engine.name == "local" or (rl and config.eval.engine == "local")
+    )
     try:
         spec = read_spec(folder)
         if local and rl:
@@ -213,6 +220,25 @@ def _require_architecture(config: Config, key: str, given: str, folder: Path) ->
         spec.check_tensors(tensors)
     except ValueError as error:
         raise refuse(key, given, f"its {error}; download or save it again") from None
+
+
+def require_sets(config: Config) -> None:
+    """Raise ConfigError when a set of job=eval cannot be read, or holds too few problems, or a component of the reward
+    cannot be made.
+    """
+    from offtrail.core.plugins import PluginError
+    from offtrail.rewards.base import RewardError
+    from offtrail.rewards.registry import make_reward
+    from offtrail.tasks.base import TaskError
+    from offtrail.tasks.registry import make_task, sets_to_ask
+
+    try:
+        for settings in sets_to_ask(config.task, config.eval.sets).values():
+            task = make_task(settings, config.run.seed)
+            task.held_out(config.eval.prompts)
+            make_reward(config.reward, task.verify)
+    except (PluginError, RewardError, TaskError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def require_data(config: Config, handed: Collection[str], examples: Imitated, note: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
+from offtrail.platform.launcher.evaluate import run_evaluation
 from offtrail.platform.launcher.hosts import LocalHosts
 from offtrail.platform.launcher.memory import check as check_memory
 from offtrail.platform.launcher.overlap import write_overlaps
@@ -79,7 +80,7 @@ def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[st
     return status, reason
 
 
-JOBS = {"rl": run_roles, "sft": run_roles, "serve": run_serve}
+JOBS = {"rl": run_roles, "sft": run_roles, "eval": run_evaluation, "serve": run_serve}
 
 
 @contextlib.contextmanager

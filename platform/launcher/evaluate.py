@@ -1,0 +1,186 @@
+"""job=eval: a checkpoint answers held-out problems of one or several sets, n times each.
+
+    problems ─► Answers (engine, verifiers), a part at a time ─► answers/SET-K.parquet ─► measures.py
+             ─► eval.json, eval.png, summary.json and the table on the terminal
+
+Invariants: a part is sealed by rename and holds every answer, so that an evaluation that was cut short goes on where it
+was (run.resume=true); the number of a question keys its randomness, so that it then says what an undisturbed one says.
+Everything that is said is said of the sealed parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from offtrail.core.types import FINISH_REASONS, Group, Problem, Sampling
+from offtrail.platform.broker.archive import read_groups, tables
+from offtrail.platform.config.rundir import save
+from offtrail.platform.config.schema import Config
+from offtrail.platform.engines.make import make_engine
+from offtrail.platform.evaluator.answers import Answers
+from offtrail.platform.evaluator.report import Asked, write_results
+from offtrail.platform.launcher.reaper import Reaper
+from offtrail.platform.launcher.serve import LOOK_SECONDS, served_model, text_of
+from offtrail.platform.model.start import StartError
+from offtrail.platform.model.text import Text
+from offtrail.platform.runtime.context import RoleContext, remove_leftovers
+from offtrail.platform.runtime.device import require_device
+from offtrail.platform.verifier.pool import VerifierPool
+from offtrail.rewards.answer import find_answer
+from offtrail.rewards.format import parse
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.registry import make_task, sets_to_ask
+
+ANSWERS = "answers"
+PART = 64
+"""Questions of a part: what an interruption costs at most."""
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+STOP = FINISH_REASONS.index("stop")
+EVAL_SEED = 0xE7A15E7
+"""Mixed into run.seed: answers share no random numbers with training, nor with the evaluation during training."""
+
+
+def run_evaluation(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """job=eval: how it ended, and why."""
+    save(run_dir)
+    reaper = Reaper(run_dir)
+    try:
+        return evaluate(config, run_dir, interrupted)
+    except (StartError, TaskError, ValueError, OSError) as error:
+        return "failed", str(error)
+    finally:
+        reaper.sweep()
+        remove_leftovers(config, run_dir)
+        reaper.close()
+
+
+def evaluate(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+    """Ask what was not asked yet, then say what came of all of it."""
+    require_device("engine.device", config.engine.device)
+    model = served_model(config)
+    link_model(run_dir, model)
+    text, tasks = text_of(config, model), sets_to_ask(config.task, config.eval.sets)
+    sets = {name: make_task(task, config.run.seed).held_out(config.eval.prompts) for name, task in tasks.items()}
+    todo = {name: parts_of(run_dir, name, problems) for name, problems in sets.items()}
+    if any(todo.values()) and not ask(config, run_dir, text, sets, todo, interrupted):
+        return "interrupted", f"stopped by signal {interrupted[0]}; run.resume=true goes on"
+    found = [collect(run_dir, name, problems, config, text) for name, problems in sets.items()]
+    Console().print(write_results(config, run_dir, model, found))
+    return "completed", ""
+
+
+def ask(
+    config: Config,
+    run_dir: Path,
+    text: Text,
+    sets: dict[str, list[Problem]],
+    todo: dict[str, list[Part]],
+    interrupted: list[int],
+) -> bool:
+    """Seal the parts; False when a signal came in between."""
+    (run_dir / ANSWERS).mkdir(exist_ok=True)
+    tasks = sets_to_ask(config.task, config.eval.sets)
+    questions, left = (sum(map(len, sets.values())), sum(len(p.problems) for parts in todo.values() for p in parts))
+    console = Console(stderr=True)
+    with (
+        contextlib.closing(make_engine(RoleContext(config, run_dir, "evaluator", 0))) as engine,
+        Progress(*COLUMNS, console=console, disable=not console.is_terminal) as shown,
+    ):
+        bar = shown.add_task("questions", total=questions, completed=questions - left)
+        while not engine.replicas and not interrupted:
+            time.sleep(LOOK_SECONDS)  # an SGLang server starts
+        for name, parts in todo.items():
+            of_set = dataclasses.replace(config, task=tasks[name])
+            with VerifierPool(of_set) as verifiers:
+                answers = Answers(of_set, engine, text, verifiers, "evaluator-0")
+                for part in parts:
+                    if interrupted:
+                        return False
+                    part.seal(answers, config)
+                    shown.advance(bar, len(part.problems))
+    return not interrupted
+
+
+def link_model(run_dir: Path, model: Path) -> None:
+    """runs/NAME/start → the model, where engines look for it."""
+    link = run_dir / "start"
+    link.unlink(missing_ok=True)
+    link.symlink_to(model.resolve())
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some questions of a set, from number ``first`` on, and the file that holds their answers."""
+
+    file: Path
+    first: int
+    problems: list[Problem]
+
+    def seal(self, answers: Answers, config: Config) -> None:
+        """Ask them; the file stands with all answers, or not at all. ValueError where a prompt leaves no room."""
+        sampling = Sampling(
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            stop_token_ids=answers.text.stop_token_ids,
+            seed=config.run.seed ^ EVAL_SEED,
+        )
+        made = answers.groups(self.problems, config.eval.samples, sampling, first=self.first)
+        groups = [({"group": group.group, "state": "evaluated"}, group) for group in made if group is not None]
+        left_out: dict[int, str] = {}
+        whole = pa.concat_tables(tables(config.run.name, groups, left_out), promote_options="permissive")
+        if left_out:
+            raise ValueError(f"question {next(iter(left_out))}: {next(iter(left_out.values()))}")
+        partial = self.file.with_name(f".{self.file.name}")
+        pq.write_table(whole, partial, compression="zstd", write_page_checksum=True)
+        os.replace(partial, self.file)
+
+
+def parts_of(run_dir: Path, name: str, problems: list[Problem]) -> list[Part]:
+    """The parts of a set that are not sealed yet."""
+    parts = (
+        Part(file_of(run_dir, name, first), first, problems[first : first + PART])
+        for first in range(0, len(problems), PART)
+    )
+    return [part for part in parts if not part.file.exists()]
+
+
+def file_of(run_dir: Path, name: str, first: int) -> Path:
+    """Where the part of a set is that begins with question ``first``."""
+    return run_dir / ANSWERS / f"{name.replace(':', '.')}-{first // PART:05d}.parquet"
+
+
+def collect(run_dir: Path, name: str, problems: list[Problem], config: Config, text: Text) -> Asked:
+    """What came of a set, out of its sealed parts. Questions that left no room for an answer are wrong."""
+    n, made = config.eval.samples, dict[int, Group]()
+    for first in range(0, len(problems), PART):
+        for group in read_groups(file_of(run_dir, name, first), range(len(problems))):
+            made[group.group] = group
+    scores = np.zeros((len(problems), n))
+    asked = Asked(name, scores, [[None] * n for _ in problems], np.zeros((len(problems), n)), np.zeros_like(scores))
+    for place, group in made.items():
+        main = np.nan_to_num(group.components[config.reward.main].astype(np.float64))
+        asked.scores[place], asked.lengths[place] = main, group.lengths
+        asked.cut[place] = group.finish != STOP
+        told = [text.answer_text(group.problem, sample.tokens) for sample in group.samples()]
+        asked.answers[place] = [
+            find_answer(words, parse(words), not cut, config.reward)
+            for words, cut in zip(told, asked.cut[place], strict=True)
+        ]
+    return asked

@@ -1,0 +1,87 @@
+"""job=eval as a user runs it: what it says is what the answers in its files say, and a cut does not change it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import warm
+
+SETS = "eval.sets={chain: {}, sums: {name: addition}}"
+
+
+@pytest.fixture(scope="module")
+def trained(launch_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of the default task, whose answers may be 40 tokens long."""
+    run = launch_in(tmp_path_factory.mktemp("trained"))("trained", "learner.steps=2", "sampling.max_new_tokens=40")
+    assert run.code == 0, run.output
+    return Path(run.run_dir)
+
+
+def asked(folder: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((folder / name / "eval.json").read_text()))
+
+
+def test_a_checkpoint_is_asked_as_it_was_trained_and_a_cut_changes_nothing(
+    trained: Path, environment: dict[str, str], command: Any, tmp_path: Path
+) -> None:
+    keys = (f"checkpoint={trained}", "eval.prompts=150", "eval.samples=4", SETS)
+
+    def line(name: str, *more: str) -> list[str]:
+        whole: list[str] = command(name, "job=eval", *keys, *more)
+        return [word for word in whole if word.partition("=")[0] not in ("sft.steps", "batch.groups", "learner.steps")]
+
+    whole = warm.run(line("whole"), 280, env=environment, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert "avg@4" in whole.stdout
+    told = asked(tmp_path, "whole")
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert (summary["status"], told["config"]["max_new_tokens"]) == ("completed", 40)
+    assert (tmp_path / "whole" / "eval.png").stat().st_size > 10_000
+    for name in ("chain", "sums"):
+        files = sorted((tmp_path / "whole" / "answers").glob(f"{name}-*.parquet"))
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+        assert len({row["prompt"] for row in rows}) == 150
+        scores = np.array([dict(row["rewards"])["accuracy"] for row in rows]).reshape(150, 4)
+        assert told["results"][name]["avg@4,none"] == pytest.approx(scores.mean())
+        assert told["results"][name]["pass@4,none"] == pytest.approx(scores.max(1).mean())
+        assert summary[f"eval/{name}/avg@4"] == told["results"][name]["avg@4,none"]
+
+    process = warm.Popen(line("cut"), env=environment, cwd=tmp_path)
+    limit = time.monotonic() + 240
+    while not list((tmp_path / "cut" / "answers").glob("*.parquet")):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    sealed = len(list((tmp_path / "cut" / "answers").glob("*.parquet")))
+    assert sealed < 6, "nothing was left to do: the test proves little"
+    again = warm.run(line("cut", "run.resume=true"), 280, env=environment, cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert asked(tmp_path, "cut") == told
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ((), "checkpoint=: job=eval needs a run directory, a checkpoint or a Hugging Face directory"),
+        (("eval.sets={chain: {digits: 3}}",), "eval.sets.chain: "),
+        (("eval.sets={nobody: {}}",), "eval.sets.nobody"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(
+    keys: tuple[str, ...], words: str, trained: Path, environment: dict[str, str], command: Any, tmp_path: Path
+) -> None:
+    given = [f"checkpoint={trained}", *keys] if keys else []
+    done = warm.run([*command("wrong", "job=eval", *given)], 120, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("offtrail: error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,90 @@
+"""avg@n, pass@k and cons@k against what they mean, worked out by trying every draw."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from offtrail.platform.evaluator.measures import average, consensus, over_questions, pass_at, sizes_up_to
+
+SCORES = np.array([[1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0.5, 0, 1, 0]], np.float64)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(k: int) -> None:
+    expected = [
+        np.mean([max(draw) >= 1 for draw in itertools.combinations(row, k)]) for row in SCORES
+    ]  # partial credit is no right answer
+    assert pass_at(SCORES, k) == pytest.approx(expected)
+
+
+def test_pass_at_k_stays_exact_where_factorials_overflow_a_float() -> None:
+    scores = np.zeros((1, 4096))
+    scores[0, :7] = 1
+    assert pass_at(scores, 1)[0] == pytest.approx(7 / 4096)
+    assert 0 < pass_at(scores, 2048)[0] < 1
+
+
+def test_the_average_counts_partial_credit() -> None:
+    assert average(SCORES) == pytest.approx([0.4, 0, 1, 0.3])
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_more_answers_than_there_are_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"@{k}: needs 1 ≤ k ≤ n = 5"):
+        pass_at(SCORES, k)
+    with pytest.raises(ValueError, match=f"@{k}: needs 1 ≤ k ≤ n = 5"):
+        consensus([["a"] * 5] * 4, SCORES, k)
+
+
+def voted(answers: list[str | None], right: str, k: int, weights: list[float] | None = None) -> float:
+    scores = np.array([[float(answer == right) for answer in answers]])
+    return float(consensus([answers], scores, k, None if weights is None else np.array([weights]))[0])
+
+
+def test_the_most_frequent_answer_wins_and_a_tie_is_drawn() -> None:
+    assert voted(["7", "7", "3", "9"], "7", 4) == 1
+    assert voted(["7", "7", "3", "9"], "3", 4) == 0
+    assert voted(["7", "7", "3", "3", "9"], "3", 5) == 0.5
+    assert voted(["7", "3", "9"], "9", 3) == pytest.approx(1 / 3)
+
+
+def test_who_gives_no_answer_does_not_vote() -> None:
+    assert voted([None, None, "7"], "7", 3) == 1
+    assert voted([None, None], "7", 2) == 0
+
+
+def test_smaller_votes_are_taken_of_all_answers_and_one_is_the_average() -> None:
+    assert voted(["7", "7", "3", "3"], "7", 2) == 0.5
+    answers = ["7", "3", "7", "1", "7"]
+    assert voted(answers, "7", 1) == pytest.approx(3 / 5)
+
+
+def test_weights_outvote_numbers() -> None:
+    assert voted(["7", "7", "3"], "3", 3, [0.2, 0.3, 0.6]) == 1
+    assert voted(["7", "7", "3"], "3", 3, [0.1, 0.2, 0.3]) == 0.5  # .1 + .2 is not .3 in floats
+
+
+def test_the_interval_over_questions_covers_what_it_says() -> None:
+    """Questions of different difficulty, 8 answers each: an interval over all answers would be far too narrow."""
+    rng = np.random.default_rng(5)
+    inside, naive = 0, 0
+    for _ in range(2000):
+        chance = rng.beta(0.6, 0.6, 40)
+        scores = (rng.random((40, 8)) < chance[:, None]).astype(np.float64)
+        estimate = over_questions(average(scores))
+        inside += estimate.low <= 0.5 <= estimate.high
+        naive += abs(scores.mean() - 0.5) <= 1.96 * scores.std() / np.sqrt(scores.size)
+    assert 0.93 <= inside / 2000 <= 0.97
+    assert naive / 2000 < 0.7
+
+
+def test_one_question_has_no_interval() -> None:
+    assert np.isnan(over_questions(np.array([0.5])).low)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_sizes(n: int, sizes: list[int]) -> None:
+    assert sizes_up_to(n) == sizes
