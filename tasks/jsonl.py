@@ -12,13 +12,14 @@ import random
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
 from offtrail.core.problem import Problem
 from offtrail.core.settings import setting
+from offtrail.rewards.grading import choice, grade, mathematics
+from offtrail.rewards.grading.numeric import LONGEST_NUMBER, number
 from offtrail.tasks.base import TaskError, tagged
 from offtrail.tasks.config import TaskConfig, check
 from offtrail.tasks.lines import Row, check_text
@@ -42,9 +43,12 @@ class JsonlConfig(TaskConfig):
     """Field of the worked answer."""
     answer_after: str = "####"
     """The gold answer is what follows this mark in the answer field; empty = the whole field."""
-    compare: Literal["value", "text"] = "value"
+    compare: Literal["value", "text", "choice", "math"] = "value"
     """How an answer is compared with the gold one. value: as a number where that is one (18 is $18.00), else as text;
-    text: always the same text, up to blanks."""
+    text: always the same text, up to blanks; choice: a letter, A to E; math: as mathematics (docs/rewards.md)."""
+    compare_policy: Literal["strict", "lenient"] = "strict"
+    """Of compare=choice and math. strict: an answer is worked out and stands alone; lenient: what can be read as the
+    gold answer (docs/rewards.md, case by case)."""
     template: str = "{prompt}"
     """How a prompt is put to the model; {prompt} is the problem's text, or its last message's."""
     decontaminate: Literal["off", "report", "drop"] = "off"
@@ -73,12 +77,6 @@ def task_template(config: TaskConfig) -> str:
     return config.template if isinstance(config, JsonlConfig) else "{prompt}"
 
 
-NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s*\$?\s*(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<decimals>\d*))?"
-    r"(?:[eE](?P<exponent>[-+]?\d{1,2}))?(?:\s*/\s*(?P<below>\d+))?",
-    re.ASCII,
-)
-LONGEST_NUMBER = 100
 MEANT_BY_VALUE = re.compile(r"[\d\\]")
 """An answer with a digit or LaTeX in it means a value that can be written in other ways, too."""
 CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -111,6 +109,8 @@ class JsonlTask:
         self._held_out: list[Record] = []
         self._files: dict[str, list[Record]] = {}
         """Key=path → all that it holds."""
+        if config.compare == "math":
+            self._require_mathematics(now=not load)
         if load:
             self._load()
 
@@ -172,12 +172,21 @@ class JsonlTask:
         return tagged(CALCULATOR.sub("", problem.meta["solution"]), problem.answer)
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
-        """Equal as numbers where the gold answer is one (task.compare=value), else the same text up to blanks."""
-        return is_answer(problem.answer, answer_text, self.config.compare)
+        """As task.compare says."""
+        config = self.config
+        return grade(problem.answer, answer_text, config.compare, lenient=config.compare_policy == "lenient").right
 
     def check_steps(self, problem: Problem, text: str) -> list[bool]:
         """Free text has no exact step checker: always empty."""
         return []
+
+    @staticmethod
+    def _require_mathematics(*, now: bool) -> None:
+        """Raise TaskError where it is not installed; imported ``now``, or at the first answer that needs it."""
+        if not mathematics.available():
+            raise TaskError(mathematics.MISSING)
+        if now:
+            mathematics.warm_up()
 
     def _load(self) -> None:
         config = self.config
@@ -202,6 +211,8 @@ class JsonlTask:
         records = self._files[f"{key}={path}"] = read(Path(path), key, self.config)
         if self.config.compare == "value":
             refuse_unreadable(records, f"{key}={path}")
+        elif self.config.compare == "choice":
+            refuse_other_than_letters(records, f"{key}={path}")
         return records
 
     def _remark_on_both(self) -> list[str]:
@@ -261,6 +272,16 @@ def refuse_unreadable(records: list[Record], where: str) -> None:
         )
 
 
+def refuse_other_than_letters(records: list[Record], where: str) -> None:
+    """Raise TaskError at the first answer that is no letter from A to E."""
+    for record in records:
+        if choice.letter(record.answer) is None:
+            raise TaskError(
+                f"{where}, {record.place}: the answer {record.answer[:60]!r} is no letter from A to E, which "
+                "task.compare=choice needs; mend it, or set task.compare"
+            )
+
+
 def remark_on(records: list[Record], where: str) -> str:
     """What to say of answers that `verify` can only compare as text though they mean a value, such as `18%`; empty
     where there are none.
@@ -276,7 +297,7 @@ def remark_on(records: list[Record], where: str) -> str:
     )
 
 
-PLAIN = "write them as plain numbers, or say task.compare=text, or take a task of your own (docs/extending/tasks.md)"
+PLAIN = "write plain numbers, or say task.compare=math or text, or take a task of your own (docs/extending/tasks.md)"
 
 
 def _example(others: list[Record]) -> str:
@@ -292,7 +313,7 @@ def remark_on_contradictions(records: list[Record], where: str, compare: str) ->
     for record in records:
         problem = identity(record)
         before = first.setdefault(problem, record)
-        if record.answer != before.answer and not is_answer(before.answer, record.answer, compare):
+        if record.answer != before.answer and not grade(before.answer, record.answer, compare).right:
             found.setdefault(problem, (before, record))
     if not found:
         return ""
@@ -307,12 +328,6 @@ def remark_on_contradictions(records: list[Record], where: str, compare: str) ->
 def identity(record: Record) -> str:
     """Records with equal ones are the same problem, also where blanks differ."""
     return " ".join(record.prompt.split())
-
-
-def is_answer(gold: str, answer: str, compare: str) -> bool:
-    """See JsonlTask.verify."""
-    value = number(gold) if compare == "value" else None
-    return answer.split() == gold.split() if value is None else number(answer) == value
 
 
 def record_of(row: Row, where: str, config: JsonlConfig) -> Record:
@@ -380,19 +395,6 @@ def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
     if not text.strip():
         raise TaskError(f"{where}: {what}: field {name!r} is empty; fill it, or delete the line")
     return text
-
-
-def number(text: str) -> Fraction | None:
-    """The exact value of `18`, `18.0`, `$1,800.50`, `-3/4`, `1e-05` or `18.`; None for anything else."""
-    text = text.strip()
-    match = NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
-    if match is None or not (match["whole"] or match["decimals"]):
-        return None
-    above = Fraction(f"{match['whole'].replace(',', '') or '0'}.{match['decimals'] or '0'}e{match['exponent'] or '0'}")
-    below = int(match["below"] or 1)
-    if below == 0:
-        return None
-    return above / below * (-1 if match["sign"] == "-" else 1)
 
 
 @lru_cache(maxsize=4)
