@@ -77,19 +77,29 @@ def check(name: str, *, what: str) -> None:
 
 
 def check_settings(
-    source: str, settings: Mapping[str, Any], *, what: str, name: str = "", given: int = 1, given_to_class: int = 0
+    source: str,
+    settings: Mapping[str, Any],
+    *,
+    what: str,
+    name: str = "",
+    given: int = 1,
+    given_to_class: int = 0,
+    unless: str = "",
 ) -> None:
     """Raise PluginError when ``bind`` would, as far as the source tells: the module itself is not imported.
 
     ``source``: `package.module:attribute`, called ``name`` in messages. ``given_to_class``: like ``given``, of a
-    class's `__init__`. What is decorated or made by a call shows its parameters only when it is loaded.
+    class's `__init__`. A function with a parameter ``unless`` is called in another way, and left to its caller. What is
+    decorated or made by a call shows its parameters only when it is loaded.
     """
     attribute = source.rpartition(":")[2]
     node = (_defined(_find(source, what)) or {}).get(attribute)
     if isinstance(node, ast.ImportFrom) and node.module and not node.level:
         original = next((alias.name for alias in node.names if attribute in (alias.asname, alias.name)), attribute)
         origin, name = f"{node.module}:{original}", name or source
-        check_settings(origin, settings, what=what, name=name, given=given, given_to_class=given_to_class)
+        check_settings(
+            origin, settings, what=what, name=name, given=given, given_to_class=given_to_class, unless=unless
+        )
         return
     if isinstance(node, ast.ClassDef) and not node.decorator_list:
         made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
@@ -102,6 +112,8 @@ def check_settings(
     needed |= dict.fromkeys((arg.arg for arg in named[len(named) - len(a.defaults) :]), False)
     before = {arg.arg for arg in named[: max(given, len(a.posonlyargs))]}
     needed |= {arg.arg: default is None for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True)}
+    if unless in needed:
+        return
     known = {key: n for key, n in needed.items() if key not in before}
     _check_fit(known, settings, a.kwarg is not None, name or source, what)
 

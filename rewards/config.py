@@ -14,6 +14,8 @@ from offtrail.core.settings import check_limits, setting
 
 COMPONENTS = tuple(sorted(p.stem for p in (Path(__file__).parent / "components").glob("*.py") if p.stem != "__init__"))
 """The components of the tree, by name."""
+TRL_MARK = "completions"
+"""The parameter by which a function of TRL's signature is known (trl.py)."""
 LIMITS_OF_A_COMPONENT = ("from_step", "to_step", "tasks")
 
 

@@ -17,6 +17,7 @@ from offtrail.rewards.answer import find_answer
 from offtrail.rewards.base import Answered, RewardError, Verify
 from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.format import parse
+from offtrail.rewards.trl import TrlFunction, is_trl
 
 
 class Reward:
@@ -72,6 +73,8 @@ def _component(name: str, settings: dict[str, Any]) -> Ask:
     target = load(source, what="reward.weights")
     if not callable(target):
         raise RewardError(f"reward.weights={name}: is {target!r}, which cannot be called; name a function or a class")
+    if is_trl(target):
+        return partial(_ask, name, TrlFunction(target, settings, name=name), True)
     score = bind(target, settings, name=name, what=f"reward.settings.{name}")
     return partial(_ask, name, score() if isinstance(target, type) else score, getattr(target, "whole_group", False))
 

@@ -25,6 +25,7 @@ from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.keys import flatten, keys_of
 from offtrail.platform.config.paths import check_name
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
+from offtrail.rewards.config import TRL_MARK
 from offtrail.search.config import OutsideConfig
 from offtrail.tasks.jsonl import JsonlConfig
 from offtrail.tasks.mixture import MixtureConfig
@@ -265,7 +266,9 @@ def code_from_outside_is_here(config: Config) -> None:
     for name in reward.weights:
         source = name if is_plugin(name) else f"offtrail.rewards.components.{name}:score"
         check(source, what="reward.weights")
-        check_settings(source, reward.settings.get(name, {}), what=f"reward.settings.{name}", name=name)
+        check_settings(
+            source, reward.settings.get(name, {}), what=f"reward.settings.{name}", name=name, unless=TRL_MARK
+        )
     if algo.loss:
         check(algo.loss, what="algo.loss")
         check_settings(algo.loss, algo.loss_settings, what="algo.loss_settings")
