@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import time
 from pathlib import Path
@@ -29,12 +30,14 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.make import make_engine
 from offtrail.platform.evaluator.answers import Answers
 from offtrail.platform.evaluator.report import Asked, write_results
+from offtrail.platform.launcher.inputs import hashes, inputs_of
 from offtrail.platform.launcher.reaper import Reaper
 from offtrail.platform.launcher.serve import LOOK_SECONDS, served_model, text_of
 from offtrail.platform.model.start import StartError
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import RoleContext, remove_leftovers
 from offtrail.platform.runtime.device import require_device
+from offtrail.platform.tracking.summary import write_atomic
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.rewards.answer import find_answer
 from offtrail.rewards.format import parse
@@ -75,6 +78,7 @@ def evaluate(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str
     require_device("engine.device", config.engine.device)
     model = served_model(config)
     link_model(run_dir, model)
+    check_same(config, run_dir)
     text, tasks = text_of(config, model), sets_to_ask(config.task, config.eval.sets)
     sets = {name: make_task(task, config.run.seed).held_out(config.eval.prompts) for name, task in tasks.items()}
     todo = {name: parts_of(run_dir, name, problems) for name, problems in sets.items()}
@@ -94,7 +98,6 @@ def ask(
     interrupted: list[int],
 ) -> bool:
     """Seal the parts; False when a signal came in between."""
-    (run_dir / ANSWERS).mkdir(exist_ok=True)
     tasks = sets_to_ask(config.task, config.eval.sets)
     questions, left = (sum(map(len, sets.values())), sum(len(p.problems) for parts in todo.values() for p in parts))
     console = Console(stderr=True)
@@ -115,6 +118,26 @@ def ask(
                     part.seal(answers, config)
                     shown.advance(bar, len(part.problems))
     return not interrupted
+
+
+def check_same(config: Config, run_dir: Path) -> None:
+    """Note what the model and the data of a new evaluation hold; ValueError where one that goes on began with others.
+    Other settings are refused before.
+    """
+    file = run_dir / ANSWERS / "begun_with.json"
+    now = hashes(inputs_of(config, run_dir))
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, json.dumps(now))
+        return
+    was = json.loads(file.read_text(encoding="utf-8"))
+    for key in now | was:
+        if now.get(key) != was.get(key):
+            named = "checkpoint" if key == "model.path" else key  # what runs/NAME/start leads to
+            raise ValueError(
+                f"{named}: its files hold something else than when this evaluation began; put back what was there, or "
+                "take another run.name"
+            )
 
 
 def link_model(run_dir: Path, model: Path) -> None:

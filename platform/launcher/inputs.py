@@ -88,12 +88,16 @@ def _listed(value: str | list[str]) -> list[str]:
 
 def _paths_within(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Those of task.settings={jsonl: {path: …}}."""
-    group = path.partition(".")[0]
-    for family, entries in settings.items():
+    of_sets = path == "eval.sets"  # their families are tasks', by `name` where it is not the label
+    group = "task" if of_sets else path.partition(".")[0]
+    for label, entries in settings.items():
+        if not isinstance(entries, dict):
+            continue
+        family = entries.get("name", label) if of_sets else label
         kinds = {name: key.path_kind for name, key in variant_keys().get(group, {}).get(family, {}).items()}
-        for name, value in entries.items() if isinstance(entries, dict) else ():
+        for name, value in entries.items():
             if kinds.get(f"{group}.{name}") == "file" and (paths := _listed(value)):
-                yield f"{path}.{family}.{name}", paths
+                yield f"{path}.{label}.{name}", paths
 
 
 def _data(key: str, path: Path) -> dict[str, Path]:

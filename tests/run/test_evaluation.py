@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -31,7 +32,8 @@ def asked(folder: Path, name: str) -> dict[str, Any]:
 def test_a_checkpoint_is_asked_as_it_was_trained_and_a_cut_changes_nothing(
     trained: Path, environment: dict[str, str], command: Any, tmp_path: Path
 ) -> None:
-    keys = (f"checkpoint={trained}", "eval.prompts=150", "eval.samples=4", SETS)
+    copy = shutil.copytree(trained, tmp_path / "copy", symlinks=True)
+    keys = (f"checkpoint={copy}", "eval.prompts=150", "eval.samples=4", SETS)
 
     def line(name: str, *more: str) -> list[str]:
         whole: list[str] = command(name, "job=eval", *keys, *more)
@@ -65,6 +67,14 @@ def test_a_checkpoint_is_asked_as_it_was_trained_and_a_cut_changes_nothing(
     assert sealed < 6, "nothing was left to do: the test proves little"
     again = warm.run(line("cut", "run.resume=true"), 280, env=environment, cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert asked(tmp_path, "cut") == told
+
+    other = warm.run(line("cut", "run.resume=true", "eval.temperature=0.5"), 280, env=environment, cwd=tmp_path)
+    assert (other.returncode, "keeps what decides its numbers" in other.stderr) == (2, True), other.stderr
+    shutil.copyfile(copy / "start" / "model.safetensors", copy / "checkpoints" / "step_2" / "model.safetensors")
+    other = warm.run(line("cut", "run.resume=true"), 280, env=environment, cwd=tmp_path)
+    assert other.returncode == 1
+    assert other.stderr.startswith("offtrail: error: checkpoint: its files hold something else than when")
     assert asked(tmp_path, "cut") == told
 
 
