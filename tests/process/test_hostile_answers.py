@@ -28,29 +28,29 @@ HOSTILE = [
     "½ ≤ ∑ 🙂 \u202e\ud7ff",
     "+".join(["x"] * 900),
 ]
+HANGS = r"9^{9 \cdot 9^9}"
 
 
 @pytest.mark.parametrize(("where", "policy"), [("tags", "strict"), ("tags", "lenient"), ("boxed", "lenient")])
 def test_each_gets_a_score_or_a_reason_and_the_next_answer_is_judged(where: str, policy: str):
-    """9^{9·9^9} passes the filter: a worker that hangs on it is replaced, one that runs out of memory gives 0."""
+    """HANGS passes the filter: where math-verify is asked, its worker is killed at the deadline and replaced."""
     config = Config(
         task=JsonlConfig(compare="math", compare_policy=policy),  # type: ignore[arg-type]
         reward=RewardConfig(answer=where, deadline_seconds=5.0, on_timeout="refuse"),  # type: ignore[arg-type]
     )
     form = "<think></think><answer>{}</answer>" if where == "tags" else "\\boxed{{{}}}"
-    texts = [
-        form.format(answer) for answer in [*HOSTILE, r"9^{9 \cdot 9^9}", r"\frac{2}{4}" if where == "tags" else "1/2"]
-    ]
+    answers = [*HOSTILE, HANGS, r"\frac{2}{4}"]
+    found, reasons = {}, {}
     with VerifierPool(config) as pool:
-        for key, text in enumerate(texts):
-            pool.submit(key, Problem("jsonl", 0, "q", r"\frac{1}{2}" if where == "tags" else "1/2"), [text], [True])
-        found, reasons = {}, {}
+        for key, answer in enumerate(answers):
+            pool.submit(key, Problem("jsonl", 0, "q", r"\frac{1}{2}"), [form.format(answer)], [True])
         while pool.pending:
             for key, components in pool.poll(timeout_s=0.5):
                 found[key] = components
                 if components is None:
                     reasons[key] = pool.reason(key)
-    assert sorted(found) == list(range(len(texts)))
-    assert all("reward.deadline_seconds=5" in reason for reason in reasons.values())
-    assert len(reasons) <= 1
-    assert [key for key, c in found.items() if c is not None and c["accuracy"].tolist() == [1.0]] == [len(texts) - 1]
+    late = [len(HOSTILE)] if policy == "lenient" else []
+    assert sorted(found) == list(range(len(answers)))
+    assert list(reasons) == late
+    assert all("ran past reward.deadline_seconds=5" in reason for reason in reasons.values())
+    assert [key for key, c in found.items() if c is not None and c["accuracy"].tolist() == [1.0]] == [len(answers) - 1]
