@@ -74,7 +74,8 @@ class JsonlConfig(TaskConfig):
 
 def task_template(config: TaskConfig) -> str:
     """How a task writes its problems: its template, or each as it stands."""
-    return config.template if isinstance(config, JsonlConfig) else "{prompt}"
+    template: str = getattr(config, "template", "{prompt}")
+    return template
 
 
 MEANT_BY_VALUE = re.compile(r"[\d\\]")

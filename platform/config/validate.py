@@ -29,6 +29,7 @@ from offtrail.rewards.config import TRL_MARK
 from offtrail.search.config import OutsideConfig
 from offtrail.tasks.jsonl import JsonlConfig
 from offtrail.tasks.mixture import MixtureConfig
+from offtrail.tasks.programs import ProgramsConfig
 
 
 def validate(config: Config) -> None:
@@ -136,18 +137,40 @@ def hub_cache() -> Path:
 
 
 def files_of_lines_are_here(config: Config) -> None:
-    """The files and folders of task=jsonl and of sft.path."""
+    """The files and folders of a task and of sft.path."""
     task = config.task
     files = [("sft.path", config.sft.path)]
     if isinstance(task, JsonlConfig):
-        files += [("task.path", task.path), ("task.eval_path", task.eval_path)]
         files += [("task.decontaminate_against", path) for path in task.decontaminate_against]
+    if isinstance(task, JsonlConfig | ProgramsConfig):
+        files += [("task.path", task.path), ("task.eval_path", task.eval_path)]
         if not task.path:
             raise ConfigError("task.path=: problems are needed: task.path=FILE, or a folder of files (docs/sets.md)")
     for key, path in files:
         what = "example" if key == "sft.path" else "problem"
         if path and not os.path.isfile(path) and not os.path.isdir(path):
             raise refuse(key, path, f"no such file or folder; give one {what} a row (docs/sets.md)")
+
+
+def programs_are_run(config: Config) -> None:
+    """A program is right when it passes its tests; a verifier that runs nothing would call nearly all of them wrong."""
+    weights, run = config.reward.weights, isinstance(config.task, ProgramsConfig) and config.job in ("rl", "eval")
+    if run and "code" not in weights and not any(map(is_plugin, weights)):
+        raise ConfigError(f"reward.weights={weights}: task={config.task.name} is judged by running: reward=code")
+
+
+def a_groups_programs_have_time_and_memory(config: Config) -> None:
+    """One after another in one verifier, each with an address space of its own that the verifier's bounds."""
+    reward, size = config.reward, config.batch.group_size
+    given = reward.settings.get("code", {})
+    seconds, memory = given.get("seconds", 10.0), given.get("memory_mb", 512)
+    if "code" not in reward.weights or not isinstance(seconds, (int, float)) or not isinstance(memory, int):
+        return
+    if reward.deadline_seconds < size * seconds:
+        must = f"must be ≥ {size * seconds:g}, batch.group_size={size} times reward.settings.code.seconds={seconds:g}"
+        raise refuse("reward.deadline_seconds", reward.deadline_seconds, must)
+    if reward.memory_mb < memory:
+        raise refuse("reward.memory_mb", reward.memory_mb, f"must be ≥ reward.settings.code.memory_mb={memory}")
 
 
 def objective_and_correction_fit(config: Config) -> None:
@@ -398,6 +421,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     a_pretrained_model_has_a_path,
     model_paths_are_here,
     files_of_lines_are_here,
+    programs_are_run,
+    a_groups_programs_have_time_and_memory,
     objective_and_correction_fit,
     minibatches_divide_groups,
     references_are_refreshed_between_steps,

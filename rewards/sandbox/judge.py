@@ -14,6 +14,7 @@ forgiven. The tests are the set's, and trusted; whoever gives this process its d
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -118,4 +119,5 @@ def lines_of(text: str) -> list[str]:
 @lru_cache(maxsize=256)
 def _compiled(source: str) -> CodeType:
     """Trap: under `python -O` a plain compile would leave every assert out, and all programs would pass."""
-    return compile(source, "<tests>", "exec", dont_inherit=True, optimize=0)
+    with warnings.catch_warnings(action="ignore"):
+        return compile(source, "<tests>", "exec", dont_inherit=True, optimize=0)
