@@ -30,7 +30,7 @@ sglang-cpu: .venv/sglang-installed
 
 # Each script's last output line is one JSON object.
 bench: .venv/installed .venv/sglang-installed
-	for script in startup transport broker packing local_engine learner overlap vs_trl real_model weights staleness; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in startup transport sandbox broker packing local_engine learner overlap vs_trl real_model weights staleness; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # The losses against verl's and areal's, in an environment of their own. `-c`: not this project's pytest settings.
 oracles: .venv-oracles/installed

@@ -125,7 +125,7 @@ class Box:
             program = bubblewrap.found()
             if program is None:
                 reasons.append("bubblewrap is not installed (its program bwrap is not on PATH)")
-            elif self._stands(bubblewrap.jail(program, _prefix()), bubblewrap.INSIDE, reasons):
+            elif self._stands(bubblewrap.jail(program, python_prefix()), bubblewrap.INSIDE, reasons):
                 self.walls = "bubblewrap, seccomp" + ", Landlock" * (landlock_abi() >= 1)
                 return
         if self._wall in ("auto", "landlock"):
@@ -163,8 +163,8 @@ class _Server:
         python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "-c", BOOT]
         with theirs:
             self._process = subprocess.Popen(
-                [*jail, *python, source, str(theirs.fileno()), *_folders()], env={}, cwd="/", start_new_session=True,
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                [*jail, *python, source, str(theirs.fileno()), *library_folders()], pass_fds=[theirs.fileno()], env={},
+                cwd="/", start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
             )  # fmt: skip
         self.pid = self._process.pid
         self._statuses: dict[int, Status] = {}
@@ -203,13 +203,14 @@ def _end(process: subprocess.Popen[bytes], control: socket.socket, said: IO[byte
     return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 
-def _prefix() -> str:
+def python_prefix() -> str:
+    """Where this Python is installed, beneath any environment."""
     return os.path.realpath(sys.base_prefix)
 
 
-def _folders() -> list[str]:
+def library_folders() -> list[str]:
     """What programs may read: Python's own library, and the machine's."""
-    own = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), f"{_prefix()}/lib"]
+    own = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), f"{python_prefix()}/lib"]
     return list(dict.fromkeys(os.path.realpath(path) for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", *own)))
 
 

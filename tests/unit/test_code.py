@@ -17,6 +17,8 @@ from offtrail.core.settings import told
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.validate import validate
+from offtrail.platform.verifier.keeper import descendants
+from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.rewards.base import Answered, RewardError
 from offtrail.rewards.components.code import Code
 from offtrail.rewards.config import RewardConfig
@@ -171,6 +173,24 @@ def test_the_component(tmp_path: Path):
     assert code.judged(answered(first, texts[3])).reason == "malformed: the answer tags are not one pair"
     assert code.judged(answered(first, "")).reason == "malformed: no program"
     assert code.judged(answered(second, texts[0])).reason.startswith("raised: NameError: name 'sum'")
+
+
+@SANDBOX
+def test_verifier_workers_judge_programs_and_leave_nothing(tmp_path: Path):
+    path = write(tmp_path / "m.jsonl", ASSERTED)
+    config = compose(["task=mbpp", f"task.path={path}", "reward=code", "reward.settings.code.seconds=15"])
+    first = problems(config_of("mbpp", path, held_out_share=0.0))[0]
+    right, wrong = (f"<think></think><answer>{code}</answer>" for code in (first.answer, "def back(a): return 0"))
+    loops = "<answer>while 1: pass</answer>"
+    before = set(descendants(os.getpid()))
+    with VerifierPool(config) as pool:
+        pool.submit(7, first, [right, wrong, loops], [True] * 3)
+        [(key, components)] = pool.poll(120)
+        assert key == 7
+        assert components is not None
+        assert components["code"].tolist() == [1, 0, 0]
+        assert len(set(descendants(os.getpid())) - before) >= 3
+    assert set(descendants(os.getpid())) <= before
 
 
 @pytest.mark.parametrize(

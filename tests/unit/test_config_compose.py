@@ -71,7 +71,9 @@ def test_every_option_composes(tmp_path):
     for group in GROUPS:
         for option in options_of(group):
             file, model = [f"task.path={problems}"], [f"model.path={tmp_path}"]
-            extra = {"gsm8k": file, "jsonl": file, "pretrained": model}.get(option, [])
+            run = [*file, "reward=code"]
+            programs = dict.fromkeys(("humaneval", "mbpp", "programs"), run)
+            extra = ({"gsm8k": file, "jsonl": file, "pretrained": model} | programs).get(option, [])
             section = getattr(compose([f"{group}={option}", *extra]), group)
             given = read_file(OPTIONS_DIR / group / f"{option}.yaml")
             assert section.name == given.get("name", option)
