@@ -21,11 +21,13 @@ from offtrail.core.settings import setting
 from offtrail.rewards.grading import choice, grade, mathematics
 from offtrail.rewards.grading.numeric import LONGEST_NUMBER, number
 from offtrail.tasks.base import TaskError, tagged
+from offtrail.tasks.choices import with_options, wrong_answers
 from offtrail.tasks.config import TaskConfig, check
 from offtrail.tasks.lines import Row, check_text
 from offtrail.tasks.overlap import Item, Overlap, compare
 from offtrail.tasks.rows import read_rows
 from offtrail.tasks.split import is_held_out, place, stream
+from offtrail.tasks.templates import check_template, template_text
 
 
 @dataclass
@@ -41,6 +43,8 @@ class JsonlConfig(TaskConfig):
     """Field of the problem's text."""
     answer_field: str = "answer"
     """Field of the worked answer."""
+    wrong_fields: list[str] = setting([])
+    """Fields of wrong answers, for multiple choice: the prompt shows all answers, and the letter is the gold one."""
     answer_after: str = "####"
     """The gold answer is what follows this mark in the answer field; empty = the whole field."""
     compare: Literal["value", "text", "choice", "math"] = "value"
@@ -50,7 +54,8 @@ class JsonlConfig(TaskConfig):
     """Of compare=choice and math. strict: an answer is worked out and stands alone; lenient: what can be read as the
     gold answer (docs/rewards.md, case by case)."""
     template: str = "{prompt}"
-    """How a prompt is put to the model; {prompt} is the problem's text, or its last message's."""
+    """How a prompt is put to the model: r1_zero, boxed, tags, or a text in which {prompt} is the problem's text, or its
+    last message's (docs/sets.md)."""
     decontaminate: Literal["off", "report", "drop"] = "off"
     """Training problems that share 10 words in a row with held-out ones: said before the run and in its directory;
     drop: left out of training, too."""
@@ -69,13 +74,13 @@ class JsonlConfig(TaskConfig):
             given,
             "empty with task.decontaminate=off",
         )
-        check("{prompt}" in self.template, "template", repr(self.template), "a text that contains {prompt}")
+        check_template(self.template)
+        check(not (self.wrong_fields and self.messages_field), "wrong_fields", self.wrong_fields, "empty with messages")
 
 
 def task_template(config: TaskConfig) -> str:
     """How a task writes its problems: its template, or each as it stands."""
-    template: str = getattr(config, "template", "{prompt}")
-    return template
+    return template_text(getattr(config, "template", "{prompt}"))
 
 
 MEANT_BY_VALUE = re.compile(r"[\d\\]")
@@ -230,7 +235,7 @@ class JsonlTask:
         ]
 
     def _problem(self, record: Record, index: int) -> Problem:
-        template, meta = self.config.template, {"solution": record.solution}
+        template, meta = template_text(self.config.template), {"solution": record.solution}
         if record.messages:
             *before, last = record.messages
             messages = (*before, last | {"content": template.replace("{prompt}", last["content"])})
@@ -345,6 +350,9 @@ def record_of(row: Row, where: str, config: JsonlConfig) -> Record:
         )
     if not gold.strip():
         raise TaskError(f"{where}: no answer after {config.answer_after!r}; add it, or delete the line")
+    if config.wrong_fields:
+        wrong = wrong_answers(fields, config.wrong_fields, where)
+        prompt, gold = with_options(prompt, gold, wrong, where)
     return Record(prompt, solution.strip(), gold.strip(), messages, row.number, row.place)
 
 

@@ -72,11 +72,16 @@ def test_every_option_composes(tmp_path):
         for option in options_of(group):
             file, model = [f"task.path={problems}"], [f"model.path={tmp_path}"]
             run = [*file, "reward=code"]
-            programs = dict.fromkeys(("humaneval", "mbpp", "programs"), run)
-            extra = ({"gsm8k": file, "jsonl": file, "pretrained": model} | programs).get(option, [])
+            extras = dict.fromkeys(("aime", "gpqa", "gsm8k", "jsonl", "math500"), file)
+            extras |= dict.fromkeys(("humaneval", "mbpp", "programs"), run)
+            extra = (extras | {"pretrained": model}).get(option, [])
             section = getattr(compose([f"{group}={option}", *extra]), group)
             given = read_file(OPTIONS_DIR / group / f"{option}.yaml")
             assert section.name == given.get("name", option)
+
+
+def _text(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def test_options_hold_only_differences():
@@ -86,7 +91,7 @@ def test_options_hold_only_differences():
             name = given.pop("name", option)
             given.pop("with", None)
             keys = variant_keys()[group][name]
-            assert [k for k, v in given.items() if str(keys[f"{group}.{k}"].default).lower() == v.lower()] == []
+            assert [k for k, v in given.items() if _text(keys[f"{group}.{k}"].default) == _text(v)] == []
 
 
 def test_what_an_option_sets_beside_its_group_loses_to_every_given_key_and_goes_with_it(tmp_path):

@@ -6,9 +6,10 @@ import bz2
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offtrail.core.types import Problem
+from offtrail.platform.config.compose import compose
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, number
+from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, number, task_template
 from offtrail.tasks.mixture import MixtureConfig, MixtureTask
-from offtrail.tasks.registry import remarks_on
+from offtrail.tasks.registry import make_task, remarks_on
 from offtrail.tasks.split import is_held_out, stream
 
 
@@ -151,7 +153,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, hundred: str):
         JsonlTask(JsonlConfig(path=write(tmp_path / "empty.jsonl", "", "")), 0)
     with pytest.raises(TaskError, match=r"none of its 100 problems is left for training"):
         JsonlTask(JsonlConfig(path=hundred, eval_path=hundred), 0)
-    with pytest.raises(ValueError, match=r"task.template='\{q\}': must be a text that contains \{prompt\}"):
+    with pytest.raises(ValueError, match=r"task.template='\{q\}': must be .* or a text that contains \{prompt\}"):
         JsonlConfig(template="{q}")
 
 
@@ -345,6 +347,68 @@ def test_a_file_of_another_kind_is_called_so_and_the_command_makes_lines_of_it(t
     assert JsonlTask(JsonlConfig(path=str(lines), held_out_share=0.0), 0).train(0).answer in ("0", "2", "4")
 
 
+# Multiple choice
+
+
+CHOICE = {"Question": "2+2?", "Correct Answer": "4\n", "Incorrect Answer 1": "3", "Incorrect Answer 2": "5"}
+
+
+def of_choices(path: Path, *rows: dict[str, Any], wrong: Sequence[str] = ("Incorrect Answer 1", "Incorrect Answer 2")):
+    return JsonlTask(
+        JsonlConfig(path=write(path, *rows), prompt_field="Question", answer_field="Correct Answer", answer_after="",
+                    wrong_fields=list(wrong), compare="text", held_out_share=0.0), 0,
+    ).training()  # fmt: skip
+
+
+def test_options_stand_in_an_order_of_the_questions_own_and_the_answer_is_a_letter(tmp_path: Path):
+    rows = [CHOICE | {"Question": f"{i}: 2+2?"} for i in range(60)]
+    problems = of_choices(tmp_path / "a.jsonl", *rows)
+    for problem, asked in zip(problems, rows, strict=True):
+        question, empty, *options = problem.prompt.split("\n")
+        assert (question, empty) == (asked["Question"], "")
+        assert sorted(option[3:] for option in options) == ["3", "4", "5"]
+        assert f"{problem.answer}) 4" in options
+    assert {problem.answer for problem in problems} == set("ABC")
+    swapped = [row | {"Incorrect Answer 1": "5", "Incorrect Answer 2": "3"} for row in rows]
+    assert of_choices(tmp_path / "b.jsonl", *swapped) == problems
+    listed = [{"Question": row["Question"], "Correct Answer": "4", "no": ["3", "5"]} for row in rows]
+    assert of_choices(tmp_path / "c.jsonl", *listed, wrong=["no"]) == problems
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"Incorrect Answer 1": " 4"}, "the option '4' is given twice; mend the row"),
+        (
+            {"Incorrect Answer 1": None},
+            "field 'Incorrect Answer 1' must be a text or a list of texts, none empty (fields:",
+        ),
+        ({"Incorrect Answer 1": []}, "field 'Incorrect Answer 1' must be a text or a list"),
+        ({"Incorrect Answer 1": [str(i) for i in range(10, 40)]}, "has 32 options, more than there are letters"),
+        ({"Incorrect Answer 1": "\frac"}, "field 'Incorrect Answer 1' holds a control character"),
+        ({"Correct Answer": ""}, "no answer: field 'Correct Answer' is empty"),
+    ],
+)
+def test_options_that_cannot_be_used(tmp_path: Path, row: dict[str, Any], complaint: str):
+    with pytest.raises(TaskError, match=re.escape(f"a.jsonl, line 2: {complaint}")):
+        of_choices(tmp_path / "a.jsonl", CHOICE, CHOICE | row)
+
+
+# Templates
+
+
+def test_a_template_may_be_a_name(tmp_path: Path):
+    path = write(tmp_path / "one.jsonl", row(4))
+    (zero,) = JsonlTask(JsonlConfig(path=path, template="r1_zero", held_out_share=0.0), 0).training()
+    assert zero.prompt.startswith("A conversation between User and Assistant. The user asks a question, and the Assi")
+    assert zero.prompt.endswith(f"<answer> answer here </answer>. User: {row(4)['question']}. Assistant:")
+    config = JsonlConfig(path=path, template="boxed", held_out_share=0.0)
+    (boxed,) = JsonlTask(config, 0).training()
+    assert boxed.prompt.startswith(row(4)["question"])
+    assert boxed.prompt.endswith("put your final answer within \\boxed{}.")
+    assert task_template(config) == boxed.prompt.replace(row(4)["question"], "{prompt}")
+
+
 DATA = os.environ.get("OFFTRAIL_DATA", "")
 
 
@@ -361,3 +425,15 @@ def test_gsm8k():
         trace = task.trace(problem, stream(0))
         assert "<<" not in trace
         assert task.verify(problem, trace.rpartition("<answer>")[2].removesuffix("</answer>"))
+
+
+@pytest.mark.skipif(
+    not DATA, reason="OFFTRAIL_DATA is not set: names a folder with math500_test.jsonl and aime24_test.jsonl"
+)
+@pytest.mark.parametrize(("option", "file", "n"), [("math500", "math500_test", 500), ("aime", "aime24_test", 30)])
+def test_other_public_sets_load_and_their_gold_answers_are_right(option: str, file: str, n: int):
+    config = compose([f"task={option}", f"task.path={DATA}/{file}.jsonl", "task.held_out_share=0"]).task
+    task = make_task(config, 0)
+    problems = [task.train(i) for i in range(n)]
+    assert len({problem.prompt for problem in problems}) == n
+    assert all(task.verify(problem, problem.answer) for problem in problems)
