@@ -1,4 +1,4 @@
-"""What a task is: Task, and GeneratedTask, the base of the families made by program.
+"""What a task is: Task; DrawnTask, whose problems are drawn; GeneratedTask, the base of the families made by program.
 
 The broker asks ``train(index)`` for leases, the evaluator ``held_out(n)``, the cold start ``trace``; verifier workers
 ask ``verify``. Invariants
@@ -16,9 +16,10 @@ from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
 from offtrail.core.problem import Problem
-from offtrail.tasks.config import GeneratedConfig
+from offtrail.tasks.config import GeneratedConfig, TaskConfig
 from offtrail.tasks.split import is_held_out, stream
 
+T = TypeVar("T", bound=TaskConfig)
 C = TypeVar("C", bound=GeneratedConfig)
 
 MAX_REDRAWS = 10_000
@@ -69,30 +70,21 @@ class Draw:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-class GeneratedTask(ABC, Generic[C]):
-    """A family made by program: subclasses draw a problem, work it, check it. Random access by redraws.
+class DrawnTask(ABC, Generic[T]):
+    """A family whose problems are drawn: random access by redraws.
 
-    ``load`` means nothing where no data is read.
     A problem at (seed, index) is the first draw keyed (seed, index, 0), (seed, index, 1), … that is not held out.
     """
 
     name: str
-    config: C
+    config: T
 
-    def __init__(self, config: C, seed: int, *, load: bool = True) -> None:
+    def __init__(self, config: T, seed: int) -> None:
         self.config, self.seed, self.name = config, seed, config.name
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Draw:
         """One problem of the family."""
-
-    @abstractmethod
-    def work(self, problem: Problem, rng: random.Random) -> tuple[list[str], str]:
-        """Worked steps, each wrong with chance ``config.noise``, and the answer that they lead to."""
-
-    @abstractmethod
-    def check(self, problem: Problem, steps: list[str]) -> list[bool]:
-        """``check_steps`` on the steps' texts."""
 
     def train(self, index: int) -> Problem:
         """See Task.train."""
@@ -124,6 +116,23 @@ class GeneratedTask(ABC, Generic[C]):
             f"{n} held-out prompts were asked of task={self.name}, which has {len(problems)} at"
             f" task.held_out_share={share}; lower eval.prompts, or raise the share or the task's difficulty"
         )
+
+
+class GeneratedTask(DrawnTask[C]):
+    """A family made by program: subclasses draw a problem, work it, check it. ``load`` means nothing where no data is
+    read.
+    """
+
+    def __init__(self, config: C, seed: int, *, load: bool = True) -> None:
+        super().__init__(config, seed)
+
+    @abstractmethod
+    def work(self, problem: Problem, rng: random.Random) -> tuple[list[str], str]:
+        """Worked steps, each wrong with chance ``config.noise``, and the answer that they lead to."""
+
+    @abstractmethod
+    def check(self, problem: Problem, steps: list[str]) -> list[bool]:
+        """``check_steps`` on the steps' texts."""
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
         """See Task.trace: a worked answer with chance ``config.worked_share``, else the right answer at once."""
