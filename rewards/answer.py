@@ -42,10 +42,12 @@ def find_answer(text: str, parts: Parts | None, finished: bool, config: RewardCo
 
 
 def last_number(text: str) -> str | None:
-    """The last number of ``text``; one of more characters than WINDOW is cut to that, which no grader reads."""
+    """The last number of ``text``, its minus a hyphen; one of more characters than WINDOW is cut to that, which no
+    grader reads.
+    """
     end = max(text.rfind(digit) for digit in "0123456789") + 1
     found = LAST_NUMBER.findall(text, max(0, end - WINDOW), end)
-    return found[-1] if found else None
+    return found[-1].replace("−", "-") if found else None
 
 
 def boxed(text: str) -> str | None:

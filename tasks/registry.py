@@ -29,6 +29,9 @@ LOOKED_AT = 256
 """Training problems of a family from outside the tree that are compared with the held-out ones before a run."""
 
 
+LABEL = re.compile(r"[\w-]+", re.ASCII)
+
+
 class Family(Protocol):
     """A family's class."""
 
@@ -91,7 +94,11 @@ def sets_to_ask(task: TaskConfig, sets: Mapping[str, Mapping[str, Any]]) -> dict
     """
     found = {}
     for label, settings in sets.items():
+        if not LABEL.fullmatch(label):
+            raise TaskError(f"eval.sets.{label}: a set's name is letters, digits, - and _, for files are named by it")
         given = {"name": label, **settings}
+        if not isinstance(given["name"], str):
+            raise TaskError(f"eval.sets.{label}.name={given['name']}: must be a task, such as chain")
         try:
             found[label] = family(given["name"], f"eval.sets.{label}").Config(**given)
         except (TypeError, ValueError) as error:

@@ -6,7 +6,6 @@ The only role that binds: every other one reads endpoint.json and dials.
 from __future__ import annotations
 
 import logging
-import sys
 
 from offtrail.platform.broker.broker import Broker
 from offtrail.platform.runtime.context import RoleContext
@@ -25,8 +24,6 @@ def main(context: RoleContext) -> None:
     """
     config, run_dir = context.config, context.run_dir
     take_all_descriptors()
-    # Trap: with its first array pyarrow imports pandas where that is installed, most of a CPU second for nothing here.
-    sys.modules.setdefault("pandas", None)  # type: ignore[arg-type]
     task = make_task(config.task, config.run.seed)
     server = Server(config.broker.address, config.broker.port, ServerKeys.read(run_dir))
     try:

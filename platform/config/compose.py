@@ -31,6 +31,7 @@ import yaml
 import offtrail
 from offtrail.core.plugins import OUTSIDE, is_plugin
 from offtrail.platform.config.build import build
+from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, shortened, show
 from offtrail.platform.config.files import MAX_DEPTH, Raw, read_file, read_text
 from offtrail.platform.config.keys import (
@@ -51,6 +52,8 @@ from offtrail.tasks.mixture import MixtureConfig
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
 UNSAVED = ("run.name", "run.resume", "run.resume_from")
 """What a saved configuration leaves out, so that it can be run again."""
+TRAINED = ("task", "reward", "prompt", "sampling", "model")
+"""Sections that job=eval takes from the run whose checkpoint it asks."""
 PRETRAINED = "pretrained"
 """The option of `model` that a given model.path stands for."""
 
@@ -80,7 +83,7 @@ def compose(argv: Sequence[str]) -> Config:
     file, line = parse(argv)
     run = _run_settings(file, line)
     if not run.resume:
-        config = _composed([file, line])
+        config = _composed([*_of_the_checkpoint(file, line), file, line])
     else:
         path = saved_config(run.dir, run.name)
         saved = file_layer(path)
@@ -92,6 +95,24 @@ def compose(argv: Sequence[str]) -> Config:
     for stage in stages_of(config):  # a mistake in the last one shows before the first has run for hours
         stage_config(config, stage, {})
     return config
+
+
+def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
+    """For job=eval with a run's checkpoint: how it was trained, below all that is given. A section whose variant is
+    given is the command's own.
+    """
+    given = file.values | line.values
+    checkpoint = given.get("checkpoint")
+    if given.get("job") != "eval" or not isinstance(checkpoint, str):
+        return []
+    model = model_folder(checkpoint)
+    run = (run_folder(str(model)) if model is not None else None) or run_folder(checkpoint)
+    if run is None:
+        return []
+    own = {*file.options, *line.options, *(key.removesuffix(".name") for key in given if key.endswith(".name"))}
+    taken = [section for section in TRAINED if section not in own]
+    saved = file_layer(run / "config.yaml").values
+    return [Layer(values={k: v for k, v in saved.items() if k.partition(".")[0] in taken and k != "model.path"})]
 
 
 def stage_config(config: Config, stage: Stage, handed: Mapping[str, Raw]) -> Config:

@@ -64,6 +64,7 @@ class Answers:
         first: int = 0,
         step: int = 0,
         reload: Callable[[], None] = lambda: None,
+        some: bool = True,
     ) -> list[Group | None]:
         """One group of ``samples`` answers for each problem, in order; None where its prompt leaves no room for one.
 
@@ -71,10 +72,10 @@ class Answers:
         that rewards are totalled for. ``reload`` brings the version to a server that was started anew; what died with
         a server is asked again. Answers without a verdict (their verifier was killed) earn nothing.
 
-        Raises ValueError when no prompt leaves room.
+        Raises ValueError when no prompt leaves room, unless there need not be ``some``.
         """
         prompts = self.text.encode_all(problems)
-        fits = self._fitting(prompts, sampling)
+        fits = self._fitting(prompts, sampling, some)
         made: dict[int, Group] = {}
         for place, group in self._made(problems, prompts, fits, samples, sampling, first, reload):
             texts = [self.text.answer_text(group.problem, sample.tokens) for sample in group.samples()]
@@ -123,7 +124,7 @@ class Answers:
             if lost := engine.lost():
                 engine.generate(asked([number - first for number in lost]))
 
-    def _fitting(self, prompts: Sequence[Int32], sampling: Sampling) -> list[int]:
+    def _fitting(self, prompts: Sequence[Int32], sampling: Sampling, some: bool) -> list[int]:
         """Places of the prompts that the engine has room for; says so when it has not for as many as before."""
         limit = self.config.model.max_length
         fits = [place for place, prompt in enumerate(prompts) if len(prompt) + sampling.max_new_tokens <= limit]
@@ -134,7 +135,7 @@ class Answers:
                 f"{too_long} of {len(prompts)} prompts leave no room for {sampling.max_new_tokens} new tokens in "
                 f"model.max_length={limit}"
             )
-            if not fits:
+            if some and not fits:
                 raise ValueError(f"{line}; raise it or lower sampling.max_new_tokens")
             log.warning("%s: they count as wrong; raise it or lower sampling.max_new_tokens", line)
         return fits

@@ -30,9 +30,6 @@ class Estimate:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.low:.3f}–{self.high:.3f})"
-
 
 def average(scores: Values) -> Values:
     """avg@n, R1's pass@1 (arXiv:2501.12948, sec. 3): [Q] mean of each question's [Q, n] scores."""

@@ -30,7 +30,6 @@ from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.recipe import handed_keys, stages_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
-from offtrail.platform.config.trained import inherit
 from offtrail.platform.launcher.forks import fork_server
 from offtrail.platform.runtime.device import without_gpu
 from offtrail.platform.runtime.roles import roles_of
@@ -82,8 +81,6 @@ def _run(argv: Sequence[str]) -> int:
         show(f"offtrail {offtrail.__version__}\n")
         return 0
     config = compose(settings)
-    if config.job == "eval":
-        inherit(config)
     if "--dry-run" in flags:
         show(to_yaml(config))
         return 0

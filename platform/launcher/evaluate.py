@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from offtrail.core.types import FINISH_REASONS, Group, Problem, Sampling
-from offtrail.platform.broker.archive import read_groups, tables
+from offtrail.platform.broker.archive import SCHEMA, read_groups, tables
+from offtrail.platform.config.errors import FinalError
 from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.make import make_engine
@@ -65,8 +66,10 @@ def run_evaluation(config: Config, run_dir: Path, interrupted: list[int]) -> tup
     reaper = Reaper(run_dir)
     try:
         return evaluate(config, run_dir, interrupted)
-    except (StartError, TaskError, ValueError, OSError) as error:
+    except (FinalError, StartError, TaskError, ValueError, OSError) as error:
         return "failed", str(error)
+    except MemoryError as error:
+        return "failed", f"no memory for the engine ({error}); lower engine.kv_cache_mb or engine.max_running"
     finally:
         reaper.sweep()
         remove_leftovers(config, run_dir)
@@ -107,7 +110,9 @@ def ask(
     ):
         bar = shown.add_task("questions", total=questions, completed=questions - left)
         while not engine.replicas and not interrupted:
-            time.sleep(LOOK_SECONDS)  # an SGLang server starts
+            shown.update(bar, description=engine.waiting_for)  # raises where it waits in vain
+            time.sleep(LOOK_SECONDS)
+        shown.update(bar, description="questions")
         for name, parts in todo.items():
             of_set = dataclasses.replace(config, task=tasks[name])
             with VerifierPool(of_set) as verifiers:
@@ -115,7 +120,7 @@ def ask(
                 for part in parts:
                     if interrupted:
                         return False
-                    part.seal(answers, config)
+                    part.seal(answers, config, version_of(run_dir))
                     shown.advance(bar, len(part.problems))
     return not interrupted
 
@@ -147,6 +152,12 @@ def link_model(run_dir: Path, model: Path) -> None:
     link.symlink_to(model.resolve())
 
 
+def version_of(run_dir: Path) -> int:
+    """The learner step of the checkpoint that is asked, by its folder's name; 0 of any other model."""
+    stem, _, step = (run_dir / "start").resolve().name.partition("_")
+    return int(step) if stem == "step" and step.isdecimal() else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Some questions of a set, from number ``first`` on, and the file that holds their answers."""
@@ -155,19 +166,22 @@ class Part:
     first: int
     problems: list[Problem]
 
-    def seal(self, answers: Answers, config: Config) -> None:
-        """Ask them; the file stands with all answers, or not at all. ValueError where a prompt leaves no room."""
+    def seal(self, answers: Answers, config: Config, version: int) -> None:
+        """Ask the model of learner step ``version`` (its answers may have grown); the file stands with all answers, or
+        not at all. Questions that leave no room for one are left out.
+        """
         sampling = Sampling(
-            max_new_tokens=config.sampling.max_new_tokens,
+            max_new_tokens=config.sampling.longest_at(version),
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             stop_token_ids=answers.text.stop_token_ids,
             seed=config.run.seed ^ EVAL_SEED,
         )
-        made = answers.groups(self.problems, config.eval.samples, sampling, first=self.first)
+        made = answers.groups(self.problems, config.eval.samples, sampling, first=self.first, some=False)
         groups = [({"group": group.group, "state": "evaluated"}, group) for group in made if group is not None]
         left_out: dict[int, str] = {}
-        whole = pa.concat_tables(tables(config.run.name, groups, left_out), promote_options="permissive")
+        rows = [SCHEMA.empty_table(), *tables(config.run.name, groups, left_out)]
+        whole = pa.concat_tables(rows, promote_options="permissive")
         if left_out:
             raise ValueError(f"question {next(iter(left_out))}: {next(iter(left_out.values()))}")
         partial = self.file.with_name(f".{self.file.name}")

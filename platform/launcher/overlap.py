@@ -29,4 +29,5 @@ def _asked(config: Config) -> bool:
     """Whether the task, or a mixture's family, compares what it trains on."""
     families: dict[str, dict[str, object]] = getattr(config.task, "settings", {})
     policies = [vars(config.task).get("decontaminate"), *(one.get("decontaminate") for one in families.values())]
-    return not config.sft.path and any(policy not in (None, "off") for policy in policies)
+    imitates = config.job == "sft" and config.sft.path  # it trains on that alone
+    return not imitates and any(policy not in (None, "off") for policy in policies)

@@ -65,7 +65,12 @@ def _pack(saved: Tensor) -> Tensor | _Again:
     assert _known is not None
     found, make = _known.get(saved.data_ptr(), (None, None))
     tensor = found() if found is not None else None
-    if tensor is not None and make is not None and tensor.nbytes == saved.nbytes and saved.is_contiguous():
+    if (
+        tensor is not None
+        and make is not None
+        and tensor.nbytes == saved.nbytes
+        and (saved.is_contiguous() and tensor.is_contiguous())
+    ):
         return _Again(make, saved.shape)
     rounded = _rounded_parameter(saved) if saved.dtype == torch.bfloat16 else None
     return saved if rounded is None else _Again(rounded, saved.shape)

@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import warm
 
+from offtrail.platform.config.compose import compose
+from offtrail.platform.config.schema import Config
+
 SETS = "eval.sets={chain: {}, sums: {name: addition}}"
 
 
@@ -95,3 +98,15 @@ def test_what_cannot_be_asked_is_one_line(
     assert done.stderr.startswith("offtrail: error: ")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_the_command_gives_stands_key_by_key_above_how_the_model_was_trained(trained: Path) -> None:
+    def asked_with(*keys: str) -> Config:
+        return compose(["job=eval", f"checkpoint={trained}", *keys])
+
+    assert asked_with().sampling.max_new_tokens == 40
+    assert asked_with("sampling.temperature=0.7").sampling.max_new_tokens == 40
+    assert asked_with("sampling.max_new_tokens=30").sampling.max_new_tokens == 30
+    assert asked_with("task=addition").task.name == "addition"
+    step = trained / "checkpoints" / "step_2"
+    assert compose(["job=eval", f"checkpoint={step}"]).sampling.max_new_tokens == 40
