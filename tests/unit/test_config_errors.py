@@ -29,7 +29,7 @@ MISTAKES = [
     (["batch.grups=8"], "batch.grups=8: unknown key", ["nearest: batch.groups"]),
     (["steps=10"], "steps=10: unknown key", ["learner.steps", "sft.steps"]),
     (["recipe=r2"], "recipe=r2: unknown option; options: cold_start", []),
-    (["task=adition"], "task=adition: unknown option", ["addition, chain", "nearest: addition"]),
+    (["task=adition"], "task=adition: unknown option", ["addition, aime, chain", "nearest: addition"]),
     (["model=/data/qwen"], "model=/data/qwen: unknown option", ["options: pretrained, tiny", "model.path=/data/qwen"]),
     (["engine.name=vllm"], "engine.name=vllm: must be one of local, sglang", []),
     (["engine.servers=2"], "engine.servers=2: not a key of engine.name=local, but of engine.name=sglang", []),
