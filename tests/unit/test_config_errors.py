@@ -153,7 +153,11 @@ MISTAKES = [
     (["model.hidden_size=60"], "model.hidden_size=60: must be a multiple of 2·model.heads=8", []),
     (["model.kv_heads=3"], "model.kv_heads=3: must divide model.heads=4", []),
     (["reward.weights={accuracy: 0, format: 0}"], "reward.weights={accuracy: 0, format: 0}: at least one must not", []),
-    (["reward.weights.acuracy=1"], "reward.weights.acuracy: unknown; must be one of accuracy, code, format", ["accuracy"]),
+    (
+        ["reward.weights.acuracy=1"],
+        "reward.weights.acuracy: unknown; must be one of accuracy, code, format",
+        ["accuracy"],
+    ),
     (["reward.weights.my_code:brevity=1"], "reward.weights=my_code:brevity: no module my_code", []),
     (["reward.weights.json:dunps=1"], "reward.weights=json:dunps: json has no dunps", ["dumps"]),
     (["reward.settings.brevity.longest=3"], "reward.settings.brevity: unknown; must be one of accuracy, format", []),
