@@ -113,10 +113,14 @@ class Box:
         }  # fmt: skip
         request = json.dumps(asked).encode()
         try:
-            socket.send_fds(self._server.control, [request], descriptors)
-        except OSError:  # somebody has killed the server
-            self._start()
-            socket.send_fds(self._server.control, [request], descriptors)
+            try:
+                socket.send_fds(self._server.control, [request], descriptors)
+            except OSError:  # somebody has killed the server
+                self._start()
+                socket.send_fds(self._server.control, [request], descriptors)
+        except BaseException:
+            ours.close()
+            raise
         return Run(number, ours, self._server.ended, self.limits, time.monotonic() + seconds)
 
     def _start(self) -> None:

@@ -141,7 +141,7 @@ def rollout_of(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def eval_tokens(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     engine = FakeEngine()
-    monkeypatch.setattr(evaluator, "make_engine", lambda context: engine)
+    monkeypatch.setattr(evaluator, "make_engine", lambda context, loaded: engine)
     monkeypatch.setattr(evaluator, "VerifierPool", lambda config: SimpleNamespace(counters={}))
     evaluation = evaluator.Evaluation(RoleContext(config, run_dir, "evaluator", 0), Activity())
     evaluation.answers.groups(evaluation.problems, 1, Sampling(max_new_tokens=1))
