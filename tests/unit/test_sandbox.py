@@ -259,10 +259,9 @@ def test_a_server_that_was_killed_is_no_programs_fault_and_the_next_one_runs():
     with Box(limits=PLENTY) as box:
         run = box.functions("def f(x): return 1")
         os.kill(box.server, signal.SIGKILL)
+        time.sleep(0.5)  # the kernel ends the run a moment after its server
         with pytest.raises(SandboxError, match="server has ended"):
-            for _ in range(1000):  # the kernel ends the run a moment after its server
-                run.call("f", 1)
-                time.sleep(0.01)
+            run.call("f", 1)
         with box.functions("def f(x): return 2") as again:
             assert again.call("f", 1) == 2
 
