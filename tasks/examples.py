@@ -18,13 +18,13 @@ from offtrail.tasks.rows import read_rows
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def read_examples(path: Path, prompt_field: str, answer_field: str) -> list[Problem]:
-    """The rows of a file or folder. Raises TaskError with file and row.
+def read_examples(path: Path, prompt_field: str, answer_field: str, key: str = "sft.path") -> list[Problem]:
+    """The rows of a file or folder, which ``key`` names. Raises TaskError with file and row.
 
     A row has a prompt (a text or a list of messages) and an answer; or ``messages`` alone, whose last is the
     assistant's answer. Each becomes a Problem, ``task`` naming the file, ``index`` and ``meta["place"]`` the row.
     """
-    return [_example(row, path, prompt_field, answer_field) for row in read_rows(path, "sft.path")]
+    return [_example(row, path, prompt_field, answer_field, key) for row in read_rows(path, key)]
 
 
 def too_long(examples: Sequence[Problem], tokens: Sequence[int], max_length: int, *, drop: bool) -> list[int]:
@@ -65,18 +65,18 @@ def remark_on_held_out(examples: Sequence[Problem], held_out: Sequence[Problem])
     )
 
 
-def _example(row: Row, path: Path, prompt_field: str, answer_field: str) -> Problem:
-    name, fields, meta = f"sft.path={path}", row.fields, {"place": row.place}
-    where = f"{name}, {row.place}"
+def _example(row: Row, path: Path, prompt_field: str, answer_field: str, key: str) -> Problem:
+    name, fields, meta = f"{key}={path}", row.fields, {"place": row.place}
+    where, group = f"{name}, {row.place}", key.removesuffix("path")
     given = fields.get(prompt_field, fields.get("messages"))
     if not isinstance(given, list):
-        prompt = _text(fields, prompt_field, "sft.prompt_field", where)
-        return Problem(name, row.number, prompt, _text(fields, answer_field, "sft.answer_field", where), meta)
+        prompt = _text(fields, prompt_field, f"{group}prompt_field", where)
+        return Problem(name, row.number, prompt, _text(fields, answer_field, f"{group}answer_field", where), meta)
     messages = _messages(given, where)
     if answer_field not in fields and len(messages) > 1 and messages[-1]["role"] == "assistant":
         *before, last = messages
         return Problem(name, row.number, as_lines(tuple(before)), last["content"], meta, tuple(before))
-    answer = _text(fields, answer_field, "sft.answer_field", where)
+    answer = _text(fields, answer_field, f"{group}answer_field", where)
     return Problem(name, row.number, as_lines(messages), answer, meta, messages)
 
 
