@@ -98,8 +98,22 @@ def held(pid: int) -> str:
     return "\n".join(names)
 
 
-def said(process: psutil.Process) -> str:
-    """Its command line."""
+def alive(process: psutil.Process | int) -> bool:
+    """Whether it has not ended; a zombie has, and whoever is gone between two looks."""
+    try:
+        process = psutil.Process(process) if isinstance(process, int) else process
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def words(process: psutil.Process) -> list[str]:
+    """Its command line; none where it has ended."""
     with contextlib.suppress(psutil.Error):
-        return " ".join(word for word in process.cmdline() if word)[:200]
-    return "?"
+        return [word for word in process.cmdline() if word]
+    return []
+
+
+def said(process: psutil.Process) -> str:
+    """The command line's beginning."""
+    return " ".join(words(process))[:200] or "?"

@@ -33,6 +33,8 @@ ALSO = ("offtrail.platform.launcher.jobs", "rich.progress", "matplotlib.pyplot")
 """What launchers import, besides what roles do."""
 SERVE = "offtrail.platform.engines.sglang.serve"
 OF_SERVERS = ("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
+READY = b"ready"
+"""What is said when the imports are done."""
 
 
 class Warm:
@@ -42,7 +44,15 @@ class Warm:
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, __file__, str(os.getpid()), kind, forks.PADDING]
         self._process = subprocess.Popen(command, stdin=theirs.fileno())
+        self._ready = False
         theirs.close()
+
+    def ready(self) -> socket.socket:
+        """The line, once it has imported. Trap: whoever adopts orphans that long adopts those of others, too."""
+        if not self._ready:
+            assert self.line.recv(32) == READY, "the warm process has died: its words stand above"
+            self._ready = True
+        return self.line
 
     def close(self) -> None:
         """What it has started stays."""
@@ -82,7 +92,7 @@ class Popen(subprocess.Popen[Any]):
         theirs, _, _, out, _, err = pipes[:6]
         standard = [own if fd == -1 else fd for own, fd in enumerate((theirs, out, err))]
         request = json.dumps([list(args), str(cwd or os.getcwd()), dict(os.environ if env is None else env)])
-        line = warm(self.kind).line
+        line = warm(self.kind).ready()
         adopt_orphans()
         try:
             socket.send_fds(line, [request.encode()], standard)
@@ -127,6 +137,7 @@ def main(worker: int, kind: str) -> int:
             importlib.import_module(module)
     gc.collect()
     gc.freeze()
+    line.send(READY)
     while True:
         message, standard, _, _ = socket.recv_fds(line, forkserver.MOST_BYTES, 3)
         if not message:

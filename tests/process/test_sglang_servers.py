@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from leftovers import alive, words
 from offtrail.platform.config.schema import SglangConfig
 from offtrail.platform.engines.sglang import lifecycle
 from offtrail.platform.engines.sglang.health import ask
@@ -37,13 +38,6 @@ def until(servers: Servers, reached: Callable[[], Any]) -> None:
         time.sleep(0.05)
 
 
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_each_key_opens_its_own_doors(sglang_server: Real) -> None:
     address = sglang_server[0].address(0)
     paths = {"/abort_request": {"rid": "of-nobody"}, "/pause_generation": {}, "/update_weight_version": {}}
@@ -63,12 +57,9 @@ def test_the_keys_are_told_to_nobody(sglang_server: Real) -> None:
     status, info = ask(f"{address.url}/server_info", address.admin_key)
     assert (status, info["api_key"], info["version"]) == (200, address.key, "0.5.21")
     for process in psutil.process_iter():
-        try:
-            words = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        assert address.key not in words
-        assert address.admin_key not in words
+        command = " ".join(words(process))
+        assert address.key not in command
+        assert address.admin_key not in command
 
 
 @pytest.mark.parametrize("prompt", [1, 64, MAX_LENGTH - 1])
@@ -148,7 +139,7 @@ def routed(router: Address) -> int:
 
 def tree_of(address: Address) -> list[psutil.Process]:
     port = address.url.rpartition(":")[2]
-    main = next(process for process in psutil.Process().children() if port in process.cmdline())
+    main = next(process for process in psutil.Process().children() if port in words(process))
     return [main, *main.children(recursive=True)]
 
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 import offtrail
+from leftovers import alive
 from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
 from offtrail.platform.verifier import pool as pool_module
@@ -134,14 +135,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def gone(pid: int) -> bool:
-    """Whether a process has ended (a zombie that nobody has reaped yet has)."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 @pytest.mark.parametrize(
     "task",
     [
@@ -191,7 +184,7 @@ def test_a_verifier_that_loops_is_killed_at_its_deadline_while_others_answer(com
         before = psutil.Process().cpu_times()
         results = collect(pool)
         spent = psutil.Process().cpu_times()
-        survivors = [worker for worker in workers if not gone(worker.pid)]
+        survivors = [worker for worker in workers if alive(worker.pid)]
     order = list(results)
     assert order.index("stuck") >= 37  # at most three others lay in the pipe behind it
     stuck = results.pop("stuck")
@@ -278,9 +271,9 @@ def test_processes_that_a_verifier_started_are_killed_with_it(command: tuple[str
         put(pool, "child", "child", flag=flag)
         wait_for(lambda: flag.exists() and flag.read_text() != "")
         child = int(flag.read_text())
-        assert not gone(child)
+        assert alive(child)
         collect(pool)
-    wait_for(lambda: gone(child))
+    wait_for(lambda: not alive(child))
 
 
 @pytest.mark.parametrize("answer", ["daemon", "daemon and die"])
@@ -293,7 +286,7 @@ def test_a_process_that_has_forked_away_into_a_session_of_its_own_ends_with_its_
         wait_for(lambda: flag.exists() and flag.read_text() != "")
         daemon = int(flag.read_text())
         collect(pool)
-    assert gone(daemon)
+    assert not alive(daemon)
 
 
 def test_what_is_printed_is_cut_and_holds_nobody_up(command: tuple[str, ...], capfd: pytest.CaptureFixture[str]):
@@ -440,7 +433,7 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_verifier(comma
         wait_for(flag.exists)
         assert len(workers) == 2
         parent.kill()
-    wait_for(lambda: all(gone(pid) for pid in workers))
+    wait_for(lambda: not any(alive(pid) for pid in workers))
 
 
 def test_a_worker_imports_no_torch():

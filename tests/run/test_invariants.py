@@ -16,6 +16,7 @@ import pytest
 import warm
 from safetensors.torch import load_file
 
+from leftovers import alive, words
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.learner.checkpoint import gather
 from offtrail.platform.learner.synchronous import Synchronous
@@ -176,7 +177,7 @@ def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal
     process.wait()
     resumed = launch("orphan", "run.resume=true", "learner.steps=6")  # waits for what the first one left
     assert resumed.code == 0, resumed.output
-    assert not [child for child in everybody if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in everybody if alive(child)]
     assert (resumed.summary["groups/trained"], resumed.summary["groups/lost"]) == (24, 0)
 
     process = warm.Popen(command("orphan2", "learner.steps=100000"), env=environment, cwd=tmp_path)
@@ -188,7 +189,7 @@ def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal
     assert shared_memory(run_dir)
     process.kill()
     process.wait()
-    wait_until("an end of every process", lambda: not [c for c in everybody if c.is_running() and alive(c.pid)], 30)
+    wait_until("an end of every process", lambda: not [c for c in everybody if alive(c)], 30)
     wait_until("shared memory given back", lambda: not shared_memory(run_dir), 30)
     assert not (run_dir / "servers").exists()
 
@@ -213,7 +214,7 @@ def test_a_role_of_a_killed_attempt_that_leaves_late_takes_nothing_of_the_resume
     for role in late:
         role.suspend()
     for child in psutil.Process(process.pid).children():
-        if "reaper" in " ".join(child.cmdline()):
+        if "reaper" in " ".join(words(child)):
             child.kill()
     process.kill()
     process.wait()
@@ -224,7 +225,7 @@ def test_a_role_of_a_killed_attempt_that_leaves_late_takes_nothing_of_the_resume
         assert role.is_running()
         role.resume()
     psutil.wait_procs(late, timeout=60)
-    assert not [role for role in late if role.is_running() and role.status() != psutil.STATUS_ZOMBIE]
+    assert not [role for role in late if alive(role)]
     assert resumed.wait(240) == 0
     assert checksums(run_dir) == checksums(undisturbed.run_dir)
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -357,10 +358,3 @@ def pid_of(role: str, run_dir: Path) -> int:
         if b"offtrail.platform.runtime.process" in words and role.encode() in words and str(run_dir).encode() in words:
             return int(entry.name)
     raise AssertionError(f"no {role} of {run_dir} is running")
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "zombie" not in (Path("/proc") / str(pid) / "status").read_text()
-    except OSError:
-        return False

@@ -21,8 +21,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from leftovers import alive
+
 from .conftest import ROOT
-from .test_invariants import ROLE_NAMES, alive, checksums, pid_of
+from .test_invariants import ROLE_NAMES, checksums, pid_of
 
 B = 4
 BLOWS = ("one", "one", "several", "all", "launcher")

@@ -24,6 +24,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from leftovers import alive
 from offtrail.core.protocols import Request
 from offtrail.core.types import Sampling
 from offtrail.platform.config.compose import compose, to_yaml
@@ -174,7 +175,7 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
         finally:
             served.kill()
     assert len(family) >= 3
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+    assert not any(alive(process) for process in family)
     run = tmp_path / "runs" / "api"
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml", "logs", "servers", "summary.json"]
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
@@ -198,7 +199,7 @@ def test_nothing_of_a_served_model_outlives_a_killed_launcher(start_dir: Path, t
         assert not shared_files(family)
         served.kill()
     psutil.wait_procs(family, timeout=60)
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+    assert not any(alive(process) for process in family)
     assert not list(Path(tempfile.gettempdir()).glob(temporary))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm
 
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.schema import Config
@@ -159,6 +160,45 @@ def test_what_computes_on_a_cpu_is_forked_and_nothing_else() -> None:
 def test_elsewhere_there_is_no_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert forks.fork_server.__wrapped__() is None
+
+
+IMPORTS = """
+import os, socket, sys, time
+sys.path[:0] = {paths}
+from offtrail.platform.runtime import forkserver
+line, parent = socket.socket(fileno=0), os.getpid()
+if not os.fork():
+    middle = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == middle:
+        time.sleep(0.001)
+    with open("orphan", "w") as file:
+        file.write(str(os.getppid()))
+    os._exit(0)
+while not (os.path.exists("orphan") and open("orphan").read()):
+    time.sleep(0.001)
+line.send(b"ready")
+socket.recv_fds(line, 1 << 16, 3)
+if not (pid := forkserver.fork()):
+    os._exit(7)
+line.send(b"%d" % pid)
+"""
+
+
+def test_a_warm_process_is_imported_before_its_worker_adopts_anybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who loses its parent meanwhile would be a child of the tests, and a zombie among them when it ends."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imports.py").write_text(IMPORTS.format(paths=[path for path in sys.path if path]))
+    monkeypatch.setattr(warm, "__file__", str(tmp_path / "imports.py"))
+    monkeypatch.setattr(warm, "RUNNING", {})
+    try:
+        assert warm.Popen([sys.executable, "launch.py"]).wait(60) == 7
+    finally:
+        warm.RUNNING["launch"].close()
+    assert int((tmp_path / "orphan").read_text()) != os.getpid()
 
 
 @pytest.mark.parametrize("module", ["launcher.jobs", "launcher.reaper", "broker.role", "verifier.worker"])

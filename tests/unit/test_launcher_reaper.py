@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from leftovers import alive, words
 from offtrail.platform.config.compose import to_yaml
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher import reaper, run
@@ -58,15 +60,14 @@ class Hung:
     @property
     def left(self) -> list[bool]:
         """Whether the process, its child and its semaphore are still there."""
-        lives = self.child.is_running() and self.child.status() != psutil.STATUS_ZOMBIE
-        return [self.process.poll() is None, lives, Path(self.semaphore).exists()]
+        return [self.process.poll() is None, alive(self.child), Path(self.semaphore).exists()]
 
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
-        if self.child.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             self.child.kill()
         Path(self.semaphore).unlink(missing_ok=True)
 
@@ -232,7 +233,7 @@ def test_hosts_that_are_closed_leave_no_reaper_and_ranks_know_their_world(tmp_pa
     name = attempt.current()
     assert (tmp_path / "learner-1").read_text() == f"1 1 2 127.0.0.1 {name}\n"
     assert (tmp_path / "broker-0").read_text() == f"None None None None {name}\n"
-    before = [child.pid for child in psutil.Process().children() if "reaper" in " ".join(child.cmdline())]
+    before = [child.pid for child in psutil.Process().children() if "reaper" in " ".join(words(child))]
     hosts.close()
     assert len(before) == 1
     assert not psutil.pid_exists(before[0])
@@ -280,7 +281,7 @@ def test_a_launcher_that_is_killed_takes_its_attempt_along(tmp_path: Path, confi
             beside.send_signal(signum)
         launcher.kill()
         launcher.wait()
-    until(lambda: not role.is_running() or role.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: not alive(role))
 
 
 def ignored(pid: int) -> int:

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import leftovers
-from leftovers import MARK, Session
+from leftovers import MARK, Session, alive, words
 from offtrail.platform.runtime.context import own_name
 
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -58,6 +59,19 @@ def test_processes_shared_memory_and_folders_are_named_and_removed(session: Sess
     assert process.wait(30) == -9
     assert lines == [f"process {process.pid}: {' '.join(SLEEPS)}", *map(str, made)]
     assert not any(path.exists() for path in made)
+
+
+def test_who_has_ended_is_not_alive_and_has_no_words() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    seen = psutil.Process(process.pid)
+    assert (alive(seen), alive(process.pid), words(seen)[1:]) == (True, True, ["-c", "input()"])
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+    assert (alive(seen), alive(process.pid), words(seen)) == (False, False, [])
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+    assert (alive(seen), alive(process.pid), words(seen)) == (False, False, [])
 
 
 def test_while_others_work_here_what_has_a_random_name_may_be_theirs(

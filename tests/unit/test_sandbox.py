@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leftovers import alive
 from offtrail.rewards.sandbox import box as boxes
 from offtrail.rewards.sandbox import bubblewrap, filter
 from offtrail.rewards.sandbox.box import Box
@@ -222,14 +223,6 @@ def test_it_works_under_a_workers_memory_and_dies_with_it(wall: str):
     while left := {pid for pid in below if alive(pid)}:
         assert time.monotonic() < end, left
         time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def test_a_run_is_gone_when_it_is_closed(box: Box):

@@ -6,8 +6,7 @@ import os
 import time
 from pathlib import Path
 
-import psutil
-
+from leftovers import alive
 from offtrail.platform.engines.sglang.child import Child
 
 LEAVES = """
@@ -42,4 +41,4 @@ def test_semaphores_of_the_tree_are_gone_after_its_end_those_of_its_dead_too(tmp
         how = child.end()
     assert "was killed by SIGKILL" in how
     assert not any(path.exists() for path in left)
-    assert not any(psutil.pid_exists(member.pid) and member.status() != psutil.STATUS_ZOMBIE for member in family)
+    assert not any(alive(member) for member in family)

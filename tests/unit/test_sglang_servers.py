@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 import offtrail
+from leftovers import alive
 from offtrail.platform.config.schema import Config, SglangConfig
 from offtrail.platform.engines.sglang import health, lifecycle, versions
 from offtrail.platform.engines.sglang.servers import ServerError, Servers, read_addresses
@@ -67,13 +68,6 @@ def until(servers: Servers, reached: Callable[[], Any]) -> None:
 
 def starts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "starts").read_text().splitlines()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def file_of(folder: Path) -> Path:
