@@ -66,9 +66,7 @@ def test_a_file_of_examples_is_drawn_from_by_the_seed(tmp_path: Path) -> None:
     assert len({shot.prompt for shot in shots}) == 4
     assert of_file(path, 3, 1, ("q", "a"), "eval.few_shot_path") == shots[:3]
     assert of_file(path, 4, 2, ("q", "a"), "eval.few_shot_path") != shots
-    with pytest.raises(
-        TaskError, match=r"^eval\.few_shot_path=.*: 21 examples were asked, and it holds 20"
-    ):
+    with pytest.raises(TaskError, match=r"^eval\.few_shot_path=.*: 21 examples were asked, and it holds 20"):
         of_file(path, 21, 1, ("q", "a"), "eval.few_shot_path")
     with pytest.raises(TaskError, match=r"line 1: field 'no' is missing .* set eval\.few_shot_prompt_field"):
         of_file(path, 1, 1, ("no", "a"), "eval.few_shot_path")
