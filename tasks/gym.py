@@ -111,7 +111,9 @@ class GymTask:
         return []
 
     def _at(self, level: int) -> Level:
-        return self._levels.setdefault(level, Level(self.config, self.seed, level))
+        if level not in self._levels:
+            self._levels[level] = Level(self.config, self.seed, level)
+        return self._levels[level]
 
 
 class Level(DrawnTask[GymConfig]):

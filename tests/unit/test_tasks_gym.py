@@ -16,7 +16,7 @@ from offtrail.rewards import gym
 from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.registry import make_reward
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.gym import REFUSED, GymConfig, GymTask
+from offtrail.tasks.gym import REFUSED, GymConfig, GymTask, Level
 from offtrail.tasks.mixture import MixtureConfig, MixtureTask
 from offtrail.tasks.split import stream
 
@@ -80,6 +80,22 @@ def test_levels_rise_with_the_data_order_and_the_last_is_evaluated() -> None:
     assert task(level=2).train(0).meta["level"] == 2
     problem = rising.train(25)
     assert rising.verify(problem, problem.answer) is True
+
+
+def test_a_level_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Counted(Level):
+        def __init__(self, config: GymConfig, seed: int, level: int) -> None:
+            made.append(level)
+            super().__init__(config, seed, level)
+
+    monkeypatch.setattr("offtrail.tasks.gym.Level", Counted)
+    rising = task(level=1, last_level=2, level_problems=3)
+    for index in range(6):
+        rising.train(index)
+    rising.held_out(3)
+    assert made == [1, 2]
 
 
 def test_accuracy_is_the_full_score_and_the_component_has_the_rest() -> None:
