@@ -1,44 +1,38 @@
 """Public sets from local files (tasks/rows.py: of which forms), such as GSM8K: a question and a worked answer a row.
 
-Invariants: a row that cannot be used stops the run with its file and number; a set of answers that `verify` cannot
-read stops it too, and of one that has some, or that contradicts itself, the run says so before it starts (`remarks`);
-data order is one permutation of the training problems per epoch, keyed by (seed, epoch); no prompt of the held-out side
-is ever trained on, whether it comes from ``eval_path`` or from the hash split.
+Invariants: those of tasks/files.py; a set of answers that `verify` cannot read stops the run, and of one that has some,
+or that contradicts itself, the run says so before it starts (`remarks`).
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from offtrail.core.problem import Problem
 from offtrail.core.settings import setting
 from offtrail.rewards.grading import choice, grade, mathematics
-from offtrail.rewards.grading.numeric import LONGEST_NUMBER, number
+from offtrail.rewards.grading.numeric import number
 from offtrail.tasks.base import TaskError, tagged
 from offtrail.tasks.choices import with_options, wrong_answers
 from offtrail.tasks.config import TaskConfig, check
+from offtrail.tasks.files import FileConfig, FileTask, field_text, identity
 from offtrail.tasks.lines import Row, check_text
 from offtrail.tasks.overlap import Item, Overlap, compare
 from offtrail.tasks.rows import read_rows
-from offtrail.tasks.split import is_held_out, place, stream
 from offtrail.tasks.templates import check_template, template_text
 
 
 @dataclass
-class JsonlConfig(TaskConfig):
+class JsonlConfig(FileConfig):
     """A local file or folder (JSON lines, an array, Parquet, Arrow), one problem a row: GSM8K's fields by default."""
 
     name: str = "jsonl"
-    path: str = setting("", path="file")
-    """Training problems; of a folder its train split."""
-    eval_path: str = setting("", path="file")
-    """Held-out problems, of a folder its test split; empty = held_out_share of `path`, by hash of the prompt."""
     prompt_field: str = "question"
     """Field of the problem's text."""
     answer_field: str = "answer"
@@ -104,21 +98,18 @@ class Record:
     """The row, by number and as it is named in what is said of it."""
 
 
-class JsonlTask:
-    """The two sides of the split, read and checked at once; ``load=False`` reads no file and can only verify."""
+class JsonlTask(FileTask[JsonlConfig, Record]):
+    """Answers that are compared with the gold one."""
 
     Config = JsonlConfig
+    KIND = "task=jsonl"
 
     def __init__(self, config: JsonlConfig, seed: int, *, load: bool = True) -> None:
-        self.name, self.config, self.seed = config.name, config, seed
-        self._train: list[Record] = []
-        self._held_out: list[Record] = []
         self._files: dict[str, list[Record]] = {}
         """Key=path → all that it holds."""
         if config.compare == "math":
             self._require_mathematics(now=not load)
-        if load:
-            self._load()
+        super().__init__(config, seed, load=load)
 
     @property
     def remarks(self) -> list[str]:
@@ -143,9 +134,12 @@ class JsonlTask:
         training = [Item(f"task.path={config.path}", record.place, record.prompt) for record in self._train]
         return compare(training, items, config.decontaminate)
 
+    def trained(self) -> list[Record]:
+        """See FileTask.trained: without what decontamination takes out."""
+        return self._kept
+
     @cached_property
-    def _trained(self) -> list[Record]:
-        """The training side, without what decontamination takes out."""
+    def _kept(self) -> list[Record]:
         if self.overlap is None or self.config.decontaminate != "drop":
             return self._train
         out = set(self.overlap.places)
@@ -153,25 +147,6 @@ class JsonlTask:
         if not kept:
             raise TaskError("task.decontaminate=drop: leaves no problem for training; name another task.path")
         return kept
-
-    def train(self, index: int) -> Problem:
-        """See Task.train."""
-        epoch, step = divmod(index, len(self._trained))
-        return self._problem(self._trained[permutation(len(self._trained), self.seed, epoch)[step]], index)
-
-    def training(self) -> list[Problem]:
-        """Every training problem once, in the order of the file; each has its line for a place."""
-        return [self._problem(record, record.number) for record in self._trained]
-
-    def held_out(self, n: int) -> list[Problem]:
-        """See Task.held_out: in the order of the prompts' hashes, so that n prompts are a fair sample of the file."""
-        if n > len(self._held_out):
-            source = self.config.eval_path or f"the held-out share {self.config.held_out_share} of {self.config.path}"
-            raise TaskError(
-                f"{n} held-out prompts were asked of {source}, which holds {len(self._held_out)}; lower eval.prompts,"
-                " raise task.held_out_share, or name a larger task.eval_path"
-            )
-        return [self._problem(record, index) for index, record in enumerate(self._held_out[:n])]
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
         """The file's own worked solution, without calculator marks such as <<3*4=12>>."""
@@ -182,10 +157,6 @@ class JsonlTask:
         config = self.config
         return grade(problem.answer, answer_text, config.compare, lenient=config.compare_policy == "lenient").right
 
-    def check_steps(self, problem: Problem, text: str) -> list[bool]:
-        """Free text has no exact step checker: always empty."""
-        return []
-
     @staticmethod
     def _require_mathematics(*, now: bool) -> None:
         """Raise TaskError where it is not installed; imported ``now``, or at the first answer that needs it."""
@@ -194,31 +165,15 @@ class JsonlTask:
         if now:
             mathematics.warm_up()
 
-    def _load(self) -> None:
-        config = self.config
-        if not config.path:
-            raise TaskError("task.path is empty: task=jsonl needs task.path=FILE with one problem a row")
-        records = self._read("task.path", config.path)
-        if config.eval_path:
-            held_out = self._read("task.eval_path", config.eval_path)
-        else:
-            held_out = [r for r in records if is_held_out(self.name, r.prompt, config.held_out_share)]
-        prompts = {record.prompt: record for record in held_out}
-        self._held_out = sorted(prompts.values(), key=lambda record: place(self.name, record.prompt))
-        outside = {identity(record) for record in held_out}
-        self._train = [record for record in records if identity(record) not in outside]
-        if not self._train:
-            raise TaskError(
-                f"task.path={config.path}: none of its {len(records)} problems is left for training once the held-out"
-                " ones are taken out; lower task.held_out_share, or name another task.eval_path"
-            )
-
-    def _read(self, key: str, path: str) -> list[Record]:
-        records = self._files[f"{key}={path}"] = read(Path(path), key, self.config)
+    def read(self, key: str, path: str) -> list[Record]:
+        """See FileTask.read."""
+        where = f"{key}={path}"
+        records = [record_of(row, f"{where}, {row.place}", self.config) for row in read_rows(Path(path), key)]
+        self._files[where] = records
         if self.config.compare == "value":
-            refuse_unreadable(records, f"{key}={path}")
+            refuse_unreadable(records, where)
         elif self.config.compare == "choice":
-            refuse_other_than_letters(records, f"{key}={path}")
+            refuse_other_than_letters(records, where)
         return records
 
     def _remark_on_both(self) -> list[str]:
@@ -234,18 +189,14 @@ class JsonlTask:
             f"task.eval_path={config.eval_path} too, first {both[0].place}; they are left out of training"
         ]
 
-    def _problem(self, record: Record, index: int) -> Problem:
+    def problem(self, record: Record, index: int) -> Problem:
+        """See FileTask.problem: within the template, or its last message within it."""
         template, meta = template_text(self.config.template), {"solution": record.solution}
         if record.messages:
             *before, last = record.messages
             messages = (*before, last | {"content": template.replace("{prompt}", last["content"])})
             return Problem(self.name, index, as_lines(messages), record.answer, meta, messages)
         return Problem(self.name, index, template.replace("{prompt}", record.prompt), record.answer, meta)
-
-
-def read(path: Path, key: str, config: JsonlConfig) -> list[Record]:
-    """The rows of a file or folder. Raises TaskError with file and row."""
-    return [record_of(row, f"{key}={path}, {row.place}", config) for row in read_rows(path, key)]
 
 
 PROMPT_FIELDS = ("problem", "question", "prompt", "Question", "Problem", "text")
@@ -331,11 +282,6 @@ def remark_on_contradictions(records: list[Record], where: str, compare: str) ->
     )
 
 
-def identity(record: Record) -> str:
-    """Records with equal ones are the same problem, also where blanks differ."""
-    return " ".join(record.prompt.split())
-
-
 def record_of(row: Row, where: str, config: JsonlConfig) -> Record:
     """Check and cut one row. Raises TaskError that opens with ``where``."""
     fields = row.fields
@@ -377,41 +323,9 @@ def message_list(row: dict[str, object], name: str, where: str) -> tuple[dict[st
     return tuple(messages)
 
 
-def as_lines(messages: tuple[dict[str, str], ...]) -> str:
+def as_lines(messages: Sequence[Mapping[str, str]]) -> str:
     """Messages as people read them."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
-    """A field as text, numbers included. Raises TaskError when it is missing, empty or something else."""
-    value = row.get(name)
-    what = "no answer" if key == "answer_field" else "no prompt"
-    if value is None and name in row:
-        raise TaskError(f"{where}: {what}: field {name!r} is null; fill it, delete the line, or set task.{key}")
-    if value is None:
-        known = ", ".join(map(repr, row)) or "none"
-        raise TaskError(f"{where}: {what}: no field {name!r} (fields: {known}); add it, or set task.{key}")
-    if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
-        raise TaskError(
-            f"{where}: field {name!r} is {type(value).__name__}, not text; mend the line, or set task.{key}"
-        )
-    if isinstance(value, Decimal) and not value.is_finite():
-        raise TaskError(f"{where}: field {name!r} is {value}, no number; mend the line, or delete it")
-    if isinstance(value, Decimal) and abs(value.adjusted()) >= LONGEST_NUMBER:
-        raise TaskError(f"{where}: field {name!r} is a number of more than {LONGEST_NUMBER} digits; mend the line")
-    text = format(value, "f") if isinstance(value, Decimal) else str(value)  # 1e-05 as 0.00001
-    check_text(text, f"{where}: field {name!r}")
-    if not text.strip():
-        raise TaskError(f"{where}: {what}: field {name!r} is empty; fill it, or delete the line")
-    return text
-
-
-@lru_cache(maxsize=4)
-def permutation(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n problems in one epoch."""
-    order = list(range(n))
-    stream("jsonl", seed, epoch).shuffle(order)
-    return order
 
 
 TASK = JsonlTask

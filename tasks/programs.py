@@ -4,7 +4,7 @@ An answer is judged by running it against the problem's tests: by the component 
 (docs/sandbox.md), to which ``meta`` brings them. `verify` runs nothing, in any process: right is for it what has the
 reference solution's syntax tree, which is never a false positive and misses every other right program.
 
-Invariants: those of tasks/jsonl.py for files, split and order.
+Invariants: those of tasks/files.py.
 """
 
 from __future__ import annotations
@@ -22,22 +22,18 @@ from typing import Any, Literal
 from offtrail.core.problem import Problem
 from offtrail.core.settings import setting
 from offtrail.tasks.base import TaskError, tagged
-from offtrail.tasks.config import TaskConfig, check
-from offtrail.tasks.jsonl import field_text, permutation
+from offtrail.tasks.config import check
+from offtrail.tasks.files import FileConfig, FileTask, field_text
 from offtrail.tasks.lines import Row
 from offtrail.tasks.rows import read_rows
-from offtrail.tasks.split import is_held_out, place
+from offtrail.tasks.templates import check_template, template_text
 
 
 @dataclass
-class ProgramsConfig(TaskConfig):
+class ProgramsConfig(FileConfig):
     """Problems that are answered by a program, one a row of a local file: fields for a set of one's own."""
 
     name: str = "programs"
-    path: str = setting("", path="file")
-    """Training problems."""
-    eval_path: str = setting("", path="file")
-    """Held-out problems; empty = held_out_share of `path`, by hash of the prompt."""
     prompt_field: str = "prompt"
     """Field of the problem's text."""
     solution_field: str = ""
@@ -56,12 +52,13 @@ class ProgramsConfig(TaskConfig):
     shown_tests: int = setting(0, "[0, 1000]")
     """So many asserts are shown below the problem's text: where else is the function's name? MBPP shows 3."""
     template: str = "{prompt}"
-    """How a prompt is put to the model; {prompt} is the problem's text, with the tests that are shown."""
+    """How a prompt is put to the model: r1_zero, boxed, tags, or a text in which {prompt} is the problem's text and the
+    tests that are shown (docs/sets.md)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value cannot work whatever the file holds."""
         super().__post_init__()
-        check("{prompt}" in self.template, "template", repr(self.template), "a text that contains {prompt}")
+        check_template(self.template)
         check(not self.completes or self.tests == "check", "completes", self.completes, "false unless task.tests=check")
         check(not self.shown_tests or self.tests == "asserts", "shown_tests", self.shown_tests, "0 unless asserts")
 
@@ -78,38 +75,16 @@ class Exercise:
     number: int
 
 
-class ProgramsTask:
-    """The two sides of the split, read and checked at once; ``load=False`` reads no file."""
+class ProgramsTask(FileTask[ProgramsConfig, Exercise]):
+    """Answers that are run."""
 
     Config = ProgramsConfig
+    KIND = "a set of programs"
 
     def __init__(self, config: ProgramsConfig, seed: int, *, load: bool = True) -> None:
-        self.name, self.config, self.seed = config.name, config, seed
-        self._train: list[Exercise] = []
-        self._held_out: list[Exercise] = []
         self.remarks: list[str] = []
         """What is to be said of the files before a run."""
-        if load:
-            self._load()
-
-    def train(self, index: int) -> Problem:
-        """See Task.train."""
-        epoch, step = divmod(index, len(self._train))
-        return self._problem(self._train[permutation(len(self._train), self.seed, epoch)[step]], index)
-
-    def training(self) -> list[Problem]:
-        """Every training problem once, in the order of the file; each has its row for a place."""
-        return [self._problem(exercise, exercise.number) for exercise in self._train]
-
-    def held_out(self, n: int) -> list[Problem]:
-        """See Task.held_out: in the order of the prompts' hashes, so that n prompts are a fair sample of the file."""
-        if n > len(self._held_out):
-            source = self.config.eval_path or f"the held-out share {self.config.held_out_share} of {self.config.path}"
-            raise TaskError(
-                f"{n} held-out prompts were asked of {source}, which holds {len(self._held_out)}; lower eval.prompts,"
-                " raise task.held_out_share, or name a larger task.eval_path"
-            )
-        return [self._problem(exercise, index) for index, exercise in enumerate(self._held_out[:n])]
+        super().__init__(config, seed, load=load)
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
         """The reference solution in a fence, with no thought before it; an empty one where the set has none."""
@@ -120,30 +95,8 @@ class ProgramsTask:
         tree = _syntax(answer_text.strip().removeprefix("```python").removesuffix("```").strip("\n"))
         return tree is not None and bool(problem.answer) and tree == _syntax(problem.answer)
 
-    def check_steps(self, problem: Problem, text: str) -> list[bool]:
-        """Free text has no exact step checker: always empty."""
-        return []
-
-    def _load(self) -> None:
-        config = self.config
-        if not config.path:
-            raise TaskError("task.path is empty: a set of programs needs task.path=FILE with one problem a row")
-        exercises = self._read("task.path", config.path)
-        if config.eval_path:
-            held_out = self._read("task.eval_path", config.eval_path)
-        else:
-            held_out = [e for e in exercises if is_held_out(self.name, e.prompt, config.held_out_share)]
-        prompts = {exercise.prompt: exercise for exercise in held_out}
-        self._held_out = sorted(prompts.values(), key=lambda exercise: place(self.name, exercise.prompt))
-        outside = {_identity(exercise) for exercise in held_out}
-        self._train = [exercise for exercise in exercises if _identity(exercise) not in outside]
-        if not self._train:
-            raise TaskError(
-                f"task.path={config.path}: none of its {len(exercises)} problems is left for training once the held-out"
-                " ones are taken out; lower task.held_out_share, or name another task.eval_path"
-            )
-
-    def _read(self, key: str, path: str) -> list[Exercise]:
+    def read(self, key: str, path: str) -> list[Exercise]:
+        """See FileTask.read: those whose tests need a program's own classes are left out, and said."""
         rows = read_rows(Path(path), key)
         read = [(row, exercise_of(row, f"{key}={path}, {row.place}", self.config)) for row in rows]
         if left_out := [row for row, exercise in read if exercise is None]:
@@ -153,9 +106,10 @@ class ProgramsTask:
             )
         return [exercise for _, exercise in read if exercise is not None]
 
-    def _problem(self, exercise: Exercise, index: int) -> Problem:
-        prompt = self.config.template.replace("{prompt}", exercise.prompt)
-        return Problem(self.name, index, prompt, exercise.meta.get("solution", ""), exercise.meta)
+    def problem(self, record: Exercise, index: int) -> Problem:
+        """See FileTask.problem."""
+        prompt = template_text(self.config.template).replace("{prompt}", record.prompt)
+        return Problem(self.name, index, prompt, record.meta.get("solution", ""), record.meta)
 
 
 def exercise_of(row: Row, where: str, config: ProgramsConfig) -> Exercise | None:
@@ -249,10 +203,6 @@ def _cases(given: Any, where: str, field: str) -> list[dict[str, str]]:
     if not all(isinstance(text, str) for case in cases for text in case.values()):
         raise TaskError(f"{where}: field {field!r} holds a test whose input or output is no text; mend it")
     return cases
-
-
-def _identity(exercise: Exercise) -> str:
-    return " ".join(exercise.prompt.split())
 
 
 @lru_cache(maxsize=256)

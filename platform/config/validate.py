@@ -27,6 +27,7 @@ from offtrail.platform.config.paths import check_name
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
 from offtrail.rewards.config import TRL_MARK
 from offtrail.search.config import OutsideConfig
+from offtrail.tasks.files import FileConfig
 from offtrail.tasks.jsonl import JsonlConfig
 from offtrail.tasks.mixture import MixtureConfig
 from offtrail.tasks.programs import ProgramsConfig
@@ -142,7 +143,7 @@ def files_of_lines_are_here(config: Config) -> None:
     files = [("sft.path", config.sft.path)]
     if isinstance(task, JsonlConfig):
         files += [("task.decontaminate_against", path) for path in task.decontaminate_against]
-    if isinstance(task, JsonlConfig | ProgramsConfig):
+    if isinstance(task, FileConfig):
         files += [("task.path", task.path), ("task.eval_path", task.eval_path)]
         if not task.path:
             raise ConfigError("task.path=: problems are needed: task.path=FILE, or a folder of files (docs/sets.md)")

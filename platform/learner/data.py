@@ -23,7 +23,7 @@ from offtrail.platform.model.packing import SampleTable
 from offtrail.platform.model.text import Text
 from offtrail.tasks.base import Task
 from offtrail.tasks.examples import left_out, read_examples, too_long
-from offtrail.tasks.jsonl import permutation
+from offtrail.tasks.files import permutation
 from offtrail.tasks.registry import make_task
 
 log = logging.getLogger("offtrail.learner")

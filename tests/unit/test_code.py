@@ -254,6 +254,16 @@ def test_sides_prompts_and_order(tmp_path: Path):
     assert told(ProgramsConfig, "path", "path") == "file"
 
 
+def test_a_template_may_be_a_name_as_for_every_set(tmp_path: Path):
+    config = config_of("mbpp", write(tmp_path / "m.jsonl", ASSERTED), held_out_share=0.0, template="boxed")
+    assert problems(config)[0].prompt == (
+        "Reverse a list.\n\nYour program must pass these tests:\n\nassert back([1, 2]) == [2, 1]\nassert back([]) == []"
+        "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+    with pytest.raises(ValueError, match=r"template='x': must be r1_zero, boxed, tags, or a text that contains \{pro"):
+        ProgramsConfig(template="x")
+
+
 def test_problems_whose_tests_need_classes_of_the_program_are_left_out_and_said(tmp_path: Path):
     node = "class Node:\n    pass\ndef f(x):\n    return 1"
     rows = [
