@@ -29,7 +29,7 @@ class FileConfig(TaskConfig):
     """Where the problems stand."""
 
     path: str = setting("", path="file")
-    """Training problems; of a folder its train split."""
+    """Training problems; of a folder its train split. Evaluation alone does without where there is an eval_path."""
     eval_path: str = setting("", path="file")
     """Held-out problems, of a folder its test split; empty = held_out_share of `path`, by hash of the prompt."""
 
@@ -77,7 +77,8 @@ class FileTask(ABC, Generic[C, R]):
 
     def train(self, index: int) -> Problem:
         """See Task.train."""
-        records = self.trained()
+        if not (records := self.trained()):
+            raise TaskError(f"task.path is empty: task.eval_path={self.config.eval_path} alone is for evaluation only")
         epoch, step = divmod(index, len(records))
         return self.problem(records[permutation(len(records), self.seed, epoch)[step]], index)
 
@@ -101,9 +102,9 @@ class FileTask(ABC, Generic[C, R]):
 
     def _load(self) -> None:
         config = self.config
-        if not config.path:
+        if not config.path and not config.eval_path:
             raise TaskError(f"task.path is empty: {self.KIND} needs task.path=FILE with one problem a row")
-        records = self.read("task.path", config.path)
+        records = self.read("task.path", config.path) if config.path else []
         if config.eval_path:
             held_out = self.read("task.eval_path", config.eval_path)
         else:
@@ -112,7 +113,7 @@ class FileTask(ABC, Generic[C, R]):
         self._held_out = sorted(prompts.values(), key=lambda record: place(self.name, record.prompt))
         outside = {identity(record) for record in held_out}
         self._train = [record for record in records if identity(record) not in outside]
-        if not self._train:
+        if records and not self._train:
             raise TaskError(
                 f"task.path={config.path}: none of its {len(records)} problems is left for training once the held-out"
                 " ones are taken out; lower task.held_out_share, or name another task.eval_path"

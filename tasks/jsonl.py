@@ -144,7 +144,7 @@ class JsonlTask(FileTask[JsonlConfig, Record]):
             return self._train
         out = set(self.overlap.places)
         kept = [record for record in self._train if record.place not in out]
-        if not kept:
+        if self._train and not kept:
             raise TaskError("task.decontaminate=drop: leaves no problem for training; name another task.path")
         return kept
 
@@ -179,7 +179,7 @@ class JsonlTask(FileTask[JsonlConfig, Record]):
     def _remark_on_both(self) -> list[str]:
         """Of training problems that are held-out ones too."""
         config = self.config
-        if not config.eval_path:
+        if not (config.path and config.eval_path):
             return []
         records, outside = self._files[f"task.path={config.path}"], {identity(record) for record in self._held_out}
         if not (both := [record for record in records if identity(record) in outside]):

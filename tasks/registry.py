@@ -29,9 +29,6 @@ LOOKED_AT = 256
 """Training problems of a family from outside the tree that are compared with the held-out ones before a run."""
 
 
-LABEL = re.compile(r"[\w-]+", re.ASCII)
-
-
 class Family(Protocol):
     """A family's class."""
 
@@ -88,24 +85,6 @@ def family_config(name: str, settings: Mapping[str, Any], held_out_share: float)
         raise TaskError(f"task.settings.{name}: {error}") from error
 
 
-def sets_to_ask(task: TaskConfig, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskConfig]:
-    """Name → task of each evaluation set; without ``sets`` the one ``task``. A set's `name`, or else its own, is the
-    family. Raises TaskError and PluginError.
-    """
-    found = {}
-    for label, settings in sets.items():
-        if not LABEL.fullmatch(label):
-            raise TaskError(f"eval.sets.{label}: a set's name is letters, digits, - and _, for files are named by it")
-        given = {"name": label, **settings}
-        if not isinstance(given["name"], str):
-            raise TaskError(f"eval.sets.{label}.name={given['name']}: must be a task, such as chain")
-        try:
-            found[label] = family(given["name"], f"eval.sets.{label}").Config(**given)
-        except (TypeError, ValueError) as error:
-            raise TaskError(f"eval.sets.{label}: {error}") from error
-    return found or {task.name: task}
-
-
 def from_outside(task: Task) -> list[Task]:
     """What of a task is from outside the tree: itself, or some of a mixture's families."""
     members: Mapping[str, Task] = getattr(task, "families", {task.name: task})
@@ -126,7 +105,7 @@ def sets_of(task: Task) -> dict[str, list[Problem]]:
     return {
         f"{where}path={one.config.path}": one.training()  # type: ignore[attr-defined]
         for where, one in ({"task.": task} | within).items()
-        if callable(getattr(one, "training", None)) and hasattr(getattr(one, "config", None), "path")
+        if callable(getattr(one, "training", None)) and getattr(getattr(one, "config", None), "path", "")
     }
 
 

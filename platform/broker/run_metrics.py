@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ class RunMetrics:
     """What the making of the start model cost: flops, busy_seconds, tokens. Empty: not known, or no cold start."""
     of_groups: bool = True
     """Whether the job trains groups: those of the numbers that speak of them are said only then."""
+    sets: Sequence[str] = ()
+    """Names of the held-out sets beside the task's own."""
     dropped: int = 0
     """Values of heartbeats and evaluations that were no numbers to count with."""
 
@@ -190,11 +192,14 @@ class RunMetrics:
     def _of_groups(self, tally: Tally, ages: Ages, audit: Audit) -> dict[str, Any]:
         """What only a job that trains groups has to say: scores, counts, staleness, and what its generators did."""
         records = self.ledger.records
-        score_first, score_last = records.edge_scores("eval/accuracy")
+        scores = {
+            f"{area}/accuracy_{end}": score
+            for area in ("eval", *(f"eval/{label}" for label in self.sets))
+            for end, score in zip(("first", "last"), records.edge_scores(f"{area}/accuracy"), strict=True)
+        }
         first, last = records.edge_metrics("reward/accuracy")
         return {
-            "eval/accuracy_first": score_first,
-            "eval/accuracy_last": score_last,
+            **scores,
             "reward/accuracy_first": first,
             "reward/accuracy_last": last,
             **group_counts(tally),

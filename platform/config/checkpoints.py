@@ -37,6 +37,13 @@ def steps_of(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for path in run_dir.glob("checkpoints/*") if (match := _STEP.fullmatch(path.name)))
 
 
+def step_of(checkpoint: str) -> int:
+    """The learner step of the model that `checkpoint` means, by its folder's name; 0 of any other model."""
+    folder = model_folder(checkpoint)
+    match = _STEP.fullmatch(folder.resolve().name) if folder is not None else None
+    return int(match[1]) if match else 0
+
+
 def run_folder(checkpoint: str) -> Path | None:
     """The run directory that `checkpoint` is, or is a checkpoint of; None when it belongs to no run."""
     given = Path(checkpoint)

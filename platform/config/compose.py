@@ -46,6 +46,7 @@ from offtrail.platform.config.keys import (
 from offtrail.platform.config.paths import check_name, path_problem
 from offtrail.platform.config.recipe import Stage, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
+from offtrail.platform.config.sets import check_sets, with_options
 from offtrail.platform.config.validate import files_of_lines_are_here, numbers_are_in_range, validate
 from offtrail.tasks.mixture import MixtureConfig
 
@@ -245,7 +246,9 @@ def _stands(path: str, values: Mapping[str, Raw]) -> bool:
 
 def _composed(layers: Sequence[Layer]) -> Config:
     config = build(merge(layers))
+    config.eval.sets = with_options(config.eval.sets, options_of, _option_values)
     validate(config)
+    check_sets(config)
     if isinstance(config.task, MixtureConfig):
         _check_families(config.task)
     return config

@@ -332,7 +332,8 @@ class EvalConfig:
     top_p: float = setting(1.0, "(0, 1]")
     """Tokens are drawn from the smallest set of the likeliest that holds this share; 1 = all."""
     sets: dict[str, dict[str, Any]] = setting({})
-    """job=eval: name → settings of a task (its family by `name`, else by the set's name); empty = the task."""
+    """Name → a task's settings (which task: `name`, else the set's own name), its prompts, samples and reward; asked
+    beside the task's own held-out prompts, and by job=eval in their place."""
     threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of the evaluator."""
     nice: int = setting(19, "[0, 19]", resumable=True)

@@ -145,7 +145,7 @@ def files_of_lines_are_here(config: Config) -> None:
         files += [("task.decontaminate_against", path) for path in task.decontaminate_against]
     if isinstance(task, FileConfig):
         files += [("task.path", task.path), ("task.eval_path", task.eval_path)]
-        if not task.path:
+        if not task.path and not (config.job == "eval" and task.eval_path):
             raise ConfigError("task.path=: problems are needed: task.path=FILE, or a folder of files (docs/sets.md)")
     for key, path in files:
         what = "example" if key == "sft.path" else "problem"
@@ -162,13 +162,15 @@ def programs_are_run(config: Config) -> None:
 
 def a_groups_programs_have_time_and_memory(config: Config) -> None:
     """One after another in one verifier, each with an address space of its own that the verifier's bounds."""
-    reward, size = config.reward, config.batch.group_size
+    reward, sizes = config.reward, {"eval.samples": config.eval.samples}
+    sizes |= {} if config.job == "eval" else {"batch.group_size": config.batch.group_size}
+    key, size = max(sizes.items(), key=lambda item: item[1])
     given = reward.settings.get("code", {})
     seconds, memory = given.get("seconds", 10.0), given.get("memory_mb", 512)
     if "code" not in reward.weights or not isinstance(seconds, (int, float)) or not isinstance(memory, int):
         return
     if reward.deadline_seconds < size * seconds:
-        must = f"must be ≥ {size * seconds:g}, batch.group_size={size} times reward.settings.code.seconds={seconds:g}"
+        must = f"must be ≥ {size * seconds:g}, {key}={size} times reward.settings.code.seconds={seconds:g}"
         raise refuse("reward.deadline_seconds", reward.deadline_seconds, must)
     if reward.memory_mb < memory:
         raise refuse("reward.memory_mb", reward.memory_mb, f"must be ≥ reward.settings.code.memory_mb={memory}")

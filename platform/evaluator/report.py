@@ -78,6 +78,7 @@ def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Ask
         },
         "config": {
             "model": str(model), "checkpoint": config.checkpoint, "answers": config.eval.samples,
+            "answers_by_set": {a.name: a.scores.shape[1] for a in sets},
             "max_new_tokens": config.sampling.max_new_tokens, "seed": config.run.seed,
             "sets": config.eval.sets or {config.task.name: asdict(config.task)},
             **{name: getattr(config.eval, name) for name in ("temperature", "top_p")},
@@ -93,9 +94,9 @@ def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Ask
 def table(rows: dict[str, dict[str, Estimate]], sets: Sequence[Asked]) -> Table:
     """A line a measure, a column a set."""
     shown = Table("measure", *(f"{a.name} ({len(a.scores)} × {a.scores.shape[1]})" for a in sets), box=None)
-    for measure in next(iter(rows.values())):
+    for measure in dict.fromkeys(measure for found in rows.values() for measure in found):
         digits = 1 if measure == "length" else 3
-        shown.add_row(measure, *(_cell(found[measure], digits) for found in rows.values()))
+        shown.add_row(measure, *(_cell(found[measure], digits) if measure in found else "" for found in rows.values()))
     return shown
 
 

@@ -6,7 +6,9 @@ that still waited when an earlier launch ended is read from its checkpoint, or (
 It computes with what learner and generators leave (eval.nice), and holds the learner up only where the versions that
 wait for it keep as much memory as they may (eval.waiting_mb). An embedded engine has weights and cache only while it
 scores.
-Every version is asked the same prompts with the same random numbers: versions are compared paired.
+Every version is asked the same prompts with the same random numbers: versions are compared paired. The task's own
+held-out prompts come first, then the sets of eval.sets, under the one version; their scores travel in one result, so
+that a version is scored on all of them or on none.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -22,6 +25,7 @@ from safetensors import SafetensorError
 
 from offtrail.core.protocols import Engine
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Problem, Sampling
+from offtrail.platform.config.sets import EvalSet, sets_of
 from offtrail.platform.engines.channels import engine_dtype
 from offtrail.platform.engines.decoder import read_weights
 from offtrail.platform.engines.make import make_engine
@@ -33,7 +37,6 @@ from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber, pin_anew
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
 from offtrail.rewards.total import means, nothing_earned
-from offtrail.tasks.registry import make_task
 
 log = logging.getLogger("offtrail.evaluator")
 
@@ -99,15 +102,73 @@ def load_version(engine: Engine, activity: Activity, weights: Subscriber, versio
         engine.load_weights(version, opened)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One set with its questions, and what answers and verifies them."""
+
+    set: EvalSet
+    problems: list[Problem]
+    answers: Answers
+
+    def groups(self, temperature: float, top_p: float, reload: Callable[[], None]) -> list[Group | None]:
+        """The answers under the version that the engine holds; see Answers.groups."""
+        version = self.answers.engine.version
+        sampling = Sampling(
+            max_new_tokens=self.set.config.sampling.longest_at(version),
+            temperature=temperature,
+            top_p=top_p,
+            stop_token_ids=self.answers.text.stop_token_ids,
+            seed=EVAL_SEED,
+        )
+        return self.answers.groups(self.problems, self.set.samples, sampling, step=version, reload=reload)
+
+    def metrics(self, groups: Sequence[Group | None]) -> dict[str, float]:
+        """Mean of each reward component over all answers, and their lengths."""
+        area, answered = self.set.area, [group for group in groups if group is not None]
+        return means(self.set.config.reward, area, self._components(groups)) | {
+            f"{area}/length_mean": float(np.concatenate([group.lengths for group in answered]).mean()),
+            f"{area}/truncated_share": float(np.mean(np.concatenate([group.finish != STOP for group in answered]))),
+            f"{area}/prompts": float(len(self.problems)),
+            f"{area}/prompts_without_room": float(len(groups) - len(answered)),
+        }
+
+    def texts(self, groups: Sequence[Group | None], count: int) -> dict[str, str]:
+        """The first answers to ``count`` questions, for people."""
+        shown: list[tuple[Problem, str]] = []
+        for group in [group for group in groups if group is not None][:count]:
+            first = next(group.samples())
+            shown.append((group.problem, self.answers.text.answer_text(group.problem, first.tokens)))
+        told = "\n\n".join(f"    {p.prompt.strip()}\n    {answer}" for p, answer in shown)
+        return {f"{self.set.area}/samples": told}
+
+    def _components(self, groups: Sequence[Group | None]) -> dict[str, Float32]:
+        """Components by name over all answers; a prompt without answers has earned nothing with any of them."""
+        reward = self.set.config.reward
+        earned = [
+            nothing_earned(reward, problem.task, self.set.samples) if group is None else group.components
+            for problem, group in zip(self.problems, groups, strict=True)
+        ]
+        return {name: np.concatenate([one[name] for one in earned]) for name in reward.components}
+
+
 class Evaluation:
     """Held-out problems and what answers them; ``run`` scores one published version."""
 
     def __init__(self, context: RoleContext, activity: Activity) -> None:
         config = self.config = context.config
         self.activity = activity
-        self.problems = make_task(config.task, config.run.seed).held_out(config.eval.prompts)
-        text = Text(context.start_model, config.prompt)
-        self.answers = Answers(config, make_engine(context, loaded=False), text, VerifierPool(config), context.role)
+        text, engine = Text(context.start_model, config.prompt), make_engine(context, loaded=False)
+        own, *others = sets_of(config)
+        pool = VerifierPool(config, sets={one.label: one.config for one in others})
+        self.answers = Answers(config, engine, text, pool, context.role)
+        self.problems = own.problems()
+        self.asked = [
+            Asked(own, self.problems, self.answers),
+            *(
+                Asked(one, one.problems(), Answers(one.config, engine, text, pool.of(one.label), context.role))
+                for one in others
+            ),
+        ]
 
     @property
     def engine(self) -> Engine:
@@ -115,50 +176,24 @@ class Evaluation:
         return self.answers.engine
 
     def run(self, reload: Callable[[], None] = lambda: None) -> tuple[dict[str, float], dict[str, str]]:
-        """Mean of each reward component over eval.prompts × eval.samples answers, lengths, and a few of them as text.
+        """Of each set the mean of each reward component over its prompts × samples answers, lengths, and a few of them
+        as text.
 
-        A prompt that leaves no room for its answer counts as wrong; ValueError when none does. ``reload`` brings the
-        version to a server that was started anew.
+        A prompt that leaves no room for its answer counts as wrong; ValueError when none of a set does. ``reload``
+        brings the version to a server that was started anew.
         """
         config, version = self.config, self.engine.version
-        sampling = Sampling(
-            max_new_tokens=config.sampling.longest_at(version),
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            stop_token_ids=self.answers.text.stop_token_ids,
-            seed=EVAL_SEED,
-        )
-        with self.activity.busy("evaluate"):
-            samples = config.eval.samples
-            groups = self.answers.groups(self.problems, samples, sampling, step=version, reload=reload)
+        metrics, texts = dict[str, float](), dict[str, str]()
+        for asked in self.asked:
+            with self.activity.busy("evaluate"):
+                groups = asked.groups(config.eval.temperature, config.eval.top_p, reload)
+            metrics |= asked.metrics(groups)
+            texts |= asked.texts(groups, config.tracking.sample_texts)
+            told = metrics.get(f"{asked.set.area}/accuracy", np.nan)
+            log.info("version %d: %s accuracy %.3f", version, asked.set.label or config.task.name, told)
         self.activity.charge_totals({**self.engine.counters, **self.answers.verifiers.counters})
-        metrics = means(config.reward, "eval", self._components(groups)) | {
-            "eval/length_mean": float(np.concatenate([g.lengths for g in groups if g is not None]).mean()),
-            "eval/truncated_share": float(np.mean(np.concatenate([g.finish != STOP for g in groups if g is not None]))),
-            "eval/prompts": float(len(self.problems)),
-            "eval/prompts_without_room": float(sum(group is None for group in groups)),
-            "eval/version": float(version),
-        }
-        log.info("version %d: accuracy %.3f", version, metrics.get("eval/accuracy", np.nan))
-        return metrics, self._texts(groups)
+        return metrics | {"eval/version": float(version)}, texts
 
     def close(self) -> None:
         """End the verifiers and the engine."""
         self.answers.close()
-
-    def _components(self, groups: Sequence[Group | None]) -> dict[str, Float32]:
-        """Components by name over all answers; a prompt without answers has earned nothing with any of them."""
-        reward, samples = self.config.reward, self.config.eval.samples
-        earned = [
-            nothing_earned(reward, problem.task, samples) if group is None else group.components
-            for problem, group in zip(self.problems, groups, strict=True)
-        ]
-        return {name: np.concatenate([one[name] for one in earned]) for name in reward.components}
-
-    def _texts(self, groups: Sequence[Group | None]) -> dict[str, str]:
-        answered = [group for group in groups if group is not None][: self.config.tracking.sample_texts]
-        shown: list[tuple[Problem, str]] = []
-        for group in answered:
-            first = next(group.samples())
-            shown.append((group.problem, self.answers.text.answer_text(group.problem, first.tokens)))
-        return {"eval/samples": "\n\n".join(f"    {p.prompt.strip()}\n    {answer}" for p, answer in shown)}

@@ -153,7 +153,7 @@ def require_inputs(config: Config) -> None:
             if one.job in ("rl", "sft"):
                 require_data(one, handed, examples, note)
             elif one.job == "eval":
-                require_sets(one)
+                require_sets(one, note)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
 
@@ -219,23 +219,49 @@ def _require_architecture(config: Config, key: str, given: str, folder: Path) ->
         raise refuse(key, given, f"its {error}; download or save it again") from None
 
 
-def require_sets(config: Config) -> None:
-    """Raise ConfigError when a set of job=eval cannot be read, or holds too few problems, or a component of the reward
-    cannot be made.
+def require_sets(config: Config, note: Callable[[str], None]) -> None:
+    """Raise ConfigError when a set of job=eval cannot be read, or holds too few problems, or none that fits the model,
+    or a component of its reward cannot be made. ``note`` hears of prompts that leave no room.
     """
     from offtrail.core.plugins import PluginError
+    from offtrail.platform.launcher.prompts import check_held_out, counter_of_checkpoint
+    from offtrail.rewards.base import RewardError
+    from offtrail.tasks.base import TaskError
+
+    try:
+        sets = held_out_sets(config, note)
+        count = None if config.run.resume else counter_of_checkpoint(config)
+        if count is not None:
+            check_held_out(config, sets, count, note)
+    except (PluginError, RewardError, TaskError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def held_out_sets(config: Config, note: Callable[[str], None]) -> dict[str, list[Problem]]:
+    """Key → the held-out problems of each set that is asked, its reward made for once. Raises PluginError, RewardError
+    and TaskError; one of a set of eval.sets names it.
+    """
+    from offtrail.platform.config.sets import sets_of
     from offtrail.rewards.base import RewardError
     from offtrail.rewards.registry import make_reward
     from offtrail.tasks.base import TaskError
-    from offtrail.tasks.registry import make_task, sets_to_ask
+    from offtrail.tasks.registry import make_task, remarks_on
 
-    try:
-        for settings in sets_to_ask(config.task, config.eval.sets).values():
-            task = make_task(settings, config.run.seed)
-            task.held_out(config.eval.prompts)
-            make_reward(config.reward, task.verify)
-    except (PluginError, RewardError, TaskError) as error:
-        raise ConfigError(str(error)) from None
+    found = {}
+    for one in sets_of(config):
+        key = f"eval.sets.{one.label}" if one.label in config.eval.sets else "eval.prompts"
+        try:
+            task = make_task(one.config.task, config.run.seed)
+            found[key] = task.held_out(one.prompts)
+            make_reward(one.config.reward, task.verify)
+        except (RewardError, TaskError) as error:
+            if key == "eval.prompts":
+                raise
+            raise type(error)(f"{key}: {error}") from None
+        if key != "eval.prompts" or config.job == "eval":
+            for remark in remarks_on(task):
+                note(remark if key == "eval.prompts" else f"{key}: {remark}")
+    return found
 
 
 def require_data(config: Config, handed: Collection[str], examples: Imitated, note: Callable[[str], None]) -> None:
@@ -244,9 +270,8 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
     ``note`` hears what else is to be said of them, and of ``examples``: those that earlier stages and this one imitate.
     """
     from offtrail.core.plugins import PluginError
-    from offtrail.platform.launcher.prompts import check_examples, check_prompts, counter
+    from offtrail.platform.launcher.prompts import check_examples, check_prompts, counter, remarks_on_trained
     from offtrail.rewards.base import RewardError
-    from offtrail.rewards.registry import make_reward
     from offtrail.search.registry import SearchError
     from offtrail.search.registry import check as check_driver
     from offtrail.tasks.base import TaskError
@@ -267,16 +292,18 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
             if count is not None:
                 check_examples(config, examples[given], count, note)
         if config.job == "rl":
-            held_out = task.held_out(config.eval.prompts)
+            sets = held_out_sets(config, note)
+            held_out = sets["eval.prompts"]
+            for remark in remarks_on_trained(config, task, sets):
+                note(remark)
             for imitated in examples.values():
                 if remark := remark_on_held_out(imitated, held_out):
                     note(remark)
             shares = Counter(problem.task for problem in held_out)
             for one in from_outside(task):
                 check_promises(one, shares[one.name])
-            make_reward(config.reward, task.verify)
             check_driver(config.search)
             if count is not None:
-                check_prompts(config, task, count, note)
+                check_prompts(config, task, sets, count, note)
     except (PluginError, RewardError, SearchError, TaskError) as error:
         raise ConfigError(str(error)) from None

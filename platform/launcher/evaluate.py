@@ -28,6 +28,7 @@ from offtrail.platform.broker.archive import SCHEMA, read_groups, tables
 from offtrail.platform.config.errors import FinalError
 from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
+from offtrail.platform.config.sets import EvalSet, sets_of
 from offtrail.platform.engines.make import make_engine
 from offtrail.platform.evaluator.answers import Answers
 from offtrail.platform.evaluator.report import Asked, write_results
@@ -43,7 +44,6 @@ from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.rewards.answer import find_answer
 from offtrail.rewards.format import parse
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.registry import make_task, sets_to_ask
 
 ANSWERS = "answers"
 PART = 64
@@ -82,12 +82,12 @@ def evaluate(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str
     model = served_model(config)
     link_model(run_dir, model)
     check_same(config, run_dir)
-    text, tasks = text_of(config, model), sets_to_ask(config.task, config.eval.sets)
-    sets = {name: make_task(task, config.run.seed).held_out(config.eval.prompts) for name, task in tasks.items()}
+    text, asked = text_of(config, model), {one.label: one for one in sets_of(config)}
+    sets = {name: one.problems() for name, one in asked.items()}
     todo = {name: parts_of(run_dir, name, problems) for name, problems in sets.items()}
     if any(todo.values()) and not ask(config, run_dir, text, sets, todo, interrupted):
         return "interrupted", f"stopped by signal {interrupted[0]}; run.resume=true goes on"
-    found = [collect(run_dir, name, problems, config, text) for name, problems in sets.items()]
+    found = [collect(run_dir, asked[name], problems, text) for name, problems in sets.items()]
     Console().print(write_results(config, run_dir, model, found))
     return "completed", ""
 
@@ -101,7 +101,7 @@ def ask(
     interrupted: list[int],
 ) -> bool:
     """Seal the parts; False when a signal came in between."""
-    tasks = sets_to_ask(config.task, config.eval.sets)
+    asked = {one.label: one for one in sets_of(config)}
     questions, left = (sum(map(len, sets.values())), sum(len(p.problems) for parts in todo.values() for p in parts))
     console = Console(stderr=True)
     with (
@@ -114,13 +114,13 @@ def ask(
             time.sleep(LOOK_SECONDS)
         shown.update(bar, description="questions")
         for name, parts in todo.items():
-            of_set = dataclasses.replace(config, task=tasks[name])
-            with VerifierPool(of_set) as verifiers:
-                answers = Answers(of_set, engine, text, verifiers, "evaluator-0")
+            of_set = asked[name]
+            with VerifierPool(of_set.config) as verifiers:
+                answers = Answers(of_set.config, engine, text, verifiers, "evaluator-0")
                 for part in parts:
                     if interrupted:
                         return False
-                    part.seal(answers, config, version_of(run_dir))
+                    part.seal(answers, of_set, version_of(run_dir))
                     shown.advance(bar, len(part.problems))
     return not interrupted
 
@@ -166,10 +166,11 @@ class Part:
     first: int
     problems: list[Problem]
 
-    def seal(self, answers: Answers, config: Config, version: int) -> None:
+    def seal(self, answers: Answers, asked: EvalSet, version: int) -> None:
         """Ask the model of learner step ``version`` (its answers may have grown); the file stands with all answers, or
         not at all. Questions that leave no room for one are left out.
         """
+        config = asked.config
         sampling = Sampling(
             max_new_tokens=config.sampling.longest_at(version),
             temperature=config.eval.temperature,
@@ -177,7 +178,7 @@ class Part:
             stop_token_ids=answers.text.stop_token_ids,
             seed=config.run.seed ^ EVAL_SEED,
         )
-        made = answers.groups(self.problems, config.eval.samples, sampling, first=self.first, some=False)
+        made = answers.groups(self.problems, asked.samples, sampling, first=self.first, some=False)
         groups = [({"group": group.group, "state": "evaluated"}, group) for group in made if group is not None]
         left_out: dict[int, str] = {}
         rows = [SCHEMA.empty_table(), *tables(config.run.name, groups, left_out)]
@@ -203,21 +204,20 @@ def file_of(run_dir: Path, name: str, first: int) -> Path:
     return run_dir / ANSWERS / f"{name.replace(':', '.')}-{first // PART:05d}.parquet"
 
 
-def collect(run_dir: Path, name: str, problems: list[Problem], config: Config, text: Text) -> Asked:
+def collect(run_dir: Path, one: EvalSet, problems: list[Problem], text: Text) -> Asked:
     """What came of a set, out of its sealed parts. Questions that left no room for an answer are wrong."""
-    n, made = config.eval.samples, dict[int, Group]()
+    name, n, made, reward = one.label, one.samples, dict[int, Group](), one.config.reward
     for first in range(0, len(problems), PART):
         for group in read_groups(file_of(run_dir, name, first), range(len(problems))):
             made[group.group] = group
     scores = np.zeros((len(problems), n))
     asked = Asked(name, scores, [[None] * n for _ in problems], np.zeros((len(problems), n)), np.zeros_like(scores))
     for place, group in made.items():
-        main = np.nan_to_num(group.components[config.reward.main].astype(np.float64))
+        main = np.nan_to_num(group.components[reward.main].astype(np.float64))
         asked.scores[place], asked.lengths[place] = main, group.lengths
         asked.cut[place] = group.finish != STOP
         told = [text.answer_text(group.problem, sample.tokens) for sample in group.samples()]
         asked.answers[place] = [
-            find_answer(words, parse(words), not cut, config.reward)
-            for words, cut in zip(told, asked.cut[place], strict=True)
+            find_answer(words, parse(words), not cut, reward) for words, cut in zip(told, asked.cut[place], strict=True)
         ]
     return asked

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -149,6 +150,7 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
         "learner steps": summary.get("steps"),
         "loss": _between(summary, "loss/sft"),
         "held-out accuracy": _between(summary, "eval/accuracy"),
+        **{f"held-out accuracy, {label}": _between(summary, f"eval/{label}/accuracy") for label in _sets(summary)},
         "training reward accuracy": _between(summary, "reward/accuracy"),
         "staleness mean / max": _pair(summary, "staleness/mean", "staleness/max"),
         "stale tokens": summary.get("staleness/stale_token_share"),
@@ -169,6 +171,12 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
         if (run_dir / name).exists():
             table.add_row("" if name != "learning.png" else "see", str(run_dir / name))
     Console().print(table, highlight=False)
+
+
+def _sets(summary: dict[str, Any]) -> list[str]:
+    """The held-out sets beside the task's own, as far as they have scores."""
+    found = (re.fullmatch(r"eval/([^/]+)/accuracy_first", name) for name in summary)
+    return [match[1] for match in found if match]
 
 
 def _stages(summary: dict[str, Any]) -> str | None:

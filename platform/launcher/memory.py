@@ -24,6 +24,7 @@ from typing import Any
 
 from offtrail.algos.config import PpoConfig
 from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.config.sets import sets_of
 from offtrail.platform.engines.make import local_config
 from offtrail.platform.model.start import StartError
 from offtrail.platform.runtime.context import reuses_files
@@ -228,7 +229,8 @@ def _generators(config: Config, shape: Shape, count: int) -> Iterator[Part]:
 
 
 def _evaluator(config: Config, shape: Shape, count: int) -> Iterator[Part]:
-    samples = min(_running(config, shape), config.eval.prompts * config.eval.samples)
+    asked = max(one.prompts * one.samples for one in sets_of(config))  # one set after another
+    samples = min(_running(config, shape), asked)
     yield from _engines("evaluator", config, shape, count, samples)
 
 

@@ -1,26 +1,30 @@
-"""Whether prompts fit the model, before anything starts: those of files, which are read anyway, and every task's
-held-out ones; and whether examples do, with their answers.
+"""Whether prompts fit the model, before anything starts: those of files, which are read anyway, and every held-out
+set's; and whether examples do, with their answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 
 from offtrail.core.problem import Problem
+from offtrail.platform.config.checkpoints import model_folder, run_folder, step_of
+from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
+from offtrail.platform.config.sets import sets_of as sets_of_run
 from offtrail.platform.model import characters
 from offtrail.platform.model.folder import folder_of
 from offtrail.platform.model.lengths import Asked, lengths
 from offtrail.tasks.base import Task, TaskError
+from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.examples import left_out, too_long
+from offtrail.tasks.jsonl import task_template
 from offtrail.tasks.registry import sets_of
 
 LOOKED_AT = 10_000
 """Prompts of a set that are counted, evenly over it."""
-
-HELD_OUT = "eval.prompts"
 
 Count = Callable[[list[Problem], bool], list[int | str]]
 """Of each problem the tokens of its prompt, with True and of its answer as it is imitated; or why it has none. Empty
@@ -40,21 +44,58 @@ def counter(config: Config, handed: Collection[str]) -> Count | None:
     return None if folder is None else lambda *asked: lengths(Asked(str(folder), config.prompt, *asked))
 
 
-def check_prompts(config: Config, task: Task, count: Count, note: Callable[[str], None]) -> None:
-    """Raise ConfigError where none of a set's prompts can be answered by the model, or none of the held-out ones, or
-    one of these cannot be put to it; ``note`` hears how many of how many cannot.
+def counter_of_checkpoint(config: Config) -> Count | None:
+    """The same for the model that job=eval asks."""
+    folder = model_folder(config.checkpoint) or folder_of(config.checkpoint)
+    if folder is None:
+        return None
+    run = run_folder(str(folder)) or run_folder(config.checkpoint)
+    with contextlib.suppress(ConfigError, OSError):  # the run of another offtrail
+        if run is not None and not load_config(run / "config.yaml").model.path:
+            return characters.count
+    return lambda *asked: lengths(Asked(str(folder), config.prompt, *asked))
+
+
+def check_prompts(
+    config: Config, task: Task, sets: Mapping[str, list[Problem]], count: Count, note: Callable[[str], None]
+) -> None:
+    """Raise ConfigError where none of a file's training prompts can be answered by the model; and see
+    check_held_out.
     """
-    few = {where: problems[:: -(-len(problems) // LOOKED_AT)] for where, problems in sets_of(task).items()}
-    few[HELD_OUT] = task.held_out(config.eval.prompts)
-    counted = iter(count([one for problems in few.values() for one in problems], False))
-    for where, problems in few.items():
-        tokens = list(islice(counted, len(problems)))
-        told, none = told_of(tokens, config)
-        if none or (where == HELD_OUT and any(isinstance(n, str) for n in tokens)):
-            raise ConfigError(f"{where}: {told}")
-        if told:
-            becomes = "count as wrong" if where == HELD_OUT else "are refused as failed, and never trained"
-            note(f"{where}: {told}; they {becomes}")
+    training = {where: problems[:: -(-len(problems) // LOOKED_AT)] for where, problems in sets_of(task).items()}
+    _check_room(config, training, sets, count, note)
+
+
+def check_held_out(
+    config: Config, sets: Mapping[str, list[Problem]], count: Count, note: Callable[[str], None]
+) -> None:
+    """Raise ConfigError where none of the held-out prompts of a set (key → problems) can be answered by the model, or
+    one of them cannot be put to it; ``note`` hears how many of how many cannot.
+    """
+    _check_room(config, {}, sets, count, note)
+
+
+def _check_room(
+    config: Config,
+    training: Mapping[str, list[Problem]],
+    held_out: Mapping[str, list[Problem]],
+    count: Count,
+    note: Callable[[str], None],
+) -> None:
+    counted = iter(
+        count([one for sets in (training, held_out) for problems in sets.values() for one in problems], False)
+    )
+    for sets, becomes in (
+        (training, "are refused as failed, and never trained"),
+        (held_out, "count as wrong"),
+    ):
+        for where, problems in sets.items():
+            tokens = list(islice(counted, len(problems)))
+            told, none = told_of(tokens, config)
+            if none or (sets is held_out and any(isinstance(n, str) for n in tokens)):
+                raise ConfigError(f"{where}: {told}")
+            if told:
+                note(f"{where}: {told}; they {becomes}")
 
 
 def check_examples(config: Config, examples: Sequence[Problem], count: Count, note: Callable[[str], None]) -> None:
@@ -73,9 +114,33 @@ def check_examples(config: Config, examples: Sequence[Problem], count: Count, no
         note(left_out(examples, long, longest))
 
 
+def remarks_on_trained(config: Config, task: Task, sets: Mapping[str, list[Problem]]) -> list[str]:
+    """What to say of questions of eval.sets that stand among a file's training problems too, up to blanks and template:
+    task.decontaminate_against finds more.
+    """
+    trained = {bare(problem, config.task) for problems in sets_of(task).values() for problem in problems}
+    said = []
+    for one in sets_of_run(config)[1:]:
+        key = f"eval.sets.{one.label}"
+        both = [problem for problem in sets[key] if bare(problem, one.config.task) in trained]
+        if both:
+            said.append(
+                f"{key}: {len(both):,} of its {len(sets[key]):,} questions are training problems, such as "
+                f"{bare(both[0], one.config.task)[:60]!r}; take them out of task.path, or see task.decontaminate=drop"
+            )
+    return said
+
+
+def bare(problem: Problem, config: TaskConfig) -> str:
+    """A prompt without its task's template, and with single blanks."""
+    head, _, tail = task_template(config).partition("{prompt}")
+    return " ".join(problem.prompt.removeprefix(head).removesuffix(tail).split())
+
+
 def told_of(counted: Sequence[int | str], config: Config) -> tuple[str, bool]:
     """What is to be said of prompts of these lengths, and whether none of them can be answered."""
-    new, longest = config.sampling.longest_at(config.learner.steps), config.model.max_length
+    step = step_of(config.checkpoint) if config.job == "eval" else config.learner.steps
+    new, longest = config.sampling.longest_at(step), config.model.max_length
     asked = f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
     if new > config.sampling.max_new_tokens:
         asked += f" ({new} from sampling.growth_step={config.sampling.growth_step} on)"

@@ -148,13 +148,16 @@ def _without_text(row: Row) -> str:
 
 
 def _without_room(config: Config) -> Finding:
-    """Of held-out prompts."""
+    """Of held-out prompts, of all sets together."""
+    areas = ["eval", *(f"eval/{label}" for label in config.eval.sets)]
 
     def finding(row: Row) -> str:
-        if not (without := row.get("eval/prompts_without_room")):
+        without = sum(row.get(f"{area}/prompts_without_room") or 0 for area in areas)
+        asked = sum(row.get(f"{area}/prompts") or 0 for area in areas)
+        if not without:
             return ""
         return (
-            f"{without:.0f} of {row.get('eval/prompts') or 0:.0f} held-out prompts leave no room for their answers in "
+            f"{without:.0f} of {asked:.0f} held-out prompts leave no room for their answers in "
             f"model.max_length={config.model.max_length} and count as wrong; raise it, or lower "
             "sampling.max_new_tokens"
         )

@@ -6,6 +6,7 @@ The launcher calls it at the end of a run, and after a failed one too: it draws 
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +112,16 @@ def _accuracy(axes: Axes, rows: list[Row]) -> None:
         _label(axes, steps[0], values[0], (9, -14), "left")
         if len(steps) > 1:
             _label(axes, steps[-1], values[-1], (0, -19), "right")
+    for label, style in zip(_sets(rows), cycle((":", "-.", "--")), strict=False):
+        _draw(axes, curve(rows, f"eval/{label}/accuracy"), f"held-out: {label}", GREEN, style)
     axes.set_ylim(0, 1.02)
     _legend(axes, _free_corner(_later(rows)))
+
+
+def _sets(rows: list[Row]) -> list[str]:
+    """The held-out sets beside the task's own."""
+    names = {name: None for row in rows for name in row if name.startswith("eval/") and name.endswith("/accuracy")}
+    return [name.split("/")[1] for name in names if name.count("/") == 2]
 
 
 def _later(rows: list[Row]) -> list[float]:

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from offtrail.platform.config.errors import FinalError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.verifier.keeper import verifier_below, waited_for_a_core
 from offtrail.platform.verifier.worker import LENGTH, READY, Job, Setup, Verdict, frame_of
+from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.total import columns, nothing_earned
 
 log = logging.getLogger("offtrail.verifiers")
@@ -76,6 +77,7 @@ class _Group:
     task: str
     size: int
     frame: bytes
+    reward: RewardConfig
     deaths: int = 0
 
 
@@ -83,13 +85,17 @@ class VerifierPool:
     """reward.workers processes. Not thread-safe; a context manager. Raises VerifierError from submit and poll.
 
     ``counters`` are cumulative: ``verified_groups``, ``verified_samples``, ``verifier_seconds`` (CPU),
-    ``verifier_timeouts``, ``verifier_deaths``. ``command`` starts one worker.
+    ``verifier_timeouts``, ``verifier_deaths``. ``command`` starts one worker. ``sets``: name → configuration of what
+    it judges beside the task (`of`), each by its own reward; workers and their memory are shared.
     """
 
-    def __init__(self, config: Config, command: Sequence[str] = COMMAND) -> None:
-        self._reward = config.reward
-        task, reward = dataclasses.asdict(config.task), dataclasses.asdict(config.reward)
-        setup = Setup(config.task.name, task, reward, config.reward.memory_mb << 20)
+    def __init__(
+        self, config: Config, command: Sequence[str] = COMMAND, sets: Mapping[str, Config] | None = None
+    ) -> None:
+        self._reward, sets = config.reward, sets or {}
+        self._rewards = {"": config.reward} | {name: one.reward for name, one in sets.items()}
+        memory = max(reward.memory_mb for reward in self._rewards.values()) << 20
+        setup = _setup(config, memory, {name: _setup(one, memory, {}) for name, one in sets.items()})
         self._waiting: deque[_Group] = deque()
         self._pending: set[int] = set()
         self._done: list[tuple[int, Components | None]] = []
@@ -105,7 +111,11 @@ class VerifierPool:
         """Groups submitted and not yet returned."""
         return len(self._pending)
 
-    def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+    def of(self, name: str) -> OfSet:
+        """The same verifiers for one of the sets, or for the task (""). Keys are shared."""
+        return OfSet(self, name)
+
+    def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool], of: str = "") -> None:
         """Queue a group's G answers: ``texts`` without their stop token, ``finished`` where a stop token came.
 
         Raises ValueError when the lengths differ or ``key`` is still pending.
@@ -117,8 +127,8 @@ class VerifierPool:
         if key in self._pending:
             raise ValueError(f"group {key}: submitted twice")
         self._submitted += 1
-        frame = frame_of(Job(self._submitted, problem, texts, finished))
-        self._waiting.append(_Group(key, self._submitted, problem.task, len(texts), frame))
+        frame = frame_of(Job(self._submitted, problem, texts, finished, of))
+        self._waiting.append(_Group(key, self._submitted, problem.task, len(texts), frame, self._rewards[of]))
         self._pending.add(key)
         self._dispatch()
 
@@ -171,7 +181,7 @@ class VerifierPool:
         elif not honest:
             worker.end()
             self._replace_dead(worker, "sent what it does not owe")
-        elif worker.ready and worker.groups and worker.late(self._reward.deadline_seconds):
+        elif worker.ready and worker.groups and worker.late(worker.groups[0].reward.deadline_seconds):
             self._time_out(worker)
         elif not worker.ready and worker.late(self._reward.start_seconds):
             raise VerifierError(
@@ -195,7 +205,7 @@ class VerifierPool:
         self.counters["verifier_seconds"] += verdict.seconds
         if verdict.error:
             self._refuse(group, verdict.error)
-        elif any(len(verdict.components.get(name, ())) != group.size for name in self._reward.components):
+        elif any(len(verdict.components.get(name, ())) != group.size for name in group.reward.components):
             self._refuse(group, f"verifier gave {sorted(verdict.components)} of another length than the group")
         else:
             self._return(group, columns(verdict.components))
@@ -205,13 +215,13 @@ class VerifierPool:
         """Kill it; its running group is decided by reward.on_timeout."""
         group = worker.groups.popleft()
         self.counters["verifier_timeouts"] += 1
-        what = f"verifier ran past reward.deadline_seconds={self._reward.deadline_seconds:g} and was killed"
+        what = f"verifier ran past reward.deadline_seconds={group.reward.deadline_seconds:g} and was killed"
         log.warning("%d answers to a problem of %s: %s", group.size, group.task, what)
         self._restart(worker)
-        if self._reward.on_timeout == "refuse":
+        if group.reward.on_timeout == "refuse":
             self._refuse(group, what)
         else:
-            self._return(group, nothing_earned(self._reward, group.task, group.size))
+            self._return(group, nothing_earned(group.reward, group.task, group.size))
 
     def _replace_dead(self, worker: _Worker, how: str) -> None:
         """It died, or broke its protocol: one retry for its running group, a bound on deaths before it was ready."""
@@ -253,7 +263,8 @@ class VerifierPool:
             for descriptor, events in worker.watched():
                 poller.register(descriptor, events)
             if worker.groups and worker.ready:
-                left = min(left, max(BUSY_LOOK_SECONDS, self._reward.deadline_seconds - worker.seconds))
+                deadline = worker.groups[0].reward.deadline_seconds
+                left = min(left, max(BUSY_LOOK_SECONDS, deadline - worker.seconds))
         poller.poll(max(0.0, left) * 1000 + 1)
 
     def _return(self, group: _Group, components: Components | None) -> None:
@@ -263,6 +274,38 @@ class VerifierPool:
     def _refuse(self, group: _Group, reason: str) -> None:
         self._reasons[group.key] = reason
         self._return(group, None)
+
+
+def _setup(config: Config, memory: int, sets: dict[str, Setup]) -> Setup:
+    return Setup(config.task.name, dataclasses.asdict(config.task), dataclasses.asdict(config.reward), memory, sets)
+
+
+@dataclass(frozen=True)
+class OfSet:
+    """A pool's verifiers for one set; ``close`` leaves them to the pool."""
+
+    pool: VerifierPool
+    name: str
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """The pool's, of all that it judges."""
+        return self.pool.counters
+
+    def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+        """See VerifierPool.submit."""
+        self.pool.submit(key, problem, texts, finished, self.name)
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Components | None]]:
+        """See VerifierPool.poll."""
+        return self.pool.poll(timeout_s)
+
+    def reason(self, key: int) -> str:
+        """See VerifierPool.reason."""
+        return self.pool.reason(key)
+
+    def close(self) -> None:
+        """Nothing: the pool is closed by who made it."""
 
 
 class _Worker:

@@ -31,21 +31,25 @@ READY = -1
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """First frame to a worker: from what to rebuild its reward, and its limit in bytes of address space."""
+    """First frame to a worker: from what to rebuild its reward, its limit in bytes of address space, and the same of
+    the ``sets`` that it also judges, by name.
+    """
 
     task: str
     task_settings: dict[str, Any]
     reward_settings: dict[str, Any]
     memory: int
+    sets: dict[str, Setup] = {}
 
 
 class Job(msgspec.Struct, frozen=True):
-    """The G answers of one group; ``finished``: a stop token ended the answer."""
+    """The G answers of one group; ``finished``: a stop token ended the answer. ``of``: the set, or "" for the task."""
 
     ticket: int
     problem: Problem
     texts: list[str]
     finished: list[bool]
+    of: str = ""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -71,14 +75,15 @@ def serve(make: Callable[[Setup], Reward]) -> None:
     setup = msgspec.msgpack.decode(frame, type=Setup)
     resource.setrlimit(resource.RLIMIT_AS, (setup.memory, setup.memory))
     try:
-        reward = make(setup)
+        rewards = {"": make(setup)} | {name: make(one) for name, one in setup.sets.items()}
     except Exception as error:
         write(verdicts, Verdict(READY, {}, said(error)))
         return
     write(verdicts, Verdict(READY))
     decoder = msgspec.msgpack.Decoder(Job)
     while (frame := read(jobs)) is not None:
-        write(verdicts, judge(decoder.decode(frame), reward))
+        job = decoder.decode(frame)
+        write(verdicts, judge(job, rewards[job.of]))
 
 
 def judge(job: Job, reward: Reward) -> Verdict:

@@ -135,6 +135,23 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_sets_are_judged_by_their_own_task_and_reward_in_the_same_workers() -> None:
+    """The same answer, as text and as a number; the set's reward looks for a box, and has one component."""
+    reward = RewardConfig(answer="boxed", weights={"accuracy": 1.0})
+    sets = {"numbers": Config(task=JsonlConfig(path="/not/read.jsonl"), reward=reward)}
+    problem = Problem("jsonl", 0, "q", "18", {"solution": ""})
+    with VerifierPool(Config(task=JsonlConfig(path="/not/read.jsonl", compare="text")), sets=sets) as pool:
+        assert len(children()) == 1
+        texts = ["<think></think><answer>18.0</answer>", "\\boxed{18.0}"]
+        pool.submit(0, problem, texts, [True, True])
+        pool.of("numbers").submit(1, problem, texts, [True, True])
+        found = collect(pool)
+    assert found[0] is not None
+    assert found[1] is not None
+    assert {name: column.tolist() for name, column in found[0].items()} == {"accuracy": [0, 0], "format": [1, 0]}
+    assert {name: column.tolist() for name, column in found[1].items()} == {"accuracy": [0, 1]}
+
+
 @pytest.mark.parametrize(
     "task",
     [

@@ -22,8 +22,10 @@ SETS = "eval.sets={chain: {}, sums: {name: addition}}"
 
 @pytest.fixture(scope="module")
 def trained(launch_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run of the default task, whose answers may be 40 tokens long."""
-    run = launch_in(tmp_path_factory.mktemp("trained"))("trained", "learner.steps=2", "sampling.max_new_tokens=40")
+    """A small run of the default task, whose answers may be 40 tokens long, with two held-out sets beside its own."""
+    sets = "eval.sets={sums: {name: addition, prompts: 6, samples: 2}, long: {name: chain, min_operations: 6}}"
+    keys = ("learner.steps=2", "sampling.max_new_tokens=40", sets)
+    run = launch_in(tmp_path_factory.mktemp("trained"))("trained", *keys)
     assert run.code == 0, run.output
     return Path(run.run_dir)
 
@@ -79,6 +81,20 @@ def test_a_checkpoint_is_asked_as_it_was_trained_and_a_cut_changes_nothing(
     assert other.returncode == 1
     assert other.stderr.startswith("offtrail: error: checkpoint: its files hold something else than when")
     assert asked(tmp_path, "cut") == told
+
+
+def test_sets_are_scored_while_training_beside_the_tasks_own_prompts(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((trained / "summary.json").read_text())
+    scored = [row for row in rows if "eval/accuracy" in row]
+    assert [row["eval/version"] for row in scored] == [0, 2]
+    for row in scored:
+        assert (row["eval/prompts"], row["eval/sums/prompts"], row["eval/long/prompts"]) == (16, 6, 16)
+        assert 0 <= row["eval/long/accuracy"] <= 1
+        assert row["eval/sums/accuracy"] * 12 == pytest.approx(round(row["eval/sums/accuracy"] * 12))
+    for label in ("sums", "long"):
+        ends = [summary[f"eval/{label}/accuracy_{end}"] for end in ("first", "last")]
+        assert ends == [row[f"eval/{label}/accuracy"] for row in scored]
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,17 @@ class AlwaysRight:
         done, self.pending = self.pending, []
         return [(key, {name: np.ones(SAMPLES, np.float32) for name in ("accuracy", "format")}) for key in done]
 
+    def of(self, name: str) -> AlwaysRight:
+        assert name == "sums"
+        return self
+
     def close(self) -> None:
         """Nothing to end."""
 
 
 @pytest.fixture
 def evaluation(start_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Evaluation]:
-    monkeypatch.setattr(role, "VerifierPool", lambda config: AlwaysRight())
+    monkeypatch.setattr(role, "VerifierPool", lambda config, sets: AlwaysRight())
     config = Config()
     config.eval.prompts, config.eval.samples = PROMPTS, SAMPLES
     config.sampling.max_new_tokens, config.model.max_length = 8, 64
@@ -162,3 +166,25 @@ def test_a_version_that_is_gone_or_is_another_one_is_given_up_with_the_reason(
     assert lost()
     shutil.copy(start_dir / "model.safetensors", kept)
     assert lost() == f"{kept} holds another version"
+
+
+def test_sets_are_scored_under_the_same_version_beside_the_tasks_own_prompts(
+    evaluation: Evaluation, start_dir: Path, tmp_path: Path
+) -> None:
+    alone, _ = evaluation.run()
+    config = evaluation.config
+    config.eval.sets = {
+        "sums": {"name": "addition", "prompts": 3, "samples": 2, "reward": {"weights": {"accuracy": 1.0}}}
+    }
+    both = Evaluation(RoleContext(config, tmp_path, "evaluator", 0), Activity())
+    both.engine.load_weights(0, read_weights(start_dir))
+    metrics, texts = both.run()
+    both.close()
+    of_set = {name: value for name, value in metrics.items() if name.startswith("eval/sums/")}
+    assert {name: value for name, value in metrics.items() if name not in of_set} == alone
+    assert (of_set["eval/sums/prompts"], of_set["eval/sums/prompts_without_room"]) == (3, 0)
+    assert of_set["eval/sums/accuracy"] == 1.0
+    assert 0 < of_set["eval/sums/length_mean"] <= 8
+    assert "eval/sums/format" not in of_set  # its own reward has no such component
+    assert [*texts] == ["eval/samples", "eval/sums/samples"]
+    assert "+" in texts["eval/sums/samples"]

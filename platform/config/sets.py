@@ -1,0 +1,168 @@
+"""The held-out sets of a run: its own task's, and those of `eval.sets`, each with its task, its reward and its numbers.
+
+compose ─► with_options (configs/task, configs/reward, paths made absolute) ─► the saved eval.sets ─► sets_of, in every
+role. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from offtrail.core.plugins import PluginError
+from offtrail.core.problem import Problem
+from offtrail.platform.config.build import build
+from offtrail.platform.config.errors import ConfigError, refuse
+from offtrail.platform.config.files import guess
+from offtrail.platform.config.keys import keys_of
+from offtrail.platform.config.schema import Config
+from offtrail.platform.config.validate import (
+    a_groups_programs_have_time_and_memory,
+    code_from_outside_is_here,
+    files_of_lines_are_here,
+    numbers_are_in_range,
+    programs_are_run,
+)
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.registry import make_task
+
+LABEL = re.compile(r"[\w-]+", re.ASCII)
+TAKEN = ("behaviour", "samples")
+"""Names that metrics have in the place of a set's."""
+RULES: tuple[Callable[[Config], None], ...] = (
+    numbers_are_in_range,
+    files_of_lines_are_here,
+    programs_are_run,
+    a_groups_programs_have_time_and_memory,
+    code_from_outside_is_here,
+)
+"""Of validate.py, those that a set must keep to as a run does."""
+
+Settings = dict[str, Any]
+OptionValues = Callable[[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+    """What is asked of one set. ``label``: "" for a run's own task while it trains; ``config``: the run's, with the
+    set's task and reward; ``prompts`` questions, ``samples`` answers each.
+    """
+
+    label: str
+    config: Config
+    prompts: int
+    samples: int
+
+    @property
+    def area(self) -> str:
+        """What its metrics begin with."""
+        return f"eval/{self.label}" if self.label else "eval"
+
+    def problems(self) -> list[Problem]:
+        """The questions. Raises TaskError and PluginError."""
+        return make_task(self.config.task, self.config.run.seed).held_out(self.prompts)
+
+
+def sets_of(config: Config) -> list[EvalSet]:
+    """job=eval: the sets, or the task where there are none; else the task's own held-out prompts, then the sets.
+
+    Raises ConfigError that names the set.
+    """
+    alone = config.job == "eval"
+    own = EvalSet(config.task.name if alone else "", config, config.eval.prompts, config.eval.samples)
+    sets = [_set(config, label, settings) for label, settings in config.eval.sets.items()]
+    return (sets or [own]) if alone else [own, *sets]
+
+
+def with_options(sets: Mapping[str, Settings], known: Callable[[str], list[str]], of: OptionValues) -> dict[str, Any]:
+    """``eval.sets`` with the options of configs/ put in that a set names, and its files by absolute paths: what is
+    saved. ``known``: the options of a group; ``of``: an option's values, its own and those of other sections.
+    """
+    return {label: _with_option(label, settings, known, of) for label, settings in sets.items()}
+
+
+def _with_option(label: str, settings: Settings, known: Callable[[str], list[str]], of: OptionValues) -> Settings:
+    if not isinstance(settings, dict):
+        raise refuse(f"eval.sets.{label}", settings, "must be a mapping of a task's settings, such as {name: chain}")
+    name, reward = settings.get("name", label), settings.get("reward", {})
+    given = dict(settings)
+    if isinstance(name, str) and name in known("task"):
+        own, others = of("task", name)
+        given = {**_plain(own, "task"), **given, "name": own["task.name"]}
+        if beside := _plain(others, "reward"):
+            reward = {**beside, **reward} if isinstance(reward, dict) else reward
+    if isinstance(reward, str):
+        if reward not in known("reward"):
+            options = ", ".join(known("reward"))
+            raise refuse(f"eval.sets.{label}.reward", reward, f"unknown option; options: {options}, or {{key: value}}")
+        reward = _plain(of("reward", reward)[0], "reward")
+    if reward:
+        given["reward"] = reward
+    built = _set(Config(job="eval"), label, given, rules=()).config.task
+    paths = {key.path.removeprefix("task."): key for key in keys_of(built, "task.").values() if key.path_kind == "file"}
+    return given | {name: paths[name].default for name in paths if name in given}
+
+
+def _plain(values: Mapping[str, Any], section: str) -> Settings:
+    inside = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")}
+    return {key: guess(value) for key, value in inside.items()}
+
+
+def _set(
+    config: Config, label: str, settings: Settings, rules: tuple[Callable[[Config], None], ...] = RULES
+) -> EvalSet:
+    where = f"eval.sets.{label}"
+    if not LABEL.fullmatch(label) or label in TAKEN:
+        raise ConfigError(
+            f"{where}: a set's name is letters, digits, - and _, for files are named by it, and none of "
+            f"{', '.join(TAKEN)}"
+        )
+    given = {"name": label, **settings}
+    reward = given.pop("reward", {})
+    prompts, samples = (
+        _count(where, name, given.pop(name, getattr(config.eval, name))) for name in ("prompts", "samples")
+    )
+    if not isinstance(given["name"], str):
+        raise refuse(f"{where}.name", given["name"], "must be a task, such as chain")
+    if not isinstance(reward, dict):
+        raise refuse(f"{where}.reward", reward, "must be a mapping of keys of reward, such as {answer: boxed}")
+    scored = {**dataclasses.asdict(config.reward), **reward}
+    values = {f"task.{name}": value for name, value in given.items()}
+    try:
+        values |= {f"reward.{name}": value for name, value in scored.items()}
+        built = build({"job": "eval", "eval.samples": samples, **values})
+        for rule in rules:
+            rule(built)
+    except (ConfigError, PluginError, TaskError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return EvalSet(label, dataclasses.replace(config, task=built.task, reward=built.reward), prompts, samples)
+
+
+def _count(where: str, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise refuse(f"{where}.{name}", value, "must be a whole number ≥ 1")
+    return value
+
+
+def check_sets(config: Config) -> None:
+    """Raise ConfigError where a set would be trained on, or nothing would score it."""
+    for one in sets_of(config)[config.job != "eval" :]:
+        for line in _wrong_with(config, one):
+            raise ConfigError(f"eval.sets.{one.label}: {line}")
+
+
+def _wrong_with(config: Config, one: EvalSet) -> Iterator[str]:
+    task, reward = one.config.task, one.config.reward
+    if not reward.applies(reward.main, task.name):
+        yield (
+            f"reward.only.{reward.main}.tasks leaves task={task.name} out, and nothing else says how good an answer "
+            "is; give the set a reward of its own, as {reward: {weights: {accuracy: 1}}}"
+        )
+    same = config.job == "rl" and task.name == config.task.name and not getattr(task, "eval_path", "")
+    if same and task.held_out_share > config.task.held_out_share and not getattr(task, "path", ""):
+        yield (
+            f"held_out_share={task.held_out_share} is more than task.held_out_share={config.task.held_out_share}: some "
+            "of its prompts would be trained on; give both the same"
+        )
