@@ -105,8 +105,13 @@ def sets_of(task: Task) -> dict[str, list[Problem]]:
     return {
         f"{where}path={one.config.path}": one.training()  # type: ignore[attr-defined]
         for where, one in ({"task.": task} | within).items()
-        if callable(getattr(one, "training", None)) and getattr(getattr(one, "config", None), "path", "")
+        if callable(getattr(one, "training", None)) and _path_of(one)
     }
+
+
+def _path_of(task: Task) -> str:
+    """The file of its training problems, where it has one."""
+    return str(getattr(getattr(task, "config", None), "path", ""))
 
 
 def overlaps_of(task: Task) -> list[Overlap]:

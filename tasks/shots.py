@@ -82,7 +82,7 @@ def before(problem: Problem, shots: Sequence[Shot], *, chats: bool) -> Problem:
     own = problem.messages or ({"role": "user", "content": problem.prompt},)
     system = own[:1] if own[0]["role"] == "system" else ()
     turns = [turn for shot in shots for turn in _as_turns(shot)]
-    messages = (*system, *turns, *own[len(system) :])
+    messages = tuple(dict(message) for message in (*system, *turns, *own[len(system) :]))
     return replace(problem, prompt=as_lines(messages), messages=messages)
 
 

@@ -29,7 +29,9 @@ STOP = FINISH_REASONS.index("stop")
 class Verifiers(Protocol):
     """What is used of VerifierPool."""
 
-    counters: dict[str, float]
+    @property
+    def counters(self) -> dict[str, float]:
+        """What they have done, cumulative."""
 
     def submit(self, key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
         """Queue the answers to one problem."""
