@@ -49,7 +49,7 @@ def value_loss(
     """Σ weight · ½·max((V − R)², (V_clip − R)²) with V_clip = V_old + clip(V − V_old, ±clip).
 
     The clipped value loss of PPO's implementations (Schulman et al.'s baselines; ½ as in arXiv:2203.02155's code base).
-    A token counts as clipped where the clipped term is the larger one: there V gets no gradient.
+    A token counts as clipped where |V − V_old| > clip and the clipped term is the larger one: there V gets no gradient.
 
     Args:
         values: [N], with gradient.
@@ -61,9 +61,11 @@ def value_loss(
     old, target = old_values.detach(), returns.detach()
     plain = (values - target).square()
     if clip:
-        near = old + (values - old).clamp(-clip, clip)
-        clipped_term = (near - target).square()
-        squares, clipped = torch.maximum(plain, clipped_term), clipped_term.detach() > plain.detach()
+        moved = values - old
+        clipped_term = (old + moved.clamp(-clip, clip) - target).square()
+        squares = torch.maximum(plain, clipped_term)
+        # Inside the range V_old + (V − V_old) differs from V by rounding, and so do the two terms.
+        clipped = (moved.detach().abs() > clip) & (clipped_term.detach() > plain.detach())
     else:
         squares, clipped = plain, torch.zeros_like(plain, dtype=torch.bool)
     loss = 0.5 * (token_weights * squares).sum()

@@ -3,9 +3,10 @@
     with keeping_less(): h = norm(x); again(h, make) ──► linear(h) ──► its graph holds ``make`` in place of h
                                                                         └──► its backward calls ``make``
 
-So are the weights that autocast rounds to bfloat16, which would else be kept beside the float32 ones. ``lean(model)``
-does so in transformers' RMS norms and SwiGLU layers, for bfloat16 on a CPU, where those stay as they are; fused.py and
-attention.py do it by themselves.
+So is what autocast rounds to bfloat16: the weights, which would else be kept beside the float32 ones, and outputs of
+norms, of which each layer that reads one would keep a copy of its own. ``lean(model)`` does so in transformers' RMS
+norms and SwiGLU layers, for bfloat16 on a CPU, where those stay as they are; fused.py and attention.py do it by
+themselves.
 
 Invariant: what is made again has the same bits, so that nothing else changes.
 """
@@ -36,6 +37,8 @@ class _Again:
 
 _known: dict[int, tuple[weakref.ref[Tensor], Make]] | None = None
 """By address, inside ``keeping_less``. A tensor that is gone has left its address to another."""
+_by_node: dict[Any, Make] = {}
+"""The same by the node of the graph that made it, which its rounded copies refer to."""
 
 
 @contextlib.contextmanager
@@ -50,6 +53,7 @@ def keeping_less() -> Iterator[None]:
             yield
     finally:
         _known = None
+        _by_node.clear()
 
 
 def again(tensor: Tensor, make: Make) -> Tensor:
@@ -58,6 +62,8 @@ def again(tensor: Tensor, make: Make) -> Tensor:
     """
     if _known is not None:
         _known[tensor.data_ptr()] = weakref.ref(tensor), make
+        if tensor.grad_fn is not None:
+            _by_node[tensor.grad_fn] = make
     return tensor
 
 
@@ -72,7 +78,7 @@ def _pack(saved: Tensor) -> Tensor | _Again:
         and (saved.is_contiguous() and tensor.is_contiguous())
     ):
         return _Again(make, saved.shape)
-    rounded = _rounded_parameter(saved) if saved.dtype == torch.bfloat16 else None
+    rounded = _rounded_again(saved) if saved.dtype == torch.bfloat16 else None
     return saved if rounded is None else _Again(rounded, saved.shape)
 
 
@@ -83,19 +89,23 @@ def _unpack(saved: Tensor | _Again) -> Tensor:
     return made if made.shape == saved.shape else made.view(saved.shape)
 
 
-def _rounded_parameter(saved: Tensor) -> Make | None:
-    """How to round a parameter again that autocast has rounded, transposed where ``saved`` is."""
+def _rounded_again(saved: Tensor) -> Make | None:
+    """How to round again what autocast has rounded: a parameter, transposed where ``saved`` is, or a tensor that
+    ``again`` knows.
+    """
     node: Any = saved.grad_fn
-    transposed = node is not None and node.name() == "TBackward0"
-    if transposed:
+    seen_as = node.name() if node is not None else ""
+    if seen_as in ("TBackward0", "ViewBackward0"):
         node = node.next_functions[0][0]
     if node is None or node.name() != "ToCopyBackward0":
         return None
-    parameter = getattr(node.next_functions[0][0], "variable", None)
-    if not isinstance(parameter, nn.Parameter):
-        return None
-    whole, dtype = parameter.detach(), saved.dtype
-    return lambda: whole.to(dtype).t() if transposed else whole.to(dtype)
+    source, dtype = node.next_functions[0][0], saved.dtype
+    parameter = getattr(source, "variable", None)
+    if isinstance(parameter, nn.Parameter):
+        whole = parameter.detach()
+        return lambda: whole.to(dtype).t() if seen_as == "TBackward0" else whole.to(dtype)
+    make = _by_node.get(source)
+    return None if make is None or seen_as == "TBackward0" else lambda: make().to(dtype)
 
 
 class _LeanNorm:
@@ -107,7 +117,8 @@ class _LeanNorm:
         r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         kept_x, kept_r = x.detach(), r.detach()
         n = again(x * r, lambda: kept_x * kept_r)
-        return self.weight * n.to(hidden_states.dtype)
+        weight, dtype = self.weight.detach(), hidden_states.dtype
+        return again(self.weight * n.to(dtype), lambda: weight * (kept_x * kept_r).to(dtype))
 
 
 class _LeanMlp:

@@ -142,11 +142,7 @@ def test_metrics_of_two_ranks_equal_one(results: Callable[[str], Path]) -> None:
 def test_two_ranks_equal_one_with_a_critic_and_with_an_exact_kl(results: Callable[[str], Path], algo: str) -> None:
     one, two = results(f"{algo}_one"), results(f"{algo}_two")
     assert distance(one, two) < 1e-5
-    alone, both = told(one)["metrics"], told(two)["metrics"]
-    for name in [name for name in alone if name.endswith("fraction")]:
-        # Of some 180 tokens, one that stands at a bound may be clipped here and not there.
-        assert alone.pop(name) == pytest.approx(both.pop(name), abs=0.01), name
-    assert alone == pytest.approx(both, rel=1e-3, abs=1e-5)
+    assert told(one)["metrics"] == pytest.approx(told(two)["metrics"], rel=1e-3, abs=1e-5)
     assert all(told(two, rank)["dtensor"] for rank in range(2))
     if algo == "ppo":
         assert "critic.score.weight" in parameters(two)

@@ -148,6 +148,16 @@ def test_the_value_loss_by_hand() -> None:
     assert value_loss(ones, zeros, ones, ones / 3, clip=0.0)[1].means()["value/explained_variance"] == 0
 
 
+def test_values_within_the_clip_range_are_not_counted_as_clipped() -> None:
+    """V_old + (V − V_old) is V but for its rounding, which must not count."""
+    generator = torch.Generator().manual_seed(0)
+    old, moved, target = torch.randn(3, 10_000, generator=generator)
+    old, values = 0.01 * old, 0.1 * moved.clamp(-1, 1)
+    assert (old + (values - old) != values).any()
+    _, metrics = value_loss(values, old, target, torch.ones(10_000), clip=0.2)
+    assert metrics.means()["value/clip_fraction"] == 0
+
+
 def ppo(*argv: str) -> Config:
     return settings("algo=ppo", "algo.kl=none", "algo.kl_in=loss", "algo.kl_coef=0", "algo.critic.lr=1e-2", *argv)
 

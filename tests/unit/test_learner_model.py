@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from offtrail.platform.model import fused, lean, liger
 from offtrail.platform.model.head import TokenOutputs
@@ -230,6 +231,32 @@ def test_rounded_weights_are_not_kept_beside_the_others(monkeypatch: pytest.Monk
         grads.append(torch.autograd.grad(out.float().square().sum(), (layer.weight, layer.bias)))
     assert kept
     assert not any(isinstance(t, torch.Tensor) and {*t.shape} == {7, 9} for t in kept)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_what_autocast_rounds_of_a_norm_is_kept_by_none_of_its_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = lean.lean(Qwen3RMSNorm(7))
+    readers, x, kept, grads, pack = (
+        [nn.Linear(7, 9) for _ in range(3)],
+        torch.randn(1, 5, 7),
+        list[Any](),
+        [],
+        lean._pack,
+    )
+    x.requires_grad_()
+
+    def spied(saved: torch.Tensor) -> Any:
+        kept.append(pack(saved))
+        return kept[-1]
+
+    monkeypatch.setattr(lean, "_pack", spied)
+    for less in (keeping_less(), contextlib.nullcontext()):
+        with less, torch.autocast("cpu", torch.bfloat16):
+            read = norm(x)
+            out = sum(reader(read).float().square().sum() for reader in readers)
+        grads.append(torch.autograd.grad(out, (x, *norm.parameters(), *(r.weight for r in readers))))
+    assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 and t.numel() == x.numel() for t in kept)
+    assert sum(isinstance(t, lean._Again) and t.shape.numel() == x.numel() for t in kept) >= len(readers)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 

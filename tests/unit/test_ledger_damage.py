@@ -13,24 +13,32 @@ import pytest
 from fakes.run import Run
 from offtrail.platform.broker.database import LedgerError
 from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.broker.resume import check_settings
+from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.schema import Config
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.groups import unpack_group
 
 
 @pytest.fixture
-def closed(tmp_path: Path) -> Path:
-    """The ledger of a run with trained, logged and queued groups, in one file."""
+def run(tmp_path: Path) -> Run:
+    """A run with trained, logged and queued groups that has ended, its ledger in one file."""
     run = Run(tmp_path / "run", learner__steps=12)
     run.everybody()
     for step in range(4):
         run.train(checkpoint=step == 2)
     run.make()
     run.close()
-    path = run.run_dir / FILE
-    db = sqlite3.connect(path)
+    db = sqlite3.connect(run.run_dir / FILE)
     db.execute("PRAGMA journal_mode = DELETE")
     db.close()
-    return path
+    return run
+
+
+@pytest.fixture
+def closed(run: Run) -> Path:
+    """Its ledger."""
+    return run.run_dir / FILE
 
 
 def test_no_flipped_bit_of_a_payload_is_taken_for_whole(closed: Path, tmp_path: Path) -> None:
@@ -78,19 +86,24 @@ def contents(path: Path) -> dict[str, list[tuple[bytes, ...]]]:
     return found
 
 
-def outcome(path: Path, whole: dict[str, list[tuple[bytes, ...]]]) -> str:
-    """What is told of a ledger, or what of it has changed without a word."""
+def outcome(path: Path, whole: dict[str, list[tuple[bytes, ...]]], config: Config) -> str:
+    """What is told at a resume of a ledger, or what of it has changed without a word."""
     now = contents(path)
     try:
         ledger = Ledger(path)
     except LedgerError:
         return "refused"
     try:
+        check_settings(ledger, config, path.parent)
         audit = ledger.audit()
         for (body,) in ledger.file.fetch("SELECT CAST(body AS BLOB) FROM payloads"):
             unpack_group(body)
         if audit.lost or audit.duplicated or ledger.records.aside():
             return "told"
+    except LedgerError:
+        return "refused"
+    except ConfigError:
+        return "settings"
     except WireError:
         return "payload"
     finally:
@@ -100,7 +113,7 @@ def outcome(path: Path, whole: dict[str, list[tuple[bytes, ...]]]) -> str:
 
 
 @pytest.mark.prove
-def test_what_of_a_thousand_flipped_bits_is_told(closed: Path, tmp_path: Path) -> None:
+def test_what_of_a_thousand_flipped_bits_is_told(run: Run, closed: Path, tmp_path: Path) -> None:
     """With -s it prints the figures of docs/invariants.md."""
     data, whole, rng, copy = closed.read_bytes(), contents(closed), random.Random(0), tmp_path / "copy" / FILE
     found: Counter[str] = Counter()
@@ -110,11 +123,11 @@ def test_what_of_a_thousand_flipped_bits_is_told(closed: Path, tmp_path: Path) -
         shutil.rmtree(copy.parent, ignore_errors=True)
         copy.parent.mkdir()
         copy.write_bytes(flipped)
-        found[outcome(copy, whole)] += 1
+        found[outcome(copy, whole, run.config)] += 1
     print(dict(found))
     assert "silent in payloads" not in found
     silent = sum(count for what, count in found.items() if what.startswith("silent"))
-    assert found["refused"] + found["payload"] + found["told"] > 2 * silent
+    assert found["refused"] + found["payload"] + found["settings"] + found["told"] > 3 * silent
 
 
 def test_an_index_that_disagrees_with_its_table_is_refused(closed: Path) -> None:
