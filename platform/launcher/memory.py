@@ -217,8 +217,6 @@ def _learner(config: Config, shape: Shape, ranks: int) -> Iterator[Part]:
     logits = min(max(HEAD_LOGITS, shape.vocabulary * shape.hidden // 2), update * longest * shape.vocabulary)
     table = shape.vocabulary * shape.hidden
     yield Part("learner", "the head", ranks * FLOAT32 * (logits + 2 * table))
-    if learner.dtype == "bfloat16":
-        yield Part("learner", "weights in bfloat16", ranks * 2 * (shape.parameters - table))
 
 
 def _generators(config: Config, shape: Shape, count: int) -> Iterator[Part]:

@@ -154,7 +154,9 @@ class PackedModel(nn.Module, ABC, Generic[Out]):
         if self.keeps_less:
             give_back_freed(_HOLES)  # of the micro-batch before, in sizes that another layer may not fit into
         less = keeping_less() if self.keeps_less and torch.is_grad_enabled() else contextlib.nullcontext()
-        with less, torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+        kind = packed.input_ids.device.type
+        # Autocast's cache would hold every rounded weight until the last layer, and each is read once.
+        with less, torch.autocast(kind, torch.bfloat16, enabled=self.autocast, cache_enabled=kind != "cpu"):
             hidden = self.model.base_model(
                 input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
             ).last_hidden_state[0]

@@ -234,6 +234,18 @@ def test_rounded_weights_are_not_kept_beside_the_others(monkeypatch: pytest.Monk
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rounded_weights_live_no_longer_than_their_layer(folder: Path, checkpointing: bool) -> None:
+    policy = Policy(load_model(folder), dtype="bfloat16", activation_checkpointing=checkpointing)
+    cached = list[bool]()
+    for module in policy.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+    policy(lay_out(ragged(), range(9)))[0].sum().backward()
+    assert cached
+    assert not any(cached)
+
+
 def test_what_autocast_rounds_of_a_norm_is_kept_by_none_of_its_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = lean.lean(Qwen3RMSNorm(7))
     readers, x, kept, grads, pack = (
