@@ -67,13 +67,14 @@ def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 def command_in(folder: Path) -> Command:
     """The command line of a run named ``name`` in ``folder``: a small, quick run of the default task unless told
-    otherwise.
+    otherwise. Its evaluator is as nice as others: behind the tests beside it it would come last.
     """
 
     def make(name: str, *overrides: str) -> list[str]:
         small = [
             "sft.steps=150", "batch.groups=4", "batch.group_size=4", "learner.steps=4", "learner.checkpoint_every=3",
             "eval.prompts=16", "eval.every=0", "broker.deadline_seconds=60", "broker.lease_heartbeats=10",
+            "eval.nice=0",
         ]  # fmt: skip
         given = {override.split("=")[0] for override in overrides}
         kept = [override for override in small if override.split("=")[0] not in given]

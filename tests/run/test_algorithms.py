@@ -56,7 +56,8 @@ def test_dynamic_sampling_repeats_in_exact_mode(launch: Any) -> None:
 def test_the_main_algorithms_learn_the_embedded_default(
     algo: str, environment: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    command = [sys.executable, str(ROOT / "launch.py"), f"algo={algo}", f"run.dir={tmp_path}", "run.name=learns"]
+    keys = [f"algo={algo}", f"run.dir={tmp_path}", "run.name=learns", "eval.nice=0"]
+    command = [sys.executable, str(ROOT / "launch.py"), *keys]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "learns" / "summary.json").read_text())

@@ -32,7 +32,7 @@ def servers_of(run_dir: Path) -> list[psutil.Process]:
 @pytest.mark.timeout(900)
 def test_the_demo_learns_with_an_sglang_server(environment: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), "engine=sglang", "eval.engine=local", "run.name=demo"],
+        [sys.executable, str(ROOT / "launch.py"), "engine=sglang", "eval.engine=local", "run.name=demo", "eval.nice=0"],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=880,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
