@@ -19,7 +19,10 @@ the target in --steps, its time at the end stands in for it, and `reached` says 
 - time_to_accuracy_ratio: TRL's seconds to the target ÷ ours.
 - samples_per_second_ratio: ours ÷ TRL's, samples trained per second, from step 5 to TAIL steps before our run's end (so
   that our generators still work), and from step 5 to the end of TRL's, without its evaluations.
-- ceiling_share: our samples per second ÷ those of training alone on the same batches at hand, on one pinned core.
+- ceiling_share: our samples per second ÷ those of training alone on the same batches at hand, on one pinned core, the
+  other core idle.
+- ceiling_share_beside: the same while another such training keeps the other core busy, as generation does in ours: what
+  two busy cores of this machine take from each other is in neither side then.
 
 The last line of stdout is one JSON object.
 """
@@ -34,6 +37,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +268,7 @@ def report(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 run = launch(folder, f"run-{seed}", [*overrides, f"learner.steps={args.steps}", f"run.seed={seed}"])
                 found[name] = ours(run, args.steps, args.target)
                 found["alone"] = alone(run, args.steps, one)
+                found["beside"] = alone(run, args.steps, one, other)
                 run.remove()
             say(f"seed {seed}: {name} {found[name]}")
         repeats.append(found)
@@ -274,12 +279,18 @@ def report(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def alone(run: Run, steps: int, core: int) -> Measured:
-    """Training alone on the run's batches at hand, on one pinned core."""
-    channel = Path("/dev/shm") / f"vs-trl-{os.getpid()}"
-    arm = Arm(Training, run, WARM, steps - TAIL, channel, cores={core})
-    found: Measured = arm.measure()
-    arm.close()
+def alone(run: Run, steps: int, core: int, other: int | None = None) -> Measured:
+    """Training alone on the run's batches at hand, on one pinned core; with ``other``, the same there meanwhile."""
+    pinned = [core] if other is None else [core, other]
+    channel = Path("/dev/shm")
+    arms = [
+        Arm(Training, run, WARM, steps - TAIL, channel / f"vs-trl-{os.getpid()}-{one}", cores={one}) for one in pinned
+    ]
+    found: Measured
+    with ThreadPoolExecutor(len(arms)) as pool:
+        found, *_ = pool.map(lambda arm: arm.measure(), arms)
+    for arm in arms:
+        arm.close()
     return found | {"samples_per_second": found["samples"] / found["seconds"]}
 
 
@@ -301,11 +312,13 @@ def summary(repeats: Sequence[dict[str, Measured]]) -> dict[str, Any]:
     times = ratios("seconds", "trl", "ours")
     speeds = ratios("samples_per_second", "ours", "trl")
     shares = ratios("samples_per_second", "ours", "alone")
+    beside = ratios("samples_per_second", "ours", "beside")
     result: dict[str, Any] = {"benchmark": "vs_trl"}
     for name, values in (
         ("time_to_accuracy_ratio", times),
         ("samples_per_second_ratio", speeds),
         ("ceiling_share", shares),
+        ("ceiling_share_beside", beside),
     ):
         result |= {name: round(statistics.median(values), 3), f"{name}s": [round(v, 3) for v in values]}
     for name in ("ours", "trl"):
@@ -316,7 +329,8 @@ def summary(repeats: Sequence[dict[str, Measured]]) -> dict[str, Any]:
             "samples_per_second": [round(found[name]["samples_per_second"], 1) for found in repeats],
             "accuracy": [{v: round(a, 3) for v, a in found[name]["accuracy"].items()} for found in repeats],
         }
-    result["ceiling_samples_per_second"] = [round(found["alone"]["samples_per_second"], 1) for found in repeats]
+    for name in ("alone", "beside"):
+        result[f"{name}_samples_per_second"] = [round(found[name]["samples_per_second"], 1) for found in repeats]
     return result
 
 
