@@ -71,15 +71,15 @@ def _pack(saved: Tensor) -> Tensor | _Again:
     assert _known is not None
     found, make = _known.get(saved.data_ptr(), (None, None))
     tensor = found() if found is not None else None
-    if (
-        tensor is not None
-        and make is not None
-        and tensor.nbytes == saved.nbytes
-        and (saved.is_contiguous() and tensor.is_contiguous())
-    ):
+    if make and tensor is not None and _same(saved, tensor):
         return _Again(make, saved.shape)
     rounded = _rounded_again(saved) if saved.dtype == torch.bfloat16 else None
     return saved if rounded is None else _Again(rounded, saved.shape)
+
+
+def _same(saved: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors at one address are one. Trap: a part begins there, too, and a transpose is even as large."""
+    return saved.nbytes == tensor.nbytes and saved.is_contiguous() and tensor.is_contiguous()
 
 
 def _unpack(saved: Tensor | _Again) -> Tensor:

@@ -217,6 +217,19 @@ def test_what_is_made_again_is_what_was_kept() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_a_transpose_and_a_part_of_what_is_made_again_are_kept() -> None:
+    """All stand at its address; with 6 × 6 numbers none has another shape."""
+    x, w, grads = torch.randn(6, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True), []
+    kept = x.detach()
+    for less in (keeping_less(), contextlib.nullcontext()):
+        with less:
+            inner = again(x.exp(), lambda: kept.exp())
+            turned = again(x.cos().t(), lambda: kept.cos().t())
+            out = inner.t() * w + turned.t() * w.square() + inner[:1] * w
+        grads.append(torch.autograd.grad(out.sum(), (x, w)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_rounded_weights_are_not_kept_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, kept, grads, pack = nn.Linear(7, 9), torch.randn(5, 7), list[Any](), [], lean._pack
 
