@@ -272,6 +272,18 @@ def valid(argv):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(argv=command_lines())
 def test_a_saved_configuration_repeats_itself(argv, tmp_path_factory):
+    check_that_it_repeats_itself(argv, tmp_path_factory)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1800)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(argv=command_lines())
+def test_many_saved_configurations_repeat_themselves(argv, tmp_path_factory):
+    check_that_it_repeats_itself(argv, tmp_path_factory)
+
+
+def check_that_it_repeats_itself(argv, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "repeat"
     folder.mkdir(exist_ok=True)
     problems = folder / "problems.jsonl"
