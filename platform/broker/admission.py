@@ -37,7 +37,7 @@ class Tally:
     """Groups by state, as the ledger counts them at one moment.
 
     I1: admitted = leased + queued + training + trained + refused by reason. ``tokens`` are those of all groups
-    that arrived.
+    that arrived, ``discarded`` those of refused ones.
     """
 
     admitted: int = 0
@@ -47,6 +47,7 @@ class Tally:
     trained: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
     tokens: int = 0
+    discarded: int = 0
 
     @property
     def living(self) -> int:

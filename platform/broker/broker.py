@@ -26,6 +26,7 @@ from offtrail.platform.broker.database import LedgerError, UnfitError
 from offtrail.platform.broker.deadlines import TICK_SECONDS, Deadlines
 from offtrail.platform.broker.ending import Ending
 from offtrail.platform.broker.evaluations import Evaluations
+from offtrail.platform.broker.held import Held
 from offtrail.platform.broker.ledger import FILE, Ledger
 from offtrail.platform.broker.polls import NO_ARRAYS, Answer, LongPoll, Polls, Wire
 from offtrail.platform.broker.resume import check_settings, check_whole, cold_start_of, note_launch
@@ -36,6 +37,7 @@ from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS, roles_of
+from offtrail.platform.tracking import compute
 from offtrail.platform.tracking.diagnosis import Diagnosis
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.wire.auth import is_remote
@@ -75,7 +77,7 @@ log = logging.getLogger("offtrail.broker")
 
 
 class Broker:
-    """One run's broker. ``problems`` maps a place of the data order to its problem.
+    """One run's broker. ``problems`` maps a place of the data order to its problem; it began ``age`` seconds ago.
 
     LedgerError, ConfigError or ValueError at the start when the ledger is another run's, or the admission policy cannot
     work.
@@ -88,6 +90,7 @@ class Broker:
         wire: Wire,
         problems: Callable[[int], Problem],
         clock: Callable[[], float] = time.monotonic,
+        age: float = 0.0,
     ) -> None:
         self.config, self.run_dir, self.wire, self.clock = config, run_dir, wire, clock
         self.admission = AdmissionPolicy.of(config)
@@ -114,6 +117,8 @@ class Broker:
         self.roster = Roster()
         of_groups, sets = "generator" in JOBS[config.job], tuple(config.eval.sets)
         self.numbers = RunMetrics(self.ledger, self.roster, clock, cold_start, of_groups, sets)
+        self.held = Held(self.ledger.records, clock, age)
+        self.held.cold_start = compute.load_devices(run_dir / "start") if cold_start else []
         self.recorder = Recorder(run_dir, config)
         self.archive = Archive(run_dir / FILE, run_dir / "trajectories", run_dir.name)
         self.ledger.shards.name_missing(run_dir / "trajectories")
@@ -121,7 +126,9 @@ class Broker:
         self.evaluations = Evaluations(
             self.ledger, config.eval.every, config.eval.waiting_mb << 20, scores="evaluator" in JOBS[config.job]
         )
-        self.ending = Ending(config, run_dir, self.scheduler, self.evaluations, self.archive, self.numbers, clock)
+        self.ending = Ending(
+            config, run_dir, self.scheduler, self.evaluations, self.archive, self.numbers, self.held, clock
+        )
         self.polls = Polls(clock, wire, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
         self._here = not is_remote(config.broker.address)
@@ -211,6 +218,7 @@ class Broker:
                 self._note_sealed(shard)
             self.deadlines.tick()
             self.ending.check()
+            self.held.note()
         except (LedgerError, UnfitError, OSError) as error:
             self.ending.broken(error)
 
@@ -244,6 +252,7 @@ class Broker:
         start = self.ledger.checkpoint
         if hello.role == LAUNCHER:
             return Welcome(run=self.run_dir.name, step=start), NO_ARRAYS
+        self.held.holds(name, hello.role, hello.devices)
         self.polls.forget(name)
         self.ledger.return_leases(name)
         if again and name == "learner-0" and not self.ending.status:

@@ -17,11 +17,13 @@ from offtrail.platform.broker.archive import SHARD_BYTES, Archive
 from offtrail.platform.broker.budget import Budget
 from offtrail.platform.broker.database import LedgerError, UnfitError
 from offtrail.platform.broker.evaluations import Evaluations
+from offtrail.platform.broker.held import Held
 from offtrail.platform.broker.ledger import Ledger
 from offtrail.platform.broker.roster import Member
 from offtrail.platform.broker.run_metrics import Metrics, RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Scheduler
 from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking.cost import cost_of_summary
 from offtrail.platform.tracking.diagnosis import Diagnosis
 from offtrail.platform.tracking.summary import write_summary
 from offtrail.platform.wire.auth import is_remote
@@ -48,10 +50,12 @@ class Ending:
         evaluations: Evaluations,
         archive: Archive,
         numbers: RunMetrics,
+        held: Held,
         clock: Callable[[], float],
     ) -> None:
         self.config, self.run_dir, self.scheduler, self.evaluations = config, run_dir, scheduler, evaluations
         self.archive, self.numbers, self.roster, self.clock = archive, numbers, numbers.roster, clock
+        self.held = held
         self.ledger: Ledger = scheduler.ledger
         self.budget = Budget(config.run, numbers)
         self.status = self.reason = ""
@@ -128,7 +132,9 @@ class Ending:
         status = self.status or "interrupted"
         summary = self.numbers.summary(status, self.reason, self.config.seed, self.scheduler.version, self.audit)
         unscored = {"eval/unscored": self.evaluations.unscored} if self.evaluations.unscored else {}
-        return summary | unscored | self.budget.row() | {"warnings": self.diagnosis.lines}
+        summary |= self.held.summary()
+        cost = cost_of_summary(self.run_dir.name, self.config, self.config.cost, summary).row()
+        return summary | unscored | self.budget.row() | cost | {"warnings": self.diagnosis.lines}
 
     def write_summary(self) -> None:
         """summary.json as things stand."""
@@ -138,6 +144,7 @@ class Ending:
     def write_last_summary(self) -> None:
         """Once more when nothing can change any more: shards were sealed since the end."""
         try:
+            self.held.note(at_once=True)
             self.write_summary()
         except (LedgerError, UnfitError, OSError, sqlite3.Error) as error:
             log.error("the last summary could not be written: %s", error)

@@ -71,14 +71,15 @@ class Ledger:
         """The counts of I1 at this moment."""
         states: dict[str, int] = {}
         refused: dict[str, int] = {}
-        tokens = 0
+        tokens = discarded = 0
         for state, reason, n, part in self.file.rows("SELECT state, reason, n, tokens FROM tally"):
             tokens += part
             if state == "refused":
                 refused[reason] = n
+                discarded += part
             else:
                 states[state] = n
-        return Tally(self.admitted, refused=refused, tokens=tokens, **states)
+        return Tally(self.admitted, refused=refused, tokens=tokens, discarded=discarded, **states)
 
     @property
     def admitted(self) -> int:

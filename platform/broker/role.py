@@ -9,7 +9,7 @@ import logging
 
 from offtrail.platform.broker.broker import Broker
 from offtrail.platform.runtime.context import RoleContext
-from offtrail.platform.runtime.host import take_all_descriptors
+from offtrail.platform.runtime.host import own_age, take_all_descriptors
 from offtrail.platform.wire.sockets import Server, ServerKeys
 from offtrail.tasks.registry import make_task
 
@@ -27,7 +27,7 @@ def main(context: RoleContext) -> None:
     task = make_task(config.task, config.run.seed)
     server = Server(config.broker.address, config.broker.port, ServerKeys.read(run_dir))
     try:
-        broker = Broker(config, run_dir, server, task.train)
+        broker = Broker(config, run_dir, server, task.train, age=own_age())
         try:
             # Last of all: whoever reads it finds a broker that answers.
             server.endpoint.write(run_dir / "endpoint.json")

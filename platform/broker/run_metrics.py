@@ -209,6 +209,7 @@ class RunMetrics:
             **staleness_row(ages),
             "archive/unsealed": len(self.ledger.shards.unsealed()),
             "tokens/generated": tally.tokens,
+            "tokens/discarded": tally.discarded,
             "generator/busy_fraction": self.busy_fraction("generator"),
             "weights/publish_seconds_mean": records.mean_metric("weights/publish_seconds"),
         }

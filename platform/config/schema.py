@@ -414,6 +414,39 @@ class TrackingConfig:
 
 
 @dataclass
+class CostConfig:
+    """What devices cost and can do, for cost.md and `cost/…` in summary.json (docs/cost.md). No price is assumed."""
+
+    prices: dict[str, float] = setting({})
+    """Price of a device's hour by its name, as {H100: 2.5}: the words of a name are looked for in the device's own."""
+    currency: str = "USD"
+    """Of the prices."""
+    date: str = ""
+    """The day of the prices, as 2026-11-01: without it a figure in money means little."""
+    peaks: dict[str, dict[str, float]] = setting({})
+    """Device → dtype → dense operations a second, as {EPYC: {float32: 2e12}}: before the table that offtrail has, which
+    knows no CPU."""
+    names: dict[str, str] = setting({})
+    """Role → name of its devices, in place of the one that is found, as {generator: H20}."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a price without a date, and for what no price, peak or date can be."""
+        if self.prices and not self.date:
+            raise ValueError("cost.date=: cost.prices needs the day of its prices: cost.date=YYYY-MM-DD")
+        if self.date and not re.fullmatch(r"\d{4}-\d\d-\d\d", self.date):
+            raise ValueError(f"cost.date={self.date}: must be a day, such as 2026-11-01")
+        for name, price in self.prices.items():
+            if not price >= 0:
+                raise ValueError(f"cost.prices.{name}={price}: must be ≥ 0")
+        for name, by_dtype in self.peaks.items():
+            for dtype, peak in by_dtype.items():
+                if dtype not in ("float32", "bfloat16") or not peak > 0:
+                    raise ValueError(
+                        f"cost.peaks.{name}={{{dtype}: {peak}}}: must be operations a second > 0 of float32 or bfloat16"
+                    )
+
+
+@dataclass
 class Config:
     """One resolved configuration: what runs/NAME/config.yaml holds."""
 
@@ -445,6 +478,7 @@ class Config:
     broker: BrokerConfig = section(BrokerConfig, resumable=True)
     serve: ServeConfig = section(ServeConfig)
     tracking: TrackingConfig = section(TrackingConfig, resumable=True)
+    cost: CostConfig = section(CostConfig, resumable=True)
 
     @property
     def steps_key(self) -> str:

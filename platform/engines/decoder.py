@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from offtrail.platform.engines.cost import Cost
 from offtrail.platform.engines.spec import Spec
+from offtrail.platform.model.cost import Cost
 
 
 def read_weights(model_dir: Path) -> dict[str, Tensor]:

@@ -39,7 +39,9 @@ from offtrail.platform.model.start import StartError
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import RoleContext, remove_leftovers
 from offtrail.platform.runtime.device import require_device
-from offtrail.platform.tracking.summary import write_atomic
+from offtrail.platform.runtime.devices import devices_of
+from offtrail.platform.tracking.held import Meter
+from offtrail.platform.tracking.summary import read_summary, write_atomic, write_summary
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.rewards.answer import find_answer
 from offtrail.rewards.format import parse
@@ -63,9 +65,9 @@ EVAL_SEED = 0xE7A15E7
 def run_evaluation(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """job=eval: how it ended, and why."""
     save(run_dir)
-    reaper = Reaper(run_dir)
+    reaper, meter = Reaper(run_dir), Meter(run_dir, "evaluator", devices_of(config, "evaluator", 0))
     try:
-        return evaluate(config, run_dir, interrupted)
+        return evaluate(config, run_dir, interrupted, meter)
     except (FinalError, StartError, TaskError, ValueError, OSError) as error:
         return "failed", str(error)
     except MemoryError as error:
@@ -74,9 +76,11 @@ def run_evaluation(config: Config, run_dir: Path, interrupted: list[int]) -> tup
         reaper.sweep()
         remove_leftovers(config, run_dir)
         reaper.close()
+        with contextlib.suppress(OSError, ValueError):  # a full disk has been told already
+            write_summary(run_dir, read_summary(run_dir) | meter.summary())
 
 
-def evaluate(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
+def evaluate(config: Config, run_dir: Path, interrupted: list[int], meter: Meter) -> tuple[str, str]:
     """Ask what was not asked yet, then say what came of all of it."""
     require_device("engine.device", config.engine.device)
     model = served_model(config)
@@ -85,7 +89,7 @@ def evaluate(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str
     text, asked = text_of(config, model), {one.label: one for one in sets_of(config)}
     sets = {name: one.problems() for name, one in asked.items()}
     todo = {name: parts_of(run_dir, name, problems) for name, problems in sets.items()}
-    if any(todo.values()) and not ask(config, run_dir, text, sets, todo, interrupted):
+    if any(todo.values()) and not ask(config, run_dir, text, sets, todo, interrupted, meter):
         return "interrupted", f"stopped by signal {interrupted[0]}; run.resume=true goes on"
     found = [collect(run_dir, asked[name], problems, text) for name, problems in sets.items()]
     Console().print(write_results(config, run_dir, model, found))
@@ -99,9 +103,11 @@ def ask(
     sets: dict[str, list[Problem]],
     todo: dict[str, list[Part]],
     interrupted: list[int],
+    meter: Meter,
 ) -> bool:
     """Seal the parts; False when a signal came in between."""
     asked = {one.label: one for one in sets_of(config)}
+    busy = 0.0
     questions, left = (sum(map(len, sets.values())), sum(len(p.problems) for parts in todo.values() for p in parts))
     console = Console(stderr=True)
     with (
@@ -120,7 +126,10 @@ def ask(
                 for part in parts:
                     if interrupted:
                         return False
+                    began = time.monotonic()
                     part.seal(answers, of_set, version_of(run_dir))
+                    busy += time.monotonic() - began
+                    meter.note({**engine.counters, "busy_evaluate_seconds": busy})
                     shown.advance(bar, len(part.problems))
     return not interrupted
 

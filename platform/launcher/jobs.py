@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.evaluate import run_evaluation
@@ -31,6 +32,8 @@ from offtrail.platform.launcher.run import Run, watch
 from offtrail.platform.launcher.serve import run_serve
 from offtrail.platform.launcher.start import prepare_start_model
 from offtrail.platform.model.start import StartError
+from offtrail.platform.tracking import cost
+from offtrail.platform.tracking.cost import RunCost, cost_of
 from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.summary import read_summary, write_summary
 
@@ -126,11 +129,15 @@ def finish(run_dir: Path, status: str, reason: str, seconds: float) -> None:
     summary: dict[str, Any] = {"status": status, "launch_seconds": round(seconds, 3)}
     if reason:
         summary["reason"] = reason
+    spent = costs(run_dir)
     try:
         before = read_summary(run_dir)
         before.pop("reason", None)  # of an earlier launch
         summary = before | summary
+        summary |= spent.row() if spent is not None else {}
         write_summary(run_dir, summary)
+        if spent is not None:
+            cost.write(run_dir, spent)
         if (run_dir / "metrics.jsonl").is_file():
             learning_curve(run_dir)
     except (OSError, ValueError) as error:  # ValueError: a file that was cut where the disk was full
@@ -138,6 +145,17 @@ def finish(run_dir: Path, status: str, reason: str, seconds: float) -> None:
         print(f"offtrail: error: summary.json or learning.png could not be written: {words}", file=sys.stderr)
     with contextlib.suppress(OSError):  # a terminal that is gone
         report(run_dir, summary)
+        if spent is not None:
+            Console().print(cost.table(spent), highlight=False)
+
+
+def costs(run_dir: Path) -> RunCost | None:
+    """What a run has cost; None of one that held nothing, or died before it could say."""
+    try:
+        spent = cost_of(run_dir)
+    except (OSError, ValueError, ConfigError):
+        return None
+    return spent if spent.roles else None
 
 
 def report(run_dir: Path, summary: dict[str, Any]) -> None:
@@ -167,7 +185,7 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
             table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     for line in summary.get("warnings", ()):
         table.add_row("warning", line)
-    for name in ("learning.png", "summary.json", "logs"):
+    for name in ("learning.png", "summary.json", "cost.md", "logs"):
         if (run_dir / name).exists():
             table.add_row("" if name != "learning.png" else "see", str(run_dir / name))
     Console().print(table, highlight=False)

@@ -118,7 +118,6 @@ class Trained:
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.size = sum(p.numel() for p in self.parameters)
 
     def zero_grad(self) -> None:
         """Let the gradients go."""
@@ -247,13 +246,13 @@ class Trainer(Generic[B]):
         return torch.where(count > 0, total, math.nan)
 
     @torch.no_grad()
-    def _score(self, module: nn.Module, packs: list[Packed], into: Tensor, what: str, charge: str) -> None:
+    def _score(self, module: PackedModel[Any], packs: list[Packed], into: Tensor, what: str, charge: str) -> None:
         """Write the first of what a head says of each token."""
-        size = sum(p.numel() for p in module.parameters())
         with self.activity.busy(what):
             for packed in packs:
                 into[packed.tokens] = module(packed)[0]
-                self.activity.charge(charge, 2.0 * size * packed.input_ids.numel())
+                self.activity.charge("scored_tokens", float(len(packed.targets)))
+                self.activity.charge(charge, module.forward_flops(packed))
 
     # --- updates
 
@@ -295,15 +294,17 @@ class Trainer(Generic[B]):
         loss.backward()  # type: ignore[no-untyped-call]
         tokens, flops = trained.charges
         self.activity.charge(tokens, float(len(packed.targets)))
-        self.activity.charge(flops, 6.0 * trained.size * packed.input_ids.numel())
+        needed, again = trained.module.training_flops(packed)
+        self.activity.charge(flops, needed)
+        if again:
+            self.activity.charge("repeated_operations", again)
         return loss.detach(), out[0], metrics
 
     def _full_reference(self, packed: Packed, trained: Trained) -> Reference | None:
         """What an exact KL compares with."""
         if self.reference is None or not trained.objective.needs.full_ref:
             return None
-        size = sum(p.numel() for p in self.reference.parameters())
-        self.activity.charge("reference_flops", 2.0 * size * packed.input_ids.numel())
+        self.activity.charge("reference_flops", self.reference.forward_flops(packed))
         return self.reference.reference(packed)
 
     def _cosine(self, update: int, updates: int, trained: Trained) -> float:

@@ -94,8 +94,9 @@ class Packed:
     ``predict`` [M] are the flat places whose hidden state predicts ``targets`` [M]; ``inverse_temperature`` [M, 1]
     divides the logits (None: all at temperature 1). ``tokens`` [M] are the places in the table's tokens, ``samples``
     [M] the places in the table of each predicted token, ``lengths`` how many each sample in turn has (Σ = M), ``ends``
-    [n] where among the M each of the n samples has its final token. ``own`` [M], only where final tokens are fed: the
-    flat place of each predicted token itself, whose hidden state has seen it.
+    [n] where among the M each of the n samples has its final token. ``attended``: positions that the flat tokens see,
+    summed. ``own`` [M], only where final tokens are fed: the flat place of each predicted token itself, whose hidden
+    state has seen it.
     """
 
     input_ids: torch.Tensor
@@ -110,6 +111,7 @@ class Packed:
     samples: torch.Tensor
     lengths: tuple[int, ...]
     ends: torch.Tensor
+    attended: int
     own: torch.Tensor | None = None
 
     @property
@@ -229,12 +231,13 @@ def lay_out(rows: SampleTable, samples: Sequence[int], *, share_up_to: int = 0, 
     shared = longest <= share_up_to
     buckets = layout.shared_buckets() if shared else layout.whole_buckets()
     chosen = np.asarray(samples, np.int64)
+    positions = np.concatenate(layout.positions)
     tokens = np.concatenate([np.arange(rows.starts[i], rows.starts[i + 1]) for i in samples] or [np.zeros(0, np.int64)])
     sample_of = np.repeat(chosen, rows.lengths[chosen])
     temperatures = rows.temperatures[rows.group_of[sample_of]]
     return Packed(
         input_ids=torch.from_numpy(np.concatenate(layout.flat).astype(np.int64)).unsqueeze(0),
-        position_ids=torch.from_numpy(np.concatenate(layout.positions)).unsqueeze(0),
+        position_ids=torch.from_numpy(positions).unsqueeze(0),
         buckets=tuple(bucket for bucket, _ in buckets),
         restore=torch.from_numpy(_restore(buckets, layout.end)),
         shared=shared,
@@ -245,6 +248,7 @@ def lay_out(rows: SampleTable, samples: Sequence[int], *, share_up_to: int = 0, 
         samples=torch.from_numpy(sample_of),
         lengths=tuple(rows.lengths[chosen].tolist()),
         ends=torch.from_numpy(np.cumsum(rows.lengths[chosen]) - 1),
+        attended=int(positions.sum()) + len(positions),
         own=torch.from_numpy(layout.own()) if feed_last else None,
     )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from offtrail.platform.model import attention
+from offtrail.platform.model.cost import Cost, active, cost_of
 from offtrail.platform.model.fused import fuse
 from offtrail.platform.model.head import (
     Head,
@@ -132,10 +133,38 @@ class PackedModel(nn.Module, ABC, Generic[Out]):
                 kind: Any = type(layer)
                 layer.__class__ = _checkpointed(kind)
         self.autocast = dtype == "bfloat16"
+        self.cost = cost_of(model)
+        """Of a forward pass, a token."""
+        self.runs_again = activation_checkpointing
         self.share_up_to = attention.SHARE_UP_TO if plain else 0
         """Longest sequence for packing's shared layout."""
         self.quadratic = _quadratic(model)
         """Attention's operations for a sample of L tokens are ``quadratic``·L² where the linear layers' are L."""
+
+    def forward_flops(self, packed: Packed) -> float:
+        """Of one forward pass over a micro-batch, its head at the predicted tokens."""
+        return self.cost.total(
+            tokens=packed.input_ids.numel(), heads=len(packed.targets), attended=packed.attended
+        )  # fmt: skip
+
+    def training_flops(self, packed: Packed) -> tuple[float, float]:
+        """Of forward and backward: model FLOPs, and what the hardware does beside them where layers run again (not
+        counted: a large head's second pass over its tiles).
+        """
+        F, M, seen = packed.input_ids.numel(), len(packed.targets), packed.attended
+        model = 2 * self.forward_flops(packed) + self.trained_cost.total(tokens=F, heads=M, attended=seen)
+        return model, self.cost.total(tokens=F, heads=0, attended=seen) if self.runs_again else 0.0
+
+    @cached_property
+    def trained_cost(self) -> Cost:
+        """What gradients of the trained weights cost a token, and attention's, which has two inputs to give one to."""
+        table, output = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
+        head = None if output is None else output.weight
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        sizes: dict[str, float] = {n: p.numel() for n, p in trained.items() if p is not table and p is not head}
+        trains_head = any(p is head for p in trained.values())
+        body = 2 * active(sizes, self.model.config.to_dict())
+        return Cost(self.cost.head if trains_head else 0.0, body, self.cost.attention)
 
     @abstractmethod
     def loss(

@@ -20,6 +20,7 @@ from pathlib import Path
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.attempt import current
+from offtrail.platform.runtime.devices import devices_of
 from offtrail.platform.runtime.heartbeat import HeartbeatThread
 from offtrail.platform.wire.messages import PROTOCOL, Hello, Welcome
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, new_process
@@ -86,7 +87,10 @@ class RoleContext:
             return Client(endpoint, f"{self.role}-{self.index}{suffix}", keys, self.process)
 
         client = dial()
-        hello = Hello(role=self.role, index=self.index, pid=os.getpid(), run=self.run_dir.name, protocol=PROTOCOL)
+        hello = Hello(
+            role=self.role, index=self.index, pid=os.getpid(), run=self.run_dir.name, protocol=PROTOCOL,
+            devices=devices_of(self.config, self.role, self.index),
+        )  # fmt: skip
         welcome, _ = client.request(hello, what="a welcome", deadline_s=settings.deadline_seconds)
         assert isinstance(welcome, Welcome)
         log.info("welcomed")

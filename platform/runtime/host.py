@@ -8,8 +8,11 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
@@ -49,6 +52,11 @@ def take_all_descriptors() -> None:
     """Raise this process's limit of open files, which is low for `select`'s sake, to what it may have."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def own_age() -> float:
+    """Seconds since this process was started."""
+    return max(0.0, time.time() - float(psutil.Process().create_time()))
 
 
 def free_port(address: str = "127.0.0.1", port: int = 0) -> int:

@@ -21,7 +21,8 @@ def save(model: Path, summary: Mapping[str, Any]) -> None:
     """Write what a training run spent, by its summary, beside the model that it made; nothing where it does not say."""
     if any(f"compute/{name}" not in summary for name in KEPT):
         return
-    spent = {name: summary[f"compute/{name}"] for name in KEPT} | {"tokens": summary["tokens/trained"]}
+    spent: dict[str, Any] = {name: summary[f"compute/{name}"] for name in KEPT}
+    spent |= {"tokens": summary["tokens/trained"], "devices": summary.get("devices", [])}
     write_atomic(model / FILE, json.dumps(spent, indent=2) + "\n")
 
 
@@ -38,3 +39,11 @@ def load(model: Path) -> dict[str, float]:
         return {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is not what a cold start writes ({error!r}); remove it") from error
+
+
+def load_devices(model: Path) -> list[dict[str, Any]]:
+    """The devices that the model's making has held, as held.rows says them; empty where nobody has written it down."""
+    try:
+        return list(json.loads((model / FILE).read_text(encoding="utf-8")).get("devices", []))
+    except FileNotFoundError:
+        return []

@@ -43,13 +43,16 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Hello(Message, frozen=True):
-    """First message of a role: the broker refuses another protocol or another run."""
+    """First message of a role: the broker refuses another protocol or another run. ``devices``: identity → name of
+    those that its process holds.
+    """
 
     role: Name
     index: Index
     pid: Pid
     run: Name
     protocol: Count = PROTOCOL
+    devices: Annotated[dict[Name, Name], Meta(max_length=1 << 12)] = {}
 
 
 class Welcome(Message, frozen=True):

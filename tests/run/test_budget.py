@@ -32,7 +32,19 @@ def test_a_budget_ends_a_run_as_completed_and_a_larger_one_goes_on(launch: Any) 
     assert summary["compute/cold_start_flops"] > 0
     assert summary["compute/flops"] == pytest.approx(sum(flops))
 
-    more = launch("spent", *long, "run.resume=true", "run.budget_tokens=0", "run.budget_seconds=1")
+    # What was held: this host once, by three roles, and by the cold start, longer than by the broker's own clock.
+    (host,) = summary["devices"]
+    assert (host["count"], host["roles"]) == (1, {"evaluator": 1, "generator": 1, "learner": 1})
+    assert summary["wall_seconds"] <= host["seconds"] <= summary["launch_seconds"]
+    (made,) = summary["cold_start_devices"]
+    assert summary["cost/device_hours"] == pytest.approx((host["seconds"] + made["seconds"]) / 3600)
+    assert "cost/money" not in summary
+    assert "| learner | 1 × CPU" in (run.run_dir / "cost.md").read_text()
+
+    priced = ("cost.prices={CPU: 3600}", "cost.date=2026-11-01")
+    more = launch("spent", *long, *priced, "run.resume=true", "run.budget_tokens=0", "run.budget_seconds=1")
+    assert host["seconds"] < more.summary["devices"][0]["seconds"]
+    assert more.summary["cost/money"] == pytest.approx(3600 * more.summary["cost/device_hours"])
     assert more.code == 0, more.output  # the seconds of the first launch are counted: spent at once
     assert more.summary["steps"] == last
     more = launch("spent", *long, "run.resume=true", "run.budget_tokens=8000", "run.budget_seconds=0")

@@ -80,6 +80,12 @@ class Table(nn.Module):
         entropy = -(logp.exp() * logp).sum()
         return logp[packed.targets], entropy.expand(len(packed.targets))
 
+    def forward_flops(self, packed: Packed) -> float:
+        return 0.0
+
+    def training_flops(self, packed: Packed) -> tuple[float, float]:
+        return 0.0, 0.0
+
     def loss(self, packed: Packed, loss: LossOf, reference: Reference | None = None) -> tuple[Tensor, TokenOutputs]:
         scores = TokenOutputs(*self(packed))
         return loss(slice(0, len(packed.targets)), scores), TokenOutputs(*(s.detach() for s in scores[:2]))
@@ -243,8 +249,13 @@ def test_proximal_passes_only_where_they_are_needed(
     trainer.step(0, batch)
     compute = trainer.activity.snapshot().compute
     later = batch.groups[len(batch.groups) - round(share * 4) :] if share else ()
-    tokens = sum(len(g.prompt_tokens) + int((g.lengths - 1).sum()) for g in later)
-    assert compute.get("prox_flops", 0.0) == 2.0 * trainer.main.size * tokens
+    inputs = [(len(g.prompt_tokens), [int(n) - 1 for n in g.lengths]) for g in later]  # a prompt stands once
+    tokens = sum(prompt + sum(own) for prompt, own in inputs)
+    heads = sum(int(g.lengths.sum()) for g in later)
+    seen = sum(p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in own) for p, own in inputs)
+    cost = trainer.module.cost
+    assert compute.get("prox_flops", 0.0) == tokens * cost.body + heads * cost.head + seen * cost.attention
+    assert compute.get("scored_tokens", 0.0) == heads
     assert compute["trained_tokens"] == sum(len(g.tokens) for g in batch.groups)
 
 

@@ -31,7 +31,6 @@ import numpy as np
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Float32, Int32
 from offtrail.platform.config.schema import SglangConfig
-from offtrail.platform.engines.cost import Cost
 from offtrail.platform.engines.limits import check_request, check_tokens
 from offtrail.platform.engines.sglang import versions
 from offtrail.platform.engines.sglang.client import Client, Loop, logprobs_of
@@ -53,6 +52,7 @@ from offtrail.platform.engines.sglang.job import LostError
 from offtrail.platform.engines.sglang.servers import SERVER, Address, ServerError, Servers
 from offtrail.platform.engines.sglang.shapes import check_shapes, read_shapes
 from offtrail.platform.engines.stops import StopStrings
+from offtrail.platform.model.cost import Cost, active
 from offtrail.platform.weights.memory import Handles, Pushed
 from offtrail.platform.weights.store import Published, copy_whole
 
@@ -488,7 +488,7 @@ def _number(version: Any) -> int:
 def _cost(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Cost:
     heads = int(config["num_attention_heads"])
     return Cost.of(
-        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        parameters=active({name: math.prod(shape) for name, shape in shapes.items()}, config),
         vocab_size=int(config["vocab_size"]),
         hidden_size=int(config["hidden_size"]),
         tied="lm_head.weight" not in shapes,

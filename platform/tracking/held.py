@@ -1,0 +1,104 @@
+"""How long a run has held its devices: device seconds of all launches, which is what a cluster bills.
+
+    broker/held.py            ── Launch ──► rows ──► summary.json "devices" ──► cost.py
+    Meter (job=eval: no broker) ─┘
+
+A launch holds each of its devices from its beginning to its end, whether a role works on it, waits or is being started
+again. A device that two roles share is held once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offtrail.platform.tracking.summary import write_atomic
+
+LAUNCHES = "launches.json"
+
+
+@dataclass
+class Launch:
+    """One launch: how many seconds, and identity → (name, role → its processes there) of each device."""
+
+    seconds: float = 0.0
+    devices: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)
+
+    def holds(self, role: str, devices: dict[str, str]) -> None:
+        """Note a process of a role, by the identities and names of its devices."""
+        for identity, name in devices.items():
+            _, roles = self.devices.setdefault(identity, (name, {}))
+            roles[role] = roles.get(role, 0) + 1
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"seconds": self.seconds, "devices": self.devices}
+
+    @classmethod
+    def of_plain(cls, found: Any) -> Launch:
+        """Raises ValueError, TypeError, KeyError or AttributeError for what ``to_plain`` has not made."""
+        devices = {
+            str(identity): (str(name), {str(role): int(n) for role, n in roles.items()})
+            for identity, (name, roles) in found["devices"].items()
+        }
+        return cls(float(found["seconds"]), devices)
+
+
+def rows(launches: Iterable[Launch]) -> list[dict[str, Any]]:
+    """Devices of one name that the same roles share, together: ``name``, ``roles`` (role → processes), ``count`` (the
+    most of any launch) and ``seconds`` (of all devices and launches).
+    """
+    found: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
+    for launch in launches:
+        counts, processes = Counter[tuple[str, tuple[str, ...]]](), dict[tuple[str, tuple[str, ...]], Counter[str]]()
+        for name, roles in launch.devices.values():
+            key = (name, tuple(sorted(roles)))
+            counts[key] += 1
+            processes.setdefault(key, Counter()).update(roles)
+        for key, count in counts.items():
+            row = found.setdefault(key, {"name": key[0], "roles": {}, "count": 0, "seconds": 0.0})
+            row["seconds"] += count * launch.seconds
+            row["count"] = max(row["count"], count)
+            row["roles"] = {role: max(n, row["roles"].get(role, 0)) for role, n in sorted(processes[key].items())}
+    return [found[key] for key in sorted(found)]
+
+
+class Meter:
+    """What one role of a job without a broker holds and spends: runs/NAME/launches.json, which every launch goes on
+    with. ``note`` now and then: what a kill -9 takes is what came since the last one.
+    """
+
+    def __init__(
+        self, run_dir: Path, role: str, devices: dict[str, str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._file, self._role, self._clock, self._began = run_dir / LAUNCHES, role, clock, clock()
+        self._before: list[Any] = []
+        with contextlib.suppress(FileNotFoundError, ValueError):  # cut or damaged: it counts from here
+            self._before = list(json.loads(self._file.read_text(encoding="utf-8")))
+        self._now, self._charges = Launch(), dict[str, float]()
+        self._now.holds(role, devices)
+
+    def note(self, charges: Mapping[str, float]) -> None:
+        """Write down what this launch has held up to now, and its cumulative charges."""
+        self._now.seconds, self._charges = self._clock() - self._began, dict(charges)
+        write_atomic(self._file, json.dumps(self._all()))
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json: devices, and compute/ROLE_CHARGE over all launches."""
+        launches = [Launch.of_plain(one) for one in self._all()]
+        spent = Counter[str]()
+        for one in self._all():
+            spent.update(one["charges"])
+        return {
+            "devices": rows(launches),
+            **{f"compute/{self._role}_{name}": amount for name, amount in sorted(spent.items())},
+        }
+
+    def _all(self) -> list[dict[str, Any]]:
+        return [*self._before, self._now.to_plain() | {"charges": self._charges}]
