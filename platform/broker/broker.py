@@ -129,6 +129,7 @@ class Broker:
         self.ending = Ending(
             config, run_dir, self.scheduler, self.evaluations, self.archive, self.numbers, self.held, clock
         )
+        self.ending.sinks = self.recorder.sinks
         self.polls = Polls(clock, wire, self._refused)
         self.deadlines = Deadlines(config, run_dir, self.scheduler, self.roster, self.polls, self.ending, clock)
         self._here = not is_remote(config.broker.address)

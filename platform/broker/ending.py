@@ -25,6 +25,7 @@ from offtrail.platform.broker.scheduler import Scheduler
 from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking.cost import cost_of_summary
 from offtrail.platform.tracking.diagnosis import Diagnosis
+from offtrail.platform.tracking.sinks.worker import Sinks
 from offtrail.platform.tracking.summary import write_summary
 from offtrail.platform.wire.auth import is_remote
 from offtrail.platform.wire.messages import Failure, Status
@@ -63,6 +64,7 @@ class Ending:
         self.ended_at = clock()
         self.audit = self.ledger.audit()
         self.diagnosis = Diagnosis(config, failure=self.ledger.failure)
+        self.sinks: Sinks | None = None
         self.summary = self._summarise()
 
     def check(self) -> None:
@@ -134,7 +136,13 @@ class Ending:
         unscored = {"eval/unscored": self.evaluations.unscored} if self.evaluations.unscored else {}
         summary |= self.held.summary()
         cost = cost_of_summary(self.run_dir.name, self.config, self.config.cost, summary).row()
-        return summary | unscored | self.budget.row() | cost | {"warnings": self.diagnosis.lines}
+        return summary | unscored | self.budget.row() | cost | self._told()
+
+    def _told(self) -> dict[str, Any]:
+        """What the run says of itself, and its trackers."""
+        if self.sinks is None:
+            return {"warnings": self.diagnosis.lines}
+        return self.sinks.summary() | {"warnings": [*self.diagnosis.lines, *self.sinks.lines]}
 
     def write_summary(self) -> None:
         """summary.json as things stand."""
@@ -169,9 +177,10 @@ class Ending:
         waited = self.clock() - self.ended_at
         if self.status == "completed" and self.ledger.shards.unsealed():
             return waited > SEAL_SECONDS
+        closed = self.sinks is None or self.sinks.finish()
         if waited > LINGER_HEARTBEATS * self.config.broker.heartbeat_seconds:
             return True
-        return not any(self._present(m) for m in self.roster)
+        return closed and not any(self._present(m) for m in self.roster)
 
     def _present(self, member: Member) -> bool:
         """Whether a role may still ask. On one host its process says so, elsewhere its heartbeats."""

@@ -399,12 +399,24 @@ class ServeConfig:
     """job=chat: of the answers; 0 = greedy."""
 
 
+SINKS = {
+    "wandb": "offtrail.platform.tracking.sinks.to_wandb:WandbSink",
+    "trackio": "offtrail.platform.tracking.sinks.to_trackio:TrackioSink",
+    "mlflow": "offtrail.platform.tracking.sinks.to_mlflow:MlflowSink",
+}
+"""Tracker → its class; the key is also what its package is imported as."""
+
+
 @dataclass
 class TrackingConfig:
     """What is written beside metrics.jsonl."""
 
     tensorboard: bool = True
     """Write runs/NAME/tb/."""
+    sinks: list[str] = setting([])
+    """Trackers beside it: wandb, trackio, mlflow, or module:class of your own (docs/trackers.md)."""
+    sink_settings: dict[str, dict[str, Any]] = setting({})
+    """Tracker → its keywords, as {wandb: {project: r1, mode: offline}}."""
     sample_texts: int = setting(2, "[0, inf)")
     """Sample groups whose texts are logged at each learner step."""
     gradient_cosine: bool = True

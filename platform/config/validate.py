@@ -24,7 +24,7 @@ from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.keys import flatten, keys_of
 from offtrail.platform.config.paths import check_name
-from offtrail.platform.config.schema import SCHEMA_VERSION, Config, SglangConfig
+from offtrail.platform.config.schema import SCHEMA_VERSION, SINKS, Config, SglangConfig
 from offtrail.rewards.config import TRL_MARK
 from offtrail.search.config import OutsideConfig
 from offtrail.tasks.files import FileConfig
@@ -301,6 +301,16 @@ def code_from_outside_is_here(config: Config) -> None:
     if is_plugin(algo.advantage):
         check(algo.advantage, what="algo.advantage")
         check_settings(algo.advantage, algo.advantage_settings, what="algo.advantage_settings", given=3)
+    for name in config.tracking.sinks:
+        if not is_plugin(name) and name not in SINKS:
+            must = f"must be of {', '.join(SINKS)}, or module:class{nearest_text(name, SINKS)}"
+            raise refuse("tracking.sinks", config.tracking.sinks, must)
+        source, settings = SINKS.get(name, name), config.tracking.sink_settings.get(name, {})
+        check(source, what="tracking.sinks")
+        check_settings(source, settings, what=f"tracking.sink_settings.{name}", name=name, given=1, given_to_class=1)
+    for name in config.tracking.sink_settings:
+        if name not in config.tracking.sinks:
+            raise ConfigError(f"tracking.sink_settings.{name}: is in no tracking.sinks={config.tracking.sinks}; add it")
     if isinstance(search, OutsideConfig):
         check(search.name, what="search.name")
         check_settings(search.name, search.settings, what="search.settings", given=3, given_to_class=3)

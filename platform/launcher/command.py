@@ -29,7 +29,7 @@ from offtrail.platform.config.errors import ConfigError, one_line, refuse
 from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.recipe import handed_keys, stages_of
 from offtrail.platform.config.rundir import prepare
-from offtrail.platform.config.schema import Config
+from offtrail.platform.config.schema import SINKS, Config
 from offtrail.platform.launcher.forks import fork_server
 from offtrail.platform.runtime.device import without_gpu
 from offtrail.platform.runtime.roles import roles_of
@@ -149,6 +149,7 @@ def require_inputs(config: Config) -> None:
     for where, one, handed in runs_of(config):
         try:
             require_devices(one)
+            require_trackers(one)
             require_models(one, handed)
             if one.job in ("rl", "sft"):
                 require_data(one, handed, examples, note)
@@ -172,6 +173,13 @@ def require_devices(config: Config) -> None:
     for key in {spec.device: None for spec in roles_of(config) if spec.device}:
         if reason := without_gpu(key, attrgetter(key)(config)):
             raise ConfigError(reason)
+
+
+def require_trackers(config: Config) -> None:
+    """Raise ConfigError where the package of a tracker is not installed."""
+    for name in config.tracking.sinks:
+        if name in SINKS and importlib.util.find_spec(name) is None:
+            raise refuse("tracking.sinks", name, "is not installed: pip install 'offtrail[trackers]', or leave it out")
 
 
 def require_models(config: Config, handed: Collection[str] = ()) -> None:

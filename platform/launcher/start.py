@@ -141,7 +141,7 @@ def cold_start_config(config: Config) -> Config:
         sft=config.sft,
         learner=learner,
         broker=dataclasses.replace(config.broker, port=0),
-        tracking=config.tracking,
+        tracking=dataclasses.replace(config.tracking, sinks=[], sink_settings={}),
     )
 
 

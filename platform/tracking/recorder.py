@@ -2,6 +2,7 @@
 
     learner ── Commit ──► broker ── Recorder.step ──────────► runs/NAME/metrics.jsonl   one object per learner step
     evaluator ── EvalResult ──► broker ── Recorder.evaluation ──► runs/NAME/tb/         the same names
+                                                                 tracking.sinks        … in threads of their own
 
 Invariant: metrics.jsonl holds exactly one object for each learner step, in order, key "step" = the version it produced;
 row 0 holds the evaluation of version 0. A late evaluation of version n goes into row n: the file is written again from
@@ -20,7 +21,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from offtrail.platform.config.keys import deciding_settings, noted_settings
 from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking.sinks.base import label_of
+from offtrail.platform.tracking.sinks.worker import Sinks
 from offtrail.platform.tracking.summary import finite, write_atomic
 
 Row = dict[str, Any]
@@ -40,6 +44,8 @@ class Recorder:
             from offtrail.platform.tracking.tensorboard import TensorBoard
 
             self._board = TensorBoard(self._tb_folder)
+        self._hparams = hparams_of(config) if self._board else {}
+        self.sinks = Sinks(run_dir, config)
         self._steps: list[int] = []
         self._rows: list[Row] = []
         self._ends: list[int] = []
@@ -69,7 +75,9 @@ class Recorder:
         self._replace()
         if self._board:
             self._board.restart(self._steps[-1] + 1 if self._steps else 0)
+            self._board.hparams(self._hparams, label_of(self._path.parent))
             self._board.flush()
+        self.sinks.restore(self._rows)
 
     def step(
         self,
@@ -86,7 +94,9 @@ class Recorder:
             raise ValueError(f'a metrics row needs "step", the version it produced; got {step!r}')
         version = int(step)
         self._put(version, {**self._early.pop(version, {}), **row, "step": version}, replace=True)
-        self._show(version, {name: value for name, value in row.items() if name != "step"}, histograms, texts)
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        self._show(version, scalars, histograms, texts)
+        self.sinks.step(version, scalars, texts)
 
     def evaluation(self, version: int, metrics: Mapping[str, float], texts: Mapping[str, str] | None = None) -> None:
         """Record the evaluation of ``version`` in its row; row 0 is made of nothing else."""
@@ -95,9 +105,11 @@ class Recorder:
         else:
             self._early.setdefault(version, {}).update(metrics)
         self._show(version, metrics, None, texts)
+        self.sinks.scores(version, metrics, texts)
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the event file; trackers end by themselves (Sinks.finish)."""
+        self.sinks.finish()
         if self._board:
             self._board.close()
 
@@ -155,6 +167,15 @@ class Recorder:
         if self._board:
             self._board.write(version, scalars, histograms, texts)
             self._board.flush()
+
+
+def hparams_of(config: Config) -> dict[str, str | float | bool]:
+    """What decides the run's numbers, for TensorBoard's table of hyperparameters; what is no number or text, as text.
+
+    ``tracking.sinks`` get all of the configuration.
+    """
+    found = deciding_settings(config) | noted_settings(config)
+    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in found.items()}
 
 
 def read_rows(run_dir: Path) -> list[Row]:

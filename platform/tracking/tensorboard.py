@@ -18,6 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 BINS = 40
@@ -56,6 +57,11 @@ class TensorBoard:
         values += [_text(tag, text) for tag, text in (texts or {}).items()]
         if values:
             self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def hparams(self, values: Mapping[str, str | float | bool], run: str) -> None:
+        """The run's settings, for the table of the HParams tab."""
+        summary = hparams_pb(dict(values), trial_id=run)
+        self._writer.add_event(Event(wall_time=time.time(), step=0, summary=summary))
 
     def flush(self) -> None:
         """Wait until everything is in the file."""

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+TRACKER = """
+class Steps:
+    def __init__(self, run_dir):
+        self.file = (run_dir / "steps.txt").open("a", buffering=1)
+
+    def start(self, config, run_id, resume_step):
+        print("start", resume_step, file=self.file)
+
+    def write(self, step, scalars):
+        print(*(["scores"] if "eval/accuracy" in scalars else ["step"]), step, file=self.file)
+
+    def text(self, step, name, text):
+        pass
+
+    def close(self):
+        print("close", file=self.file)
+"""
+
 
 @pytest.mark.timeout(600)
-def test_a_budget_ends_a_run_as_completed_and_a_larger_one_goes_on(launch: Any) -> None:
+def test_a_budget_ends_a_run_as_completed_and_a_larger_one_goes_on(launch: Any, tmp_path: Path) -> None:
     # A step trains 4·4 answers of about 22 tokens: 4,000 decoded tokens are about 11 steps.
-    long = ("learner.steps=60", "learner.checkpoint_every=100", "broker.heartbeat_seconds=0.1")
+    (tmp_path / "my_sinks.py").write_text(TRACKER)
+    sink = "tracking.sinks=[my_sinks:Steps]"
+    long = (sink, "learner.steps=60", "learner.checkpoint_every=100", "broker.heartbeat_seconds=0.1")
     run = launch("spent", *long, "run.budget_tokens=4000")
     assert run.code == 0, run.output
     summary, rows = run.summary, run.rows
@@ -52,3 +73,13 @@ def test_a_budget_ends_a_run_as_completed_and_a_larger_one_goes_on(launch: Any) 
     assert last < more.summary["steps"] < 60
     assert (more.summary["groups/lost"], more.summary["groups/trained"]) == (0, 4 * more.summary["steps"])
     assert more.summary["status"] == "completed"
+
+    # A tracker had each row once, over three launches, and its end each time.
+    told = (run.run_dir / "steps.txt").read_text().splitlines()
+    assert [line for line in told if line.startswith("start")] == ["start 0", f"start {last}", f"start {last}"]
+    steps = range(1, more.summary["steps"] + 1)
+    assert [line for line in told if line.startswith("step")] == [f"step {step}" for step in steps]
+    scored = [row["step"] for row in more.rows if "eval/accuracy" in row]
+    assert sorted(line for line in told if line.startswith("scores")) == sorted(f"scores {step}" for step in scored)
+    assert told.count("close") == 3
+    assert more.summary["sinks"]["my_sinks:Steps"]["dropped"] == 0
