@@ -82,7 +82,7 @@ def run(world: World, model: Any, job: dict[str, Any]) -> None:
         "dtensor": all(sharded),
         "plain": not any(sharded),
         "local": local,
-        "size": trainer.main.size,
+        "size": sum(p.numel() for p in trainer.module.parameters()),
         "metrics": metrics,
         "compute": activity.snapshot().compute,
     }
