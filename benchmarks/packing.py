@@ -198,7 +198,7 @@ def main() -> None:
     best = {name: min(values[1:]) for name, values in seconds.items()}
     apart = max(
         float((a - b).detach().abs().max())
-        for a, b in zip(mine.policy.parameters(), peer.model.parameters(), strict=True)
+        for a, b in zip(mine.module.parameters(), peer.model.parameters(), strict=True)
     )
     tokens = sum(len(g.tokens) + g.size * len(g.prompt_tokens) for g in batch.groups)
     print(f"{tokens} tokens a step (prompts once a sample); parameters differ by {apart:.1e} after {rounds + 1} steps")

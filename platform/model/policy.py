@@ -103,6 +103,8 @@ def from_files(kind: Any, path: Path | str, what: str, *, new_head: bool = False
 
 _HOLES = 1 << 26
 """Freed bytes from which on giving them back costs nothing beside a forward pass that leaves so many."""
+_LAYERS = 10
+"""Decoder layers from one such place to the next."""
 Out = TypeVar("Out", bound=tuple[Tensor | None, ...])
 """What a head says: a NamedTuple of tensors, the first with one number a row. A row is a token, or a sample."""
 
@@ -128,6 +130,7 @@ class PackedModel(nn.Module, ABC, Generic[Out]):
         self.keeps_less = on_cpu and not activation_checkpointing
         if self.keeps_less and not plain:
             lean(model)
+            _give_back_between(model.base_model.layers)
         if activation_checkpointing:
             for layer in model.base_model.layers:
                 kind: Any = type(layer)
@@ -283,6 +286,21 @@ class _Checkpointed:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _give_back_between(layers: Any) -> None:
+    """Some times in each pass, forward and backward, give back what its temporaries have left: in bfloat16 they are of
+    so many sizes that the holes grow with every layer.
+    """
+
+    def after(module: Any, given: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        give_back_freed(_HOLES)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: give_back_freed(_HOLES))
+
+    for layer in layers[_LAYERS - 1 : -1 : _LAYERS]:
+        layer.register_forward_hook(after)
 
 
 @cache

@@ -259,6 +259,20 @@ def test_rounded_weights_live_no_longer_than_their_layer(folder: Path, checkpoin
     assert not any(cached)
 
 
+def test_freed_memory_goes_back_between_layers_in_both_directions(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[int]()
+    monkeypatch.setattr("offtrail.platform.model.policy._LAYERS", 1)
+    monkeypatch.setattr("offtrail.platform.model.policy.give_back_freed", given.append)
+    policy = Policy(load_model(folder), dtype="bfloat16")
+    between = len(policy.model.base_model.layers) - 1
+    logprobs, _ = policy(lay_out(ragged(), range(9)))
+    assert len(given) == between + 2  # and before the first and after the last
+    logprobs.sum().backward()
+    assert len(given) == 2 * between + 2
+
+
 def test_what_autocast_rounds_of_a_norm_is_kept_by_none_of_its_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = lean.lean(Qwen3RMSNorm(7))
     readers, x, kept, grads, pack = (
