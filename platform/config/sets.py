@@ -101,8 +101,12 @@ def _with_option(label: str, settings: Settings, known: Callable[[str], list[str
     if reward:
         given["reward"] = reward
     built = _set(Config(job="eval"), label, given, rules=()).config.task
-    paths = {key.path.removeprefix("task."): key for key in keys_of(built, "task.").values() if key.path_kind == "file"}
-    return given | {name: paths[name].default for name in paths if name in given}
+    files = {
+        key.path.removeprefix("task."): key.default
+        for key in keys_of(built, "task.").values()
+        if key.path_kind == "file" or key.path == "task.settings"  # of a mixture's families
+    }
+    return given | {name: files[name] for name in files if name in given}
 
 
 def _plain(values: Mapping[str, Any], section: str) -> Settings:

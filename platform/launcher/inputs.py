@@ -87,15 +87,17 @@ def _listed(value: str | list[str]) -> list[str]:
 
 
 def _paths_within(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Those of task.settings={jsonl: {path: …}}."""
+    """Those of task.settings={jsonl: {path: …}}, of eval.sets, and of the mixtures among these."""
     of_sets = path == "eval.sets"  # their families are tasks', by `name` where it is not the label
-    group = "task" if of_sets else path.partition(".")[0]
+    group = "task" if path.startswith("eval.sets") else path.partition(".")[0]
     for label, entries in settings.items():
         if not isinstance(entries, dict):
             continue
         family = entries.get("name", label) if of_sets else label
         kinds = {name: key.path_kind for name, key in variant_keys().get(group, {}).get(family, {}).items()}
         for name, value in entries.items():
+            if of_sets and name == "settings" and isinstance(value, dict):
+                yield from _paths_within(f"{path}.{label}.settings", value)
             if kinds.get(f"{group}.{name}") == "file" and (paths := _listed(value)):
                 yield f"{path}.{label}.{name}", paths
 

@@ -396,6 +396,20 @@ def test_a_saved_configuration_means_the_same_from_every_directory(tmp_path, mon
     assert compose([saved]) == config
 
 
+def test_files_of_evaluation_sets_are_absolute_as_those_of_the_task_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "train.jsonl", '{"question": "1+1?", "answer": "#### 2"}\n')
+    sets = {
+        "mine": "{name: jsonl, path: train.jsonl, decontaminate: report, decontaminate_against: [train.jsonl]}",
+        "jsonl": "{path: ./train.jsonl, prompt_field: path}",
+        "both": "{name: mixture, weights: {jsonl: 1}, settings: {jsonl: {path: train.jsonl}}}",
+    }
+    found = compose([f"eval.sets.{name}={value}" for name, value in sets.items()]).eval.sets
+    assert (found["mine"]["path"], found["mine"]["decontaminate_against"]) == (path, [path])
+    assert (found["jsonl"]["path"], found["jsonl"]["prompt_field"]) == (path, "path")
+    assert found["both"]["settings"] == {"jsonl": {"path": path}}
+
+
 def test_where_the_next_run_goes_and_a_models_name_stay_as_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models--some--model" / "snapshots" / "1").mkdir(parents=True)

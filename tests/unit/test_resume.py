@@ -96,6 +96,8 @@ def test_every_input_that_a_key_names_is_found_and_nothing_that_nobody_reads(con
     mixture = MixtureConfig(weights={"jsonl": 1.0}, settings={"jsonl": {"path": config.task.path, "template": "x"}})  # type: ignore[attr-defined]
     config.task = mixture
     assert "task.settings.jsonl.path" in inputs_of(config, run_dir)
+    config.eval.sets = {"both": {"name": "mixture", "weights": mixture.weights, "settings": mixture.settings}}
+    assert "eval.sets.both.settings.jsonl.path" in inputs_of(config, run_dir)
     (run_dir / "start").unlink()
     (run_dir / "start").mkdir()  # random weights of job=sft, made by the run itself
     assert "model.path" not in inputs_of(config, run_dir)
