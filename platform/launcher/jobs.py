@@ -185,9 +185,9 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
             table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     for line in summary.get("warnings", ()):
         table.add_row("warning", line)
-    for name in ("learning.png", "summary.json", "cost.md", "logs"):
-        if (run_dir / name).exists():
-            table.add_row("" if name != "learning.png" else "see", str(run_dir / name))
+    named = ("learning.png", "eval.png", "summary.json", "cost.md", "logs")
+    for number, path in enumerate(run_dir / name for name in named if (run_dir / name).exists()):
+        table.add_row("" if number else "see", str(path))
     Console().print(table, highlight=False)
 
 

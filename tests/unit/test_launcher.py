@@ -116,6 +116,21 @@ def test_a_full_disk_costs_a_line_and_hides_no_reason(
     assert all("No space left on device" in line for line in lines[1:])
 
 
+def test_the_last_words_say_where_to_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def seen(name: str) -> list[str]:
+        Path(name).touch()
+        jobs.report(Path(), {"status": "completed"})
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:]]
+
+    assert seen("summary.json") == ["see summary.json"]
+    assert seen("eval.png") == ["see eval.png", "summary.json"]
+    assert seen("learning.png") == ["see learning.png", "eval.png", "summary.json"]
+
+
 def test_the_last_words_are_those_of_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sft = {"status": "completed", "steps": 3, "loss/sft_first": 2.0, "loss/sft_last": 0.5, "tokens/trained": 1234}
     jobs.report(tmp_path, {**sft, "learner/busy_fraction": 0.5})
