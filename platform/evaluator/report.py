@@ -66,8 +66,8 @@ def measured(asked: Asked) -> dict[str, Estimate]:
     }
 
 
-def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Asked]) -> Table:
-    """Write the files; the table for the terminal."""
+def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Asked], longest: int) -> Table:
+    """Write the files; the table for the terminal. ``longest``: the most tokens that an answer could have."""
     rows = {asked.name: measured(asked) for asked in sets}
     told = {
         "results": {name: _harness(found) for name, found in rows.items()},
@@ -79,7 +79,7 @@ def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Ask
         "config": {
             "model": str(model), "checkpoint": config.checkpoint, "answers": config.eval.samples,
             "answers_by_set": {a.name: a.scores.shape[1] for a in sets},
-            "max_new_tokens": config.sampling.max_new_tokens, "seed": config.run.seed,
+            "max_new_tokens": longest, "seed": config.run.seed,
             "sets": config.eval.sets or {config.task.name: asdict(config.task)},
             **{name: getattr(config.eval, name) for name in ("temperature", "top_p")},
         },
@@ -87,7 +87,7 @@ def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Ask
     write_atomic(run_dir / RESULTS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     flat = {f"eval/{name}/{measure}": _number(e.mean) for name, found in rows.items() for measure, e in found.items()}
     write_summary(run_dir, read_summary(run_dir) | flat)
-    draw(run_dir / FIGURE, config, model, rows)
+    draw(run_dir / FIGURE, config, rows)
     return table(rows, sets)
 
 
@@ -119,7 +119,7 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def draw(path: Path, config: Config, model: Path, rows: dict[str, dict[str, Estimate]]) -> None:
+def draw(path: Path, config: Config, rows: dict[str, dict[str, Estimate]]) -> None:
     """pass@k and cons@k over k with their intervals, a panel a set."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -33,11 +33,11 @@ from offtrail.platform.engines.make import make_engine
 from offtrail.platform.evaluator.answers import Answers
 from offtrail.platform.evaluator.report import Asked, write_results
 from offtrail.platform.launcher.inputs import hashes, inputs_of
-from offtrail.platform.launcher.reaper import Reaper
+from offtrail.platform.launcher.reaper import reaped
 from offtrail.platform.launcher.serve import LOOK_SECONDS, served_model, text_of
 from offtrail.platform.model.start import StartError
 from offtrail.platform.model.text import Text
-from offtrail.platform.runtime.context import RoleContext, remove_leftovers
+from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.runtime.device import require_device
 from offtrail.platform.runtime.devices import devices_of
 from offtrail.platform.tracking.held import Meter
@@ -65,17 +65,15 @@ EVAL_SEED = 0xE7A15E7
 def run_evaluation(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """job=eval: how it ended, and why."""
     save(run_dir)
-    reaper, meter = Reaper(run_dir), Meter(run_dir, "evaluator", devices_of(config, "evaluator", 0))
+    meter = Meter(run_dir, "evaluator", devices_of(config, "evaluator", 0))
     try:
-        return evaluate(config, run_dir, interrupted, meter)
+        with reaped(config, run_dir):
+            return evaluate(config, run_dir, interrupted, meter)
     except (FinalError, StartError, TaskError, ValueError, OSError) as error:
         return "failed", str(error)
     except MemoryError as error:
         return "failed", f"no memory for the engine ({error}); lower engine.kv_cache_mb or engine.max_running"
     finally:
-        reaper.sweep()
-        remove_leftovers(config, run_dir)
-        reaper.close()
         with contextlib.suppress(OSError, ValueError):  # a full disk has been told already
             write_summary(run_dir, read_summary(run_dir) | meter.summary())
 
@@ -92,7 +90,8 @@ def evaluate(config: Config, run_dir: Path, interrupted: list[int], meter: Meter
     if any(todo.values()) and not ask(config, run_dir, text, sets, todo, interrupted, meter):
         return "interrupted", f"stopped by signal {interrupted[0]}; run.resume=true goes on"
     found = [collect(run_dir, asked[name], problems, text) for name, problems in sets.items()]
-    Console().print(write_results(config, run_dir, model, found))
+    longest = config.sampling.longest_at(version_of(run_dir))
+    Console().print(write_results(config, run_dir, model, found, longest))
     return "completed", ""
 
 

@@ -20,11 +20,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from offtrail.platform.runtime import attempt
+
+if TYPE_CHECKING:
+    from offtrail.platform.config.schema import Config
 
 GRACE_SECONDS = 5.0
 """Between the launcher's death and SIGKILL."""
@@ -73,6 +78,20 @@ class Reaper:
         with contextlib.suppress(OSError):  # it was killed: then it can clean up nothing, and all else goes on
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
+
+
+@contextlib.contextmanager
+def reaped(config: Config, run_dir: Path) -> Iterator[None]:
+    """An attempt of its own: whatever ends it, nothing of it is left afterwards, nor of what it shared."""
+    from offtrail.platform.runtime.context import remove_leftovers  # slow to import for the child
+
+    reaper = Reaper(run_dir)
+    try:
+        yield
+    finally:
+        reaper.sweep()
+        remove_leftovers(config, run_dir)
+        reaper.close()
 
 
 def note(roles: list[psutil.Process], pid: int) -> None:

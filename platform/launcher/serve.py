@@ -35,10 +35,9 @@ from offtrail.platform.engines.sglang.serve import KEY_VARIABLE
 from offtrail.platform.engines.sglang.servers import ServerError, Servers
 from offtrail.platform.launcher.api_request import Bounds
 from offtrail.platform.launcher.gateway import Gateway, Place
-from offtrail.platform.launcher.reaper import Reaper
+from offtrail.platform.launcher.reaper import reaped
 from offtrail.platform.model.start import StartError, resolve
 from offtrail.platform.model.text import Text, saved_template
-from offtrail.platform.runtime.context import remove_leftovers
 from offtrail.platform.runtime.device import require_device
 from offtrail.tasks.jsonl import task_template
 
@@ -49,13 +48,8 @@ LOOK_SECONDS = 0.2
 def run_serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:
     """job=serve: how it ended, and why: `interrupted` by the user, or `failed`."""
     save(run_dir)
-    reaper = Reaper(run_dir)
-    try:
+    with reaped(config, run_dir):
         return serve(config, run_dir, interrupted)
-    finally:
-        reaper.sweep()
-        remove_leftovers(config, run_dir)
-        reaper.close()
 
 
 def serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import warm
 
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
+
+from .conftest import ROOT
 
 SETS = "eval.sets={chain: {}, sums: {name: addition}}"
 
@@ -38,7 +41,7 @@ def test_a_checkpoint_is_asked_as_it_was_trained_and_a_cut_changes_nothing(
     trained: Path, environment: dict[str, str], command: Any, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(trained, tmp_path / "copy", symlinks=True)
-    keys = (f"checkpoint={copy}", "eval.prompts=150", "eval.samples=4", SETS)
+    keys = (f"checkpoint={copy}", "eval.prompts=150", "eval.samples=4", "sampling.growth_step=2", SETS)
 
     def line(name: str, *more: str) -> list[str]:
         whole: list[str] = command(name, "job=eval", *keys, *more)
@@ -49,7 +52,7 @@ def test_a_checkpoint_is_asked_as_it_was_trained_and_a_cut_changes_nothing(
     assert "avg@4" in whole.stdout
     told = asked(tmp_path, "whole")
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert (summary["status"], told["config"]["max_new_tokens"]) == ("completed", 40)
+    assert (summary["status"], told["config"]["max_new_tokens"]) == ("completed", 80)
     assert (tmp_path / "whole" / "eval.png").stat().st_size > 10_000
     assert summary["compute/evaluator_decoded_tokens"] > 300 * 4  # each answer has a token at least
     assert summary["compute/evaluator_flops"] > 0
@@ -99,6 +102,28 @@ def test_sets_are_scored_while_training_beside_the_tasks_own_prompts(trained: Pa
     for label in ("sums", "long"):
         ends = [summary[f"eval/{label}/accuracy_{end}"] for end in ("first", "last")]
         assert ends == [row[f"eval/{label}/accuracy"] for row in scored]
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(900)
+def test_a_server_says_of_a_checkpoint_what_the_embedded_engine_says(
+    trained: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Greedy, so that neither draws: the same answers, token by token, and so the same numbers."""
+    answers, told = [], []
+    for engine in ("local", "sglang"):
+        command = [sys.executable, str(ROOT / "launch.py"), "job=eval", f"run.name={engine}", f"run.dir={tmp_path}"]
+        keys = [f"checkpoint={trained}", f"engine={engine}", "eval.temperature=0", "eval.prompts=60", SETS]
+        done = warm.run(command + keys, 400, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told.append(asked(tmp_path, engine))
+        files = sorted((tmp_path / engine / "answers").glob("*.parquet"))
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+        answers.append([(row["prompt"], row["tokens"]) for row in rows])
+    assert len(answers[0]) == 2 * 60
+    assert answers[1] == answers[0]
+    assert told[1]["results"] == told[0]["results"]
+    assert told[0]["results"]["chain"]["avg@1,none"] > 0
 
 
 @pytest.mark.parametrize(

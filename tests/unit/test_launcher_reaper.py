@@ -240,6 +240,16 @@ def test_hosts_that_are_closed_leave_no_reaper_and_ranks_know_their_world(tmp_pa
     assert attempt.VARIABLE not in os.environ
 
 
+def test_a_job_without_roles_leaves_nothing_however_it_ends(config: Config, run_dir: Path) -> None:
+    with contextlib.suppress(KeyError), reaper.reaped(config, run_dir):
+        name, hung, channel = attempt.current(), Hung(), weights_folder(config, run_dir)
+        channel.mkdir()
+        raise KeyError
+    assert (hung.left, channel.exists(), attempt.current()) == ([False, False, False], False, "")
+    assert not any(name in " ".join(words(child)) for child in psutil.Process().children())
+    hung.end()
+
+
 def test_a_run_that_ends_gives_back_what_it_shared_when_the_last_process_is_gone(
     config: Config, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
