@@ -92,18 +92,16 @@ def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Ask
 
 
 def table(rows: dict[str, dict[str, Estimate]], sets: Sequence[Asked]) -> Table:
-    """A line a measure, a column a set."""
-    shown = Table("measure", *(f"{a.name} ({len(a.scores)} × {a.scores.shape[1]})" for a in sets), box=None)
-    for measure in dict.fromkeys(measure for found in rows.values() for measure in found):
-        digits = 1 if measure == "length" else 3
-        shown.add_row(measure, *(_cell(found[measure], digits) if measure in found else "" for found in rows.values()))
+    """A line for each measure of each set: however many sets there are, a terminal of 80 columns cuts no number."""
+    shown = Table("set", "measure", "mean", "95 % interval", box=None)
+    for asked, found in zip(sets, rows.values(), strict=True):
+        name = f"{asked.name} ({len(asked.scores)} × {asked.scores.shape[1]})"
+        for measure, estimate in found.items():
+            digits = 1 if measure == "length" else 3
+            low_high = () if math.isnan(estimate.low) else (estimate.low, estimate.high)
+            shown.add_row(name, measure, f"{estimate.mean:.{digits}f}", " – ".join(f"{x:.{digits}f}" for x in low_high))
+            name = ""
     return shown
-
-
-def _cell(estimate: Estimate, digits: int) -> str:
-    if math.isnan(estimate.low):
-        return f"{estimate.mean:.{digits}f}"
-    return f"{estimate.mean:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
 
 
 def _harness(found: dict[str, Estimate]) -> dict[str, Any]:

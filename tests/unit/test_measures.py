@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from offtrail.platform.evaluator.measures import average, consensus, over_questions, pass_at, sizes_up_to
+from offtrail.platform.evaluator.report import Asked, measured, table
 
 SCORES = np.array([[1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0.5, 0, 1, 0]], np.float64)
 
@@ -88,3 +91,15 @@ def test_one_question_has_no_interval() -> None:
 @pytest.mark.parametrize(("n", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_sizes(n: int, sizes: list[int]) -> None:
     assert sizes_up_to(n) == sizes
+
+
+def test_a_table_of_many_sets_shows_every_number_on_a_narrow_terminal() -> None:
+    answers: list[list[str | None]] = [["1", "2", None, "2", "1"]] * 4
+    sets = [Asked(f"set-{i}", SCORES * i / 8, answers, SCORES + 30, SCORES) for i in range(8)]
+    console = Console(width=80, file=(told := io.StringIO()))
+    console.print(table({asked.name: measured(asked) for asked in sets}, sets))
+    lines = told.getvalue().splitlines()
+    for i, asked in enumerate(sets):
+        estimate = measured(asked)["avg@5"]
+        (line,) = [line for line in lines if line.strip().startswith(f"set-{i} (4 × 5)")]
+        assert line.split()[4:] == ["avg@5", f"{estimate.mean:.3f}", f"{estimate.low:.3f}", "–", f"{estimate.high:.3f}"]

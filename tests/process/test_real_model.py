@@ -1,0 +1,121 @@
+"""SmolLM2-135M-Instruct, as `make real-model` leaves it: tokens, prompts and greedy answers of both engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offtrail.core.protocols import Completion, Engine, Request
+from offtrail.core.types import Problem, Sampling
+from offtrail.platform.config.schema import LocalConfig, PromptConfig, SglangConfig
+from offtrail.platform.engines.local import LocalEngine
+from offtrail.platform.engines.sglang.engine import SglangEngine
+from offtrail.platform.model.text import Text
+
+MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
+pytestmark = [
+    pytest.mark.prove,
+    pytest.mark.skipif(not MODEL.is_dir(), reason="models/smollm2-135m-instruct is not there: make real-model"),
+    pytest.mark.timeout(900),
+]
+
+KNOWN = {
+    "1234567890 + 3.14159": [33, 34, 35, 36, 37, 38, 39, 40, 41, 32, 1232, 216, 35, 30, 33, 36, 33, 37, 41],
+    "  multiple   spaces  and\ttabs\n": [216, 2701, 256, 5600, 216, 284, 197, 100, 7366, 198],
+    "don't can't won't I'm you're": [12420, 982, 416, 982, 3763, 982, 339, 5248, 346, 2316],
+    "😀🚀 emoji test 🎉": [10813, 242, 218, 10813, 244, 218, 649, 33777, 1028, 15107, 232, 227],
+    "trailing space ": [4861, 4966, 1898, 216],
+}
+"""Text → tokens by the original tokenizer of HuggingFaceTB/SmolLM2-135M, as others have recorded them
+(github.com/bulebrainbrand/smollm2-135M, reference.json).
+"""
+SYSTEM = "You answer in one short sentence."
+PROMPTS = (
+    "What is the capital of France?",
+    "What is 12 + 5? Answer with the number only.",
+    "Name three colours.",
+    "Write a Python function that doubles a number.",
+    "Wie heißt die Hauptstadt von Österreich?",
+)
+NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    return Text(MODEL, PromptConfig(system=SYSTEM))
+
+
+@pytest.fixture(scope="module")
+def asked(text: Text) -> list[Request]:
+    problems = [Problem("t", i, prompt, "") for i, prompt in enumerate(PROMPTS)]
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0, stop_token_ids=text.stop_token_ids)
+    return [Request(i, tokens, 1, sampling) for i, tokens in enumerate(text.encode_all(problems))]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> list[list[int]]:
+    """transformers' own way from a question to an answer: its chat template, its `generate`, its end, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    found = []
+    for prompt in PROMPTS:
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+        given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = model.generate(**given, do_sample=False, max_new_tokens=NEW_TOKENS)
+        found.append(answer[0, given["input_ids"].shape[1] :].tolist())
+    return found
+
+
+def local(folder: Path) -> Engine:
+    return LocalEngine(MODEL, LocalConfig(), max_length=256, threads=1)
+
+
+def server(folder: Path) -> Engine:
+    config = SglangConfig(max_running=8, start_seconds=300.0)
+    return SglangEngine(MODEL, config, max_length=256, threads=1, owner="generator-0", count=1, run_dir=folder)
+
+
+@pytest.fixture(params=[local, server], ids=["local", "sglang"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    make: Callable[[Path], Engine] = request.param
+    made = make(tmp_path)
+    yield made
+    made.close()
+
+
+def test_tokens_are_the_original_tokenizers(text: Text) -> None:
+    for words, ids in KNOWN.items():
+        assert text.tokenizer(words, add_special_tokens=False)["input_ids"] == ids
+        assert text.decode(np.array(ids, np.int32)) == words
+
+
+def test_a_question_is_told_by_the_models_chat_template(text: Text) -> None:
+    end = text.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert text.stop_token_ids == (end,)
+    assert text.told(Problem("t", 0, "What is 2+2?", "")) == (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "named SmolLM" in Text(MODEL).told(Problem("t", 0, "What is 2+2?", "")), "the template's own system prompt"
+
+
+def test_greedy_answers_are_transformers_own(
+    engine: Engine, text: Text, asked: list[Request], theirs: list[list[int]]
+) -> None:
+    engine.generate(asked)
+    done: list[Completion] = []
+    limit = time.monotonic() + 600
+    while engine.unfinished:
+        done += engine.step()
+        assert time.monotonic() < limit, f"{engine.unfinished} samples never came"
+    ours: dict[int, Any] = {completion.request: completion for completion in done}
+    assert [ours[i].tokens.tolist() for i in range(len(PROMPTS))] == theirs
+    assert {ours[i].finish for i in ours} == {"stop", "length"}, "some answers should end, and some be cut"
+    assert "Paris" in text.decode(ours[0].tokens)
