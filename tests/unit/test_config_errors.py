@@ -271,6 +271,9 @@ def test_mistake(argv, begins, says):
 
 def test_a_model_folder_needs_its_config(tmp_path):
     assert "holds no config.json" in message(f"model.path={tmp_path}")
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    for given in (tmp_path, tmp_path / "small.gguf"):
+        assert message(f"model.path={given}").startswith(f"model.path={given}: is a GGUF model; take the folder that")
     (tmp_path / "config.json").write_text("{}")
     assert compose([f"model.path={tmp_path}"]).model.path == str(tmp_path)
 

@@ -59,7 +59,7 @@ def placeholders(folder: Path) -> None:
     for _, code in blocks("python"):
         if name := re.match(r"# (\w+\.py)\n", code):
             (folder / name[1]).write_text(code, encoding="utf-8")
-    for model in ("models/Qwen2.5-0.5B-Instruct", "runs/NAME/checkpoints/step_40"):
+    for model in ("models/Qwen2.5-0.5B-Instruct", "models/smollm2-135m-instruct", "runs/NAME/checkpoints/step_40"):
         (folder / model).mkdir(parents=True)
         (folder / model / "config.json").write_text("{}", encoding="utf-8")
     (folder / "runs" / "NAME" / "config.yaml").write_text(to_yaml(compose([])), encoding="utf-8")
@@ -67,6 +67,7 @@ def placeholders(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
     row = '{"text": "Double.", "code": "def f(x):\\n return 2*x", "test_list": ["assert f(1) == 2"]}\n'
     (folder / "mbpp.jsonl").write_text(row, encoding="utf-8")
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     (folder / "settings.yaml").write_text("learner: {steps: 9}\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/real/convert.py on a GGUF file made here: two layers, tokens by hand, two kinds of quantised weights."""
+"""benchmarks/real_convert.py on a GGUF file made here: two layers, tokens by hand, two kinds of quantised weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from offtrail.core.types import Problem
 from offtrail.platform.model.text import Text
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "real" / "convert.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "real_convert.py"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = ("ĠĠ", "ab", "Ġab")
 MERGES = ("Ġ Ġ", "a b", "Ġ ab")
@@ -99,7 +99,7 @@ def made(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_the_end_of_a_turn_is_the_only_end(made: tuple[Path, dict[str, Any]]) -> None:
-    """transformers' own conversion names <|im_start|> as the tokenizer's eos."""
+    """Transformers' own conversion names <|im_start|> as the tokenizer's eos."""
     text = Text(made[0])
     assert text.stop_token_ids == (2,)
     for file in ("config.json", "generation_config.json"):

