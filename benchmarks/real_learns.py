@@ -1,6 +1,6 @@
 """Does a real pretrained model learn here? SmolLM2-135M-Instruct before, while and after GRPO on short sums.
 
-    python benchmarks/real_learns.py MODEL [--name smollm2] [--answers 4] [--questions 256] [KEY=VALUE …]
+    python benchmarks/real_learns.py MODEL [--name smollm2] [--answers 8] [--questions 64] [KEY=VALUE …]
     (`make real` makes MODEL first)
 
 MODEL is what `make real-model` leaves. Three runs of the real command with the settings of real_learns.yaml, KEY=VALUE
@@ -108,10 +108,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the folder that `make real-model` leaves")
     parser.add_argument("--name", default="smollm2", help="of the runs: runs/NAME, NAME-before and NAME-after")
-    parser.add_argument("--answers", type=int, default=4, help="to each question, before and after")
-    parser.add_argument("--questions", type=int, default=256, help="held out")
+    parser.add_argument("--answers", type=int, default=8, help="to each question, before and after")
+    parser.add_argument("--questions", type=int, default=64, help="held out")
     parser.add_argument("keys", nargs="*", help="keys of all three runs, as launch.py takes them")
-    print(json.dumps(report(parser.parse_args())))
+    print(json.dumps(report(parser.parse_intermixed_args())))
 
 
 if __name__ == "__main__":
