@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-PathKind = Literal["", "file", "model", "folder", "name"]
-"""file: made absolute. model: too where such a folder is here, else a name in the Hugging Face cache. folder: only its
-``~`` is expanded, so that a saved configuration says what was typed. name: a part of a path, which stays in its folder.
+PathKind = Literal["", "file", "model", "either", "folder", "name"]
+"""file: made absolute. model: too where such a folder is here, else a name in the Hugging Face cache. either: a file or
+a model. folder: only its ``~`` is expanded, so that a saved configuration says what was typed. name: a part of a path,
+which stays in its folder.
 """
 
 

@@ -1,4 +1,5 @@
 """Examples to imitate from a file or folder (sft.path; tasks/rows.py): each row a prompt, or messages, and an answer.
+Other keys name such files too: sample.shots_path, reject.paths, reject.mix.
 
 The command reads them before anything starts, the learner when it begins: what is wrong with a row is said at once.
 """
@@ -6,6 +7,7 @@ The command reads them before anything starts, the learner when it begins: what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_examples(path: Path, prompt_field: str, answer_field: str, key: str = "sft.path") -> list[Problem]:
-    """The rows of a file or folder, which ``key`` names. Raises TaskError with file and row.
+    """The rows of the file or folder that ``key`` names. Raises TaskError with file and row.
 
     A row has a prompt (a text or a list of messages) and an answer; or ``messages`` alone, whose last is the
     assistant's answer. Each becomes a Problem, ``task`` naming the file, ``index`` and ``meta["place"]`` the row.
     """
-    return [_example(row, path, prompt_field, answer_field, key) for row in read_rows(path, key)]
+    return [_example(row, f"{key}={path}", prompt_field, answer_field) for row in read_rows(path, key)]
 
 
 def too_long(examples: Sequence[Problem], tokens: Sequence[int], max_length: int, *, drop: bool) -> list[int]:
@@ -65,19 +67,32 @@ def remark_on_held_out(examples: Sequence[Problem], held_out: Sequence[Problem])
     )
 
 
-def _example(row: Row, path: Path, prompt_field: str, answer_field: str, key: str) -> Problem:
-    name, fields, meta = f"{key}={path}", row.fields, {"place": row.place}
-    where, group = f"{name}, {row.place}", key.removesuffix("path")
+def _example(row: Row, name: str, prompt_field: str, answer_field: str) -> Problem:
+    problem, answer = question_and_answer(row, name, prompt_field, answer_field)
+    if answer_field in row.fields or answer is None:
+        answer = _text(row.fields, answer_field, f"{_group(name)}answer_field", f"{name}, {row.place}")
+    return replace(problem, answer=answer)
+
+
+def question_and_answer(row: Row, name: str, prompt_field: str, answer_field: str) -> tuple[Problem, Any]:
+    """What a row of the file ``name`` (key=path) asks, as a Problem without its answer; and what stands for the answer,
+    None where nothing does. Raises TaskError where the question is not to be read.
+    """
+    fields, meta, where = row.fields, {"place": row.place}, f"{name}, {row.place}"
     given = fields.get(prompt_field, fields.get("messages"))
     if not isinstance(given, list):
-        prompt = _text(fields, prompt_field, f"{group}prompt_field", where)
-        return Problem(name, row.number, prompt, _text(fields, answer_field, f"{group}answer_field", where), meta)
+        prompt = _text(fields, prompt_field, f"{_group(name)}prompt_field", where)
+        return Problem(name, row.number, prompt, "", meta), fields.get(answer_field)
     messages = _messages(given, where)
     if answer_field not in fields and len(messages) > 1 and messages[-1]["role"] == "assistant":
         *before, last = messages
-        return Problem(name, row.number, as_lines(tuple(before)), last["content"], meta, tuple(before))
-    answer = _text(fields, answer_field, f"{group}answer_field", where)
-    return Problem(name, row.number, as_lines(messages), answer, meta, messages)
+        return Problem(name, row.number, as_lines(tuple(before)), "", meta, tuple(before)), last["content"]
+    return Problem(name, row.number, as_lines(messages), "", meta, messages), fields.get(answer_field)
+
+
+def _group(name: str) -> str:
+    """What the keys of the fields begin with, beside the key in key=path."""
+    return name.partition("=")[0].removesuffix("s").removesuffix("path")
 
 
 def _messages(value: list[Any], where: str) -> tuple[dict[str, str], ...]:

@@ -202,11 +202,11 @@ class JsonlTask(FileTask[JsonlConfig, Record]):
 PROMPT_FIELDS = ("problem", "question", "prompt", "Question", "Problem", "text")
 
 
-def read_prompts(path: Path, config: JsonlConfig) -> list[Item]:
-    """The prompts of a set that is only compared with, in the first field there is of the task's own and the usual
-    ones. Raises TaskError.
+def read_prompts(path: Path, config: JsonlConfig, key: str = "task.decontaminate_against") -> list[Item]:
+    """The prompts of a set that is only compared with, named by ``key``, in the first field there is of the task's own
+    and the usual ones. Raises TaskError.
     """
-    key, items = "task.decontaminate_against", list[Item]()
+    items = list[Item]()
     for row in read_rows(path, key):
         where = f"{key}={path}, {row.place}"
         if isinstance(row.fields.get(config.messages_field), list):

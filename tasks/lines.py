@@ -121,13 +121,14 @@ def check_text(text: str, where: str) -> None:
 
 def fault_of(text: str) -> str:
     """What a text holds that nothing is to be trained on, and the way out; empty where it is fine."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if HALF.search(text):
         return "holds half a surrogate pair, which is no text; mend or delete the line"
     if MANGLED.search(text):
         return 'holds a control character, which is what "\\frac" or "\\beta" means in JSON; write LaTeX as "\\\\frac"'
     return ""
 
 
+HALF = re.compile("[\ud800-\udfff]")
 MANGLED = re.compile(r"[\b]|\f(?:rac|orall|rak|rown)(?![a-z])")
 """What LaTeX with single backslashes becomes. A form feed elsewhere is a page's end, as in text out of a PDF."""
 MEND = "write one object a line, or delete the line"

@@ -114,6 +114,24 @@ def _path_of(task: Task) -> str:
     return str(getattr(getattr(task, "config", None), "path", ""))
 
 
+def training_problems(task: Task, first: int, n: int) -> list[Problem]:
+    """``n`` training problems from place ``first`` of the data order on, none of them twice where they stand in files;
+    0 = all that those have left. Raises TaskError where there are fewer, or no end.
+    """
+    training = getattr(task, "training", None)
+    if not callable(training):
+        if not n:
+            raise TaskError(f"sample.prompts=0: task={task.name} has no last problem; say how many, sample.prompts=N")
+        return [task.train(first + i) for i in range(n)]
+    size = len(training())
+    if first >= size or first + n > size:
+        raise TaskError(
+            f"sample.prompts={n} from sample.first={first} on: task={task.name} has {size:,} training problems, each "
+            "asked once; lower them (sample.prompts=0 takes all that are left), or raise sample.samples"
+        )
+    return [task.train(first + i) for i in range(n or size - first)]
+
+
 def overlaps_of(task: Task) -> list[Overlap]:
     """What the training sets of a task (of a mixture its families) share with evaluation sets, where it was asked."""
     families: Mapping[str, Task] = getattr(task, "families", {})

@@ -37,6 +37,9 @@ IMPLIED: dict[str, dict[str, Raw]] = {"serve": {"engine.name": "sglang"}}
 """Job → what it cannot do without, unless a layer says otherwise."""
 
 
+MIX = "reject.mix"
+
+
 def build(values: Mapping[str, Raw]) -> Config:
     """The Config of raw values, types checked, `__post_init__` run; cross-field rules are not checked here."""
     base = Config()
@@ -143,15 +146,19 @@ def _path(key: str, kind: PathKind, value: str) -> str:
     if problem := path_problem(value):
         raise refuse(key, value, problem)
     path = os.path.expanduser(value)
-    if kind == "file" or (kind == "model" and os.path.isdir(path)):
+    if kind == "file" or (kind == "model" and os.path.isdir(path)) or (kind == "either" and os.path.exists(path)):
         return str(Path(path).absolute())
     return path
 
 
 def _paths_within(key: Key, value: Raw) -> Raw:
-    """The same for task.settings={jsonl: {path: …}}, which holds keys of other variants of its section."""
+    """The same for task.settings={jsonl: {path: …}}, which holds keys of other variants of its section; and for the
+    `path` of each entry of reject.mix.
+    """
     if not isinstance(value, dict):
         return value
+    if key.path == MIX:
+        return {name: _of_mix(f"{MIX}.{name}.path", entry) for name, entry in value.items()}
     variants = variant_keys().get(key.path.partition(".")[0], {})
     return {
         family: {
@@ -162,6 +169,12 @@ def _paths_within(key: Key, value: Raw) -> Raw:
         else entries
         for family, entries in value.items()
     }
+
+
+def _of_mix(key: str, entry: Raw) -> Raw:
+    if not isinstance(entry, dict) or "path" not in entry:
+        return entry
+    return {**entry, "path": _path_or_paths(key, "file", entry["path"])}
 
 
 def _path_or_paths(key: str, kind: PathKind, value: Raw) -> Raw:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
-from offtrail.platform.config.errors import refuse
+from offtrail.platform.config.errors import ConfigError, refuse
 
 _STEP = re.compile(r"step_(\d+)")
 
@@ -27,9 +28,10 @@ def model_folder(checkpoint: str, key: str = "checkpoint") -> Path | None:
     if found is not None:
         return found
     stages = sorted(given.glob("stages/*/config.yaml"), key=lambda path: int(path.parent.name.partition("_")[0]))
-    if not stages:
-        raise refuse(key, checkpoint, "the run has neither a checkpoint nor a start model")
-    return model_folder(str(stages[-1].parent), key)
+    for stage in reversed(stages):  # one of job=reject has no model
+        with contextlib.suppress(ConfigError):
+            return model_folder(str(stage.parent), key)
+    raise refuse(key, checkpoint, "the run has neither a checkpoint nor a start model")
 
 
 def steps_of(run_dir: Path) -> list[int]:

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from offtrail.platform.config.keys import (
     variant_keys,
 )
 from offtrail.platform.config.paths import check_name, path_problem
-from offtrail.platform.config.recipe import Stage, stages_of
+from offtrail.platform.config.recipe import MODEL_KEYS, Stage, handed_keys, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.sets import check_sets, with_options
 from offtrail.platform.config.validate import files_of_lines_are_here, numbers_are_in_range, validate
@@ -54,7 +54,7 @@ OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
 UNSAVED = ("run.name", "run.resume", "run.resume_from")
 """What a saved configuration leaves out, so that it can be run again."""
 TRAINED = ("task", "reward", "prompt", "sampling", "model")
-"""Sections that job=eval takes from the run whose checkpoint it asks."""
+"""Sections that job=eval and job=sample take from the run whose checkpoint they ask."""
 PRETRAINED = "pretrained"
 """The option of `model` that a given model.path stands for."""
 
@@ -99,37 +99,43 @@ def compose(argv: Sequence[str]) -> Config:
 
 
 def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
-    """For job=eval with a run's checkpoint: how it was trained, below all that is given. A section whose variant is
-    given is the command's own.
+    """For job=eval and job=sample with a run's checkpoint: how it was trained, below all that is given. A section whose
+    variant is given is the command's own. For job=distill the same of its teacher, but for the model, which is the
+    student's.
     """
     given = file.values | line.values
-    checkpoint = given.get("checkpoint")
-    if given.get("job") != "eval" or not isinstance(checkpoint, str):
+    distils = given.get("job") == "distill"
+    checkpoint = given.get("distill.teacher" if distils else "checkpoint")
+    if not (distils or given.get("job") in ("eval", "sample")) or not isinstance(checkpoint, str):
         return []
     model = model_folder(checkpoint)
     run = (run_folder(str(model)) if model is not None else None) or run_folder(checkpoint)
     if run is None:
         return []
     own = {*file.options, *line.options, *(key.removesuffix(".name") for key in given if key.endswith(".name"))}
-    taken = [section for section in TRAINED if section not in own]
+    taken = [section for section in TRAINED if section not in own and not (distils and section == "model")]
     saved = file_layer(run / "config.yaml").values
     return [Layer(values={k: v for k, v in saved.items() if k.partition(".")[0] in taken and k != "model.path"})]
 
 
 def stage_config(config: Config, stage: Stage, handed: Mapping[str, Raw]) -> Config:
-    """The configuration of one stage: the recipe's, under the stage's own settings, under what earlier stages hand on.
+    """The configuration of one stage: the recipe's, under the stage's own settings, under what earlier stages hand on
+    (not yet, where it is only checked). One that asks a model, and is handed none, asks the recipe's model.path.
 
     Raises ConfigError that names the stage.
     """
     base, own = Layer(), Layer(values={})
     tree = read_text(to_yaml(config))
     del tree["recipe"]
+    asks = MODEL_KEYS.get(stage.job) == "checkpoint" and not stage.start_from
+    tree["checkpoint"] = config.model.path if asks else ""
     _take_tree(base, tree, "")
     try:
         _take_tree(own, stage.settings, "")
-        return _composed([base, own, Layer(values={"job": stage.job, **handed})])
+        layers = [base, own, Layer(values={"job": stage.job, **handed})]
+        return _composed(layers, handed_keys(stage) - handed.keys())
     except ConfigError as error:
-        raise ConfigError(f"recipe.stages.{stage.name}: {error}") from None
+        raise ConfigError(f"{stage.key}: {error}") from None
 
 
 def load_config(path: Path) -> Config:
@@ -244,10 +250,11 @@ def _stands(path: str, values: Mapping[str, Raw]) -> bool:
     return path in chosen or not any(path in keys for keys in variants.values())
 
 
-def _composed(layers: Sequence[Layer]) -> Config:
+def _composed(layers: Sequence[Layer], later: Collection[str] = ()) -> Config:
+    """``later``: keys that are set when an earlier stage of a recipe has made what they name."""
     config = build(merge(layers))
     config.eval.sets = with_options(config.eval.sets, options_of, _option_values)
-    validate(config)
+    validate(config, later)
     check_sets(config)
     if isinstance(config.task, MixtureConfig):
         _check_families(config.task)

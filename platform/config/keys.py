@@ -122,7 +122,8 @@ def noted_settings(config: Config) -> dict[str, Any]:
     """Key → value of what decides the job's numbers (a recipe's: any stage's) and may change at a resume all the same,
     so that a diverged run can be saved; the ledger notes each change.
     """
-    idle = () if config.recipe.stages else ("learner.optim.lr", "algo.") if config.job == "sft" else ("sft.",)
+    several = config.recipe.stages or config.job == "distill"
+    idle = () if several else ("learner.optim.lr", "algo.") if config.job == "sft" else ("sft.",)
     keys = keys_of(config).values()
     return {key.path: key.default for key in keys if key.resumable == "noted" and not key.path.startswith(idle)}
 
@@ -135,7 +136,7 @@ def deciding_settings(config: Config) -> dict[str, Any]:
     return {
         key.path: key.default
         for key in keys_of(config).values()
-        if key.resumable is not True and key.path not in may_change and key.path_kind not in ("file", "model")
+        if key.resumable is not True and key.path not in may_change and key.path_kind not in ("file", "model", "either")
     }
 
 

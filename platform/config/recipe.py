@@ -3,10 +3,12 @@
     the recipe's configuration < the stage's own keys and options < what earlier stages hand on (start_from, data_from)
 
 Called by compose.py, which checks every stage before the first one starts, and by launcher/recipe.py, which runs them.
+job=distill is a recipe of three stages that nobody has to write.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,26 +19,33 @@ from offtrail.platform.config.schema import Config
 
 Raw = Any
 
-JOBS = ("rl", "sft")
-"""The jobs that a stage can have: those that end by themselves with a checkpoint or data."""
-DATA_KEYS = {"sft": "sft.path"}
-"""Where a job reads the data that an earlier stage has made."""
-DATA_JOBS = ("rl",)
-"""The jobs that make data: the right answers of their training."""
+JOBS = ("rl", "sft", "sample", "reject", "eval")
+"""The jobs that a stage can have: those that end by themselves."""
+MODEL_KEYS = {"rl": "model.path", "sft": "model.path", "sample": "checkpoint", "eval": "checkpoint"}
+"""Where a job takes the model that an earlier stage has made."""
+MODEL_JOBS = ("rl", "sft")
+"""The jobs that make a model."""
+DATA_KEYS = {"sft": "sft.path", "reject": "reject.paths"}
+"""Where a job reads the data that earlier stages have made."""
+DATA_JOBS = ("rl", "sample", "reject")
+"""The jobs that make data: the right answers of a training, the answers of a sampling, those that are kept of any."""
 DATA_FILE = "data.jsonl"
 """Such data, in the run directory of their stage: one JSON object a line."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: ``number`` counts from 1, ``settings`` are its own keys and options as a tree."""
+    """One stage: ``number`` counts from 1, ``settings`` are its own keys and options as a tree, ``key`` is where they
+    stand.
+    """
 
     number: int
     name: str
     job: str
     start_from: str
-    data_from: str
+    data_from: tuple[str, ...]
     settings: Mapping[str, Raw]
+    key: str
 
     @property
     def folder(self) -> str:
@@ -46,6 +55,8 @@ class Stage:
 
 def stages_of(config: Config) -> list[Stage]:
     """The stages in their order. ConfigError, one line, on a name, a job or a reference that cannot be."""
+    if config.job == "distill":
+        return stages_of_distillation(config)
     stages: list[Stage] = []
     for number, (name, given) in enumerate(config.recipe.stages.items(), 1):
         key = f"recipe.stages.{name}"
@@ -57,26 +68,60 @@ def stages_of(config: Config) -> list[Stage]:
         job, start_from, data_from = own.pop("job", ""), own.pop("start_from", ""), own.pop("data_from", "")
         if not job:
             near = nearest_text(name, config.recipe.stages.keys() - {name})
-            raise ConfigError(f"{key}: no such stage, or one without its job ({' or '.join(JOBS)}){near}")
+            raise ConfigError(f"{key}: no such stage, or one without its job ({', '.join(JOBS)}){near}")
         if job not in JOBS:
             raise refuse(f"{key}.job", job, f"must be one of {', '.join(JOBS)}{nearest_text(job, JOBS)}")
-        for reference, stage in (("start_from", start_from), ("data_from", data_from)):
-            earlier = [stage.name for stage in stages]
-            if stage and stage not in earlier:
-                near = f"one of {', '.join(earlier)}" if earlier else "none: it is the first"
-                raise refuse(f"{key}.{reference}", stage, f"must be an earlier stage, {near}")
-        if data_from and job not in DATA_KEYS:
-            raise refuse(f"{key}.data_from", data_from, f"job={job} reads no data; {' and '.join(DATA_KEYS)} does")
-        if data_from and next(stage.job for stage in stages if stage.name == data_from) not in DATA_JOBS:
-            raise refuse(f"{key}.data_from", data_from, f"must be a stage of job={' or '.join(DATA_JOBS)}")
+        sources = data_from if isinstance(data_from, list) else [data_from] if data_from else []
+        _check_references(key, job, start_from, sources, stages)
         for section in ("run", "recipe"):
             if section in own:
                 raise refuse(f"{key}.{section}", own[section], "belongs to the whole recipe; leave it out of the stage")
-        stages.append(Stage(number, name, job, start_from, data_from, own))
+        stages.append(Stage(number, name, job, start_from, tuple(sources), own, key))
+    return stages
+
+
+def _check_references(key: str, job: str, start_from: Raw, data_from: list[Raw], stages: list[Stage]) -> None:
+    """That they are earlier stages, which make what is wanted of them."""
+    made = {stage.name: stage.job for stage in stages}
+    for reference, name in (("start_from", start_from), *(("data_from", name) for name in data_from)):
+        if not isinstance(name, str):
+            raise refuse(f"{key}.{reference}", name, "must be the name of an earlier stage")
+        if name and name not in made:
+            near = f"one of {', '.join(made)}" if made else "none: it is the first"
+            raise refuse(f"{key}.{reference}", name, f"must be an earlier stage, {near}")
+    if start_from and job not in MODEL_KEYS:
+        raise refuse(f"{key}.start_from", start_from, f"job={job} has no model; leave it out")
+    if start_from and made[start_from] not in MODEL_JOBS:
+        raise refuse(f"{key}.start_from", start_from, f"must be a stage of job={' or '.join(MODEL_JOBS)}")
+    if not data_from:
+        return
+    if job not in DATA_KEYS:
+        raise refuse(f"{key}.data_from", data_from[0], f"job={job} reads no data; {' and '.join(DATA_KEYS)} do")
+    if other := next((name for name in data_from if made[name] not in DATA_JOBS), ""):
+        raise refuse(f"{key}.data_from", other, "must be a stage of job=rl, sample or reject")
+    if job == "sft" and len(data_from) > 1:
+        raise refuse(f"{key}.data_from", data_from, "job=sft reads one file; join them in a stage of job=reject")
+
+
+def stages_of_distillation(config: Config) -> list[Stage]:
+    """job=distill: the teacher is sampled, where it is no file of samples already; what is kept is imitated."""
+    if config.recipe.stages:
+        raise refuse("job", "distill", f"is a recipe of its own; leave recipe={config.recipe.name} out")
+    teacher, stages = config.distill.teacher, list[Stage]()
+    given = os.path.isfile(teacher)
+
+    def add(job: str, data_from: str, settings: Mapping[str, Raw]) -> None:
+        sources = (data_from,) if data_from else ()
+        stages.append(Stage(len(stages) + 1, job, job, "", sources, settings, f"job=distill, stage {job}"))
+
+    if not given:
+        add("sample", "", {"checkpoint": teacher} if teacher else {})
+    add("reject", "" if given else "sample", {"reject": {"paths": [teacher]}} if given else {})
+    add("sft", "reject", {})
     return stages
 
 
 def handed_keys(stage: Stage) -> frozenset[str]:
     """The keys that earlier stages set for this one."""
-    keys = {"model.path"} if stage.start_from else set()
+    keys = {MODEL_KEYS[stage.job]} if stage.start_from else set()
     return frozenset(keys | ({DATA_KEYS[stage.job]} if stage.data_from else set()))

@@ -17,6 +17,7 @@ from offtrail.rewards.config import RewardConfig
 from offtrail.search.config import SearchConfig
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.config import TaskConfig
+from offtrail.tasks.data_config import RejectConfig, SampleConfig
 
 SCHEMA_VERSION = 1
 
@@ -347,6 +348,17 @@ class EvalConfig:
 
 
 @dataclass
+class DistillConfig:
+    """job=distill: a student learns from a teacher's samples. Its stages are sample, reject and sft, with their own
+    sections; the student is model.*.
+    """
+
+    teacher: str = setting("", path="either")
+    """A run directory, a checkpoint or a Hugging Face folder, which is sampled (sample.*); or rows that were sampled
+    already, a file. Empty = what the servers of engine.urls serve."""
+
+
+@dataclass
 class WeightsConfig:
     """How a published version reaches the engines."""
 
@@ -464,11 +476,12 @@ class Config:
 
     schema_version: int = SCHEMA_VERSION
     """Version of these keys; a configuration of another one is refused."""
-    job: Literal["rl", "sft", "eval", "serve", "chat"] = "rl"
-    """rl: the asynchronous loop. sft: supervised fine-tuning on worked answers or a file. eval: a checkpoint answers
-    held-out problems. serve: a checkpoint behind an OpenAI-compatible API. chat: with a checkpoint, in the terminal."""
+    job: Literal["rl", "sft", "eval", "sample", "reject", "distill", "serve", "chat"] = "rl"
+    """rl: the asynchronous loop. sft: supervised fine-tuning. eval, sample: a checkpoint answers held-out (training)
+    problems. reject: which answers are kept. distill: sample, reject, sft. serve, chat: a checkpoint behind an API, in
+    the terminal."""
     checkpoint: str = setting("", path="model")
-    """job=eval, serve, chat: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
+    """job=eval, sample, serve, chat: a run directory (its newest checkpoint), a checkpoint, or a model's folder."""
     run: RunConfig = section(RunConfig)
     recipe: RecipeConfig = section(RecipeConfig)
     model: ModelConfig = section(ModelConfig)
@@ -486,6 +499,9 @@ class Config:
     learner: LearnerConfig = section(LearnerConfig)
     generator: GeneratorConfig = section(GeneratorConfig)
     eval: EvalConfig = section(EvalConfig)
+    sample: SampleConfig = section(SampleConfig)
+    reject: RejectConfig = section(RejectConfig)
+    distill: DistillConfig = section(DistillConfig)
     weights: WeightsConfig = section(WeightsConfig, resumable=True)
     broker: BrokerConfig = section(BrokerConfig, resumable=True)
     serve: ServeConfig = section(ServeConfig)

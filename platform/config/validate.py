@@ -13,7 +13,7 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from offtrail.algos.pairs import incompatible
@@ -33,11 +33,12 @@ from offtrail.tasks.mixture import MixtureConfig
 from offtrail.tasks.programs import ProgramsConfig
 
 
-def validate(config: Config) -> None:
-    """Raise ConfigError for the first broken rule."""
+def validate(config: Config, later: Collection[str] = ()) -> None:
+    """Raise ConfigError for the first broken rule. ``later``: keys that an earlier stage of a recipe will set."""
     try:
         for rule in RULES:
             rule(config)
+        what_the_job_reads_is_named(config, later)
     except PluginError as error:
         raise ConfigError(str(error)) from None
 
@@ -140,9 +141,12 @@ def hub_cache() -> Path:
 
 
 def files_of_lines_are_here(config: Config) -> None:
-    """The files and folders of a task and of sft.path."""
-    task = config.task
-    files = [("sft.path", config.sft.path)]
+    """The files and folders of a task and of examples."""
+    task, reject = config.task, config.reject
+    files = [("sft.path", config.sft.path), ("sample.shots_path", config.sample.shots_path)]
+    files += [("reject.paths", path) for path in reject.paths]
+    files += [(f"reject.mix.{name}.path", entry["path"]) for name, entry in reject.mix.items()]
+    files += [("reject.decontaminate_against", path) for path in reject.decontaminate_against]
     if isinstance(task, JsonlConfig):
         files += [("task.decontaminate_against", path) for path in task.decontaminate_against]
     if isinstance(task, FileConfig):
@@ -150,16 +154,27 @@ def files_of_lines_are_here(config: Config) -> None:
         if not task.path and not (config.job == "eval" and task.eval_path):
             raise ConfigError("task.path=: problems are needed: task.path=FILE, or a folder of files (docs/sets.md)")
     for key, path in files:
-        what = "example" if key == "sft.path" else "problem"
+        what = "problem" if key.startswith("task.") or key.endswith("against") else "example"
         if path and not os.path.isfile(path) and not os.path.isdir(path):
             raise refuse(key, path, f"no such file or folder; give one {what} a row (docs/sets.md)")
 
 
 def programs_are_run(config: Config) -> None:
     """A program is right when it passes its tests; a verifier that runs nothing would call nearly all of them wrong."""
-    weights, run = config.reward.weights, isinstance(config.task, ProgramsConfig) and config.job in ("rl", "eval")
-    if run and "code" not in weights and not any(map(is_plugin, weights)):
+    weights, runs = config.reward.weights, config.job in ("rl", "eval", "sample")
+    if runs and isinstance(config.task, ProgramsConfig) and "code" not in weights and not any(map(is_plugin, weights)):
         raise ConfigError(f"reward.weights={weights}: task={config.task.name} is judged by running: reward=code")
+
+
+def gold_answers_are_enough(config: Config) -> None:
+    """Rows of a file have a question and an answer; what else a verifier would ask of its problem, they have not."""
+    task = config.task
+    for name in task.weights if isinstance(task, MixtureConfig) else [task.name]:
+        kind = "programs" if isinstance(task, ProgramsConfig) else name
+        if config.job == "reject" and config.reject.unscored == "verify" and kind in ("programs", "gym", "countdown"):
+            raise refuse(
+                "reject.unscored", "verify", f"task={name} is judged by more than its gold answer; take drop or keep"
+            )
 
 
 def a_groups_programs_have_time_and_memory(config: Config) -> None:
@@ -363,20 +378,37 @@ def liger_has_a_gpu(config: Config) -> None:
         )
 
 
-def a_checkpoint_is_served(config: Config) -> None:
-    """job=eval, serve and chat load `checkpoint`, and no other job reads it."""
-    served = config.job in ("eval", "serve", "chat")
-    if served and not config.checkpoint:
+ASKING = ("eval", "sample", "serve", "chat")
+"""The jobs that load `checkpoint`."""
+
+
+def what_the_job_reads_is_named(config: Config, later: Collection[str] = ()) -> None:
+    """A job that asks a model, or sifts data, has some."""
+    urls = isinstance(config.engine, SglangConfig) and config.engine.urls
+    served = urls and config.job in ("eval", "sample")
+    if config.job in ASKING and not config.checkpoint and not served and "checkpoint" not in later:
         raise refuse(
             "checkpoint",
             "",
             f"job={config.job} needs a run directory, a checkpoint or a Hugging Face directory: checkpoint=DIR",
         )
+    if config.job == "reject" and not config.reject.paths and "reject.paths" not in later:
+        raise ConfigError("reject.paths=: job=reject needs files of answers: reject.paths=[FILE, …] (docs/data.md)")
+    if config.job == "distill" and not config.distill.teacher and not urls:
+        raise ConfigError(
+            "distill.teacher=: job=distill needs a model or a file of its answers: distill.teacher=DIR or FILE, or "
+            "engine=sglang engine.urls=[URL]"
+        )
+
+
+def a_checkpoint_is_served(config: Config) -> None:
+    """job=eval, sample, serve and chat load `checkpoint`, and no other job reads it."""
+    served = config.job in ASKING
     if config.checkpoint and not served:
         raise refuse(
             "checkpoint", config.checkpoint, f"job={config.job} does not read it; a start model is model.path=DIR"
         )
-    if served and model_folder(config.checkpoint) is None:
+    if served and config.checkpoint and model_folder(config.checkpoint) is None:
         _model_is_here("checkpoint", config.checkpoint, "a run directory, a checkpoint or a Hugging Face model folder")
     if config.job == "serve" and not isinstance(config.engine, SglangConfig):
         raise refuse("engine.name", config.engine.name, "job=serve needs sglang; for the terminal alone take job=chat")
@@ -437,6 +469,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     model_paths_are_here,
     files_of_lines_are_here,
     programs_are_run,
+    gold_answers_are_enough,
     a_groups_programs_have_time_and_memory,
     objective_and_correction_fit,
     minibatches_divide_groups,

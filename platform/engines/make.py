@@ -27,6 +27,7 @@ def make_engine(context: RoleContext, *, loaded: bool = True) -> Engine:
             owner=f"{context.role}-{context.index}",
             count=1 if evaluates else config.engine.servers,
             run_dir=context.run_dir,
+            as_it_is=config.job in ("eval", "sample"),
         )
     from offtrail.platform.engines.local import LocalEngine
 
@@ -52,5 +53,6 @@ def first_device(engine: SglangConfig, generators: int, context: RoleContext) ->
     kind, _, number = engine.device.partition(":")
     if kind != "cuda":
         return engine.device
-    before = generators if context.role == "evaluator" else context.index
+    beside = context.role == "evaluator" and context.config.job == "rl"  # else it has the machine for itself
+    before = generators if beside else context.index
     return f"cuda:{int(number or 0) + before * engine.servers * engine.tensor_parallel}"

@@ -1,4 +1,4 @@
-"""Problems answered and verified under the version that an engine holds: `Answers.groups`.
+"""Problems answered and verified under the version that an engine holds: `Answers.groups`, and `rounds` of them.
 
     problems ──► prompt tokens ──► engine ──► verifiers ──► one group a problem, with components and rewards
 
@@ -9,7 +9,8 @@ are made on the spot, and whoever calls decides which version the engine holds.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +25,10 @@ from offtrail.search.sample import SampleDriver
 log = logging.getLogger("offtrail.answers")
 
 STOP = FINISH_REASONS.index("stop")
+MOST_LOST = 20
+"""How often a question may be asked anew because a server lost it."""
+WAIT_SECONDS = 0.05
+"""For verdicts, while there is nothing to sample."""
 
 
 class Verifiers(Protocol):
@@ -44,6 +49,40 @@ class Verifiers(Protocol):
 
     def close(self) -> None:
         """End."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Problems that are asked together: one group of ``samples`` answers for each, numbered from ``first``. The number
+    keys a group's randomness (I3). ``put``: what the model is asked in place of each problem, which stays what is
+    verified; empty = the problem.
+    """
+
+    problems: Sequence[Problem]
+    samples: int
+    sampling: Sampling
+    first: int = 0
+    put: Sequence[Problem] = ()
+
+
+@dataclass
+class _Open:
+    """A round that is being asked: its prompts, its groups by place, and those that have no verdict yet."""
+
+    round: Round
+    prompts: Sequence[Int32]
+    fits: Sequence[int]
+    made: dict[int, Group] = field(default_factory=dict)
+    unjudged: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every group is there, and judged."""
+        return len(self.made) == len(self.fits) and not self.unjudged
+
+    def groups(self) -> list[Group | None]:
+        """In the order of the problems."""
+        return [self.made.get(place) for place in range(len(self.round.problems))]
 
 
 @dataclass
@@ -68,63 +107,109 @@ class Answers:
         reload: Callable[[], None] = lambda: None,
         some: bool = True,
     ) -> list[Group | None]:
-        """One group of ``samples`` answers for each problem, in order; None where its prompt leaves no room for one.
+        """One round; see ``rounds``."""
+        [(_, groups)] = self.rounds([Round(problems, samples, sampling, first)], step=step, reload=reload, some=some)
+        return groups
 
-        Groups are numbered from ``first``, and the number keys a group's randomness (I3). ``step`` is the learner step
-        that rewards are totalled for. ``reload`` brings the version to a server that was started anew; what died with
-        a server is asked again. Answers without a verdict (their verifier was killed) earn nothing.
+    def rounds(
+        self,
+        rounds: Iterable[Round],
+        *,
+        step: int = 0,
+        reload: Callable[[], None] = lambda: None,
+        some: bool = True,
+        ahead: int = 1,
+        tick: Callable[[int], None] = lambda groups: None,
+    ) -> Iterator[tuple[Round, list[Group | None]]]:
+        """Each round and its groups in order, None where a prompt leaves no room for an answer; whoever is whole comes
+        first. At most ``ahead`` rounds are asked at a time: the next one begins while the engine has room beside the
+        last answers of those before.
 
-        Raises ValueError when no prompt leaves room, unless there need not be ``some``.
+        ``step`` is the learner step that rewards are totalled for. ``reload`` brings the version to a server that was
+        started anew; what died with a server is asked again. Answers without a verdict (their verifier was killed) earn
+        nothing. ``tick`` is called again and again, with the number of groups made since; what it raises ends the
+        asking. Raises ValueError when no prompt of a round leaves room, unless there need not be ``some``, and
+        ConnectionError where servers lose one question again and again.
         """
-        prompts = self.text.encode_all(problems)
-        fits = self._fitting(prompts, sampling, some)
-        made: dict[int, Group] = {}
-        for place, group in self._made(problems, prompts, fits, samples, sampling, first, reload):
-            texts = [self.text.answer_text(group.problem, sample.tokens) for sample in group.samples()]
-            self.verifiers.submit(place, group.problem, texts, (group.finish == STOP).tolist())
-            made[place] = group
-        self._verify(made, step)
-        return [made.get(place) for place in range(len(problems))]
+        engine, version = self.engine, self.engine.version
+        coming, waiting = iter(rounds), True
+        opened: list[_Open] = []
+        drivers: dict[int, SampleDriver] = {}
+        asked_again: Counter[int] = Counter()
+        while waiting or opened:
+            while waiting and (not opened or (len(opened) < ahead and engine.unfinished < engine.capacity)):
+                if (round := next(coming, None)) is None:
+                    waiting = False
+                else:
+                    opened.append(self._open(round, some))
+                    engine.generate(self._asked(opened[-1], opened[-1].fits, drivers, version))
+            whole = 0
+            for completion in engine.step() if engine.unfinished else ():
+                driver = drivers[completion.request]
+                driver.answered(0, completion)
+                if driver.group is not None:
+                    whole += 1
+                    self._submit(_holder(opened, completion.request), drivers.pop(completion.request).group)
+            tick(whole)
+            if engine.version != version and any(len(one.made) < len(one.fits) for one in opened):
+                reload()
+            for number in engine.lost():
+                asked_again[number] += 1
+                if asked_again[number] > MOST_LOST:
+                    raise ConnectionError(
+                        f"question {number} was lost {asked_again[number]} times by the servers, which die of it or "
+                        "refuse it; their log, and the lines above, say why"
+                    )
+                holder = _holder(opened, number)
+                engine.generate(self._asked(holder, [number - holder.round.first], drivers, version))
+            self._judge(opened, step, 0.0 if engine.unfinished else WAIT_SECONDS)
+            for done in [one for one in opened if one.whole]:
+                opened.remove(done)
+                yield done.round, done.groups()
 
     def close(self) -> None:
         """End the verifiers and the engine."""
         self.verifiers.close()
         self.engine.close()
 
-    def _made(
-        self,
-        problems: Sequence[Problem],
-        prompts: Sequence[Int32],
-        fits: Sequence[int],
-        samples: int,
-        sampling: Sampling,
-        first: int,
-        reload: Callable[[], None],
-    ) -> Iterator[tuple[int, Group]]:
-        """(place, group without rewards) as they are finished."""
-        engine, version = self.engine, self.engine.version
-        drivers: dict[int, SampleDriver] = {}
+    def _open(self, round: Round, some: bool) -> _Open:
+        prompts = self.text.encode_all(round.put or round.problems)
+        return _Open(round, prompts, self._fitting(prompts, round.sampling, some))
 
-        def asked(places: Sequence[int]) -> list[Request]:
-            requests = []
-            for place in places:
-                number = first + place
-                lease = Lease(number, number, 1, problems[place], samples, min_version=version)
-                drivers[number] = driver = SampleDriver(lease, sampling, self.maker)
-                requests += [ask.request(number, number) for ask in driver.start(prompts[place])]
-            return requests
+    def _asked(
+        self, one: _Open, places: Sequence[int], drivers: dict[int, SampleDriver], version: int
+    ) -> list[Request]:
+        """The requests for some places of a round, and a driver for each."""
+        requests, round = list[Request](), one.round
+        for place in places:
+            number = round.first + place
+            lease = Lease(number, number, 1, round.problems[place], round.samples, min_version=version)
+            drivers[number] = driver = SampleDriver(lease, round.sampling, self.maker)
+            requests += [ask.request(number, number) for ask in driver.start(one.prompts[place])]
+        return requests
 
-        engine.generate(asked(fits))
-        while engine.unfinished:
-            for completion in engine.step():
-                driver = drivers[completion.request]
-                driver.answered(0, completion)
-                if driver.group is not None:
-                    yield completion.request - first, driver.group
-            if engine.version != version:
-                reload()
-            if lost := engine.lost():
-                engine.generate(asked([number - first for number in lost]))
+    def _submit(self, one: _Open, group: Group | None) -> None:
+        """A group is made, and goes to the verifiers."""
+        assert group is not None
+        place, asked = group.group - one.round.first, one.round.put or one.round.problems
+        texts = [self.text.answer_text(asked[place], sample.tokens) for sample in group.samples()]
+        self.verifiers.submit(group.group, group.problem, texts, (group.finish == STOP).tolist())
+        one.made[place], one.unjudged = group, one.unjudged + 1
+
+    def _judge(self, opened: Sequence[_Open], step: int, timeout_s: float) -> None:
+        """Fill in components and rewards of what was decided."""
+        if not any(one.unjudged for one in opened):
+            return
+        reward = self.config.reward
+        for number, components in self.verifiers.poll(timeout_s):
+            one = _holder(opened, number)
+            group = one.made[number - one.round.first]
+            if components is None:
+                log.warning("problem %d counts as wrong: %s", number, self.verifiers.reason(number))
+                components = nothing_earned(reward, group.problem.task, group.size)
+            group.components = components
+            group.rewards = total(reward, components, task=group.problem.task, step=step)
+            one.unjudged -= 1
 
     def _fitting(self, prompts: Sequence[Int32], sampling: Sampling, some: bool) -> list[int]:
         """Places of the prompts that the engine has room for; says so when it has not for as many as before."""
@@ -142,18 +227,10 @@ class Answers:
             log.warning("%s: they count as wrong; raise it or lower sampling.max_new_tokens", line)
         return fits
 
-    def _verify(self, made: Mapping[int, Group], step: int) -> None:
-        """Fill in components and rewards; waits for every verdict."""
-        reward, pending = self.config.reward, len(made)
-        while pending:
-            for place, components in self.verifiers.poll(timeout_s=0.05):
-                pending -= 1
-                group = made[place]
-                if components is None:
-                    log.warning("problem %d counts as wrong: %s", place, self.verifiers.reason(place))
-                    components = nothing_earned(reward, group.problem.task, group.size)
-                group.components = components
-                group.rewards = total(reward, components, task=group.problem.task, step=step)
+
+def _holder(opened: Sequence[_Open], number: int) -> _Open:
+    """The round of a group."""
+    return next(one for one in opened if 0 <= number - one.round.first < len(one.round.problems))
 
 
 class InProcess:

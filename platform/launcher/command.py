@@ -30,6 +30,7 @@ from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.recipe import handed_keys, stages_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import SINKS, Config
+from offtrail.platform.config.validate import ASKING
 from offtrail.platform.launcher.forks import fork_server
 from offtrail.platform.runtime.device import without_gpu
 from offtrail.platform.runtime.roles import roles_of
@@ -155,6 +156,10 @@ def require_inputs(config: Config) -> None:
                 require_data(one, handed, examples, note)
             elif one.job == "eval":
                 require_sets(one, note)
+            elif one.job == "sample":
+                require_problems(one, note)
+            elif one.job == "reject":
+                require_rows(one, handed)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
 
@@ -165,7 +170,7 @@ def runs_of(config: Config) -> Iterator[tuple[str, Config, frozenset[str]]]:
     if not stages:
         yield "", config, frozenset()
     for stage in stages:
-        yield f"recipe.stages.{stage.name}: ", stage_config(config, stage, {}), handed_keys(stage)
+        yield f"{stage.key}: ", stage_config(config, stage, {}), handed_keys(stage)
 
 
 def require_devices(config: Config) -> None:
@@ -189,15 +194,17 @@ def require_models(config: Config, handed: Collection[str] = ()) -> None:
     from offtrail.platform.config.checkpoints import model_folder
     from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of
 
-    served = config.job in ("eval", "serve", "chat")
+    served = config.job in ASKING
+    elsewhere = bool(getattr(config.engine, "urls", [])) and config.job in ("eval", "sample")  # its weights are
     for key, given in ((key.path, key.default) for key in keys_of(config).values() if key.path_kind == "model"):
         folder = (model_folder(given, key) or folder_of(given)) if given and key not in handed else None
         if folder is None:  # there is none to make, or it is refused by name already
             continue
-        check_model(key, given, folder, trained=not served)
+        if not (elsewhere and key == "checkpoint"):
+            check_model(key, given, folder, trained=not served)
         if key == ("checkpoint" if served else "model.path"):
             check_tokenizer(key, given, folder, config.prompt)
-            if config.job != "serve":
+            if config.job != "serve" and not elsewhere:
                 _require_architecture(config, key, given, folder)
 
 
@@ -209,7 +216,7 @@ def _require_architecture(config: Config, key: str, given: str, folder: Path) ->
     from offtrail.platform.model.folder import tensors_of
 
     rl = config.job == "rl"
-    local = config.job in ("rl", "eval", "chat") and (
+    local = config.job in ("rl", "eval", "sample", "chat") and (
         config.engine.name == "local" or (rl and config.eval.engine == "local")
     )
     try:
@@ -270,6 +277,53 @@ def held_out_sets(config: Config, note: Callable[[str], None]) -> dict[str, list
             for remark in remarks_on(task):
                 note(remark if key == "eval.prompts" else f"{key}: {remark}")
     return found
+
+
+def require_problems(config: Config, note: Callable[[str], None]) -> None:
+    """Raise ConfigError when job=sample has not the problems or examples that it is to ask, or none that fits the
+    model, or a component of the reward cannot be made. ``note`` hears of prompts that leave no room.
+    """
+    from offtrail.core.plugins import PluginError
+    from offtrail.platform.launcher.prompts import asked_folder, check_asked, counter_of_checkpoint
+    from offtrail.platform.model.folder import has_template
+    from offtrail.rewards.base import RewardError
+    from offtrail.rewards.registry import make_reward
+    from offtrail.tasks.base import TaskError
+    from offtrail.tasks.prompting import questions
+    from offtrail.tasks.registry import make_task, remarks_on
+
+    folder = asked_folder(config)
+    chats = folder is None or has_template("checkpoint", config.checkpoint, folder)
+    try:
+        task = make_task(config.task, config.run.seed)
+        for remark in remarks_on(task):
+            note(remark)
+        make_reward(config.reward, task.verify)
+        chats = chats and config.prompt.chat != "never"
+        _, put = questions(task, config.sample, config.reward, config.run.seed, chats=chats)
+        count = None if config.run.resume else counter_of_checkpoint(config)
+        if count is not None:
+            check_asked(config, put, count, note)
+    except (PluginError, RewardError, TaskError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def require_rows(config: Config, handed: Collection[str]) -> None:
+    """Raise ConfigError when a file of job=reject holds a row that cannot be used."""
+    from offtrail.tasks.base import TaskError
+    from offtrail.tasks.candidates import examples_of_mix, held_index, read_candidates
+    from offtrail.tasks.registry import make_task
+
+    given = config.reject
+    try:
+        if "reject.paths" not in handed:
+            read_candidates(given, config.reward.main)
+        task = make_task(config.task, config.run.seed)
+        held_index(given, config.task, task.held_out(config.eval.prompts) if given.held_out else [])
+        for name, entry in given.mix.items():
+            examples_of_mix(name, entry)
+    except TaskError as error:
+        raise ConfigError(str(error)) from None
 
 
 def require_data(config: Config, handed: Collection[str], examples: Imitated, note: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from offtrail.core.plugins import PLUGIN, source_of
+from offtrail.platform.config.build import MIX
 from offtrail.platform.config.keys import keys_of, variant_keys
 from offtrail.platform.config.schema import Config
 from offtrail.platform.model.start import StartError, resolve
@@ -87,7 +88,10 @@ def _listed(value: str | list[str]) -> list[str]:
 
 
 def _paths_within(path: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Those of task.settings={jsonl: {path: …}}, of eval.sets, and of the mixtures among these."""
+    """Those of task.settings={jsonl: {path: …}}, of eval.sets, of the mixtures among these, and of reject.mix."""
+    if path == MIX:
+        yield from ((f"{path}.{name}.path", [entry["path"]]) for name, entry in settings.items())
+        return
     of_sets = path == "eval.sets"  # their families are tasks', by `name` where it is not the label
     group = "task" if path.startswith("eval.sets") else path.partition(".")[0]
     for label, entries in settings.items():

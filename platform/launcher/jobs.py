@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.recipe import stages_of
 from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.evaluate import run_evaluation
@@ -27,8 +28,10 @@ from offtrail.platform.launcher.hosts import LocalHosts
 from offtrail.platform.launcher.memory import check as check_memory
 from offtrail.platform.launcher.overlap import write_overlaps
 from offtrail.platform.launcher.recipe import Outcome, run_recipe
+from offtrail.platform.launcher.reject import run_rejection
 from offtrail.platform.launcher.resume import check_what_is_there
 from offtrail.platform.launcher.run import Run, watch
+from offtrail.platform.launcher.sample import run_sampling
 from offtrail.platform.launcher.serve import run_serve
 from offtrail.platform.launcher.start import prepare_start_model
 from offtrail.platform.model.start import StartError
@@ -55,7 +58,7 @@ def run_to_its_end(config: Config, run_dir: Path, interrupted: list[int]) -> Out
     """One job, or every stage of a recipe, with its summary and its last words; how it ended, and why."""
     started = time.monotonic()
     try:
-        if config.recipe.stages:
+        if stages_of(config):
             outcome = run_recipe(config, run_dir, interrupted, run_to_its_end)
         else:
             outcome = JOBS[config.job](config, run_dir, interrupted)
@@ -84,7 +87,14 @@ def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[st
     return status, reason
 
 
-JOBS = {"rl": run_roles, "sft": run_roles, "eval": run_evaluation, "serve": run_serve}
+JOBS = {
+    "rl": run_roles,
+    "sft": run_roles,
+    "eval": run_evaluation,
+    "sample": run_sampling,
+    "reject": run_rejection,
+    "serve": run_serve,
+}
 
 
 @contextlib.contextmanager
@@ -185,7 +195,7 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
             table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     for line in summary.get("warnings", ()):
         table.add_row("warning", line)
-    named = ("learning.png", "eval.png", "summary.json", "cost.md", "logs")
+    named = ("learning.png", "eval.png", "data.jsonl", "rejected.jsonl", "summary.json", "cost.md", "logs")
     for number, path in enumerate(run_dir / name for name in named if (run_dir / name).exists()):
         table.add_row("" if number else "see", str(path))
     Console().print(table, highlight=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 
 from offtrail.core.problem import Problem
 from offtrail.platform.config.checkpoints import model_folder, run_folder, step_of
@@ -45,15 +46,30 @@ def counter(config: Config, handed: Collection[str]) -> Count | None:
 
 
 def counter_of_checkpoint(config: Config) -> Count | None:
-    """The same for the model that job=eval asks."""
-    folder = model_folder(config.checkpoint) or folder_of(config.checkpoint)
-    if folder is None:
+    """The same for the model that job=eval or job=sample asks."""
+    if (folder := asked_folder(config)) is None:
         return None
     run = run_folder(str(folder)) or run_folder(config.checkpoint)
     with contextlib.suppress(ConfigError, OSError):  # the run of another offtrail
         if run is not None and not load_config(run / "config.yaml").model.path:
             return characters.count
     return lambda *asked: lengths(Asked(str(folder), config.prompt, *asked))
+
+
+def asked_folder(config: Config) -> Path | None:
+    """Where the model of job=eval and job=sample is; None where it is only known to servers, or not made yet."""
+    return (model_folder(config.checkpoint) or folder_of(config.checkpoint)) if config.checkpoint else None
+
+
+def check_asked(config: Config, put: Sequence[Problem], count: Count, note: Callable[[str], None]) -> None:
+    """Raise ConfigError where none of the prompts of job=sample, as they are put to the model, can be answered by it;
+    ``note`` hears how many cannot.
+    """
+    told, none = told_of(count(list(put[:: -(-len(put) // LOOKED_AT)]), False), config)
+    if none:
+        raise ConfigError(f"sample.prompts: {told}")
+    if told:
+        note(f"sample.prompts: {told}; they are left out")
 
 
 def check_prompts(
@@ -139,7 +155,7 @@ def bare(problem: Problem, config: TaskConfig) -> str:
 
 def told_of(counted: Sequence[int | str], config: Config) -> tuple[str, bool]:
     """What is to be said of prompts of these lengths, and whether none of them can be answered."""
-    step = step_of(config.checkpoint) if config.job == "eval" else config.learner.steps
+    step = step_of(config.checkpoint) if config.job in ("eval", "sample") else config.learner.steps
     new, longest = config.sampling.longest_at(step), config.model.max_length
     asked = f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
     if new > config.sampling.max_new_tokens:

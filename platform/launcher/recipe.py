@@ -17,7 +17,7 @@ from typing import Any
 from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.compose import load_config, refuse_new_science, stage_config
 from offtrail.platform.config.errors import ConfigError
-from offtrail.platform.config.recipe import DATA_FILE, DATA_KEYS, Stage, stages_of
+from offtrail.platform.config.recipe import DATA_FILE, DATA_KEYS, MODEL_KEYS, Stage, stages_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.right_answers import write_right_answers
@@ -29,6 +29,7 @@ Launch = Callable[[Config, Path, list[int]], Outcome]
 """Runs one job to its end, its summary.json included."""
 
 HANDED_UP = ("eval/accuracy_first", "eval/accuracy_last", "loss/sft_first", "loss/sft_last", "steps", "wall_seconds")
+AREAS = ("sample/", "data/")
 """What the recipe's summary repeats of each stage."""
 
 
@@ -64,17 +65,22 @@ def run_stage(config: Config, run_dir: Path, stage: Stage, interrupted: list[int
         return launch(settings, folder, interrupted)
 
 
-def handed_on(run_dir: Path, stage: Stage, stages: list[Stage]) -> dict[str, str]:
+def handed_on(run_dir: Path, stage: Stage, stages: list[Stage]) -> dict[str, str | list[str]]:
     """The keys that lead this stage to what earlier ones have made. ConfigError when there is nothing."""
     by_name = {other.name: folder_of(run_dir, other) for other in stages}
-    keys = {}
+    keys: dict[str, str | list[str]] = {}
     if stage.start_from:
-        keys["model.path"] = str(model_folder(str(by_name[stage.start_from])))
+        keys[MODEL_KEYS[stage.job]] = str(model_folder(str(by_name[stage.start_from])))
     if stage.data_from:
-        made = by_name[stage.data_from]
-        data = made / DATA_FILE
-        keys[DATA_KEYS[stage.job]] = str(data if data.is_file() else write_right_answers(made))
+        data = [str(data_of(by_name[name])) for name in stage.data_from]
+        keys[DATA_KEYS[stage.job]] = data if stage.job == "reject" else data[0]
     return keys
+
+
+def data_of(folder: Path) -> Path:
+    """What a stage has made: its file, or the right answers of its training, which are written now."""
+    data = folder / DATA_FILE
+    return data if data.is_file() else write_right_answers(folder)
 
 
 def folder_of(run_dir: Path, stage: Stage) -> Path:
@@ -95,7 +101,8 @@ def whole_summary(run_dir: Path, stages: list[Stage]) -> dict[str, Any]:
     compute: dict[str, float] = {}
     for stage in stages:
         summary = read_summary(folder_of(run_dir, stage))
-        told[stage.name] = {key: summary[key] for key in ("status", *HANDED_UP) if summary.get(key) is not None}
+        named = [key for key in summary if key in HANDED_UP or key.startswith(AREAS)]
+        told[stage.name] = {key: summary[key] for key in ("status", *named) if summary.get(key) is not None}
         for key, value in summary.items():
             if key.startswith("compute/") and isinstance(value, (int, float)):
                 compute[key] = compute.get(key, 0.0) + value

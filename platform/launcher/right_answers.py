@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,13 @@ from offtrail.core.problem import Problem
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.recipe import DATA_FILE
+from offtrail.platform.launcher.dataset import line_of, rewards_of, write_about, write_data
 from offtrail.platform.model.text import Text
 from offtrail.platform.tracking.summary import read_summary
 from offtrail.tasks.lines import fault_of
 
+SECTIONS = ("task", "prompt", "sampling", "reward")
+"""Of the configuration, what data.json repeats."""
 ROWS = 256
 """Samples that are made Python objects at a time."""
 COLUMNS = [
@@ -40,26 +42,22 @@ COLUMNS = [
 
 
 def write_right_answers(run_dir: Path) -> Path:
-    """Write data.jsonl of a run of job=rl, whole or not at all: its right answers in the order of their training, equal
-    ones once.
+    """Write data.jsonl and data.json of a run of job=rl, whole or not at all: its right answers in the order of their
+    training, equal ones once.
 
     Right: the main reward component is 1, the answer ended by itself, and a line may hold it (tasks/lines.py).
     ConfigError when there is none, or the archive is not whole.
     """
     if read_summary(run_dir).get("archive/unsealed"):
         raise ConfigError(f"{run_dir}: its archive is not whole yet (archive/unsealed); resume that run first")
-    partial = run_dir / f".{DATA_FILE}.{os.getpid()}"
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(right_answers(run_dir))
-        if not partial.stat().st_size:
-            raise ConfigError(
-                f"{run_dir}: none of its trained answers is right, so that it has no data to hand on; train it longer, "
-                "or take another stage for data_from"
-            )
-        partial.replace(run_dir / DATA_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    data = write_data(run_dir, right_answers(run_dir))
+    if not data["lines"]:
+        raise ConfigError(
+            f"{run_dir}: none of its trained answers is right, so that it has no data to hand on; train it longer, or "
+            "take another stage for data_from"
+        )
+    model = {"run": str(run_dir.resolve()), "folder": str((run_dir / "start").resolve())}
+    write_about(run_dir, load_config(run_dir / "config.yaml"), SECTIONS, {"model": model, "data": data})
     return run_dir / DATA_FILE
 
 
@@ -78,7 +76,7 @@ def right_answers(run_dir: Path) -> Iterator[str]:
         key = hashlib.blake2b(told.encode(), digest_size=16).digest()
         if key not in seen:
             seen.add(key)
-            yield line_of(problem, answer, row)
+            yield line_of(problem, answer, told_of(row))
 
 
 def trained_samples(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -102,9 +100,13 @@ def problem_of(row: dict[str, Any]) -> Problem:
     return Problem(told["task"], told["index"], told["prompt"], told["answer"], told["meta"], messages=messages)
 
 
-def line_of(problem: Problem, answer: str, row: dict[str, Any]) -> str:
-    """One line of data.jsonl."""
-    asked: dict[str, Any] = {"prompt": list(problem.messages) or problem.prompt}
-    told = {"gold": problem.answer, "task": problem.task, "group": row["group"], "reward": row["reward"]}
-    versions = {"version": max(row["versions"], default=0)}
-    return json.dumps({**asked, "answer": answer, **told, **versions}, ensure_ascii=False) + "\n"
+def told_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a line says of an archived sample, besides the text."""
+    return {
+        "group": row["group"],
+        "reward": row["reward"],
+        "rewards": rewards_of(dict(row["rewards"])),
+        "finish": row["finish"],
+        "tokens": len(row["tokens"]),
+        "version": max(row["versions"], default=0),
+    }

@@ -31,6 +31,8 @@ from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config, PromptConfig, SglangConfig
 from offtrail.platform.engines.sglang.flags import CONTEXT_MARGIN, url_of
+from offtrail.platform.engines.sglang.health import served
+from offtrail.platform.engines.sglang.lifecycle import UnhealthyError
 from offtrail.platform.engines.sglang.serve import KEY_VARIABLE
 from offtrail.platform.engines.sglang.servers import ServerError, Servers
 from offtrail.platform.launcher.api_request import Bounds
@@ -86,8 +88,32 @@ def serve(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[str, s
 
 
 def served_model(config: Config) -> Path:
-    """The model folder that `checkpoint` means."""
-    return model_folder(config.checkpoint) or resolve(config.checkpoint)
+    """The model folder that `checkpoint` means; without one that of the model which the servers of engine.urls serve,
+    as far as it is here.
+    """
+    servers = {} if config.checkpoint else models_of_servers(config)
+    if not servers:
+        return model_folder(config.checkpoint) or resolve(config.checkpoint)
+    url, told = next(iter(servers.items()))
+    name = told["tokenizer_path"] or told["model_path"]
+    try:
+        return resolve(name)
+    except StartError:
+        raise StartError(
+            f"engine.urls: {url} serves {name}, which is not here; name a folder with its tokenizer and config.json: "
+            "checkpoint=DIR"
+        ) from None
+
+
+def models_of_servers(config: Config) -> dict[str, dict[str, str]]:
+    """URL → what each server of engine.urls says of its model. Raises StartError where one does not."""
+    found = {}
+    for url in config.engine.urls if isinstance(config.engine, SglangConfig) else []:
+        try:
+            found[url] = served(url, os.environ.get(KEY_VARIABLE, ""))
+        except UnhealthyError as error:
+            raise StartError(f"engine.urls: {url} {error}") from None
+    return found
 
 
 def model_name(config: Config, model: Path) -> str:

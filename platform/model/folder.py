@@ -91,13 +91,19 @@ def check_tokenizer(key: str, given: str, folder: Path, prompt: PromptConfig) ->
     if rows and tokens > rows:
         raise ConfigError(without_rows(f"{key}={given}", tokens, rows))
     settings = _read(key, given, folder, "tokenizer_config.json")
-    chats = bool(settings.get("chat_template")) or (folder / "chat_template.jinja").is_file()
+    chats = has_template(key, given, folder)
     if not chats and (reason := without_template(prompt, given)):
         raise ConfigError(reason)
     special = _read(key, given, folder, "special_tokens_map.json") | settings
     nameless = "bos_token" in special or special.get("tokenizer_class") in PLAIN
     if prompt.bos == "always" and not (chats and prompt.chat != "never") and nameless and not special.get("bos_token"):
         raise ConfigError(without_bos(given))
+
+
+def has_template(key: str, given: str, folder: Path) -> bool:
+    """Whether the tokenizer in ``folder`` has a chat template."""
+    settings = _read(key, given, folder, "tokenizer_config.json")
+    return bool(settings.get("chat_template")) or (folder / "chat_template.jinja").is_file()
 
 
 def without_template(prompt: PromptConfig, model: object) -> str:

@@ -53,7 +53,7 @@ def gpus_of(config: Config, role: str, index: int) -> range:
     if engine is None:
         return range(first, first + 1)
     evaluates = role == "evaluator"
-    before = config.generator.count if evaluates else index
+    before = config.generator.count if evaluates and config.job == "rl" else index
     first += before * engine.servers * engine.tensor_parallel
     return range(first, first + (1 if evaluates else engine.servers) * engine.tensor_parallel)
 

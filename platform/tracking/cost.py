@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offtrail.platform.config.compose import load_config
+from offtrail.platform.config.recipe import stages_of
 from offtrail.platform.config.schema import Config, CostConfig
 from offtrail.platform.tracking.devices import entry_of, peak_of
 from offtrail.platform.tracking.summary import finite, read_summary, write_atomic
@@ -103,7 +104,7 @@ def cost_of(run_dir: Path, prices: CostConfig | None = None) -> RunCost:
     """
     config = load_config(run_dir / "config.yaml")
     settings = prices or config.cost
-    if not config.recipe.stages:
+    if not stages_of(config):
         return cost_of_summary(run_dir.name, config, settings, read_summary(run_dir))
     folders = sorted((run_dir / "stages").glob("*/config.yaml"), key=lambda file: _number(file.parent.name))
     return _together(run_dir.name, [cost_of(file.parent, settings) for file in folders], settings)

@@ -80,15 +80,20 @@ class Language:
 
     def __call__(self, answered: Answered) -> float:
         """See Language."""
-        text = LEFT_OUT.sub(" ", answered.text)
+        return self.share(answered.text)
+
+    def share(self, text: str) -> float:
+        """The score of a text."""
+        text = LEFT_OUT.sub(" ", text)
         return by_script(text, self._target) if self._detect is None else by_sentence(text, self._target, self._detect)
 
 
 def by_script(text: str, target: str) -> float:
     """Share of the words of ``text`` that stand in a script of ``target``; 1 where there are none."""
-    words = {script: len(pattern.findall(text)) for script, pattern in WORDS.items()}
+    there = ("latin",) if text.isascii() else tuple(WORDS)
+    words = {script: len(WORDS[script].findall(text)) for script in there}
     total = sum(words.values())
-    return sum(words[script] for script in SCRIPTS_OF[target]) / total if total else 1.0
+    return sum(words.get(script, 0) for script in SCRIPTS_OF[target]) / total if total else 1.0
 
 
 def by_sentence(text: str, target: str, detect: Callable[[str], str]) -> float:

@@ -13,7 +13,7 @@ from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Problem, Sampling
 from offtrail.platform.config.schema import Config, LocalConfig
 from offtrail.platform.engines.local import LocalEngine
-from offtrail.platform.evaluator.answers import Answers, InProcess
+from offtrail.platform.evaluator.answers import MOST_LOST, Answers, InProcess, Round
 from offtrail.platform.model.text import Text
 from offtrail.rewards.registry import make_reward
 from offtrail.tasks.chain import ChainConfig
@@ -106,6 +106,93 @@ def test_what_died_with_a_server_is_asked_again_whole(start_dir: Path) -> None:
     assert group.tokens.tolist() == [11, 11]  # the sample that had come back before the death is not in it
     assert reloads == [1]  # the version is there before the second asking
     assert [request.random_key for request in engine.asked] == [0, 0]
+
+
+class AlwaysLost(LosesOnce):
+    """Its server dies of every request."""
+
+    def step(self) -> list[Completion]:
+        self._lost, self.unfinished = [self.asked[-1].id], 0
+        return []
+
+
+def test_a_question_that_every_server_dies_of_ends_the_asking(start_dir: Path) -> None:
+    engine = AlwaysLost()
+    engine.version = 0
+    with pytest.raises(ConnectionError, match=rf"^question 40 was lost {MOST_LOST + 1} times"):
+        answers(start_dir, engine).groups([TASK.train(0)], 2, SAMPLING, first=40)
+    assert len(engine.asked) == 1 + MOST_LOST
+
+
+class OneAtATime(LosesOnce):
+    """Finishes the oldest request but the very first, which comes last; has room for four samples."""
+
+    capacity = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = list[str]()
+        self._open = list[Request]()
+
+    def generate(self, requests: list[Request]) -> None:
+        super().generate(requests)
+        self._open += requests
+        self.log += [f"asked {request.id}" for request in requests]
+
+    def step(self) -> list[Completion]:
+        request = self._open.pop(1 if len(self._open) > 1 else 0)
+        self.unfinished -= request.samples
+        self.log.append(f"made {request.id}")
+        return [completion(request, index, token=11) for index in range(request.samples)]
+
+
+def test_a_round_begins_beside_the_last_answers_of_others_where_that_is_asked(start_dir: Path) -> None:
+    def asked(ahead: int) -> tuple[list[str], list[int]]:
+        engine, ticks = OneAtATime(), list[int]()
+        rounds = [Round([TASK.train(i), TASK.train(i + 1)], 2, SAMPLING, first=i) for i in (0, 2, 4)]
+        made = list(answers(start_dir, engine).rounds(rounds, ahead=ahead, tick=ticks.append))
+        assert sorted(round.first for round, _ in made) == [0, 2, 4]
+        for round, groups in made:
+            assert [group and group.group for group in groups] == [round.first, round.first + 1]
+            assert all(group is not None and set(group.components) == {"accuracy", "format"} for group in groups)
+        assert sum(ticks) == 6
+        return engine.log, [round.first for round, _ in made]
+
+    log, order = asked(1)
+    assert order == [0, 2, 4]
+    assert log.index("asked 2") > log.index("made 0")
+    log, order = asked(2)
+    assert log[:5] == ["asked 0", "asked 1", "made 1", "asked 2", "asked 3"]
+    assert order == [2, 4, 0]  # whoever is whole comes first
+
+
+def test_what_is_put_to_the_model_is_not_what_is_verified(start_dir: Path) -> None:
+    engine, problem, put_to = OneAtATime(), TASK.train(0), replace(TASK.train(1), prompt="1+1=<think>")
+    made = answers(start_dir, engine)
+    seen = list[tuple[Problem, str]]()
+    judged = made.verifiers.submit
+
+    def submit(key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+        seen.append((problem, texts[0]))
+        judged(key, problem, texts, finished)
+
+    made.verifiers.submit = submit  # type: ignore[method-assign]
+    [(_, [group])] = made.rounds([Round([problem], 1, SAMPLING, put=[put_to])])
+    assert group is not None
+    assert engine.asked[0].prompt_tokens.tolist() == made.text.encode(put_to).tolist()
+    assert group.problem == seen[0][0] == problem
+    assert seen[0][1].startswith("<think>")  # what its prompt has opened counts as the answer's
+
+
+def test_whoever_looks_in_between_can_end_it(start_dir: Path) -> None:
+    def look(groups: int) -> None:
+        if groups:
+            raise KeyboardInterrupt
+
+    engine = OneAtATime()
+    with pytest.raises(KeyboardInterrupt):
+        list(answers(start_dir, engine).rounds([Round([TASK.train(0), TASK.train(1)], 2, SAMPLING)], tick=look))
+    assert engine.log == ["asked 0", "asked 1", "made 1"]
 
 
 class NoVerdict(InProcess):

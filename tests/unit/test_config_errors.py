@@ -44,7 +44,7 @@ MISTAKES = [
     (["sft.lr=fast"], "sft.lr=fast: must be a number", []),
     (["run.resume=maybe"], "run.resume=maybe: must be true or false", []),
     (["staleness.mode=exakt"], "staleness.mode=exakt: must be one of bound, exact", ["nearest: exact"]),
-    (["job=ppo"], "job=ppo: must be one of rl, sft, eval, serve, chat", []),
+    (["job=ppo"], "job=ppo: must be one of rl, sft, eval, sample, reject, distill, serve, chat", []),
     (["sft.betas=0.9"], "sft.betas=0.9: must be [float, float]", ["sft.betas=[0.9, 0.98]"]),
     (["sft.betas=[0.9]"], "sft.betas=[0.9]: must be [float, float]", []),
     (["sft.betas=[0.9"], "sft.betas=[0.9: malformed", []),

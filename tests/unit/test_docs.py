@@ -65,6 +65,8 @@ def placeholders(folder: Path) -> None:
     (folder / "runs" / "NAME" / "config.yaml").write_text(to_yaml(compose([])), encoding="utf-8")
     for name in ("gsm8k_train", "gsm8k_test", "math500", "aime24", "gpqa_diamond"):
         (folder / f"{name}.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
+    for name in ("samples", "general"):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "1+1?", "answer": "2", "reward": 1}\n', encoding="utf-8")
     row = '{"text": "Double.", "code": "def f(x):\\n return 2*x", "test_list": ["assert f(1) == 2"]}\n'
     (folder / "mbpp.jsonl").write_text(row, encoding="utf-8")
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")

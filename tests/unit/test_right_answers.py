@@ -64,7 +64,9 @@ def test_right_answers_each_once_in_the_order_of_training(start_dir: Path, tmp_p
     path = write_right_answers(tmp_path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["prompt"], line["answer"]) for line in lines] == [("1+3=?", good), ("2+2=?", other)]
-    assert lines[0] | {"version": 3} == lines[0]
+    assert lines[0] | {"version": 3, "rewards": {"accuracy": 1.0, "format": 1.0}, "finish": "stop"} == lines[0]
+    about = json.loads((tmp_path / "data.json").read_text())
+    assert (about["data"]["lines"], about["model"]["folder"]) == (2, str(start_dir.resolve()))
     # job=sft reads the very answers, token for token
     examples = read_examples(path, "prompt", "answer")
     [one, _] = text.encode_answers(examples, [example.answer for example in examples])

@@ -66,7 +66,8 @@ STEP_SECONDS = 0.02
 
 class SglangEngine:
     """``count`` servers of the model in ``model_dir`` for the role ``owner``; ``max_length`` bounds prompt + answer.
-    ``command`` is the module of one server, for tests.
+    ``as_it_is``: servers of engine.urls serve the model that they have, and count as version 0; the folder then
+    needs no weights. ``command`` is the module of one server, for tests.
 
     Raises:
         ValueError: a request or a version that does not fit the model, before anything is sent.
@@ -83,10 +84,12 @@ class SglangEngine:
         owner: str,
         count: int,
         run_dir: Path,
+        as_it_is: bool = False,
         command: str = SERVER,
     ) -> None:
         described = json.loads((model_dir / "config.json").read_text())
-        self._shapes = read_shapes(model_dir)
+        self._as_it_is = as_it_is and bool(config.urls)
+        self._shapes = {} if self._as_it_is and not any(model_dir.glob("*.safetensors")) else read_shapes(model_dir)
         self.vocab_size = int(described["vocab_size"])
         self.max_length, self._config, self._owner = max_length, config, owner
         self.capacity = config.max_running * max(1, len(config.urls) or count)
@@ -111,6 +114,7 @@ class SglangEngine:
             max_length=max_length,
             threads=threads,
             run_dir=run_dir,
+            as_it_is=self._as_it_is,
             command=command,
         )
         self._stops = StopStrings(model_dir)
@@ -406,7 +410,8 @@ class SglangEngine:
             self._about[address] = about
             self._client.decodes &= not about.get("skip_tokenizer_init")
             # One that was here before may hold another run's version under the same number.
-            self._note(address, -1 if self._config.urls else _number(about.get("weight_version")))
+            held = -1 if self._config.urls else _number(about.get("weight_version"))
+            self._note(address, self._target if self._as_it_is else held)
         for address in set(self._held) - set(up.values()):
             self._note(address, None)
         if self._awaiting:
@@ -423,6 +428,10 @@ class SglangEngine:
         """What a server says of itself and of its model; None while it does not."""
         found: dict[str, Any] = {}
         try:
+            if self._as_it_is:
+                with contextlib.suppress(ServerError):  # some have it behind a key that nobody needs here
+                    found |= await self._get(address, "/server_info")
+                return found | await self._get(address, "/model_info")
             for path in ("/server_info", "/model_info"):
                 found |= await self._get(address, path)
         except (TimeoutError, aiohttp.ClientError, OSError):
@@ -486,6 +495,8 @@ def _number(version: Any) -> int:
 
 
 def _cost(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Cost:
+    if not shapes:  # somebody else's model, of which only the tokenizer is here: not counted
+        return Cost(0.0, 0.0, 0.0)
     heads = int(config["num_attention_heads"])
     return Cost.of(
         parameters=active({name: math.prod(shape) for name, shape in shapes.items()}, config),

@@ -82,6 +82,27 @@ def attached_server(key: str, admin_key: str, config: SglangConfig) -> Check:
     return check
 
 
+def serving(key: str) -> Check:
+    """Of a server that is asked and never updated: it makes a token, and takes our key where it wants one."""
+
+    def check(url: str, first: bool) -> None:
+        if first:
+            _takes(f"{url}/health_generate", key, "$OFFTRAIL_SGLANG_KEY", "--api-key", timeout_s=TOKEN_TIMEOUT_S)
+        _expect(f"{url}/model_info", key)
+
+    return check
+
+
+def served(url: str, key: str) -> dict[str, str]:
+    """What a running server says of its model: model_path (a folder on its host, or a name) and tokenizer_path.
+    UnhealthyError where it does not.
+    """
+    status, told = ask(f"{url.rstrip('/')}/model_info", key)
+    if status != 200 or not isinstance(told, dict) or not told.get("model_path"):
+        raise UnhealthyError(f"does not say its model at /model_info (it answers {status})")
+    return {"model_path": str(told["model_path"]), "tokenizer_path": str(told.get("tokenizer_path") or "")}
+
+
 def listens(url: str, first: bool) -> None:
     """Check of the router, whose servers are watched themselves."""
     _expect(f"{url}/health")

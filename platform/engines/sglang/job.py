@@ -84,7 +84,7 @@ class Job:
         spans, before = meta.get("weight_versions"), self.segment_start
         if spans is None:  # SGLang < 0.5.19: never updated while it runs, so one version a segment
             spans = [{"version": meta["weight_version"], "end": len(self.tokens) - before}]
-        self.spans += [(int(span["version"]), before + int(span["end"])) for span in spans]
+        self.spans += [(_number(span["version"]), before + int(span["end"])) for span in spans]
 
     def completion(self, finish: FinishReason) -> Completion:
         """As it stands."""
@@ -113,3 +113,11 @@ class Job:
         tokens = [[entry[1] for entry in position] for position in self.alternatives]
         logprobs = [[entry[0] for entry in position] for position in self.alternatives]
         return Alternatives(np.array(tokens, np.int32).reshape(shape), np.array(logprobs, np.float32).reshape(shape))
+
+
+def _number(version: Any) -> int:
+    """A server that was never given a version names its own in words, `default`: that is version 0."""
+    try:
+        return int(version)
+    except ValueError:
+        return 0

@@ -31,7 +31,7 @@ def engine_urls_are_servers(config: Config) -> None:
             raise refuse(
                 f"engine.{key}", value, "is for servers that offtrail starts, not for engine.urls; leave it out"
             )
-    if config.job in ("eval", "serve", "chat"):
+    if config.job in ("serve", "chat"):
         raise refuse("engine.urls", engine.urls, f"job={config.job} starts its own server; leave it out")
     if config.generator.count > 1:
         raise refuse(

@@ -27,7 +27,7 @@ from typing import Any
 from offtrail.platform.config.schema import SglangConfig
 from offtrail.platform.engines.sglang.child import Child
 from offtrail.platform.engines.sglang.flags import environment, router_flags, server_flags
-from offtrail.platform.engines.sglang.health import ask, attached_server, listens, own_server
+from offtrail.platform.engines.sglang.health import ask, attached_server, listens, own_server, serving
 from offtrail.platform.engines.sglang.lifecycle import (
     AttachedServer,
     OwnServer,
@@ -71,7 +71,8 @@ class Servers:
     model in ``model`` counts as. Logs go to run_dir/logs/sglang-OWNER-PLACE.log. Not thread-safe, and `start` and
     `poll` must be called by a thread that lives as long as the servers: the kernel kills them when it ends.
 
-    ``name`` is the model's in the OpenAI API, else its path. ``command`` is the module of one server, for tests.
+    ``name`` is the model's in the OpenAI API, else its path. ``as_it_is``: servers of config.urls are never updated, so
+    that they need no admin key. ``command`` is the module of one server, for tests.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class Servers:
         run_dir: Path,
         weight_version: int = 0,
         name: str = "",
+        as_it_is: bool = False,
         command: str = SERVER,
     ) -> None:
+        self._as_it_is = as_it_is
         self._config, self._model, self._owner, self._command = config, model, owner, command
         self._name = name
         self._max_length, self._threads, self._weight_version = max_length, threads, weight_version
@@ -164,6 +167,8 @@ class Servers:
         if not self._config.urls:
             return secrets.token_hex(16), secrets.token_hex(16)
         found = tuple(os.environ.get(variable, "") for variable in (KEY_VARIABLE, ADMIN_KEY_VARIABLE))
+        if self._as_it_is:
+            return found[0], found[1] or found[0]
         if not all(found):
             raise ServerError(
                 f"engine.urls: set ${KEY_VARIABLE} and ${ADMIN_KEY_VARIABLE} to the servers' --api-key and "
@@ -188,9 +193,9 @@ class Servers:
         return OwnServer(title, self._config, own_server(self._key, self._admin_key), self._pool, launch)
 
     def _attached(self, url: str) -> WatchedServer:
-        server = AttachedServer(
-            url, self._config, attached_server(self._key, self._admin_key, self._config), self._pool
-        )
+        updated = attached_server(self._key, self._admin_key, self._config)
+        check = serving(self._key) if self._as_it_is else updated
+        server = AttachedServer(url, self._config, check, self._pool)
         server.url = url.rstrip("/")
         return server
 

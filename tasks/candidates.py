@@ -1,0 +1,93 @@
+"""What job=reject reads: the rows of its files as candidates, evaluation sets to compare with, and further data.
+
+Invariant: a row whose question, answer or reward is not what the settings say stops the job with its file and number,
+before anything is written; what can only be judged is left to rejection.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from offtrail.core.problem import Problem
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.config import TaskConfig
+from offtrail.tasks.data_config import RejectConfig
+from offtrail.tasks.examples import question_and_answer, read_examples
+from offtrail.tasks.jsonl import JsonlConfig, read_prompts
+from offtrail.tasks.overlap import Index, Item
+from offtrail.tasks.rejection import Candidate
+from offtrail.tasks.rows import read_rows
+
+
+def read_candidates(config: RejectConfig, main: str) -> list[Candidate]:
+    """The rows of every file; ``main`` is the reward component that they are judged by. Raises TaskError with file and
+    row where a question cannot be read, or a reward is missing that there should be.
+    """
+    found = list[Candidate]()
+    for path in config.paths:
+        name = f"reject.paths={path}"
+        for row in read_rows(Path(path), "reject.paths"):
+            problem, answer = question_and_answer(row, name, config.prompt_field, config.answer_field)
+            where = f"{name}, {row.place}"
+            if answer is not None and not isinstance(answer, str):
+                raise TaskError(
+                    f"{where}: field {config.answer_field!r} is not text; mend the line, or set reject.answer_field"
+                )
+            reward = reward_of(row.fields, main, where)
+            gold = ""
+            if reward is None and config.unscored == "refuse":
+                raise TaskError(
+                    f"{where}: has no reward ({main!r} in `rewards`, or `reward`), which reject.min_reward asks for; "
+                    "sample with a reward, or say reject.unscored=verify, keep or drop"
+                )
+            if reward is None and config.unscored == "verify":
+                gold = gold_of(row.fields, config.gold_field, where)
+            finished = row.fields.get("finish", "stop") == "stop"
+            found.append(Candidate(replace(problem, answer=answer or ""), name, reward, finished, row.fields, gold))
+    return found
+
+
+def reward_of(fields: Mapping[str, Any], main: str, where: str) -> float | None:
+    """A row's reward: of the main component, where it tells them apart, else its `reward`. TaskError where that is no
+    number.
+    """
+    rewards = fields.get("rewards")
+    given = rewards.get(main) if isinstance(rewards, dict) else fields.get("reward")
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float | Decimal):
+        raise TaskError(f"{where}: its reward is {given!r}, no number; mend the line")
+    return float(given)
+
+
+def gold_of(fields: Mapping[str, Any], name: str, where: str) -> str:
+    """A row's gold answer as text. Raises TaskError where there is none."""
+    given = fields.get(name)
+    if isinstance(given, bool) or not isinstance(given, str | int | Decimal) or not str(given).strip():
+        known = ", ".join(map(repr, fields)) or "none"
+        raise TaskError(
+            f"{where}: has neither a reward nor a gold answer in field {name!r} (fields: {known}), by which "
+            "reject.unscored=verify judges; add one, or set reject.gold_field"
+        )
+    return format(given, "f") if isinstance(given, Decimal) else str(given)
+
+
+def held_index(config: RejectConfig, task: TaskConfig, held_out: Sequence[Problem]) -> Index | None:
+    """What candidates are compared with: sets of files, whose fields may be those of ``task``, and its ``held_out``
+    problems; None where there are none. Raises TaskError.
+    """
+    items = [Item(f"task={one.task}", f"held-out problem {one.index}", one.prompt) for one in held_out]
+    fields = task if isinstance(task, JsonlConfig) else JsonlConfig()
+    for path in config.decontaminate_against:
+        items += read_prompts(Path(path), fields, "reject.decontaminate_against")
+    return Index(items) if items else None
+
+
+def examples_of_mix(name: str, entry: Mapping[str, Any]) -> list[Problem]:
+    """The rows of one further file. Raises TaskError."""
+    fields = entry.get("prompt_field", "prompt"), entry.get("answer_field", "answer")
+    return read_examples(Path(entry["path"]), *fields, f"reject.mix.{name}.path")

@@ -1,0 +1,153 @@
+"""Settings of the jobs that make data: what is asked and how (sample), and which answers are kept (reject). No torch
+and no numpy: `launch.py --help` imports this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from offtrail.core.settings import check_limits, setting
+
+INSTRUCTION = (
+    "{prompt}\n\nWork it out in detail, one step after another. After every step reflect on it: verify its result in "
+    "a second way where there is one, and where you find a mistake, say so and correct it. Give the answer only when "
+    "you have checked all of it."
+)
+
+
+@dataclass
+class SampleConfig:
+    """job=sample: verified answers to training prompts, as data. See docs/data.md."""
+
+    prompts: int = setting(1024, "[0, inf)")
+    """Training prompts that are asked, in the data order; 0 = all that a set of files has, each once."""
+    first: int = setting(0, "[0, inf)")
+    """Place of the first of them in the data order: several runs can share a set."""
+    samples: int = setting(4, "[1, 65536]")
+    """Answers drawn for each prompt, of at most sampling.max_new_tokens tokens."""
+    temperature: float = setting(1.0, "[0, 100]")
+    """0 = greedy."""
+    top_p: float = setting(1.0, "(0, 1]")
+    """Tokens are drawn from the smallest set of the likeliest that holds this share; 1 = all."""
+    keep: Literal["all", "right"] = "all"
+    """What data.jsonl holds. right: answers whose main reward component is 1 and that ended by themselves."""
+    prompting: Literal["plain", "few_shot", "reflect"] = "plain"
+    """How a problem is put to the model. plain: as in training; few_shot: after worked examples; reflect: with
+    sample.instruction. Recorded is always the plain prompt."""
+    shots: int = setting(2, "[1, 256]")
+    """few_shot: examples before the question, none of them the question itself."""
+    shots_path: str = setting("", path="file")
+    """few_shot: rows with a prompt (or messages) and an answer, of which some are drawn by run.seed; empty = training
+    problems with worked answers of the task."""
+    shots_prompt_field: str = "prompt"
+    """Field of such a row's prompt."""
+    shots_answer_field: str = "answer"
+    """Field of its answer."""
+    instruction: str = INSTRUCTION
+    """reflect: what is asked, with {prompt} for the question (of messages the last one's text)."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an instruction without a place for the question."""
+        check_limits(self, "sample")
+        if "{prompt}" not in self.instruction:
+            raise ValueError(
+                f"sample.instruction={self.instruction!r}: must contain {{prompt}}, where the question goes"
+            )
+
+
+@dataclass
+class RejectConfig:
+    """job=reject: which of such answers are kept. See docs/data.md."""
+
+    paths: list[str] = setting([], path="file")
+    """Files or folders of rows: data.jsonl of job=sample or of a stage, or any with a prompt (or messages) and an
+    answer."""
+    prompt_field: str = "prompt"
+    """Field of a row's prompt; a row without it may have `messages`."""
+    answer_field: str = "answer"
+    """Field of its answer."""
+    min_reward: float = setting(1.0, "[-1e9, 1e9]")
+    """Answers whose main reward component is lower are left out (wrong)."""
+    unscored: Literal["refuse", "verify", "drop", "keep"] = "refuse"
+    """Rows without a reward: an error; or the task's verifier and the reward judge them by their gold answer; or they
+    are left out (unscored), or kept without one."""
+    gold_field: str = "gold"
+    """unscored=verify: field of the gold answer."""
+    drop_unfinished: bool = True
+    """Answers that were cut at the longest length are left out (unfinished)."""
+    language: str = ""
+    """Language of the answers, such as en (ISO 639-1): those with too much of another are left out (mixed_language);
+    empty = not asked."""
+    min_language: float = setting(0.95, "[0, 1]")
+    """The least share of words in that language, outside code and formulas."""
+    language_settings: dict[str, Any] = setting({})
+    """Further settings of the language component, as {detector: lingua, others: [de]}."""
+    longest_paragraph: int = setting(0, "[0, 1e9]")
+    """Answers with a paragraph of more characters are left out (long_paragraph); 0 = not asked."""
+    drop_code_blocks: bool = False
+    """Answers that hold a fenced code block are left out (code_block)."""
+    drop_unbalanced: bool = True
+    """Answers whose braces, LaTeX brackets or environments do not pair are left out (unbalanced)."""
+    max_marks: float = setting(0.3, "[0, 1]")
+    """Answers of which a larger share is neither letters, digits nor usual marks, or that hold control characters, are
+    left out (garbled)."""
+    max_repetition: float = setting(0.2, "[0, 1]")
+    """Answers of which a larger share of repetition_n-grams stood before are left out (repetitive); 1 = not asked."""
+    repetition_n: int = setting(20, "[1, 1000]")
+    """Words of these n-grams."""
+    shortest: int = setting(0, "[0, 1e9]")
+    """Answers of fewer characters are left out (short)."""
+    longest: int = setting(0, "[0, 1e9]")
+    """Answers of more characters are left out (long); 0 = not asked."""
+    decontaminate_against: list[str] = setting([], path="file")
+    """Evaluation sets: rows whose question shares 10 words in a row with one of theirs are left out (contaminated)."""
+    held_out: bool = False
+    """The same against the eval.prompts held-out problems of the task."""
+    drop_duplicates: bool = True
+    """Of equal answers to a question, up to blanks, one is kept (duplicate)."""
+    near_duplicates: float = setting(0.9, "[0, 1]")
+    """Of two answers to a question that share so much of their near_n-grams (Jaccard's measure) one is kept
+    (near_duplicate); 1 = not asked."""
+    near_n: int = setting(5, "[1, 1000]")
+    """Words of these n-grams."""
+    most: int = setting(0, "[0, 1e9]")
+    """At most so many answers to a question (surplus); 0 = all."""
+    choose: Literal["first", "shortest", "random"] = "first"
+    """Which of them; random: by run.seed."""
+    mix: dict[str, dict[str, Any]] = setting({})
+    """Further data → its file and its share of the result, as {general: {path: chat.jsonl, share: 0.25}}: drawn by
+    run.seed, none twice unless `repeat: true`; prompt_field and answer_field where they differ."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds, or cannot go with another."""
+        check_limits(self, "reject")
+        if self.language:
+            from offtrail.tasks.rejection import language_of  # numpy comes with it
+
+            language_of(self)
+        for key, paths in (("paths", self.paths), ("decontaminate_against", self.decontaminate_against)):
+            if "" in paths:
+                raise ValueError(f"reject.{key}={paths}: an empty path names no file; leave it out")
+        if 0 < self.longest < self.shortest:
+            raise ValueError(f"reject.longest={self.longest}: must be ≥ reject.shortest={self.shortest}, or 0")
+        for name, entry in self.mix.items():
+            _check_mix(f"reject.mix.{name}", entry)
+        if (total := sum(entry["share"] for entry in self.mix.values())) >= 1:
+            raise ValueError(f"reject.mix={list(self.mix)}: their shares make {total:g}; must stay below 1")
+
+
+MIX_KEYS = {"path": str, "share": float, "prompt_field": str, "answer_field": str, "repeat": bool}
+
+
+def _check_mix(key: str, entry: Any) -> None:
+    if not isinstance(entry, dict) or not {"path", "share"} <= entry.keys():
+        raise ValueError(f"{key}={entry}: must be {{path: FILE, share: NUMBER}}")
+    for name, value in entry.items():
+        if name not in MIX_KEYS:
+            raise ValueError(f"{key}.{name}={value}: unknown; must be one of {', '.join(MIX_KEYS)}")
+        if name != "share" and (not isinstance(value, MIX_KEYS[name]) or value == ""):
+            raise ValueError(f"{key}.{name}={value}: must be {'true or false' if name == 'repeat' else 'a text'}")
+    share = entry["share"]
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(f"{key}.share={share}: must be a share of the result, in (0, 1)")

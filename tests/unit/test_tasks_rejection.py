@@ -1,0 +1,206 @@
+"""Which candidates are kept, in which order they are asked, and that nothing but candidates and settings decides it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offtrail.core.problem import Problem
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.candidates import examples_of_mix, held_index, read_candidates
+from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.data_config import RejectConfig
+from offtrail.tasks.overlap import Index, Item
+from offtrail.tasks.rejection import REASONS, Candidate, draw, mixed_in, sift
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+
+
+def candidate(question: str, answer: str, reward: float | None = 1.0, finished: bool = True) -> Candidate:
+    return Candidate(Problem("file", 0, question, answer, {"place": "line 1"}), "reject.paths=file", reward, finished)
+
+
+def kept(candidates: list[Candidate], seed: int = 0, held: Index | None = None, **given: Any) -> list[str]:
+    found = sift(candidates, RejectConfig(**given), seed, held=held)
+    return [candidates[place].problem.answer for place in found.kept]
+
+
+def test_each_candidate_counts_once_under_the_first_reason_it_meets() -> None:
+    held = Index([Item("set", "row 1", "what is three plus four times the square of nine minus six")])
+    asked = {
+        "unscored": candidate("a", "x", None),
+        "wrong": candidate("a", "", 0.0, finished=False),  # it is empty and unfinished, too
+        "unfinished": candidate("a", "x", finished=False),
+        "empty": candidate("a", " \n"),
+        "mixed_language": candidate("a", "и так далее\n```\ncode\n```"),
+        "long_paragraph": candidate("a", "so " * 200),
+        "code_block": candidate("a", "```\ncode\n``` and {"),
+        "unbalanced": candidate("a", "{ \x00"),
+        "garbled": candidate("a", "a \x00 b"),
+        "repetitive": candidate("a", "again and again " * 9),
+        "short": candidate("a", "hm"),
+        "long": candidate("a", " ".join(f"word{i}" for i in range(20))),
+        "contaminated": candidate("So what is three plus four times the square of nine, minus six?", "about three"),
+    }
+    settings: dict[str, Any] = {
+        "unscored": "drop", "language": "en", "longest_paragraph": 300, "drop_code_blocks": True, "repetition_n": 3,
+        "shortest": 3, "longest": 100, "most": 2,
+    }  # fmt: skip
+    alike = " ".join(WORDS), " ".join([*WORDS[:-1], "thirteen"])  # 7 of 9 5-grams
+    same = {
+        "kept": candidate("b", alike[0]),
+        "duplicate": candidate(" b", alike[0] + " "),
+        "near_duplicate": candidate("b", alike[1]),
+        "second": candidate("b", "another answer"),
+        "surplus": candidate("b", "a third answer"),
+        "other question": candidate("c", alike[0]),
+    }
+    rows = [*asked.values(), *same.values()]
+    found = sift(rows, RejectConfig(**settings, near_duplicates=0.75), 0, held=held)
+    names = [*asked, *same]
+    assert [names[place] for place in found.kept] == ["kept", "second", "other question"]
+    assert {names[one.place]: one.reason for one in found.rejected} == {name: name for name in names if name in REASONS}
+    assert set(REASONS) == {one.reason for one in found.rejected}
+    assert found.counts() == dict.fromkeys(REASONS, 1)
+    assert "shares 'what is three plus four times the square of" in next(
+        one.why for one in found.rejected if one.reason == "contaminated"
+    )
+    everything = sift(rows, RejectConfig(
+        unscored="keep", min_reward=-1, drop_unfinished=False, drop_unbalanced=False, max_repetition=1,
+        drop_duplicates=False, near_duplicates=1,
+    ), 0)  # fmt: skip
+    assert everything.counts() == {"empty": 2, "garbled": 2}  # what no job could imitate
+
+
+def test_the_answers_to_a_question_are_chosen_as_asked() -> None:
+    rows = [candidate("q", text) for text in ("a long answer", "short", "one of middling size")]
+    assert kept(rows, most=1) == ["a long answer"]
+    assert kept(rows, most=1, choose="shortest") == ["short"]
+    assert kept(rows, most=2, choose="shortest") == ["a long answer", "short"]
+    drawn = {kept(rows, seed, most=1, choose="random")[0] for seed in range(40)}
+    assert drawn == {row.problem.answer for row in rows}
+    assert kept(rows, 3, most=1, choose="random") == kept(rows[::-1], 3, most=1, choose="random")
+
+
+def test_of_near_copies_the_better_one_stays_and_a_full_question_asks_no_more() -> None:
+    longer, shorter = " ".join(WORDS), " ".join(WORDS[:-1])  # 7 of 8 5-grams
+    rows = [candidate("q", longer), candidate("q", shorter)]
+    assert kept(rows, near_duplicates=0.8) == [longer]
+    assert kept(rows, near_duplicates=0.8, choose="shortest") == [shorter]
+    assert kept(rows, near_duplicates=0.9) == [longer, shorter]
+    found = sift([*rows, candidate("q", "else")], RejectConfig(most=1, near_duplicates=0.8), 0)
+    assert found.counts() == {"surplus": 2}
+
+
+def test_what_is_kept_is_the_same_in_another_process(tmp_path: Path) -> None:
+    """Python's hash of a text is another one in each."""
+    code = (
+        "from test_tasks_rejection import *\n"
+        "rows = [candidate(f'q{i % 7}', ' '.join(WORDS[i % 5 : i % 5 + 6] + [WORDS[i % 11]])) for i in range(60)]\n"
+        "print(sift(rows, RejectConfig(most=3, choose='random', near_duplicates=0.6), 5).kept, end=' ')\n"
+        "print(draw('m', 90, 9, 5, repeat=False))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(said) == 1
+    assert len(json.loads(said.pop().split("] ")[0] + "]")) > 10
+
+
+def test_mixed_data_have_their_share_of_the_result_by_examples() -> None:
+    general = {"general": {"path": "x", "share": 0.25}}
+    assert mixed_in(600_000, RejectConfig(mix=general)) == {"general": 200_000}  # R1's 600k and 200k
+    both = {"a": {"path": "x", "share": 0.2}, "b": {"path": "x", "share": 0.3}}
+    assert mixed_in(50, RejectConfig(mix=both)) == {"a": 20, "b": 30}
+    once = draw("general", 100, 40, 7, repeat=False)
+    assert len(set(once)) == 40
+    assert once == sorted(once)
+    assert once != draw("general", 100, 40, 8, repeat=False) != draw("other", 100, 40, 8, repeat=False)
+    assert sorted(set(draw("a", 3, 8, 0, repeat=True))) == [0, 1, 2]
+    assert len(draw("a", 3, 8, 0, repeat=True)) == 8
+    with pytest.raises(ValueError, match=r"^reject.mix.a: its share is 8 rows, and its file has 3 that can be taken"):
+        draw("a", 3, 8, 0, repeat=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"language": "xx"}, "reject.language_settings: xx is not known"),
+        ({"language": "en", "language_settings": {"detektor": "lingua"}}, "reject.language_settings={'detektor'"),
+        ({"longest": 3, "shortest": 4}, "reject.longest=3: must be ≥ reject.shortest=4"),
+        ({"mix": {"a": {"path": "x"}}}, "reject.mix.a={'path': 'x'}: must be {path: FILE, share: NUMBER}"),
+        ({"mix": {"a": {"path": "", "share": 0.1}}}, "reject.mix.a.path=: must be"),
+        ({"mix": {"a": {"path": "x", "share": 0.1, "n": 3}}}, "reject.mix.a.n=3: unknown; must be one of path, share"),
+        ({"mix": {"a": {"path": "x", "share": True}}}, "reject.mix.a.share=True: must be a share of the result"),
+        ({"mix": {"a": {"path": "x", "share": 0.6}, "b": {"path": "x", "share": 0.4}}}, "reject.mix=['a', 'b']: their"),
+        ({"min_reward": 1e10}, "reject.min_reward=10000000000.0: must be in [-1e9, 1e9]"),
+        ({"paths": [""]}, "reject.paths=['']: an empty path"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(says)}"):
+        RejectConfig(**given)
+
+
+def rows_in(folder: Path, *rows: dict[str, Any]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_rows_of_the_usual_forms_are_candidates(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi?"}]
+    path = rows_in(
+        tmp_path,
+        {"prompt": "1+1?", "answer": "2", "reward": 1.1, "rewards": {"accuracy": 0.5, "format": 1}, "finish": "length"},
+        {"messages": [*turns, {"role": "assistant", "content": "Ho."}], "reward": -1},
+        {"prompt": turns, "answer": None, "rewards": {"format": 1}},
+    )
+    config = RejectConfig(paths=[path], unscored="keep")
+    one, two, three = read_candidates(config, "accuracy")
+    assert (one.question, one.problem.answer, one.reward, one.finished) == ("1+1?", "2", 0.5, False)
+    assert (two.problem.messages, two.problem.answer, two.reward) == (tuple(turns), "Ho.", -1.0)
+    assert (three.problem.messages, three.problem.answer, three.reward) == (tuple(turns), "", None)
+    assert one.fields["rewards"] == {"accuracy": 0.5, "format": 1}
+    path = rows_in(tmp_path, {"problem": "1+1?"})
+    compared = RejectConfig(decontaminate_against=[path])
+    held = held_index(compared, ChainConfig(), [Problem("chain", 3, "5;+1;%10=?", "6")])
+    assert held is not None
+    assert [item.place for item, _ in held.matches("so 1+1? or 5;+1;%10=?")] == ["held-out problem 3", "line 1"]
+    assert held_index(RejectConfig(), ChainConfig(), []) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"answer": "2"}, "field 'prompt' is missing (fields: 'answer'); mend the line, or set reject.prompt_field"),
+        ({"prompt": "1", "answer": 2}, "field 'answer' is not text; mend the line, or set reject.answer_field"),
+        ({"prompt": "1", "answer": "2", "reward": "good"}, "its reward is 'good', no number"),
+        ({"prompt": "1", "answer": "2", "reward": True}, "its reward is True, no number"),
+        ({"prompt": "1", "answer": "2"}, "has no reward ('accuracy' in `rewards`, or `reward`)"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    path = rows_in(tmp_path, {"prompt": "1", "answer": "2", "reward": 1}, row)
+    with pytest.raises(TaskError, match=rf"^reject.paths={path}, line 2: {re.escape(says)}"):
+        read_candidates(RejectConfig(paths=[path]), "accuracy")
+
+
+def test_a_row_of_further_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = rows_in(tmp_path, {"question": "1", "answer": "2"})
+    with pytest.raises(
+        TaskError, match=r"^reject.mix.more.path=\S+, line 1: field 'prompt' is missing .*set reject.mix"
+    ):
+        examples_of_mix("more", {"path": path})
+    [row] = examples_of_mix("more", {"path": path, "prompt_field": "question"})
+    assert (row.prompt, row.answer) == ("1", "2")
