@@ -111,6 +111,8 @@ class Group:
     that none spans two samples, and what follows a sample's last step belongs to none. ``scored_by``: component or
     channel name → the model and version that made it. One model scores a whole group under one version.
 
+    ``counts``: what was counted in the answers, all together, by name (rewards/behaviour.py); mostly empty.
+
     ``queued_version`` and ``queued_at`` are the broker's stamp on arrival (−1 before).
     """
 
@@ -134,6 +136,7 @@ class Group:
     scored_by: dict[str, ScoredBy] = field(default_factory=dict)
     queued_version: int = -1
     queued_at: float = 0.0
+    counts: dict[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -174,6 +177,8 @@ class Group:
             values = column.tolist()
             if not math.isfinite(sum(values)) and any(map(math.isinf, values)):
                 raise ValueError(f"group {self.group}: component {name} is infinite (NaN says that it does not apply)")
+        if self.counts and not math.isfinite(sum(self.counts.values())):
+            raise ValueError(f"group {self.group}: a count is not finite")
         if highest > 1e-4:
             raise ValueError(f"group {self.group}: a log-probability is above 0 ({highest:.4g})")
         if not math.isfinite(sum(self.times.reshape(-1).tolist())):

@@ -4,6 +4,7 @@ r"""Where the answer of a text is looked for: `reward.answer`. Each way is linea
     boxed         what the last \boxed{…} or \fbox{…} holds; none where its braces do not close
     mark          the rest of the line after the last `reward.answer_mark`, or the line below where that is empty
     last_number   the last number: 18, -3/4, 1,800.50, 1e-05
+    text          all of it, cut off or not: what is judged as a whole, such as instructions that are followed
 
 But for tags, what stands before the last `</think>` is no answer, nor is a thought that was never closed; and of a text
 that was cut off, mark and last_number give none: what comes last in it is where it was cut.
@@ -31,6 +32,8 @@ def find_answer(text: str, parts: Parts | None, finished: bool, config: RewardCo
     _, closed, rest = text.rpartition("</think>")
     if not closed and "<think>" in text:
         return None
+    if config.answer == "text":
+        return rest.strip() or None
     if config.answer == "boxed":
         return boxed(rest) or None
     if not finished:

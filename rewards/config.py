@@ -33,9 +33,9 @@ class RewardConfig:
     only: dict[str, dict[str, Any]] = setting({})
     """Component → where it counts, as {NAME: {from_step: 1300, to_step: 1700, tasks: [TASK]}}: from_step ≤ learner step
     < to_step, and problems of these tasks."""
-    answer: Literal["tags", "boxed", "mark", "last_number"] = "tags"
+    answer: Literal["tags", "boxed", "mark", "last_number", "text"] = "tags"
     """Where the answer that is compared is looked for. tags: the answer block of a well-formed text; boxed: the last
-    \\boxed{}; mark: the line after the last answer_mark; last_number."""
+    \\boxed{}; mark: the line after the last answer_mark; last_number; text: all that follows the thought."""
     answer_mark: str = "Answer:"
     """The mark of answer=mark, such as #### or Answer:."""
     workers: int = setting(1, "[1, 1024]", resumable=True)

@@ -14,6 +14,12 @@ from offtrail.core.types import Float32
 from offtrail.rewards.config import RewardConfig
 
 
+class Scored(dict[str, Float32]):
+    """Components of a group by name, and the ``counts`` of its answers (behaviour.py), where those were counted."""
+
+    counts: Mapping[str, float] = {}
+
+
 def total(config: RewardConfig, components: Mapping[str, Float32], *, task: str, step: int) -> Float32:
     """The weighted sum [G] of name → [G] scores, for a problem of ``task`` in the batch of learner step ``step``."""
     size = len(next(iter(components.values())))

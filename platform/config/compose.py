@@ -100,8 +100,8 @@ def compose(argv: Sequence[str]) -> Config:
 
 def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
     """For job=eval and job=sample with a run's checkpoint: how it was trained, below all that is given. A section whose
-    variant is given is the command's own. For job=distill the same of its teacher, but for the model, which is the
-    student's.
+    variant is given is the command's own, and so is what a given option says of other sections. For job=distill the
+    same of its teacher, but for the model, which is the student's.
     """
     given = file.values | line.values
     distils = given.get("job") == "distill"
@@ -114,8 +114,10 @@ def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
         return []
     own = {*file.options, *line.options, *(key.removesuffix(".name") for key in given if key.endswith(".name"))}
     taken = [section for section in TRAINED if section not in own and not (distils and section == "model")]
+    options = (file.options | line.options).items()
+    beside = {key for group, option in options for key in _option_values(group, option)[1]} | {"model.path"}
     saved = file_layer(run / "config.yaml").values
-    return [Layer(values={k: v for k, v in saved.items() if k.partition(".")[0] in taken and k != "model.path"})]
+    return [Layer(values={k: v for k, v in saved.items() if k.partition(".")[0] in taken and k not in beside})]
 
 
 def stage_config(config: Config, stage: Stage, handed: Mapping[str, Raw]) -> Config:

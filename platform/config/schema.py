@@ -335,6 +335,19 @@ class EvalConfig:
     sets: dict[str, dict[str, Any]] = setting({})
     """Name → a task's settings (which task: `name`, else the set's own name), its prompts, samples and reward; asked
     beside the task's own held-out prompts, and by job=eval in their place."""
+    few_shot: int = setting(0, "[0, 256]")
+    """job=eval: each set is asked twice, plainly and after so many worked examples, and both are compared question by
+    question; 0 = plainly alone."""
+    few_shot_path: str = setting("", path="file")
+    """Rows with a prompt (or messages) and an answer, of which the examples are drawn by run.seed; empty = training
+    problems of each set's task with worked answers."""
+    few_shot_prompt_field: str = "prompt"
+    """Field of such a row's prompt."""
+    few_shot_answer_field: str = "answer"
+    """Field of its answer."""
+    vote_weight: str = "logprob"
+    """job=eval: what an answer's vote weighs in wcons@k. logprob: the exponential of its mean log-probability; else the
+    name of a reward component or of a scorer's channel of samples, at least 0."""
     threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of the evaluator."""
     nice: int = setting(19, "[0, 19]", resumable=True)
@@ -431,6 +444,8 @@ class TrackingConfig:
     """Tracker → its keywords, as {wandb: {project: r1, mode: offline}}."""
     sample_texts: int = setting(2, "[0, inf)")
     """Sample groups whose texts are logged at each learner step."""
+    behaviour: bool = True
+    """Count in every answer, where verifiers run, words of reflection, length, repetition, language and format."""
     gradient_cosine: bool = True
     """Log the cosine of consecutive gradients; a copy of one gradient is held for it."""
     progress: Literal["auto", "live", "plain", "off"] = "auto"

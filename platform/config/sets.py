@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from offtrail.core.plugins import PluginError
@@ -25,6 +26,7 @@ from offtrail.platform.config.validate import (
     numbers_are_in_range,
     programs_are_run,
 )
+from offtrail.tasks import shots
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.registry import make_task
 
@@ -47,13 +49,16 @@ OptionValues = Callable[[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]]
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
     """What is asked of one set. ``label``: "" for a run's own task while it trains; ``config``: the run's, with the
-    set's task and reward; ``prompts`` questions, ``samples`` answers each.
+    set's task and reward; ``prompts`` questions, ``samples`` answers each, after ``shots`` examples, to be compared
+    with the set ``beside``, which is asked plainly.
     """
 
     label: str
     config: Config
     prompts: int
     samples: int
+    shots: int = 0
+    beside: str = ""
 
     @property
     def area(self) -> str:
@@ -64,16 +69,41 @@ class EvalSet:
         """The questions. Raises TaskError and PluginError."""
         return make_task(self.config.task, self.config.run.seed).held_out(self.prompts)
 
+    def put(self, problems: Sequence[Problem], *, chats: bool) -> list[Problem]:
+        """What the model is asked in place of each problem. ``chats``: prompts go through a chat template. Raises
+        TaskError where there are not as many examples, beside one that asks the very question.
+        """
+        if not self.shots:
+            return list(problems)
+        held, seed = self.config.eval, self.config.run.seed
+        if held.few_shot_path:
+            fields, key = (held.few_shot_prompt_field, held.few_shot_answer_field), "eval.few_shot_path"
+            given = shots.of_file(Path(held.few_shot_path), self.shots + 1, seed, fields, key)
+        else:
+            given = shots.of_task(make_task(self.config.task, seed), self.shots, seed, self.config.reward)
+        return [shots.before(one, _others(given, one)[: self.shots], chats=chats) for one in problems]
+
 
 def sets_of(config: Config) -> list[EvalSet]:
-    """job=eval: the sets, or the task where there are none; else the task's own held-out prompts, then the sets.
+    """job=eval: the sets, or the task where there are none, each followed by itself after eval.few_shot examples; else
+    the task's own held-out prompts, then the sets.
 
     Raises ConfigError that names the set.
     """
     alone = config.job == "eval"
     own = EvalSet(config.task.name if alone else "", config, config.eval.prompts, config.eval.samples)
     sets = [_set(config, label, settings) for label, settings in config.eval.sets.items()]
-    return (sets or [own]) if alone else [own, *sets]
+    return [asked for one in sets or [own] for asked in _twice(one)] if alone else [own, *sets]
+
+
+def _twice(one: EvalSet) -> list[EvalSet]:
+    k = one.config.eval.few_shot
+    label = f"{one.label}.{k}shot"  # no set of the user's has a dot in its name
+    return [one, *([dataclasses.replace(one, label=label, shots=k, beside=one.label)] if k else [])]
+
+
+def _others(given: Sequence[shots.Shot], problem: Problem) -> list[shots.Shot]:
+    return [shot for shot in given if shot.prompt.split() != problem.prompt.split()]
 
 
 def with_options(sets: Mapping[str, Settings], known: Callable[[str], list[str]], of: OptionValues) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def files_of_lines_are_here(config: Config) -> None:
     """The files and folders of a task and of examples."""
     task, reject = config.task, config.reject
     files = [("sft.path", config.sft.path), ("sample.shots_path", config.sample.shots_path)]
+    files += [("eval.few_shot_path", config.eval.few_shot_path)]
     files += [("reject.paths", path) for path in reject.paths]
     files += [(f"reject.mix.{name}.path", entry["path"]) for name, entry in reject.mix.items()]
     files += [("reject.decontaminate_against", path) for path in reject.decontaminate_against]
@@ -378,6 +379,15 @@ def liger_has_a_gpu(config: Config) -> None:
         )
 
 
+def examples_are_put_before_questions_of_an_evaluation(config: Config) -> None:
+    """Training and its evaluation ask plainly."""
+    held = config.eval
+    if held.few_shot and config.job != "eval":
+        raise refuse("eval.few_shot", held.few_shot, f"is for job=eval, not job={config.job}, which asks plainly")
+    if held.few_shot_path and not held.few_shot:
+        raise refuse("eval.few_shot_path", held.few_shot_path, "needs eval.few_shot=k, how many examples are shown")
+
+
 ASKING = ("eval", "sample", "serve", "chat")
 """The jobs that load `checkpoint`."""
 
@@ -485,6 +495,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     devices_are_known,
     head_is_no_wider_than_the_decoder,
     liger_has_a_gpu,
+    examples_are_put_before_questions_of_an_evaluation,
     a_checkpoint_is_served,
     the_engines_own_rules_hold,
     weights_have_a_channel,

@@ -19,7 +19,7 @@ from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease, Pr
 from offtrail.platform.config.schema import Config
 from offtrail.platform.model.text import Text
 from offtrail.rewards.registry import Reward
-from offtrail.rewards.total import columns, nothing_earned, total
+from offtrail.rewards.total import Scored, columns, nothing_earned, total
 from offtrail.search.sample import SampleDriver
 
 log = logging.getLogger("offtrail.answers")
@@ -208,6 +208,7 @@ class Answers:
                 log.warning("problem %d counts as wrong: %s", number, self.verifiers.reason(number))
                 components = nothing_earned(reward, group.problem.task, group.size)
             group.components = components
+            group.counts = dict(components.counts) if isinstance(components, Scored) else {}
             group.rewards = total(reward, components, task=group.problem.task, step=step)
             one.unjudged -= 1
 

@@ -2,6 +2,7 @@
 
     scores [Q, n] ──► average, pass_at ──┐
     answers, scores ──► consensus ───────┴──► one value a question ──► over_questions
+    counts above and below [Q, n] ─────────────────────────────────► ratio
 
 Every measure gives one value a question, its expectation over the draw of the answers, so that an interval can be taken
 over questions: the answers to one question are no independent observations (Miller 2024, arXiv:2411.00640).
@@ -84,6 +85,26 @@ def _vote(answers: Sequence[str | None], scores: Values, weights: Values) -> flo
     most = max(votes.values())
     # Sums of weights that are equal but for rounding are a tie.
     return float(np.mean([np.mean(right[answer]) for answer, sum_ in votes.items() if math.isclose(sum_, most)]))
+
+
+def ratio(above: Values, below: Values) -> Estimate:
+    """Σ above / Σ below over [Q, n] answers, such as words of reflection by words, with Student's t over questions.
+
+    The error is the linearised one of a ratio of sums that are clustered by question (Cochran 1977, Sampling
+    Techniques, section 6.3); where below is the same for all questions it is that of `over_questions`. Questions with
+    nothing below are left out; all NaN where there is no other.
+    """
+    tops, bases = above.sum(axis=1), below.sum(axis=1)
+    tops, bases = tops[bases > 0], bases[bases > 0]
+    Q = len(bases)
+    if not Q:
+        return Estimate(math.nan, math.nan, math.nan, math.nan)
+    mean = float(tops.sum() / bases.sum())
+    if Q < 2:
+        return Estimate(mean, math.nan, math.nan, math.nan)
+    error = float(math.sqrt(Q / (Q - 1) * ((tops - mean * bases) ** 2).sum()) / bases.sum())
+    half = t_quantile(0.95, Q - 1) * error
+    return Estimate(mean, error, mean - half, mean + half)
 
 
 def over_questions(values: Values) -> Estimate:

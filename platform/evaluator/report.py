@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from rich.table import Table
 
 from offtrail.platform.config.schema import Config
+from offtrail.platform.evaluator.asked import Asked
 from offtrail.platform.evaluator.measures import (
     Estimate,
     Values,
@@ -26,56 +28,89 @@ from offtrail.platform.evaluator.measures import (
     consensus,
     over_questions,
     pass_at,
+    ratio,
     sizes_up_to,
 )
-from offtrail.platform.tracking.plot import BLUE, GREY, ORANGE
+from offtrail.platform.tracking.plot import BLUE, GREEN, GREY, ORANGE
 from offtrail.platform.tracking.summary import read_summary, write_atomic, write_summary
+from offtrail.rewards.behaviour import REFLECTION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RESULTS, FIGURE = "eval.json", "eval.png"
+RESULTS, FIGURE, COMPARED = "eval.json", "eval.png", "few_shot.png"
+OF_WORDS = {f"behaviour/{word}_per_1000_words" for word in REFLECTION}
+"""In eval.json, and not in the table."""
+ONE_DIGIT = re.compile(r"^length$|_1000_|words_mean$")
+"""Measures that are no shares."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The n answers to each of a set's Q questions: their [Q, n] scores of the main component, texts (None: no answer),
-    lengths in tokens, and whether they were cut at the longest length.
-    """
-
-    name: str
-    scores: Values
-    answers: list[list[str | None]]
-    lengths: Values
-    cut: Values
+def by_question(asked: Asked) -> dict[str, Values]:
+    """Measure → [Q] one value a question; pass@k, cons@k and wcons@k at the powers of 2 and at n."""
+    n = asked.scores.shape[1]
+    sizes = sizes_up_to(n)[1:]
+    return {
+        f"avg@{n}": average(asked.scores),
+        **{f"pass@{k}": pass_at(asked.scores, k) for k in sizes},
+        **{f"cons@{k}": consensus(asked.answers, asked.scores, k) for k in sizes},
+        **{f"wcons@{k}": consensus(asked.answers, asked.scores, k, asked.weights) for k in sizes},
+    }
 
 
 def measured(asked: Asked) -> dict[str, Estimate]:
-    """Measure → estimate, in the order in which they are shown; pass@k and cons@k at the powers of 2 and at n."""
-    n = asked.scores.shape[1]
-    found = {f"avg@{n}": over_questions(average(asked.scores))}
-    for k in sizes_up_to(n)[1:]:
-        found[f"pass@{k}"] = over_questions(pass_at(asked.scores, k))
-    for k in sizes_up_to(n)[1:]:
-        found[f"cons@{k}"] = over_questions(consensus(asked.answers, asked.scores, k))
+    """Measure → estimate, in the order in which they are shown."""
     answered = np.array([[answer is not None for answer in row] for row in asked.answers], np.float64)
-    return found | {
-        "answered": over_questions(average(answered)),
-        "truncated": over_questions(average(asked.cut)),
-        "length": over_questions(average(asked.lengths)),
-    }
+    values = by_question(asked) | {
+        "answered": average(answered), "truncated": average(asked.cut), "length": average(asked.lengths),
+    }  # fmt: skip
+    found = {measure: over_questions(value) for measure, value in values.items()}
+    return found | {measure: ratio(one.above, one.below) for measure, one in asked.ratios.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A set after ``shots`` examples against itself without: each measure's difference, question by question, over the
+    ``questions`` that had room for an answer both ways; ``left_out``: the others.
+    """
+
+    name: str
+    beside: str
+    shots: int
+    questions: int
+    left_out: int
+    differences: dict[str, Estimate]
+
+
+def compared(sets: Sequence[Asked]) -> list[Comparison]:
+    """Every set that was asked both ways. The same questions are drawn with the same random numbers, and the interval
+    is of the paired differences: it is narrower than two intervals beside each other would have it.
+    """
+    by_name, found = {asked.name: asked for asked in sets}, []
+    for few in sets:
+        if not few.beside:
+            continue
+        zero = by_name[few.beside]
+        rooms = [np.ones(len(zero.scores)) if one.room is None else one.room for one in (zero, few)]
+        both = (rooms[0] * rooms[1]) > 0
+        plain, shown = by_question(zero), by_question(few)
+        differences = {name: over_questions(shown[name][both] - plain[name][both]) for name in plain if both.any()}
+        asked, left = int(both.sum()), int((~both).sum())
+        found.append(Comparison(few.name, zero.name, few.shots, asked, left, differences))
+    return found
 
 
 def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Asked], longest: int) -> Table:
     """Write the files; the table for the terminal. ``longest``: the most tokens that an answer could have."""
-    rows = {asked.name: measured(asked) for asked in sets}
+    rows, comparisons = {asked.name: measured(asked) for asked in sets}, compared(sets)
     told = {
         "results": {name: _harness(found) for name, found in rows.items()},
+        "n-shot": {asked.name: asked.shots for asked in sets},
         "n-samples": {a.name: {"original": len(a.scores), "effective": len(a.scores)} for a in sets},
         "intervals": {
             name: {measure: [_number(e.low), _number(e.high)] for measure, e in found.items()}
             for name, found in rows.items()
         },
+        **({"comparisons": {one.name: _told(one) for one in comparisons}} if comparisons else {}),
         "config": {
             "model": str(model), "checkpoint": config.checkpoint, "answers": config.eval.samples,
             "answers_by_set": {a.name: a.scores.shape[1] for a in sets},
@@ -86,22 +121,47 @@ def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Ask
     }  # fmt: skip
     write_atomic(run_dir / RESULTS, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     flat = {f"eval/{name}/{measure}": _number(e.mean) for name, found in rows.items() for measure, e in found.items()}
+    for one in comparisons:
+        flat |= {f"eval/{one.name}/{measure}_less_plain": _number(e.mean) for measure, e in one.differences.items()}
     write_summary(run_dir, read_summary(run_dir) | flat)
     draw(run_dir / FIGURE, config, rows)
-    return table(rows, sets)
+    if comparisons:
+        draw_comparisons(run_dir / COMPARED, config, comparisons)
+    return table(rows, sets, comparisons)
 
 
-def table(rows: dict[str, dict[str, Estimate]], sets: Sequence[Asked]) -> Table:
-    """A line for each measure of each set: however many sets there are, a terminal of 80 columns cuts no number."""
-    shown = Table("set", "measure", "mean", "95 % interval", box=None)
+def _told(one: Comparison) -> dict[str, Any]:
+    return {
+        "with": one.beside, "n_shot": one.shots, "questions": one.questions, "left_out": one.left_out,
+        "differences": {
+            measure: {"mean": e.mean, "stderr": _number(e.error), "low": _number(e.low), "high": _number(e.high)}
+            for measure, e in one.differences.items()
+        },
+    }  # fmt: skip
+
+
+def table(rows: dict[str, dict[str, Estimate]], sets: Sequence[Asked], comparisons: Sequence[Comparison] = ()) -> Table:
+    """A line for each measure of each set, and for each difference of one that was asked both ways: however many sets
+    there are, a terminal of 80 columns cuts no number.
+    """
+    shown, by_name = Table("set", "measure", "mean", "95 % interval", box=None), {one.name: one for one in comparisons}
     for asked, found in zip(sets, rows.values(), strict=True):
         name = f"{asked.name} ({len(asked.scores)} × {asked.scores.shape[1]})"
         for measure, estimate in found.items():
-            digits = 1 if measure == "length" else 3
-            low_high = () if math.isnan(estimate.low) else (estimate.low, estimate.high)
-            shown.add_row(name, measure, f"{estimate.mean:.{digits}f}", " – ".join(f"{x:.{digits}f}" for x in low_high))
-            name = ""
+            if measure not in OF_WORDS:
+                shown.add_row(name, measure, *_cells(estimate, ".1f" if ONE_DIGIT.search(measure) else ".3f"))
+                name = ""
+        if (one := by_name.get(asked.name)) is not None:
+            for measure, estimate in one.differences.items():
+                mean, interval = _cells(estimate, "+.3f")
+                left = f", {one.left_out} left out" if one.left_out else ""
+                shown.add_row("", f"{measure}, less plain", mean, f"{interval}{left}")
     return shown
+
+
+def _cells(estimate: Estimate, form: str) -> tuple[str, str]:
+    low_high = () if math.isnan(estimate.low) else (estimate.low, estimate.high)
+    return f"{estimate.mean:{form}}", " – ".join(f"{x:{form}}" for x in low_high)
 
 
 def _harness(found: dict[str, Estimate]) -> dict[str, Any]:
@@ -118,7 +178,7 @@ def _number(value: float) -> float | None:
 
 
 def draw(path: Path, config: Config, rows: dict[str, dict[str, Estimate]]) -> None:
-    """pass@k and cons@k over k with their intervals, a panel a set."""
+    """pass@k, cons@k and wcons@k over k with their intervals, a panel a set."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -136,9 +196,41 @@ def draw(path: Path, config: Config, rows: dict[str, dict[str, Estimate]]) -> No
     partial.replace(path)
 
 
+def draw_comparisons(path: Path, config: Config, comparisons: Sequence[Comparison]) -> None:
+    """A line a set: what examples before the question add to avg@n (and to cons@n, where there are several answers),
+    with the paired interval.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 1.6 + 0.55 * len(comparisons)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for prefix, colour, above in (("avg@", BLUE, 0.0), ("cons@", ORANGE, 0.22)):
+        label = f"{prefix}n"
+        for place, one in enumerate(comparisons):
+            named = [measure for measure in one.differences if measure.startswith(prefix)]
+            if not named:
+                continue
+            e = one.differences[named[-1]]
+            reach = [[0.0], [0.0]] if math.isnan(e.low) else [[e.mean - e.low], [e.high - e.mean]]
+            axes.errorbar([e.mean], [place + above], xerr=reach, fmt="o", color=colour, capsize=3, label=label)
+            label = "_"  # said once
+    axes.axvline(0.0, color=GREY, linewidth=0.8)
+    axes.set_yticks(range(len(comparisons)), [f"{one.beside} ({one.questions})" for one in comparisons])
+    axes.set_ylim(len(comparisons) - 0.4, -0.6)
+    axes.set_xlabel("after examples − plainly, share of questions (paired 95 % interval)")
+    axes.set_title(f"{config.checkpoint}: {comparisons[0].shots}-shot against zero-shot", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
+
+
 def _panel(axes: Axes, name: str, found: dict[str, Estimate]) -> None:
     alone = next(estimate for measure, estimate in found.items() if measure.startswith("avg@"))
-    for measure, colour in (("pass", BLUE), ("cons", ORANGE)):
+    for measure, colour in (("pass", BLUE), ("cons", ORANGE), ("wcons", GREEN)):
         curve = [(1, alone)] + [
             (int(known.partition("@")[2]), e) for known, e in found.items() if known.startswith(f"{measure}@")
         ]

@@ -36,6 +36,7 @@ from offtrail.platform.runtime.context import RoleContext, reuses_files
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber, pin_anew
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
+from offtrail.rewards import behaviour
 from offtrail.rewards.total import means, nothing_earned
 
 log = logging.getLogger("offtrail.evaluator")
@@ -123,13 +124,14 @@ class Asked:
         return self.answers.groups(self.problems, self.set.samples, sampling, step=version, reload=reload)
 
     def metrics(self, groups: Sequence[Group | None]) -> dict[str, float]:
-        """Mean of each reward component over all answers, and their lengths."""
+        """Mean of each reward component over all answers, their lengths, and what was counted in them."""
         area, answered = self.set.area, [group for group in groups if group is not None]
         return means(self.set.config.reward, area, self._components(groups)) | {
             f"{area}/length_mean": float(np.concatenate([group.lengths for group in answered]).mean()),
             f"{area}/truncated_share": float(np.mean(np.concatenate([group.finish != STOP for group in answered]))),
             f"{area}/prompts": float(len(self.problems)),
             f"{area}/prompts_without_room": float(len(groups) - len(answered)),
+            **behaviour.metrics(behaviour.added(group.counts for group in answered), f"{area}/behaviour"),
         }
 
     def texts(self, groups: Sequence[Group | None], count: int) -> dict[str, str]:

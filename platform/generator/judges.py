@@ -16,6 +16,7 @@ import numpy as np
 
 from offtrail.core.protocols import Score, Scorer, Scores, Verdict, Verifier, Verify
 from offtrail.core.types import Float32, Group, Int32, Lease, Problem
+from offtrail.rewards.total import Scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,7 @@ class Judges:
                 _add(judged.group, answer)
             else:
                 judged.group.components |= answer
+                judged.group.counts = dict(answer.counts) if isinstance(answer, Scored) else {}
         except ValueError as error:
             judged.refused = judged.refused or str(error)
 

@@ -253,21 +253,27 @@ def require_sets(config: Config, note: Callable[[str], None]) -> None:
 
 
 def held_out_sets(config: Config, note: Callable[[str], None]) -> dict[str, list[Problem]]:
-    """Key → the held-out problems of each set that is asked, its reward made for once. Raises PluginError, RewardError
-    and TaskError; one of a set of eval.sets names it.
+    """Key → what is asked of each held-out set, its reward made for once. Raises PluginError, RewardError and
+    TaskError; one of a set of eval.sets names it.
     """
     from offtrail.platform.config.sets import sets_of
+    from offtrail.platform.launcher.prompts import checkpoint_chats
     from offtrail.rewards.base import RewardError
     from offtrail.rewards.registry import make_reward
     from offtrail.tasks.base import TaskError
     from offtrail.tasks.registry import make_task, remarks_on
 
-    found = {}
+    found, through_chat = {}, bool(config.eval.few_shot) and checkpoint_chats(config)
     for one in sets_of(config):
-        key = f"eval.sets.{one.label}" if one.label in config.eval.sets else "eval.prompts"
+        name = one.beside or one.label
+        key = f"eval.sets.{name}" if name in config.eval.sets else "eval.prompts"
         try:
             task = make_task(one.config.task, config.run.seed)
-            found[key] = task.held_out(one.prompts)
+            problems = task.held_out(one.prompts)
+            if one.shots:
+                found[f"{key} after eval.few_shot={one.shots}"] = one.put(problems, chats=through_chat)
+                continue
+            found[key] = problems
             make_reward(one.config.reward, task.verify)
         except (RewardError, TaskError) as error:
             if key == "eval.prompts":

@@ -16,7 +16,7 @@ from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.sets import sets_of as sets_of_run
 from offtrail.platform.model import characters
-from offtrail.platform.model.folder import folder_of
+from offtrail.platform.model.folder import folder_of, has_template
 from offtrail.platform.model.lengths import Asked, lengths
 from offtrail.tasks.base import Task, TaskError
 from offtrail.tasks.config import TaskConfig
@@ -70,6 +70,13 @@ def check_asked(config: Config, put: Sequence[Problem], count: Count, note: Call
         raise ConfigError(f"sample.prompts: {told}")
     if told:
         note(f"sample.prompts: {told}; they are left out")
+
+
+def checkpoint_chats(config: Config) -> bool:
+    """Whether the model that job=eval asks is asked through a chat template."""
+    folder = asked_folder(config)
+    chats = folder is not None and has_template("checkpoint", config.checkpoint, folder)
+    return chats and config.prompt.chat != "never"
 
 
 def check_prompts(

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from offtrail.core.types import FINISH_REASONS, Batch, Group
+from offtrail.rewards import behaviour
 from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.total import means
 
@@ -18,8 +19,8 @@ HISTOGRAM_POINTS = 200
 
 
 def batch_metrics(batch: Batch, reward: RewardConfig, vocabulary: int) -> dict[str, float]:
-    """reward/* and length/* of one batch, and its share of samples of more than one version. All else that there is to
-    say of staleness the broker counts. ``vocabulary``: from this id on the tokenizer has no token.
+    """reward/*, length/* and behaviour/* of one batch, and its share of samples of more than one version. All else that
+    there is to say of staleness the broker counts. ``vocabulary``: from this id on the tokenizer has no token.
     """
     groups = batch.groups
     rewards = [g.rewards for g in groups]
@@ -27,7 +28,8 @@ def batch_metrics(batch: Batch, reward: RewardConfig, vocabulary: int) -> dict[s
     tokens = np.concatenate([g.tokens for g in groups])
     mixed = [len(set(s.versions.tolist())) > 1 for g in groups for s in g.samples()]
     components = {name: np.concatenate([g.components[name] for g in groups]) for name in _names(groups, "components")}
-    metrics = means(reward, "reward", components) | _channel_means(groups)
+    counts = behaviour.added(group.counts for group in groups)
+    metrics = means(reward, "reward", components) | _channel_means(groups) | behaviour.metrics(counts, "behaviour")
     metrics |= {
         "reward/mean": float(np.mean(np.concatenate(rewards))),
         "reward/std_in_group": float(np.mean([r.std() for r in rewards])),

@@ -41,7 +41,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.verifier.keeper import verifier_below, waited_for_a_core
 from offtrail.platform.verifier.worker import LENGTH, READY, Job, Setup, Verdict, frame_of
 from offtrail.rewards.config import RewardConfig
-from offtrail.rewards.total import columns, nothing_earned
+from offtrail.rewards.total import Scored, columns, nothing_earned
 
 log = logging.getLogger("offtrail.verifiers")
 
@@ -208,7 +208,9 @@ class VerifierPool:
         elif any(len(verdict.components.get(name, ())) != group.size for name in group.reward.components):
             self._refuse(group, f"verifier gave {sorted(verdict.components)} of another length than the group")
         else:
-            self._return(group, columns(verdict.components))
+            scored = Scored(columns(verdict.components))
+            scored.counts = verdict.counts
+            self._return(group, scored)
         return True
 
     def _time_out(self, worker: _Worker) -> None:
@@ -277,7 +279,10 @@ class VerifierPool:
 
 
 def _setup(config: Config, memory: int, sets: dict[str, Setup]) -> Setup:
-    return Setup(config.task.name, dataclasses.asdict(config.task), dataclasses.asdict(config.reward), memory, sets)
+    task, reward = dataclasses.asdict(config.task), dataclasses.asdict(config.reward)
+    counts = config.tracking.behaviour and config.job == "rl"
+    language = config.reward.settings.get("language", {}).get("target", "en") if counts else ""
+    return Setup(config.task.name, task, reward, memory, sets, language)
 
 
 @dataclass(frozen=True)

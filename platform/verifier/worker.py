@@ -21,6 +21,7 @@ from offtrail.core.plugins import PluginError
 from offtrail.core.types import Problem
 from offtrail.platform.verifier.keeper import keep
 from offtrail.rewards.base import RewardError
+from offtrail.rewards.behaviour import counted
 from offtrail.rewards.config import RewardConfig
 from offtrail.rewards.registry import Reward, make_reward
 from offtrail.tasks.registry import family, make_task
@@ -32,7 +33,8 @@ READY = -1
 
 class Setup(msgspec.Struct, frozen=True):
     """First frame to a worker: from what to rebuild its reward, its limit in bytes of address space, and the same of
-    the ``sets`` that it also judges, by name.
+    the ``sets`` that it also judges, by name. ``language``: in which answers are to be written, for what is counted in
+    them (rewards/behaviour.py); "" = nothing is.
     """
 
     task: str
@@ -40,6 +42,7 @@ class Setup(msgspec.Struct, frozen=True):
     reward_settings: dict[str, Any]
     memory: int
     sets: dict[str, Setup] = {}
+    language: str = ""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -54,13 +57,14 @@ class Job(msgspec.Struct, frozen=True):
 
 class Verdict(msgspec.Struct, frozen=True):
     """Components by name, each G long, None where one does not apply; or ``error`` says what was raised. ``seconds`` of
-    CPU it took.
+    CPU it took. ``counts``: of the G answers together.
     """
 
     ticket: int
     components: dict[str, list[float | None]] = {}
     error: str = ""
     seconds: float = 0.0
+    counts: dict[str, float] = {}
 
 
 def serve(make: Callable[[Setup], Reward]) -> None:
@@ -75,7 +79,7 @@ def serve(make: Callable[[Setup], Reward]) -> None:
     setup = msgspec.msgpack.decode(frame, type=Setup)
     resource.setrlimit(resource.RLIMIT_AS, (setup.memory, setup.memory))
     try:
-        rewards = {"": make(setup)} | {name: make(one) for name, one in setup.sets.items()}
+        rewards = {name: (make(one), one.language) for name, one in ({"": setup} | setup.sets).items()}
     except Exception as error:
         write(verdicts, Verdict(READY, {}, said(error)))
         return
@@ -83,17 +87,18 @@ def serve(make: Callable[[Setup], Reward]) -> None:
     decoder = msgspec.msgpack.Decoder(Job)
     while (frame := read(jobs)) is not None:
         job = decoder.decode(frame)
-        write(verdicts, judge(job, rewards[job.of]))
+        write(verdicts, judge(job, *rewards[job.of]))
 
 
-def judge(job: Job, reward: Reward) -> Verdict:
-    """Score one group; whatever a component raises becomes the verdict's error."""
+def judge(job: Job, reward: Reward, language: str = "") -> Verdict:
+    """Score one group, and count what is counted; whatever a component raises becomes the verdict's error."""
     start = time.process_time()
     try:
         scores = reward.judge(job.problem, job.texts, job.finished)
+        counts = counted(job.texts, job.finished, language) if language else {}
     except Exception as error:
         return Verdict(job.ticket, {}, said(error))
-    return Verdict(job.ticket, scores, "", time.process_time() - start)
+    return Verdict(job.ticket, scores, "", time.process_time() - start, counts)
 
 
 def said(error: Exception) -> str:

@@ -51,6 +51,7 @@ def group_frames(group: Group) -> tuple[GroupHeader, list[Array]]:
         scored_by=group.scored_by,
         queued_version=group.queued_version,
         queued_at=group.queued_at,
+        counts=group.counts,
     )
     fixed: list[Array] = [
         group.prompt_tokens, group.lengths, group.tokens, group.logprobs,
@@ -85,7 +86,7 @@ def group_from(header: GroupHeader, arrays: Sequence[Array], vocab_size: int | N
     group = Group(
         header.group, header.slot, header.attempt, header.problem, header.generator, header.temperature,
         prompt, lengths, tokens, logprobs, versions, finish, rewards, components, times, channels, step_ends,
-        header.scored_by, header.queued_version, header.queued_at,
+        header.scored_by, header.queued_version, header.queued_at, header.counts,
     )  # fmt: skip
     try:
         group.check(vocab_size=vocab_size)

@@ -94,6 +94,7 @@ class GroupHeader(Message, frozen=True):
     scored_by: dict[Name, ScoredBy] = {}
     queued_version: VersionOrNone = -1
     queued_at: float = 0.0
+    counts: dict[Name, float] = {}
 
 
 class SubmitGroup(Message, frozen=True):

@@ -23,6 +23,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.verifier import pool as pool_module
 from offtrail.platform.verifier.pool import VerifierError, VerifierPool
 from offtrail.rewards.config import RewardConfig
+from offtrail.rewards.total import Scored
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.countdown import CountdownConfig
 from offtrail.tasks.jsonl import JsonlConfig
@@ -133,6 +134,20 @@ def wait_for(condition: Callable[[], bool]) -> None:
     """Until ``condition``; pytest's own timeout bounds it."""
     while not condition():
         time.sleep(0.01)
+
+
+def test_behaviour_is_counted_beside_the_scores_unless_it_is_turned_off() -> None:
+    off = config()
+    off.tracking.behaviour = False
+    for given, expected in (
+        (config(), {"answers": 2, "words": 3, "reflection": 1, "reflecting": 1, "wait": 1}),
+        (off, {}),
+    ):
+        with VerifierPool(given) as pool:
+            pool.submit(0, Problem("chain", 0, "p", "7"), ["Wait, seven", "seven"], [True, True])
+            [scored] = collect(pool).values()
+        assert isinstance(scored, Scored)
+        assert scored.counts == expected
 
 
 def test_sets_are_judged_by_their_own_task_and_reward_in_the_same_workers() -> None:

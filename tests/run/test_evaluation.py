@@ -155,3 +155,30 @@ def test_what_the_command_gives_stands_key_by_key_above_how_the_model_was_traine
     assert asked_with("task=addition").task.name == "addition"
     step = trained / "checkpoints" / "step_2"
     assert compose(["job=eval", f"checkpoint={step}"]).sampling.max_new_tokens == 40
+
+
+def test_examples_before_the_question_are_compared_with_none(
+    trained: Path, environment: dict[str, str], command: Any, tmp_path: Path
+) -> None:
+    keys = (f"checkpoint={trained}", "eval.prompts=12", "eval.samples=2", "eval.few_shot=2")
+    words = [
+        word
+        for word in command("few", "job=eval", *keys)
+        if word.partition("=")[0] not in ("sft.steps", "batch.groups", "learner.steps")
+    ]
+    done = warm.run(words, 280, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "avg@2, less plain" in done.stdout
+    told = asked(tmp_path, "few")
+    assert told["n-shot"] == {"chain": 0, "chain.2shot": 2}
+    results, comparison = told["results"], told["comparisons"]["chain.2shot"]
+    assert (comparison["questions"], comparison["left_out"]) == (12, 0)
+    assert comparison["differences"]["avg@2"]["mean"] == pytest.approx(
+        results["chain.2shot"]["avg@2,none"] - results["chain"]["avg@2,none"]
+    )
+    [plain, shown] = [pq.read_table(tmp_path / "few" / "answers" / f"{name}-00000.parquet") for name in results]
+    assert plain["prompt"].to_pylist() == shown["prompt"].to_pylist()  # what is verified stays the plain problem
+    lengths = [np.array([len(tokens) for tokens in table["prompt_tokens"].to_pylist()]) for table in (plain, shown)]
+    assert len({*(lengths[1] - lengths[0]).tolist()}) == 1  # the same two examples before every question
+    assert lengths[1][0] - lengths[0][0] > 40
+    assert (tmp_path / "few" / "few_shot.png").stat().st_size > 5_000

@@ -83,13 +83,15 @@ def test_what_is_saved_needs_no_option_and_no_folder_to_stand_in(aime: Path, mon
         ("{'a/b': {name: chain}}", r"eval\.sets\.a/b: a set's name is letters"),
         ("{behaviour: {name: chain}}", r"eval\.sets\.behaviour: a set's name is"),
         ("{chain: {held_out_share: 0.5}}", r"eval\.sets\.chain: held_out_share=0\.5 is more than task\.held_out_share"),
+        ("{chain: {}} eval.few_shot=3", r"eval\.few_shot=3: is for job=eval, not job=rl"),
+        (f"{{chain: {{}}}} eval.few_shot_path={__file__}", r"eval\.few_shot_path=.*: needs eval\.few_shot=k"),
         ("{gsm8k: {}}", r"eval\.sets\.gsm8k: task\.path=: problems are needed"),
         ("{gsm8k: {eval_path: none.jsonl}}", r"eval\.sets\.gsm8k: task\.eval_path=.*none\.jsonl: no such file"),
     ],
 )
 def test_what_cannot_be_asked_names_the_set(keys: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"^{words}"):
-        compose([f"eval.sets={keys}"])
+        compose(f"eval.sets={keys}".replace("} eval", "}|eval").split("|"))
 
 
 def test_a_set_that_no_main_component_scores_is_refused() -> None:
@@ -141,3 +143,21 @@ def test_a_test_only_set_needs_no_training_file_and_trains_nothing(kind: str, tm
         task.train(0)
     with pytest.raises(ConfigError, match=r"^task\.path=: problems are needed"):
         compose(["task=jsonl", f"task.eval_path={path}"])
+
+
+def test_what_an_option_of_the_command_says_of_the_reward_stands_above_how_the_model_was_trained(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_3").mkdir(parents=True)
+    (run / "checkpoints" / "step_3" / "config.json").write_text("{}")
+    (run / "config.yaml").write_text(
+        to_yaml(compose(["reward.answer=boxed", "reward.workers=3", "model.max_length=99"]))
+    )
+    path = write(tmp_path / "set.jsonl", {"prompt": "?", "label": "safe"})
+    line = ["job=eval", f"checkpoint={run}", "task=xstest", f"task.eval_path={path}"]
+    config = compose(line)
+    assert (config.reward.answer, config.reward.weights) == ("text", {"accuracy": 1.0})
+    assert (config.reward.workers, config.model.max_length) == (3, 99)
+    assert compose([*line, "reward.answer=tags"]).reward.answer == "tags"
+    assert compose(line[:2]).reward.answer == "boxed"

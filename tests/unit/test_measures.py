@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from offtrail.platform.evaluator.measures import average, consensus, over_questions, pass_at, sizes_up_to
+from offtrail.platform.evaluator.measures import average, consensus, over_questions, pass_at, ratio, sizes_up_to
 from offtrail.platform.evaluator.report import Asked, measured, table
 
 SCORES = np.array([[1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0.5, 0, 1, 0]], np.float64)
@@ -68,6 +68,52 @@ def test_smaller_votes_are_taken_of_all_answers_and_one_is_the_average() -> None
 def test_weights_outvote_numbers() -> None:
     assert voted(["7", "7", "3"], "3", 3, [0.2, 0.3, 0.6]) == 1
     assert voted(["7", "7", "3"], "3", 3, [0.1, 0.2, 0.3]) == 0.5  # .1 + .2 is not .3 in floats
+
+
+def test_ties_are_worth_what_drawing_them_at_random_gives() -> None:
+    """Votes held one by one, each tie broken by a draw among the answers with the most votes, weighted or not."""
+    rng = np.random.default_rng(3)
+    for weighted in (False, True):
+        for _ in range(8):
+            answers = [["a", "b", "c", None][i] for i in rng.integers(0, 4, 6)]
+            scores = np.array([[float(answer == "a") for answer in answers]])
+            weights = rng.integers(1, 3, (1, 6)).astype(np.float64) if weighted else None
+            drawn = []
+            for _ in range(2000):
+                won = []
+                for at in (0, 3):
+                    votes = dict.fromkeys(answers[at : at + 3], 0.0)
+                    for i in range(at, at + 3):
+                        votes[answers[i]] += 1.0 if weights is None else weights[0, i]
+                    votes.pop(None, None)
+                    best = [answer for answer, count in votes.items() if count == max(votes.values())]
+                    won.append(bool(best) and rng.choice(best) == "a")
+                drawn.append(np.mean(won))
+            assert consensus([answers], scores, 3, weights)[0] == pytest.approx(np.mean(drawn), abs=0.05)
+
+
+def test_a_ratio_with_the_same_below_everywhere_is_the_mean_over_questions() -> None:
+    one, mean = ratio(SCORES, np.ones_like(SCORES)), over_questions(average(SCORES))
+    assert (one.mean, one.error, one.low) == pytest.approx((mean.mean, mean.error, mean.low))
+
+
+def test_a_ratio_leaves_questions_out_that_have_nothing_below() -> None:
+    above, below = np.array([[2.0, 0], [1, 1], [0, 0]]), np.array([[4.0, 0], [1, 3], [0, 0]])
+    assert ratio(above, below).mean == 4 / 8
+    assert ratio(above, below) == ratio(above[:2], below[:2])
+    assert np.isnan(ratio(above[:1], below[:1]).error)
+    assert np.isnan(ratio(above[2:], below[2:]).mean)
+
+
+def test_the_interval_of_a_ratio_covers_what_it_says() -> None:
+    """Answers of a question are alike and long ones say more: an interval over answers would be far too narrow."""
+    rng = np.random.default_rng(9)
+    inside = 0
+    for _ in range(2000):
+        rate, length = rng.gamma(2.0, 0.01, (60, 1)), rng.integers(20, 200, (60, 4)).astype(np.float64)
+        estimate = ratio(rng.poisson(rate * length).astype(np.float64), length)
+        inside += estimate.low <= 0.02 <= estimate.high
+    assert 0.92 <= inside / 2000 <= 0.97
 
 
 def test_the_interval_over_questions_covers_what_it_says() -> None:

@@ -57,6 +57,7 @@ def make_group(
         scored_by={name: ScoredBy("prm", seed % 1000) for name in [*components, *names]},
         queued_version=4,
         queued_at=12.5,
+        counts={"answers": float(G), "reflection": 0.1 * seed},
     )
 
 
