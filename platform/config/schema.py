@@ -347,7 +347,7 @@ class EvalConfig:
     """Field of its answer."""
     vote_weight: str = "logprob"
     """job=eval: what an answer's vote weighs in wcons@k. logprob: the exponential of its mean log-probability; else the
-    name of a reward component or of a scorer's channel of samples, at least 0."""
+    name of a reward component whose scores are at least 0."""
     threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of the evaluator."""
     nice: int = setting(19, "[0, 19]", resumable=True)

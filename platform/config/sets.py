@@ -15,7 +15,7 @@ from typing import Any
 from offtrail.core.plugins import PluginError
 from offtrail.core.problem import Problem
 from offtrail.platform.config.build import build
-from offtrail.platform.config.errors import ConfigError, refuse
+from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.files import guess
 from offtrail.platform.config.keys import keys_of
 from offtrail.platform.config.schema import Config
@@ -31,6 +31,8 @@ from offtrail.tasks.base import TaskError
 from offtrail.tasks.registry import make_task
 
 LABEL = re.compile(r"[\w-]+", re.ASCII)
+LOGPROB = "logprob"
+"""A vote's weight that every answer has."""
 TAKEN = ("behaviour", "samples")
 """Names that metrics have in the place of a set's."""
 RULES: tuple[Callable[[Config], None], ...] = (
@@ -181,7 +183,11 @@ def _count(where: str, name: str, value: Any) -> int:
 
 
 def check_sets(config: Config) -> None:
-    """Raise ConfigError where a set would be trained on, or nothing would score it."""
+    """Raise ConfigError where a set would be trained on, or nothing would score it or weigh its votes."""
+    for one in sets_of(config) if config.job == "eval" else ():
+        weight, known = config.eval.vote_weight, (LOGPROB, *one.config.reward.components)
+        if weight not in known:
+            raise refuse("eval.vote_weight", weight, f"must be one of {', '.join(known)}{nearest_text(weight, known)}")
     for one in sets_of(config)[config.job != "eval" :]:
         for line in _wrong_with(config, one):
             raise ConfigError(f"eval.sets.{one.label}: {line}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Problem
-from offtrail.platform.config.sets import EvalSet
+from offtrail.platform.config.sets import LOGPROB, EvalSet
 from offtrail.platform.evaluator.measures import Values
 from offtrail.platform.model.text import Text
 from offtrail.rewards import behaviour
@@ -23,7 +23,6 @@ from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.registry import make_task
 
 STOP = FINISH_REASONS.index("stop")
-LOGPROB = "logprob"
 
 
 @dataclass(frozen=True)

@@ -161,3 +161,13 @@ def test_what_an_option_of_the_command_says_of_the_reward_stands_above_how_the_m
     assert (config.reward.workers, config.model.max_length) == (3, 99)
     assert compose([*line, "reward.answer=tags"]).reward.answer == "tags"
     assert compose(line[:2]).reward.answer == "boxed"
+
+
+def test_a_votes_weight_that_no_answer_will_have_is_told_before_the_start(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    line = ["job=eval", f"checkpoint={tmp_path}", "eval.vote_weight=formt"]
+    with pytest.raises(
+        ConfigError, match=r"^eval\.vote_weight=formt: must be one of logprob, accuracy, format; nearest: format"
+    ):
+        compose(line)
+    compose([*line[:2], "eval.vote_weight=format"])
