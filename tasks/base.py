@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from offtrail.core.problem import Problem
 from offtrail.tasks.config import GeneratedConfig, TaskConfig
@@ -58,6 +59,17 @@ class Task(Protocol):
         A step is right when it follows from what was written before it, so that an error which is carried on is marked
         once, where it is made; the state after step i is right exactly when all of the first i + 1 are.
         """
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """What a task may have beside: measures of its own in job=eval, ratios of counts over all answers."""
+
+    RATIOS: Mapping[str, tuple[str, str, float]]
+    """Measure → (count above, count below, factor)."""
+
+    def counts(self, problem: Problem, answer: str | None) -> dict[str, float]:
+        """What an answer (None: there is none) adds to the counts."""
 
 
 @dataclass(frozen=True, slots=True)

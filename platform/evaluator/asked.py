@@ -19,6 +19,7 @@ from offtrail.rewards.answer import find_answer
 from offtrail.rewards.format import parse
 from offtrail.rewards.grading.choice import letter
 from offtrail.rewards.grading.numeric import number
+from offtrail.tasks.base import Measured
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.registry import make_task
 
@@ -73,11 +74,11 @@ def asked_of(one: EvalSet, problems: Sequence[Problem], made: Mapping[int, Group
             answers[place] = [None if answer is None else ballot(answer, one.config.task) for answer in found]
             for i, (words, end) in enumerate(zip(told, ended, strict=True)):
                 _note(counts, (Q, n), (place, i), "behaviour/", behaviour.of_answer(words, finished=end, target=target))
-        if hasattr(task, "counts"):
+        if isinstance(task, Measured):
             for i, answer in enumerate(found):
                 _note(counts, (Q, n), (place, i), "", task.counts(problem, answer))
     room = np.array([place in made for place in range(Q)], np.float64)
-    ratios = _ratios(counts, getattr(task, "RATIOS", {}))
+    ratios = _ratios(counts, task.RATIOS if isinstance(task, Measured) else {})
     return Asked(one.label, scores, answers, lengths, cut, weights, room, ratios, one.shots, one.beside)
 
 

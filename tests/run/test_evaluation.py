@@ -99,6 +99,11 @@ def test_sets_are_scored_while_training_beside_the_tasks_own_prompts(trained: Pa
         assert (row["eval/prompts"], row["eval/sums/prompts"], row["eval/long/prompts"]) == (16, 6, 16)
         assert 0 <= row["eval/long/accuracy"] <= 1
         assert row["eval/sums/accuracy"] * 12 == pytest.approx(round(row["eval/sums/accuracy"] * 12))
+    trained_steps = [row for row in rows if "reward/format" in row]
+    assert [row["behaviour/format_share"] for row in trained_steps] == [row["reward/format"] for row in trained_steps]
+    for row in scored:
+        assert row["eval/behaviour/format_share"] == pytest.approx(row["eval/format"])
+        assert row["eval/sums/behaviour/format_share"] == pytest.approx(row["eval/sums/format"])
     for label in ("sums", "long"):
         ends = [summary[f"eval/{label}/accuracy_{end}"] for end in ("first", "last")]
         assert ends == [row[f"eval/{label}/accuracy"] for row in scored]

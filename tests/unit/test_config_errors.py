@@ -34,7 +34,7 @@ MISTAKES = [
     (["engine.name=vllm"], "engine.name=vllm: must be one of local, sglang", []),
     (["engine.servers=2"], "engine.servers=2: not a key of engine.name=local, but of engine.name=sglang", []),
     (["algo.name=gppo"], "algo.name=gppo: must be one of grpo", ["nearest: ppo, gspo, grpo"]),
-    (["task.path=x.jsonl"], "task.path=x.jsonl: not a key of task.name=chain", ["of task.name=jsonl"]),
+    (["task.path=x.jsonl"], "task.path=x.jsonl: not a key of task.name=chain", ["of task.name=ifeval|jsonl|"]),
     (["correction=none", "correction.cap=3"], "correction.cap=3: not a key of correction.name=none", ["tis"]),
     (["batch=8"], "batch=8: is a section", ["batch.groups, batch.group_size"]),
     # wrong types
