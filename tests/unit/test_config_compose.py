@@ -72,7 +72,7 @@ def test_every_option_composes(tmp_path):
         for option in options_of(group):
             file, model = [f"task.path={problems}"], [f"model.path={tmp_path}"]
             run = [*file, "reward=code"]
-            extras = dict.fromkeys(("aime", "gpqa", "gsm8k", "jsonl", "math500"), file)
+            extras = dict.fromkeys(("aime", "gpqa", "gsm8k", "ifeval", "jsonl", "math500", "xstest"), file)
             extras |= dict.fromkeys(("humaneval", "mbpp", "programs"), run)
             extra = (extras | {"pretrained": model}).get(option, [])
             section = getattr(compose([f"{group}={option}", *extra]), group)
