@@ -210,6 +210,20 @@ class OptimConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters in place of all weights (docs/lora.md); through PEFT, the extra `lora`."""
+
+    rank: int = setting(0, "[0, 65536]")
+    """r, the rank of each adapter; 0 = no adapters, all weights are trained."""
+    alpha: float = setting(32.0, "(0, inf)")
+    """α: an adapter's product counts α/r times."""
+    dropout: float = setting(0.0, "[0, 1)")
+    """Share of an adapter's inputs that is left out, in job=sft."""
+    targets: list[str] = setting(["all-linear"])
+    """The decoder's linear layers that get one, by the end of their names, as [q_proj, v_proj]; all-linear: all."""
+
+
+@dataclass
 class LearnerConfig:
     """The training loop."""
 
@@ -220,6 +234,7 @@ class LearnerConfig:
     minibatches: int = setting(2, "[1, inf)")
     """K, optimizer updates of a learner step; B must be divisible by it."""
     optim: OptimConfig = section(OptimConfig)
+    lora: LoraConfig = section(LoraConfig)
     tokens_per_microbatch: int = setting(16_384, "[1, inf)")
     """Budget of prompt + answer tokens packed into one forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -366,6 +366,22 @@ def head_is_no_wider_than_the_decoder(config: Config) -> None:
         raise refuse("learner.head_dtype", "bfloat16", f"needs learner.dtype=bfloat16, not {learner.dtype}")
 
 
+def adapters_can_be_trained(config: Config) -> None:
+    """PEFT makes them; dropout has no place in a ratio of probabilities, and masks are not drawn the same again."""
+    lora, key = config.learner.lora, "learner.lora.dropout"
+    if not lora.rank or config.job not in ("rl", "sft"):
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise refuse("learner.lora.rank", lora.rank, "needs peft: pip install 'offtrail[lora]', or take 0")
+    if not lora.targets or ("all-linear" in lora.targets and lora.targets != ["all-linear"]):
+        raise refuse("learner.lora.targets", lora.targets, "must be [all-linear], or names of layers, as [q_proj]")
+    if lora.dropout and config.job == "rl":
+        raise refuse(key, lora.dropout, "must be 0 in job=rl: ratios compare one policy with itself; job=sft takes it")
+    if lora.dropout and (config.learner.activation_checkpointing or config.learner.ranks > 1):
+        why = "needs learner.ranks=1 and no learner.activation_checkpointing: its masks would not be the same again"
+        raise refuse(key, lora.dropout, why)
+
+
 def liger_has_a_gpu(config: Config) -> None:
     """Triton kernels; auto falls back where they cannot run, always must not."""
     learner = config.learner
@@ -494,6 +510,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     warmup_ends_before_training,
     devices_are_known,
     head_is_no_wider_than_the_decoder,
+    adapters_can_be_trained,
     liger_has_a_gpu,
     examples_are_put_before_questions_of_an_evaluation,
     a_checkpoint_is_served,

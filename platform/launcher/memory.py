@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from offtrail.algos.config import PpoConfig
-from offtrail.platform.config.schema import Config, SglangConfig
+from offtrail.platform.config.schema import Config, LoraConfig, SglangConfig
 from offtrail.platform.config.sets import sets_of
 from offtrail.platform.engines.make import local_config
 from offtrail.platform.model.start import StartError
@@ -120,6 +120,17 @@ class Shape:
         """What one token's forward pass keeps for its backward (the saved tensors of the fused layers, counted)."""
         return self.layers * (5 * self.hidden + 2 * self.mlp + 2 * self.qkv_size)
 
+    def adapter_numbers(self, lora: LoraConfig) -> int:
+        """Of the adapters of learner.lora; a name that is none of the usual seven counts as all of them."""
+        heads, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        sides = {
+            "q_proj": self.hidden + heads, "k_proj": self.hidden + kv, "v_proj": self.hidden + kv,
+            "o_proj": heads + self.hidden, "gate_proj": self.hidden + self.mlp, "up_proj": self.hidden + self.mlp,
+            "down_proj": self.mlp + self.hidden,
+        }  # fmt: skip
+        known = all(name in sides for name in lora.targets)
+        return self.layers * lora.rank * sum(sides[name] for name in (lora.targets if known else sides))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -204,9 +215,16 @@ def _learner(config: Config, shape: Shape, ranks: int) -> Iterator[Part]:
     learner, algo, sft = config.learner, config.algo, config.job == "sft"
     if learner.device != "cpu":
         return
-    copies = 4 + (config.tracking.gradient_cosine and not sft) + (algo.needs_ref and not sft)
-    copies += 4 if isinstance(algo, PpoConfig) and not sft else 0
-    yield Part("learner", "parameters, gradients and optimizer", copies * FLOAT32 * shape.parameters)
+    cosine, reference = config.tracking.gradient_cosine and not sft, algo.needs_ref and not sft
+    critic = 4 if isinstance(algo, PpoConfig) and not sft else 0
+    if learner.lora.rank:
+        # The base, and while a version is published or saved the merged one; of adapters the rest, a reference's too.
+        adapters = shape.adapter_numbers(learner.lora) * (4 + cosine + 2 * reference)
+        numbers = (2 + critic) * shape.parameters + adapters
+        yield Part("learner", "parameters, merged ones, adapters and their optimizer", FLOAT32 * numbers)
+    else:
+        copies = 4 + cosine + reference + critic
+        yield Part("learner", "parameters, gradients and optimizer", copies * FLOAT32 * shape.parameters)
     longest = config.model.max_length
     update = config.sft.batch_size if sft else config.batch.groups * config.batch.group_size // learner.minibatches
     tokens = max(longest, min(learner.tokens_per_microbatch, update * longest // ranks))

@@ -2,6 +2,8 @@
 
     model.safetensors, config.json, tokenizer…   opens with AutoTokenizer and the AutoModel of its head: ForCausalLM,
                                                  ForSequenceClassification or ForTokenClassification
+    adapter/adapter_model.safetensors, …         learner.lora: the adapters alone, which PeftModel.from_pretrained opens
+                                                 over the start model; model.safetensors is then the merged model
     trainer.json                                 step, updates, …
     trainer/optimizer.safetensors                AdamW's moments by parameter name, and torch's random state
     trainer/value.safetensors, value_optim…      of each further trained module (algo=ppo's critic) the same
@@ -33,8 +35,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from offtrail.platform.config.checkpoints import steps_of
+from offtrail.platform.config.schema import LoraConfig
 from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World, full, local, resharded, shard_like
+from offtrail.platform.model import lora
 from offtrail.platform.runtime.contents import write_manifest
 from offtrail.platform.weights import store
 
@@ -76,13 +80,28 @@ def parameter_names(policy: nn.Module) -> list[str]:
 
 
 def gather(policy: nn.Module) -> dict[str, Tensor]:
-    """Full parameters under transformers' names; all ranks take part. With one rank the live ones: read, then let
-    go.
+    """Full parameters under transformers' names, adapters merged into their weights; all ranks take part. With one rank
+    the live ones, but for merged ones: read, then let go.
     """
     # Trap: gathered parameters that FSDP2 left at the root would be taken for the result, and a NumPy view of them
     # forbids it to free them.
-    held = resharded(policy).parameters()
-    return {n: full(p.detach()) for n, p in zip(parameter_names(policy), held, strict=True)}
+    held = dict(zip(parameter_names(policy), resharded(policy).parameters(), strict=True))
+    scaling = getattr(getattr(policy, "model", None), "lora_scaling", 1.0)
+
+    def whole(name: str) -> Tensor:
+        tensor, parts = full(held[name].detach()), lora.parts_of(name)
+        if parts is None:
+            return tensor
+        a, b = (full(held[part].detach()) for part in parts)
+        return lora.merged(tensor, a, b, scaling)
+
+    return {lora.plain(name): whole(name) for name in held if not lora.is_adapter(name)}
+
+
+def gather_adapters(policy: nn.Module) -> dict[str, Tensor]:
+    """The full adapters alone; all ranks take part."""
+    held = dict(zip(parameter_names(policy), resharded(policy).parameters(), strict=True))
+    return {name: full(parameter.detach()) for name, parameter in held.items() if lora.is_adapter(name)}
 
 
 def gather_optimizer(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -105,9 +124,11 @@ def write(
     moments: Mapping[str, Tensor],
     window: Mapping[int, Path],
     beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+    adapters: tuple[Mapping[str, Tensor], LoraConfig] | None = None,
 ) -> Path:
     """Write and seal one checkpoint; rank 0 only. ``window``: published version → its file, copied as a whole;
-    ``beside``: further safetensors files by their stem.
+    ``beside``: further safetensors files by their stem; ``adapters`` that stand merged in ``parameters``, and their
+    settings.
 
     Raises CheckpointError: not enough room, or the file system's own word; older checkpoints stay as they are.
     """
@@ -117,11 +138,15 @@ def write(
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         others = {} if beside is None else beside
-        everything = [tensor for part in (parameters, moments, *others.values()) for tensor in part.values()]
+        alone, settings = adapters or ({}, None)
+        everything = [tensor for part in (parameters, moments, alone, *others.values()) for tensor in part.values()]
         versions = sum(store.whole_size(file.parent, version) for version, file in window.items())
         _check_room(target, versions + sum(t.numel() * t.element_size() for t in everything))
         temporary.mkdir()
         write_model(temporary, model, tokenizer, parameters)
+        if settings is not None:
+            base = str(Path(model.name_or_path).resolve())
+            lora.save(temporary / lora.FOLDER, alone, settings, base)
         random = {"torch_random_state": torch.get_rng_state()}
         state_folder = temporary / STATE
         state_folder.mkdir()
@@ -150,8 +175,9 @@ def rehearse(run_dir: Path, model: Any, tokenizer: Any, trainer: Trainer[Any]) -
     temporary = target / ".rehearsal"
     try:
         target.mkdir(exist_ok=True)
-        # Parameters and AdamW's two moments of them, float32
-        _check_room(target, sum(3 * 4 * p.numel() for t in trainer.trained.values() for p in t.module.parameters()))
+        # Parameters and AdamW's two moments of those that are trained, float32
+        all_of = [p for t in trainer.trained.values() for p in t.module.parameters()]
+        _check_room(target, sum((3 if p.requires_grad else 1) * 4 * p.numel() for p in all_of))
         for unfinished in target.glob(".*"):  # of earlier lives, which were killed while they wrote
             shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir()
@@ -227,7 +253,7 @@ def read_window(path: Path) -> dict[int, dict[str, Tensor]]:
 
 def save(
     run_dir: Path, world: World, state: TrainerState, model: Any, tokenizer: Any, trainer: Trainer[Any],
-    window: Mapping[int, Path],
+    window: Mapping[int, Path], settings: LoraConfig | None = None,
 ) -> Path | None:  # fmt: skip
     """Gather on all ranks, write on rank 0: its path there, None elsewhere. A failure to write raises on rank 0."""
     main, *others = trainer.trained.values()
@@ -238,7 +264,11 @@ def save(
         beside[f"{other.name}_optimizer"] = gather_optimizer(other.module, other.optimizer)
     if trainer.reference is not None and trainer.refreshed:
         beside["reference"] = gather(trainer.reference)
-    return write(run_dir, state, model, tokenizer, parameters, moments, window, beside) if world.main else None
+    alone = gather_adapters(main.module)
+    if not world.main:
+        return None
+    adapters = (alone, settings) if alone and settings is not None else None
+    return write(run_dir, state, model, tokenizer, parameters, moments, window, beside, adapters)
 
 
 def restore(path: Path, trainer: Trainer[Any]) -> None:
@@ -254,6 +284,8 @@ def restore(path: Path, trainer: Trainer[Any]) -> None:
         )
     main, *others = trainer.trained.values()
     trainer.refreshed, main.updates = state.refreshed, state.updates[main.name]
+    if lora.adapters_of(main.module):
+        restore_adapters(path / lora.FOLDER / lora.WEIGHTS, main.module)
     restore_optimizer(path / STATE / "optimizer.safetensors", main.module, main.optimizer)
     for other in others:
         other.updates = state.updates[other.name]
@@ -264,13 +296,26 @@ def restore(path: Path, trainer: Trainer[Any]) -> None:
 
 
 @torch.no_grad()
+def restore_adapters(file: Path, module: nn.Module) -> None:
+    """Cut a module's adapters out of a file in PEFT's names."""
+    saved = _load(file)
+    for name, parameter in zip(parameter_names(module), resharded(module).parameters(), strict=True):
+        if lora.is_adapter(name):
+            _take(saved, lora.to_peft(name), parameter, file)
+
+
+def _take(saved: Mapping[str, Tensor], name: str, parameter: Tensor, file: Path) -> None:
+    if name not in saved or saved[name].shape != parameter.shape:
+        raise CheckpointError(f"{file} is no checkpoint to go on from: it lacks {name} of {tuple(parameter.shape)}")
+    local(parameter).copy_(local(shard_like(saved[name], parameter.detach())))
+
+
+@torch.no_grad()
 def restore_parameters(file: Path, module: nn.Module) -> None:
     """Cut a module's parameters out of a file of ``gather``."""
     saved = _load(file)
     for name, parameter in zip(parameter_names(module), resharded(module).parameters(), strict=True):
-        if name not in saved or saved[name].shape != parameter.shape:
-            raise CheckpointError(f"{file} is no checkpoint to go on from: it lacks {name} of {tuple(parameter.shape)}")
-        local(parameter).copy_(local(shard_like(saved[name], parameter.detach())))
+        _take(saved, name, parameter, file)
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, parameters: Mapping[str, Tensor]) -> None:
@@ -311,7 +356,8 @@ def _check_names(folder: Path, model: Any, module: nn.Module) -> None:
     with torch.device("meta"):
         opened = type(model)(AutoConfig.from_pretrained(folder))
     described = {name: tuple(p.shape) for name, p in opened.named_parameters()}
-    written = {name: tuple(p.shape) for name, p in zip(parameter_names(module), module.parameters(), strict=True)}
+    held = zip(parameter_names(module), module.parameters(), strict=True)
+    written = {lora.plain(name): tuple(p.shape) for name, p in held if not lora.is_adapter(name)}
     if differing := sorted(name for name in described | written if described.get(name) != written.get(name)):
         raise CheckpointError(
             f"{model.name_or_path}: its parameters are not those of the {type(model).__name__} that its config.json "

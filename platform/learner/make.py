@@ -11,10 +11,12 @@ from typing import Any
 from offtrail.algos.config import CriticConfig, PpoConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig
+from offtrail.platform.learner.adapters import AdaptedReference
 from offtrail.platform.learner.gradients import GradientBlock
 from offtrail.platform.learner.objectives import Likelihood, Loss, PolicyGradient, ValueRegression
 from offtrail.platform.learner.train import Schedule, Trained, Trainer, adamw, cosine, warmup
 from offtrail.platform.learner.world import World
+from offtrail.platform.model import lora
 from offtrail.platform.model.check import checked
 from offtrail.platform.model.packing import SampleTable
 from offtrail.platform.model.policy import PackedModel, Policy, load_model
@@ -33,10 +35,14 @@ def make_trainer(config: Config, world: World, model: Any, start: Path, activity
     if isinstance(config.algo, PpoConfig):
         modules.append(make_critic(config, config.algo, world, start, vocabulary=int(model.config.vocab_size)))
         policy.first_step = config.algo.critic.pretrain_steps
-    reference = None
+    reference: Policy | AdaptedReference | None = None
     if config.algo.needs_ref:
-        again = load_model(start, given=config.model.path, device=config.learner.device)
-        reference = world.shard(make_policy(config, again).requires_grad_(False))
+        if config.learner.lora.rank:
+            assert isinstance(policy.module, Policy)
+            reference = AdaptedReference(policy.module)
+        else:
+            again = load_model(start, given=config.model.path, device=config.learner.device)
+            reference = world.shard(make_policy(config, again).requires_grad_(False))
     return Trainer(
         world,
         objective,
@@ -54,7 +60,21 @@ def make_sft_trainer(config: Config, world: World, model: Any, activity: Activit
     optim = OptimConfig(lr=sft.lr, betas=sft.betas, grad_clip=settings.optim.grad_clip)
     policy = trained(world, "policy", make_policy(config, model), objective, optim, cosine(sft))
     policy.lr_key = "sft.lr"
+    if settings.lora.dropout:
+        lora.drop_out(policy.module)
     return Trainer(world, objective, [policy], activity, budget=settings.tokens_per_microbatch)
+
+
+def load_trained(config: Config, checkpoint: Path | None, start: Path) -> Any:
+    """The model that is trained, as it is in a checkpoint or (None) at the start. With learner.lora it is the start
+    model in either case, with adapters, which checkpoint.restore gives their values.
+    """
+    settings = config.learner
+    given, origin = ("", checkpoint) if checkpoint is not None else (config.model.path, start)
+    if not settings.lora.rank:
+        return load_model(origin, given=given, device=settings.device)
+    model = load_model(start, given=config.model.path, device=settings.device)
+    return lora.add(model, settings.lora, config.seed)
 
 
 def make_critic(config: Config, algo: PpoConfig, world: World, start: Path, *, vocabulary: int) -> Trained:
@@ -91,7 +111,8 @@ def trained(
     schedule: Schedule,
 ) -> Trained:
     """A module with an AdamW of its own, sharded over the world."""
-    optimizer = adamw(module.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = adamw(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, decay=optim.weight_decay)
     module, optimizer = world.prepare(module, optimizer)
     made = Trained(name, module, objective, optimizer, schedule, optim.grad_clip)
     if world.size == 1 and world.device.type == "cpu":  # FSDP2 and a GPU's allocator have ways of their own

@@ -35,7 +35,7 @@ from offtrail.platform.engines.channels import Channel, open_channel
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
 from offtrail.platform.learner.data import LocalSource, make_examples
-from offtrail.platform.learner.make import make_sft_trainer, make_trainer
+from offtrail.platform.learner.make import load_trained, make_sft_trainer, make_trainer
 from offtrail.platform.learner.objectives import StalenessError, rows_of_pairs
 from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
@@ -43,7 +43,6 @@ from offtrail.platform.learner.train import DivergedError, Report, Trainer
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.model.check import ModelError
 from offtrail.platform.model.packing import SampleTable, lay_out
-from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.text import Text
 from offtrail.platform.model.tiny import save_start
 from offtrail.platform.runtime.activity import Activity
@@ -129,12 +128,12 @@ class Learner:
         connection = context.connect()
         step = connection.welcome.step
         start = start_model(config, context.run_dir)
-        origin = checkpoint.path_of(context.run_dir, step) if step else start
+        origin = checkpoint.path_of(context.run_dir, step) if step else None
         with connection.activity.busy("load"):
-            model = load_model(origin, given="" if step else config.model.path, device=config.learner.device)
+            model = load_trained(config, origin, start)
             world = join(config.learner, layer_classes(model), deadline_s=config.broker.deadline_seconds)
             trainer = make_job_trainer(config, world, model, start, connection.activity)
-            if step:
+            if origin is not None:
                 checkpoint.restore(origin, trainer)
             text = Text(start, config.prompt, task_template=task_template(config.task))
             if world.main:
@@ -221,8 +220,9 @@ class Learner:
         with self.connection.activity.busy("checkpoint"):
             state = TrainerState.of(self.step, self.trainer)
             path = checkpoint.save(
-                self.context.run_dir, self.world, state, self.model, self.text, self.trainer, self._window()
-            )
+                self.context.run_dir, self.world, state, self.model, self.text, self.trainer, self._window(),
+                self.context.config.learner.lora,
+            )  # fmt: skip
         if path is not None:
             self._settle()
             ticket = self.connection.client.send(Checkpointed(step=self.step, path=str(path)))

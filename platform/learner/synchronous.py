@@ -21,10 +21,9 @@ from offtrail.platform.engines.make import local_config
 from offtrail.platform.evaluator.answers import Answers, InProcess
 from offtrail.platform.generator.role import training_sampling
 from offtrail.platform.learner.checkpoint import gather
-from offtrail.platform.learner.make import make_trainer
+from offtrail.platform.learner.make import load_trained, make_trainer
 from offtrail.platform.learner.train import Report, Trainer
 from offtrail.platform.learner.world import World
-from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.weights.store import checksum
@@ -56,7 +55,7 @@ class Synchronous:
         self.answers = Answers(config, self.engine, Text(start, config.prompt), judge, "synchronous")
         torch.set_num_threads(config.learner.threads)
         world = World(0, 1, torch.device(config.learner.device))
-        model = load_model(start, device=config.learner.device)
+        model = load_trained(config, None, start)
         self.trainer: Trainer[Batch] = make_trainer(config, world, model, start, Activity())
 
     def run(self, steps: int) -> Iterator[Step]:

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 from offtrail.algos.config import CriticConfig
 from offtrail.platform.config.schema import OptimConfig, SftConfig
+from offtrail.platform.learner.adapters import AdaptedReference
 from offtrail.platform.learner.gradients import GradientBlock
 from offtrail.platform.learner.objectives import B, Loss, Metrics, Objective, StepData, UpdatePlan
 from offtrail.platform.learner.world import World, full, local, resharded
 from offtrail.platform.model.head import Reference
+from offtrail.platform.model.lora import adapters_of
 from offtrail.platform.model.packing import Packed, lay_out, microbatches
 from offtrail.platform.model.policy import PackedModel, Policy
 from offtrail.platform.runtime.activity import Activity
@@ -142,7 +144,7 @@ class Trainer(Generic[B]):
         activity: Activity,
         *,
         budget: int,
-        reference: Policy | None = None,
+        reference: Policy | AdaptedReference | None = None,
         ref_refresh: int = 0,
     ) -> None:
         self.world, self.objective, self.activity, self.budget = world, objective, activity, budget
@@ -210,7 +212,8 @@ class Trainer(Generic[B]):
         if self.reference is None or not due:
             return
         to, of = resharded(self.reference), resharded(self.module)
-        for mine, current in zip(to.parameters(), of.parameters(), strict=True):
+        current_ones = adapters_of(of).values() or of.parameters()
+        for mine, current in zip(to.parameters(), current_ones, strict=True):
             local(mine).copy_(local(current))
         self.refreshed = self.main.updates
 
@@ -246,7 +249,9 @@ class Trainer(Generic[B]):
         return torch.where(count > 0, total, math.nan)
 
     @torch.no_grad()
-    def _score(self, module: PackedModel[Any], packs: list[Packed], into: Tensor, what: str, charge: str) -> None:
+    def _score(
+        self, module: PackedModel[Any] | AdaptedReference, packs: list[Packed], into: Tensor, what: str, charge: str
+    ) -> None:
         """Write the first of what a head says of each token."""
         with self.activity.busy(what):
             for packed in packs:

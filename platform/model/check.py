@@ -20,6 +20,7 @@ from torch import Tensor
 
 from offtrail.platform.config.errors import FinalError
 from offtrail.platform.model import attention
+from offtrail.platform.model.lora import PARTS, adapters_of
 from offtrail.platform.model.packing import Packed, SampleTable, lay_out
 from offtrail.platform.model.policy import PackedModel, Policy
 from offtrail.platform.model.scalar import ScalarModel
@@ -53,7 +54,7 @@ def checked(build: Callable[[], P], model: Any, *, what: str, longest: int, feed
     if reason := _changes_with_length(model.config, longest):
         raise ModelError(f"{what}: {reason}")
     rows = few_samples(model)
-    with torch.no_grad(), _filled_head(model):
+    with torch.no_grad(), _filled_head(model), _filled_adapters(model):
         with _named(what, model):
             own = _own_numbers(model, rows, feed_last)
         if not bool(torch.isfinite(own).all()):
@@ -223,6 +224,19 @@ def _filled_head(model: Any) -> Iterator[None]:
     finally:
         with torch.no_grad():
             head.weight.copy_(before)
+
+
+@contextlib.contextmanager
+def _filled_adapters(model: Any) -> Iterator[None]:
+    """Adapters begin at 0, too: a layer that passed them by would not be seen."""
+    parts = [p for name, p in adapters_of(model).items() if f".{PARTS[1]}." in name]
+    for part in parts:
+        part.data.copy_(torch.linspace(-0.05, 0.05, part.numel()).view_as(part))
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.data.zero_()
 
 
 @contextlib.contextmanager

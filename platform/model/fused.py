@@ -49,8 +49,9 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 def _norm_gradient(g: Tensor, n: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients to x and weight of y = n·w, n = x·r: dx = r·(g·w − n·mean(g·w·n)), dw = Σ g·n."""
     gn = g * n
-    dw = gn.view(-1, gn.shape[-1]).sum(0)
-    mean = torch.mv(gn.view(-1, gn.shape[-1]), weight).mul_(-1 / gn.shape[-1]).view(r.shape)
+    rows = gn.reshape(-1, gn.shape[-1])  # a view, but where an attention that is not fused hands heads over transposed
+    dw = rows.sum(0)
+    mean = torch.mv(rows, weight).mul_(-1 / gn.shape[-1]).view(r.shape)
     return (g * weight).addcmul_(n, mean).mul_(r), dw
 
 
@@ -247,12 +248,22 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         kind = type(module)
         for names, fused in ((NORMS, _FusedNorm), (MLPS, _FusedMlp), (ATTENTIONS, _FusedAttention)):
-            if kind.__name__ in names and _fits(module):
+            if kind.__name__ in names and _fits(module) and _is_plain(module):
                 module.__class__ = type(f"Fused{kind.__name__}", (fused, kind), {})
-        for part in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for part in JOINT:
             if isinstance(module, _FusedAttention | _FusedMlp) and hasattr(module, part[0]):
                 _lay_together([getattr(module, name) for name in part])
     return model
+
+
+JOINT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one input, whose products are one here."""
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its joint layers are linear ones: an adapter's wrapping would be passed by."""
+    layers = (getattr(module, name, None) for part in JOINT for name in part)
+    return all(type(layer) is nn.Linear for layer in layers if layer is not None)
 
 
 def _fits(module: nn.Module) -> bool:

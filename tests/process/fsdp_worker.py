@@ -18,15 +18,14 @@ from torch.distributed.tensor import DTensor
 from offtrail.algos.config import AlgoConfig, CriticConfig, GrpoConfig, PpoConfig
 from offtrail.algos.correction_config import TisConfig
 from offtrail.core.types import Batch
-from offtrail.platform.config.schema import Config, OptimConfig, SftConfig
+from offtrail.platform.config.schema import Config, LoraConfig, OptimConfig, SftConfig
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
 from offtrail.platform.learner.data import make_examples
-from offtrail.platform.learner.make import make_sft_trainer, make_trainer
+from offtrail.platform.learner.make import load_trained, make_sft_trainer, make_trainer
 from offtrail.platform.learner.role import layer_classes
 from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World, join
-from offtrail.platform.model.policy import load_model
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.wire.groups import unpack_group
@@ -37,6 +36,8 @@ def algorithm(name: str) -> AlgoConfig:
     if name == "ppo":
         critic = CriticConfig(lr=1e-3, warmup_updates=3)
         return PpoConfig(kl="k1", kl_in="reward", kl_coef=0.01, ref_refresh=4, gae_lambda=0.9, critic=critic)
+    if name == "lora":
+        return GrpoConfig(kl="full", kl_coef=0.01, ref_refresh=4)
     if name == "full":
         return GrpoConfig(kl="full", kl_coef=0.01, entropy_coef=0.01)
     return GrpoConfig(kl="k3", kl_coef=0.01)
@@ -49,6 +50,7 @@ def config_of(ranks: int, name: str = "grpo") -> Config:
     config.sft = SftConfig(steps=8, batch_size=8, lr=1e-3, warmup_steps=2)
     config.learner.ranks, config.learner.tokens_per_microbatch = ranks, 60
     config.learner.optim = OptimConfig(lr=1e-3, warmup_updates=3)
+    config.learner.lora = LoraConfig(rank=4 if name == "lora" else 0, alpha=8.0)
     return config
 
 
@@ -71,7 +73,8 @@ def run(world: World, model: Any, job: dict[str, Any]) -> None:
         batch = examples.table(step) if sft else read_batch(Path(job["batches"]), step)
         metrics = trainer.step(step, batch).metrics
         if step + 1 == job.get("save"):
-            checkpoint.save(out, world, TrainerState.of(step + 1, trainer), model, text, trainer, {})
+            state = TrainerState.of(step + 1, trainer)
+            checkpoint.save(out, world, state, model, text, trainer, {}, config.learner.lora)
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.module.parameters())
     parameters = checkpoint.gather(trainer.module)
     if "value" in trainer.trained:
@@ -101,9 +104,10 @@ def main(jobs: list[dict[str, Any]]) -> None:
     """Join once, run every job."""
     world = None
     for job in jobs:
-        model = load_model(job["origin"])
+        origin, ranks = Path(job["origin"]), int(job["ranks"])
+        begun = origin if (origin / "trainer.json").is_file() else None
+        model = load_trained(config_of(ranks, job["algo"]), begun, Path(job["start"]))
         if world is None:
-            ranks = int(job["ranks"])
             world = join(config_of(ranks).learner, layer_classes(model), deadline_s=60.0)
             check_broadcast(world)
         run(world, model, job)

@@ -93,8 +93,11 @@ def results(
     worker = load_worker()
     sft_one, sft_two = (job(f"sft_{ranks}", start_dir, range(STEPS), algo="sft", save=2) for ranks in ("one", "two"))
     sft_half = job("sft_two_from_one", folder / "sft_one" / halfway, range(2, STEPS), algo="sft")
-    worker.main([{**first, "ranks": 1} for first in (one, ppo_one, full_one, sft_one)])
-    launch(2, [two, two_from_one, ppo_two, ppo_two_from_one, full_two, sft_two, sft_half], folder)
+    lora_one, lora_two = (job(f"lora_{r}", start_dir, range(STEPS), algo="lora", save=3) for r in ("one", "two"))
+    lora_half = job("lora_two_from_one", folder / "lora_one" / "checkpoints" / "step_3", range(3, STEPS), algo="lora")
+    worker.main([{**first, "ranks": 1} for first in (one, ppo_one, full_one, sft_one, lora_one)])
+    two_ranks = [two, two_from_one, ppo_two, ppo_two_from_one, full_two, sft_two, sft_half, lora_two, lora_half]
+    launch(2, two_ranks, folder)
     worker.main([{**one_from_two, "ranks": 1}])
     return lambda name: folder / name
 
@@ -162,6 +165,22 @@ def test_supervised_ranks_are_sharded_and_equal_one(results: Callable[[str], Pat
         assert sum(charge[name] for charge in charges) == amount
 
 
+def test_adapters_on_two_ranks_are_those_of_one(results: Callable[[str], Path], start_dir: Path) -> None:
+    """With an exact KL to a reference that wears other adapters, and is refreshed on the way."""
+    one, two = results("lora_one"), results("lora_two")
+    assert all(told(two, rank)["dtensor"] for rank in range(2))
+    assert distance(one, two) < 5e-6
+    assert told(one)["metrics"] == pytest.approx(told(two)["metrics"], rel=1e-3, abs=1e-6)
+    start = load_file(start_dir / "model.safetensors")
+    merged = parameters(two)
+    assert merged.keys() == start.keys()
+    moved = {name for name in start if not torch.equal(start[name], merged[name])}
+    assert moved == {name for name in start if name.endswith("_proj.weight")}
+    saved = [load_file(f / "checkpoints" / "step_3" / "adapter" / "adapter_model.safetensors") for f in (one, two)]
+    assert saved[0].keys() == saved[1].keys()
+    assert max(float((saved[0][n] - saved[1][n]).abs().max()) for n in saved[0]) < 5e-6
+
+
 @pytest.mark.parametrize(
     ("whole", "resumed"),
     [
@@ -169,6 +188,7 @@ def test_supervised_ranks_are_sharded_and_equal_one(results: Callable[[str], Pat
         ("two", "one_from_two"),
         ("ppo_one", "ppo_two_from_one"),
         ("sft_one", "sft_two_from_one"),
+        ("lora_one", "lora_two_from_one"),
     ],
 )
 def test_a_checkpoint_fits_another_number_of_ranks(results: Callable[[str], Path], whole: str, resumed: str) -> None:

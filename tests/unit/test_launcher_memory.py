@@ -52,6 +52,17 @@ def size(run_dir: Path, role: str, *keys: str) -> int:
 # The sum
 
 
+def test_adapters_need_no_gradients_and_moments_of_the_weights(run_dir: Path) -> None:
+    adapters = 30 * 16 * (2 * 576 + 2 * (576 + 192) + 2 * 576 + 3 * (576 + 1536))
+    P, keys = 134_515_000, ("learner.lora.rank=16", "tracking.gradient_cosine=false")
+    plain = size(run_dir, "learner", "tracking.gradient_cosine=false")
+    # The base and a merged copy of it, in place of parameters, gradients and two moments.
+    assert size(run_dir, "learner", *keys) == plain + 4 * (2 * P + 4 * adapters) - 4 * 4 * P
+    # A reference is adapters again, and not a model.
+    kl = ("algo.kl=k3", "algo.kl_coef=0.01")
+    assert size(run_dir, "learner", *keys, *kl) == size(run_dir, "learner", *keys) + 4 * 2 * adapters
+
+
 def test_a_models_size_is_read_from_the_headers_of_its_files(run_dir: Path) -> None:
     shape = read_shape(run_dir / "start")
     assert shape is not None
