@@ -146,3 +146,9 @@ def similarity(one: frozenset[int], other: frozenset[int]) -> float:
     both = len(one & other)
     either = len(one) + len(other) - both
     return both / either if either else 1.0
+
+
+def most_similar(one: frozenset[int], other: frozenset[int]) -> float:
+    """What ``similarity`` can be at most, by the sizes alone: answers of other lengths need not be compared."""
+    short, long = sorted((len(one), len(other)))
+    return short / long if long else 1.0

@@ -174,7 +174,8 @@ def chosen(question: str, answers: Sequence[str], config: RejectConfig, seed: in
             continue
         if near < 1 and text not in texts:  # copies that are wanted are no near copies
             mine = filters.shingles(text, config.near_n)
-            close = max((filters.similarity(mine, other) for other in grams), default=0.0)
+            alike = [other for other in grams if filters.most_similar(mine, other) >= near]
+            close = max((filters.similarity(mine, other) for other in alike), default=0.0)
             if close >= near:
                 yield i, "near_duplicate", f"{close:.2f} of its {config.near_n}-grams are those of one that is kept"
                 continue

@@ -182,6 +182,7 @@ def a_groups_programs_have_time_and_memory(config: Config) -> None:
     """One after another in one verifier, each with an address space of its own that the verifier's bounds."""
     reward, sizes = config.reward, {"eval.samples": config.eval.samples}
     sizes |= {} if config.job == "eval" else {"batch.group_size": config.batch.group_size}
+    sizes = {"sample.samples": config.sample.samples} if config.job == "sample" else sizes
     key, size = max(sizes.items(), key=lambda item: item[1])
     given = reward.settings.get("code", {})
     seconds, memory = given.get("seconds", 10.0), given.get("memory_mb", 512)

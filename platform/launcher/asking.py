@@ -198,11 +198,12 @@ def ask(
             parts = {questions.first + part.first: part for part in todo if part.questions is questions}
             if not parts:
                 continue
-            sampling = manner.sampling(questions.config, text, version_of(run_dir))
+            version = version_of(run_dir)
+            sampling = manner.sampling(questions.config, text, version)
             with VerifierPool(questions.config) as verifiers:
                 answers = Answers(questions.config, engine, text, verifiers, f"{manner.role}-0")
                 rounds = (part.round(sampling) for part in parts.values())
-                for round, groups in answers.rounds(rounds, some=False, ahead=ahead, tick=bar.answered):
+                for round, groups in answers.rounds(rounds, step=version, some=False, ahead=ahead, tick=bar.answered):
                     parts[round.first].seal(config.run.name, groups)
                     busy = time.monotonic() - began - waited
                     spent = judged + Counter(verifiers.counters)

@@ -215,6 +215,10 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str):
             ["reward=code", "reward.settings.code.memory_mb=2048"],
             r"reward.memory_mb=1024.*must be ≥ reward.settings.code",
         ),
+        (
+            ["job=sample", "reward=code", "sample.samples=64"],
+            r"reward.deadline_seconds=.*must be ≥ .*sample.samples=64",
+        ),
         (["task=mbpp", "task.path=PATH"], "judged by running: reward=code"),
         (["task=mbpp", "reward=code"], "task.path="),
     ],

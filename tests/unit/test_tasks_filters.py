@@ -74,6 +74,9 @@ def test_similarity_is_the_share_of_n_grams_that_both_have() -> None:
     one, other = filters.shingles("a b c d e", 2), filters.shingles("a b c d f", 2)
     assert filters.similarity(one, other) == 3 / 5  # ab bc cd of ab bc cd de df
     assert filters.similarity(one, one) == 1.0
+    shorter = filters.shingles("a b c d", 2)  # ab bc cd: the share is as large as sizes allow, 3 of 4
+    assert filters.similarity(one, shorter) == filters.most_similar(one, shorter) == filters.most_similar(shorter, one)
+    assert filters.most_similar(one, other) == 1.0
     assert (
         filters.similarity(filters.shingles("a b", 5), filters.shingles("b a", 5)) == 0.0
     )  # shorter than n: the whole
