@@ -44,6 +44,8 @@ def rewards_of(components: Mapping[str, Any]) -> dict[str, float | None]:
 
 def write_data(run_dir: Path, lines: Iterable[str]) -> dict[str, Any]:
     """Write data.jsonl; what data.json says of it: lines, bytes, hash. An empty one is not written."""
+    for left in run_dir.glob(f".{DATA_FILE}.*"):  # by a launch that was killed
+        left.unlink()
     partial = run_dir / f".{DATA_FILE}.{os.getpid()}"
     state, number = xxhash.xxh3_128(), 0
     try:
