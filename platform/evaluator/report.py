@@ -220,7 +220,9 @@ def draw_comparisons(path: Path, config: Config, comparisons: Sequence[Compariso
     axes.set_yticks(range(len(comparisons)), [f"{one.beside} ({one.questions})" for one in comparisons])
     axes.set_ylim(len(comparisons) - 0.4, -0.6)
     axes.set_xlabel("after examples − plainly, share of questions (paired 95 % interval)")
-    axes.set_title(f"{config.checkpoint}: {comparisons[0].shots}-shot against zero-shot", fontsize=10, loc="left")
+    axes.set_title(
+        f"{Path(config.checkpoint).name}: {comparisons[0].shots}-shot against zero-shot", fontsize=10, loc="left"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     partial = path.with_name(f".{path.name}")

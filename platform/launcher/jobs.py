@@ -195,7 +195,16 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
             table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     for line in summary.get("warnings", ()):
         table.add_row("warning", line)
-    named = ("learning.png", "eval.png", "data.jsonl", "rejected.jsonl", "summary.json", "cost.md", "logs")
+    named = (
+        "learning.png",
+        "eval.png",
+        "few_shot.png",
+        "data.jsonl",
+        "rejected.jsonl",
+        "summary.json",
+        "cost.md",
+        "logs",
+    )
     for number, path in enumerate(run_dir / name for name in named if (run_dir / name).exists()):
         table.add_row("" if number else "see", str(path))
     Console().print(table, highlight=False)

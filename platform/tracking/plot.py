@@ -115,7 +115,7 @@ def _accuracy(axes: Axes, rows: list[Row]) -> None:
     for label, style in zip(_sets(rows), cycle((":", "-.", "--")), strict=False):
         _draw(axes, curve(rows, f"eval/{label}/accuracy"), f"held-out: {label}", GREEN, style)
     axes.set_ylim(0, 1.02)
-    _legend(axes, _free_corner(_later(rows)))
+    _legend(axes, "best" if _sets(rows) else _free_corner(_later(rows)))
 
 
 def _sets(rows: list[Row]) -> list[str]:

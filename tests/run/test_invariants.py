@@ -263,7 +263,8 @@ def test_what_had_no_score_yet_when_a_run_was_stopped_gets_the_one_of_an_undistu
     """Its evaluator stands still in the first launch: version 0, those of checkpoints, which the second launch keeps no
     longer than they wait, and the one that it goes on from all wait.
     """
-    keys = ("staleness.mode=exact", "learner.steps=8", "learner.checkpoint_every=2", "eval.every=2")
+    sets = "eval.sets={sums: {name: addition, prompts: 8, samples: 2}}"
+    keys = ("staleness.mode=exact", "learner.steps=8", "learner.checkpoint_every=2", "eval.every=2", sets)
     undisturbed = launch("other", *keys)
     assert undisturbed.code == 0, undisturbed.output
     process = warm.Popen(command("stop", "learner.keep_checkpoints=4", *keys), env=environment, cwd=tmp_path)
@@ -282,6 +283,7 @@ def test_what_had_no_score_yet_when_a_run_was_stopped_gets_the_one_of_an_undistu
     assert resumed.code == 0, resumed.output
     assert scores(resumed) == scores(undisturbed)
     assert list(scores(resumed)) == [0, 2, 4, 6, 8]
+    assert all("eval/sums/accuracy" in row for row in scores(resumed).values())
     assert resumed.summary["eval/accuracy_first"] == undisturbed.summary["eval/accuracy_first"]
     assert "eval/unscored" not in resumed.summary
 
