@@ -46,7 +46,9 @@ class Task(Protocol):
         """
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
-        """A cold-start answer, `<think>…</think><answer>…</answer>` without the stop token: worked or guessed."""
+        """A cold-start answer, `<think>…</think><answer>…</answer>` without the stop token: worked or guessed. Of the
+        families made by program `tagged_share` may leave the tags out.
+        """
 
     def verify(self, problem: Problem, answer_text: str) -> float:
         """How right the text inside the answer tags is: a bool, or partial credit from 0 to 1. Exact: no false
@@ -147,10 +149,15 @@ class GeneratedTask(DrawnTask[C]):
         """``check_steps`` on the steps' texts."""
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
-        """See Task.trace: a worked answer with chance ``config.worked_share``, else the right answer at once."""
-        if rng.random() >= self.config.worked_share:
-            return tagged("", problem.answer)
-        steps, answer = self.work(problem, rng)
+        """See Task.trace: a worked answer with chance ``config.worked_share``, else the right answer at once; with
+        chance 1 − ``config.tagged_share`` as plain text, the answer on a line of its own.
+        """
+        steps, answer = list[str](), problem.answer
+        if rng.random() < self.config.worked_share:
+            steps, answer = self.work(problem, rng)
+        share = self.config.tagged_share
+        if share < 1 and rng.random() >= share:
+            return "\n".join(filter(None, (";".join(steps), answer)))
         return tagged(";".join(steps), answer)
 
     def verify(self, problem: Problem, answer_text: str) -> float:

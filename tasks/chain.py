@@ -1,7 +1,8 @@
 """Arithmetic chain: `7;+5;*3;-2;%10=?` starts at 7, adds 5, … and asks the result modulo 10.
 
 Reduction may come after any step (addition, subtraction and multiplication commute with it), so a worked step is one
-operation on one digit: `7+5=2;2*3=6;6-2=4`.
+operation on one digit: `7+5=2;2*3=6;6-2=4`. With `words` each step begins with a word, English or Chinese, so that a
+language can be mixed and asked for: `so 7+5=2;故2*3=6`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class ChainConfig(GeneratedConfig):
     """Cold start: share of answers that work the problem step by step; the others guess directly."""
     noise: float = 0.02
     """Cold start: chance that a worked step goes wrong (and its error is carried on)."""
+    words: bool = False
+    """Cold start: begin each worked step with a word, as in `so 7+5=2`; 3 tokens a step."""
+    chinese: float = setting(0.0, "[0, 1]")
+    """Cold start, with words: chance that the word of a step is Chinese, as in `故7+5=2`; the made model knows it with
+    model.characters=故."""
 
     def __post_init__(self) -> None:
         """Raise ValueError when a value is out of bounds."""
@@ -43,6 +49,8 @@ class ChainConfig(GeneratedConfig):
         check(1 <= low <= high, "min_operations", low, f"from 1 to task.max_operations={high}")
 
 
+WORD = re.compile(r"so |故")
+"""What a step may begin with: "therefore"."""
 STEP = re.compile(r"(?P<left>\d*)(?P<operation>[-+*]\d+)=(?P<raw>-?\d+)(?:>(?P<reduced>\d+))?", re.ASCII)
 
 
@@ -88,7 +96,7 @@ class ChainTask(GeneratedTask[ChainConfig]):
             left = "" if style == 1 and i else str(value)
             value = raw % modulus
             right = f"{raw}>{value}" if style == 2 and raw != value else str(value)
-            steps.append(f"{left}{operation}={right}")
+            steps.append(f"{self._word(rng)}{left}{operation}={right}")
         return steps, str(value)
 
     def check(self, problem: Problem, steps: list[str]) -> list[bool]:
@@ -96,7 +104,8 @@ class ChainTask(GeneratedTask[ChainConfig]):
         modulus, operations, value = problem.meta["modulus"], problem.meta["operations"], str(problem.meta["start"])
         verdicts = []
         for i, step in enumerate(steps):
-            match = STEP.fullmatch(step)
+            word = WORD.match(step) if self.config.words else None
+            match = STEP.fullmatch(step, word.end() if word else 0)
             if match is None:
                 verdicts.append(False)
                 continue
@@ -112,6 +121,11 @@ class ChainTask(GeneratedTask[ChainConfig]):
             verdicts.append(known and left and shown)
             value = match["reduced"] or str(int(match["raw"]) % modulus)
         return verdicts
+
+    def _word(self, rng: random.Random) -> str:
+        if not self.config.words:
+            return ""
+        return "故" if rng.random() < self.config.chinese else "so "
 
 
 TASK = ChainTask

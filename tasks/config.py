@@ -35,3 +35,6 @@ class GeneratedConfig(TaskConfig):
     """Cold start: share of answers that work the problem step by step; the others guess directly."""
     noise: float = setting(0.0, "[0, 1]")
     """Cold start: chance that a worked step goes wrong (and its error is carried on)."""
+    tagged_share: float = setting(1.0, "[0, 1]")
+    """Share of worked answers that carry the think and answer tags; the others are plain text, as in the documents that
+    a base model has read."""

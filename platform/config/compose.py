@@ -9,7 +9,8 @@ Invariants
 - An option may say `with: {learner.minibatches: 16}`: defaults in other sections that belong to it. They lose to every
   key that a file or the command line gives, and go when another option replaces theirs; between two options the later
   group of GROUPS wins, so what an algorithm says of the learning rate stands before what a model says of it.
-- `model.path=DIR` takes model=pretrained along, below everything, where no layer names an option of `model`.
+- `model.path=DIR` takes model=pretrained along, below everything, where no layer names an option of `model`. So does an
+  option of `recipe` with other groups' options in its `with`: `with: {algo: r1}`.
 - Within a layer order says nothing, so one key given two values is an error.
 - Values are literal: no interpolation, so that a saved configuration means the same everywhere.
 - compose([saved]) == compose(argv) for every saved configuration of a composed one.
@@ -134,10 +135,19 @@ def stage_config(config: Config, stage: Stage, handed: Mapping[str, Raw]) -> Con
     _take_tree(base, tree, "")
     try:
         _take_tree(own, stage.settings, "")
+        _begin_anew(base, own)
         layers = [base, own, Layer(values={"job": stage.job, **handed})]
         return _composed(layers, handed_keys(stage) - handed.keys())
     except ConfigError as error:
         raise ConfigError(f"{stage.key}: {error}") from None
+
+
+def _begin_anew(base: Layer, own: Layer) -> None:
+    """A group whose variant a stage names by `name` has nothing of the recipe's: `task: {name: mixture, …}`."""
+    for group in VARIANTS:
+        name = f"{group}.name"
+        if own.values.get(name, base.values.get(name)) != base.values.get(name):
+            base.values = {key: value for key, value in base.values.items() if not key.startswith(f"{group}.")}
 
 
 def load_config(path: Path) -> Config:
@@ -225,13 +235,28 @@ def _option_values(group: str, option: str) -> tuple[dict[str, Raw], dict[str, R
     return {f"{group}.name": option} | own.values, others.values
 
 
+def _brought_along(layers: Sequence[Layer]) -> Layer:
+    """What stands below everything: the options that the chosen recipe names for groups of which no layer does, and
+    model=pretrained where a model.path is given.
+    """
+    paths = [layer.values["model.path"] for layer in layers if "model.path" in layer.values]
+    brought = Layer(options={"model": PRETRAINED} if paths and paths[-1] else {})
+    recipes = [layer.options["recipe"] for layer in layers if "recipe" in layer.options]
+    if not recipes or recipes[-1] not in options_of("recipe"):
+        return brought
+    tree = read_file(OPTIONS_DIR / "recipe" / f"{recipes[-1]}.yaml").get("with", {})
+    named = {name for layer in layers for name in (*layer.options, *(key.partition(".")[0] for key in layer.values
+             if key.endswith(".name")))}  # fmt: skip
+    options = {group: option for group, option in tree.items() if group in GROUPS and isinstance(option, str)}
+    brought.options |= {group: option for group, option in options.items() if group not in named}
+    return brought
+
+
 def merge(layers: Sequence[Layer]) -> dict[str, Raw]:
     """One raw value for each key that is given, later layers winning."""
     merged: dict[str, Raw] = {}
     beside: dict[str, dict[str, Raw]] = {}
-    paths = [layer.values["model.path"] for layer in layers if "model.path" in layer.values]
-    base = [Layer(options={"model": PRETRAINED})] if paths and paths[-1] else []
-    for layer in (*base, *layers):
+    for layer in (_brought_along(layers), *layers):
         for group, option in layer.options.items():
             merged = {key: value for key, value in merged.items() if not key.startswith(f"{group}.")}
             own, beside[group] = _option_values(group, option)

@@ -101,6 +101,8 @@ def guess(value: Raw) -> Raw:
         return {name: guess(item) for name, item in value.items()}
     if isinstance(value, list):
         return [guess(item) for item in value]
+    if not isinstance(value, str):  # of a recipe's stage, which was read with the recipe already
+        return value
     if value in ("true", "false"):
         return value == "true"
     for kind in (int, float):

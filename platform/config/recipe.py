@@ -16,6 +16,7 @@ from typing import Any
 
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.schema import Config
+from offtrail.platform.config.stage_keys import NOTHING, Extra, is_there, stands_for_it, taken
 
 Raw = Any
 
@@ -36,7 +37,7 @@ DATA_FILE = "data.jsonl"
 @dataclass(frozen=True)
 class Stage:
     """One stage: ``number`` counts from 1, ``settings`` are its own keys and options as a tree, ``key`` is where they
-    stand.
+    stand, ``extra`` what is known once earlier stages are done.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Stage:
     data_from: tuple[str, ...]
     settings: Mapping[str, Raw]
     key: str
+    extra: Extra = NOTHING
 
     @property
     def folder(self) -> str:
@@ -58,14 +60,24 @@ def stages_of(config: Config) -> list[Stage]:
     if config.job == "distill":
         return stages_of_distillation(config)
     stages: list[Stage] = []
-    for number, (name, given) in enumerate(config.recipe.stages.items(), 1):
+    absent = dict[str, str]()
+    for name, given in config.recipe.stages.items():
         key = f"recipe.stages.{name}"
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
             raise refuse("recipe.stages", name, "a stage's name is a folder's: small letters, digits, _ and - only")
         if not isinstance(given, dict):
             raise refuse(key, given, "must be a mapping of keys, such as {job: sft}")
+        if not is_there(given, key, config.model.path):
+            absent[name] = stands_for_it(given, key, config.distill.teacher)
+            continue
         own = dict(given)
         job, start_from, data_from = own.pop("job", ""), own.pop("start_from", ""), own.pop("data_from", "")
+        if isinstance(start_from, str) and start_from in absent:
+            if teacher := absent[start_from]:
+                if MODEL_KEYS.get(job) != "checkpoint":
+                    raise refuse(f"{key}.start_from", start_from, "is a teacher: it is asked, and not trained further")
+                own.setdefault("checkpoint", teacher)
+            start_from = ""  # model.path is what it would have made
         if not job:
             near = nearest_text(name, config.recipe.stages.keys() - {name})
             raise ConfigError(f"{key}: no such stage, or one without its job ({', '.join(JOBS)}){near}")
@@ -73,11 +85,27 @@ def stages_of(config: Config) -> list[Stage]:
             raise refuse(f"{key}.job", job, f"must be one of {', '.join(JOBS)}{nearest_text(job, JOBS)}")
         sources = data_from if isinstance(data_from, list) else [data_from] if data_from else []
         _check_references(key, job, start_from, sources, stages)
-        for section in ("run", "recipe"):
-            if section in own:
-                raise refuse(f"{key}.{section}", own[section], "belongs to the whole recipe; leave it out of the stage")
-        stages.append(Stage(number, name, job, start_from, tuple(sources), own, key))
+        extra = taken(own, key, job, {stage.name: stage.job for stage in stages}, absent, config.model.path)
+        if extra.epochs and not sources:
+            raise refuse(
+                f"{key}.epochs", extra.epochs, "goes with data_from, whose rows it counts; sft.steps does else"
+            )
+        stages.append(Stage(len(stages) + 1, name, job, start_from, tuple(sources), own, key, extra))
+    check_arms(config.recipe.compare, stages)
     return stages
+
+
+def check_arms(arms: Mapping[str, list[str]], stages: list[Stage]) -> None:
+    """That recipe.compare names two arms of as many models, each of which a stage of job=eval asks."""
+    if not arms:
+        return
+    asked = {stage.start_from for stage in stages if stage.job == "eval" and stage.start_from}
+    if len(arms) != 2 or len({len(models) for models in arms.values()}) != 1 or not all(arms.values()):
+        raise refuse("recipe.compare", arms, "must be two arms of as many stages, as {rl: [rl], distil: [distil]}")
+    for arm, models in arms.items():
+        for name in models:
+            if name not in asked:
+                raise refuse(f"recipe.compare.{arm}", name, "no stage of job=eval starts from it")
 
 
 def _check_references(key: str, job: str, start_from: Raw, data_from: list[Raw], stages: list[Stage]) -> None:
@@ -124,4 +152,4 @@ def stages_of_distillation(config: Config) -> list[Stage]:
 def handed_keys(stage: Stage) -> frozenset[str]:
     """The keys that earlier stages set for this one."""
     keys = {MODEL_KEYS[stage.job]} if stage.start_from else set()
-    return frozenset(keys | ({DATA_KEYS[stage.job]} if stage.data_from else set()))
+    return frozenset(keys | ({DATA_KEYS[stage.job]} if stage.data_from else set())) | stage.extra.keys

@@ -63,6 +63,8 @@ class RecipeConfig:
     stages: dict[str, dict[str, Any]] = setting({})
     """Stage → its job, start_from and data_from (earlier stages), and the keys and options that it alone has, as
     {rl: {job: rl, start_from: sft, algo: cispo, learner: {steps: 20}}}."""
+    compare: dict[str, list[str]] = setting({})
+    """Two arms → the stages that are their models, one a seed: what is said of their difference at the end."""
 
 
 @dataclass
@@ -87,6 +89,8 @@ class ModelConfig:
     """Standard deviation of its start weights."""
     max_length: int = setting(256, "[2, 16777216]")
     """Longest prompt + answer, in tokens, that the local engine and the learner hold."""
+    characters: str = ""
+    """What the made model's tokenizer knows beside digits, small letters and some signs, a token each, such as 故."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def counter(config: Config, handed: Collection[str]) -> Count | None:
     if "model.path" in handed:
         return None
     if not config.model.path:
-        return characters.count
+        return partial(characters.count, more=config.model.characters)
     folder = folder_of(config.model.path)
     return None if folder is None else lambda *asked: lengths(Asked(str(folder), config.prompt, *asked))
 
@@ -51,8 +52,9 @@ def counter_of_checkpoint(config: Config) -> Count | None:
         return None
     run = run_folder(str(folder)) or run_folder(config.checkpoint)
     with contextlib.suppress(ConfigError, OSError):  # the run of another offtrail
-        if run is not None and not load_config(run / "config.yaml").model.path:
-            return characters.count
+        made = load_config(run / "config.yaml").model if run is not None else None
+        if made is not None and not made.path:
+            return partial(characters.count, more=made.characters)
     return lambda *asked: lengths(Asked(str(folder), config.prompt, *asked))
 
 

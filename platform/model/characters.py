@@ -19,14 +19,15 @@ ALPHABET = string.digits + string.ascii_lowercase + " \n" + "+-*/%=()?.,:;<>#"
 _TOKEN = re.compile("|".join(map(re.escape, (*SPECIALS, *TAGS))) + r"|[\s\S]")
 
 
-def count(problems: Sequence[Problem], answered: bool) -> list[int | str]:
+def count(problems: Sequence[Problem], answered: bool, more: str = "") -> list[int | str]:
     """Of each problem the tokens of its prompt, with ``answered`` and of its answer as it is imitated; or why it has
-    none, as text.py says it.
+    none, as text.py says it. ``more``: model.characters.
     """
-    return [_count(problem, answered) for problem in problems]
+    known = {*ALPHABET, *more}
+    return [_count(problem, answered, known) for problem in problems]
 
 
-def _count(problem: Problem, answered: bool) -> int | str:
+def _count(problem: Problem, answered: bool, known: set[str]) -> int | str:
     prompt = problem.prompt
     if problem.messages:
         return str(without_chat(problem))
@@ -35,6 +36,6 @@ def _count(problem: Problem, answered: bool) -> int | str:
     texts = [prompt, rest_of(opened_by(prompt), problem.answer)] if answered else [prompt]
     split = [_TOKEN.findall(text) for text in texts]
     for text, tokens in zip(texts, split, strict=True):
-        if not all(len(token) > 1 or token in ALPHABET for token in tokens):
+        if not all(len(token) > 1 or token in known for token in tokens):
             return str(unknown_text(problem, text))
     return sum(map(len, split)) + answered  # and the stop token

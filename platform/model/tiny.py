@@ -20,13 +20,14 @@ from offtrail.platform.config.schema import ModelConfig
 from offtrail.platform.model.characters import ALPHABET, SPECIALS, TAGS
 
 
-def build_tokenizer(max_length: int = 256) -> PreTrainedTokenizerFast:
-    """One token a character, and one for each of SPECIALS and TAGS: 61 in all.
+def build_tokenizer(max_length: int = 256, more: str = "") -> PreTrainedTokenizerFast:
+    """One token a character, and one for each of SPECIALS and TAGS: 61 in all, and ``more`` (model.characters).
 
-    decode(encode(x)) == x for every x over ALPHABET, tags included: nothing is added, joined or cleaned up. Any other
-    character becomes <unk>. Tags are ordinary tokens (skip_special_tokens keeps them): the verifiers read them.
+    decode(encode(x)) == x for every x over ALPHABET and ``more``, tags included: nothing is added, joined or cleaned
+    up. Any other character becomes <unk>. Tags are ordinary tokens (skip_special_tokens keeps them): the verifiers
+    read them.
     """
-    vocabulary = {token: i for i, token in enumerate((*SPECIALS, *TAGS, *ALPHABET))}
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys((*SPECIALS, *TAGS, *ALPHABET, *more)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -85,7 +86,7 @@ def save_start(folder: Path, config: ModelConfig, seed: int) -> None:
     Raises:
         FileExistsError: ``folder`` exists.
     """
-    tokenizer = build_tokenizer(config.max_length)
+    tokenizer = build_tokenizer(config.max_length, config.characters)
     save_pretrained(folder, build_model(config, len(tokenizer), seed), tokenizer)
 
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -22,6 +23,8 @@ from rich.text import Text
 from offtrail.platform.config.schema import Config
 from offtrail.platform.wire.messages import Heartbeat, Status
 
+PLACE: ContextVar[str] = ContextVar("place", default="")
+"""Where this run stands in a recipe, such as `stage 3/9`."""
 LONG_WAIT_S = 10.0
 VERY_LONG_WAIT_S = 60.0
 TREND_STEPS = 24
@@ -116,7 +119,7 @@ class Progress:
         if (left := self._seconds_left()) is not None:
             times += f" · {_duration(left)} left"
         row.add_row(
-            Text(self._config.run.name or self._config.job, style="bold"),
+            Text(" · ".join(filter(None, (PLACE.get(), self._config.run.name or self._config.job))), style="bold"),
             ProgressBar(total=max(1, total), completed=step, width=24),
             Text(f"step {step}/{total}", style="bold"),
             Text(times, style="dim"),

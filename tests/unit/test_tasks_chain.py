@@ -29,6 +29,31 @@ def test_three_styles_of_one_worked_answer():
     assert {tuple(task().check_steps(PROBLEM, trace)) for trace in seen} == {(True, True, True)}
 
 
+def test_steps_begin_with_a_word_of_either_language_at_its_share():
+    mixed = task(worked_share=1.0, words=True, chinese=0.25)
+    rng = stream("words")
+    traces = [mixed.trace(PROBLEM, rng) for _ in range(400)]
+    assert task(worked_share=1.0, words=True).trace(PROBLEM, rng) == (
+        "<think>so 7+5=2;so 2*3=6;so 6-2=4</think><answer>4</answer>"
+    )
+    share = sum(trace.count("故") for trace in traces) / 1200
+    assert abs(share - 0.25) < 0.05  # four standard errors
+    assert {tuple(mixed.check_steps(PROBLEM, trace)) for trace in traces} == {(True, True, True)}
+    assert not any(check("so 7+5=2"))  # a word that nobody asked for
+    assert mixed.check_steps(PROBLEM, "<think>故7+5=2;so so 2*3=6") == [True, False]
+
+
+def test_the_tags_may_be_left_out_of_a_share_of_the_answers():
+    plain = task(worked_share=0.5, tagged_share=0.25)
+    rng = stream("plain")
+    traces = [plain.trace(PROBLEM, rng) for _ in range(400)]
+    assert set(traces) == {
+        "4", "7+5=2;2*3=6;6-2=4\n4",
+        "<think></think><answer>4</answer>", "<think>7+5=2;2*3=6;6-2=4</think><answer>4</answer>",
+    }  # fmt: skip
+    assert abs(sum("<think>" in trace for trace in traces) / 400 - 0.25) < 0.09  # four standard errors
+
+
 def test_direct_guess():
     assert task(worked_share=0.0).trace(PROBLEM, stream(0)) == "<think></think><answer>4</answer>"
     assert task().check_steps(PROBLEM, "<think></think><answer>4</answer>") == []

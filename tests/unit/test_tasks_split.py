@@ -21,8 +21,9 @@ from offtrail.tasks.countdown import CountdownConfig
 from offtrail.tasks.mixture import MixtureConfig
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.split import is_held_out, place, stream
+from offtrail.tasks.words import WordsConfig
 
-FAMILIES = (ChainConfig(), AdditionConfig(), CountdownConfig())
+FAMILIES = (ChainConfig(), AdditionConfig(), CountdownConfig(), WordsConfig())
 TASKS = (*FAMILIES, MixtureConfig(weights={"chain": 2.0, "addition": 1.0, "countdown": 1.0}))
 ALPHABET = set("0123456789abcdefghijklmnopqrstuvwxyz \n+-*/%=()?.,:;<>#")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -141,7 +142,13 @@ def traces(task: Task, n: int) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     "config",
-    [*TASKS, ChainConfig(styles=3, noise=0.3), AdditionConfig(noise=0.3), CountdownConfig(noise=0.3)],
+    [
+        *TASKS,
+        ChainConfig(styles=3, noise=0.3, words=True),
+        AdditionConfig(noise=0.3),
+        CountdownConfig(noise=0.3),
+        WordsConfig(noise=0.3),
+    ],
     ids=name,
 )
 def test_prompts_and_traces_keep_to_the_alphabet_of_the_small_tokenizer(config: TaskConfig):
@@ -152,7 +159,11 @@ def test_prompts_and_traces_keep_to_the_alphabet_of_the_small_tokenizer(config: 
         assert set(prompt) | set(trace) <= ALPHABET
 
 
-@pytest.mark.parametrize("config", [ChainConfig(styles=3, noise=0.3), AdditionConfig(noise=0.3)], ids=name)
+@pytest.mark.parametrize(
+    "config",
+    [ChainConfig(styles=3, noise=0.3), ChainConfig(words=True), AdditionConfig(noise=0.3), WordsConfig(noise=0.3)],
+    ids=name,
+)
 def test_the_longest_trace_fits_64_tokens(config: TaskConfig):
     for _, trace in traces(make_task(config, 0), 3000):
         for tag in TAGS:

@@ -55,6 +55,15 @@ def test_tokenizer_comes_back_from_its_directory(start):
     assert loaded.model_max_length == 256
 
 
+def test_further_characters_are_tokens_of_their_own_behind_the_others(tmp_path):
+    more = build_tokenizer(more="故a")  # a is known already
+    assert len(more) == 62
+    assert more("7故5").input_ids == [*TOKENIZER("7").input_ids, 61, *TOKENIZER("5").input_ids]
+    save_start(tmp_path / "more", ModelConfig(characters="故"), 0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "more").decode([61]) == "故"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "more").config.vocab_size == 62
+
+
 def test_model_comes_back_from_its_directory(start):
     loaded = AutoModelForCausalLM.from_pretrained(start)
     built = build_model(ModelConfig(), len(TOKENIZER), seed=3)
