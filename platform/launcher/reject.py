@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from offtrail.core.problem import Problem
-from offtrail.platform.config.errors import FinalError
+from offtrail.platform.config.errors import ConfigError, FinalError, refuse
 from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.asking import COLUMNS, Outcome, StoppedError, check_same
@@ -37,6 +37,7 @@ from offtrail.tasks.registry import make_task
 from offtrail.tasks.rejection import Candidate, Sifted, draw, mixed_in, sift
 
 REJECTED_FILE = "rejected.jsonl"
+SEE = f"{REJECTED_FILE} has one of each reason"
 SECTIONS = ("reject", "reward", "task")
 IN_FLIGHT = 256
 """Answers that wait for a verifier at a time."""
@@ -51,7 +52,7 @@ def run_rejection(config: Config, run_dir: Path, interrupted: list[int]) -> Outc
             return reject(config, run_dir, interrupted)
     except StoppedError:
         return "interrupted", f"stopped by signal {interrupted[0]}; run.resume=true begins it anew"
-    except (FinalError, TaskError, ValueError, OSError) as error:
+    except (ConfigError, FinalError, TaskError, ValueError, OSError) as error:
         return "failed", str(error)
 
 
@@ -77,11 +78,11 @@ def reject(config: Config, run_dir: Path, interrupted: list[int]) -> Outcome:
             shown.advance(bar)
 
         sifted = sift(candidates, given, config.run.seed, held=held, looked=looked)
+    write_rejected(run_dir, candidates, sifted)
     if not sifted.kept:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in sifted.counts().items())
-        return "failed", f"reject.paths={given.paths}: none of {len(candidates):,} rows is kept: {reasons}"
+        raise refuse("reject.paths", given.paths, f"none of {len(candidates):,} rows is kept: {reasons}; {SEE}")
     mixed, contaminated = read_mix(config, len(sifted.kept), held)
-    write_rejected(run_dir, candidates, sifted)
     lines = [as_line(row_of(candidates[place])) for place in sifted.kept]
     data = write_data(run_dir, [*lines, *(line_of_mixed(name, one) for name, rows in mixed.items() for one in rows)])
     counts = {
