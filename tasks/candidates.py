@@ -6,6 +6,7 @@ before anything is written; what can only be judged is left to rejection.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
@@ -46,14 +47,14 @@ def read_candidates(config: RejectConfig, main: str) -> list[Candidate]:
                 )
             if reward is None and config.unscored == "verify":
                 gold = gold_of(row.fields, config.gold_field, where)
-            finished = row.fields.get("finish", "stop") == "stop"
+            finished = row.fields.get("finish") in (None, "stop")
             found.append(Candidate(replace(problem, answer=answer or ""), name, reward, finished, row.fields, gold))
     return found
 
 
 def reward_of(fields: Mapping[str, Any], main: str, where: str) -> float | None:
-    """A row's reward: of the main component, where it tells them apart, else its `reward`. TaskError where that is no
-    number.
+    """A row's reward: of the main component, where it tells them apart, else its `reward`; None where it has none, or
+    NaN, which a table may hold. TaskError where that is no number.
     """
     rewards = fields.get("rewards")
     given = rewards.get(main) if isinstance(rewards, dict) else fields.get("reward")
@@ -61,7 +62,7 @@ def reward_of(fields: Mapping[str, Any], main: str, where: str) -> float | None:
         return None
     if isinstance(given, bool) or not isinstance(given, int | float | Decimal):
         raise TaskError(f"{where}: its reward is {given!r}, no number; mend the line")
-    return float(given)
+    return None if math.isnan(given) else float(given)
 
 
 def gold_of(fields: Mapping[str, Any], name: str, where: str) -> str:

@@ -27,7 +27,7 @@ BRACE = re.compile(r"[{}]")
 ESCAPED = re.compile(r"\\[\\{}$]")
 CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`", re.DOTALL)
 MONEY = re.compile(r"\$(?=\d[\d,.]*(?:\s|[.,;:?!)]|$))")
-"""A dollar sign before a plain number: a price as often as a formula, and so no evidence."""
+"""A dollar sign before a plain number: a price as often as the beginning of a formula."""
 
 
 def mixed_language(text: str, share: Callable[[str], float], least: float) -> str:
@@ -51,7 +51,7 @@ def code_block(text: str) -> str:
 def unbalanced(text: str) -> str:
     r"""Braces, \(…\), \[…\], $$…$$ and \begin{…}…\end{…} that do not pair; what stands in code does not count.
 
-    A single `$` says nothing where it can be a price; elsewhere their number must be even.
+    A single `$` before a number may be a price or begin a formula; there must be one reading in which all others pair.
     """
     text = CODE.sub(" ", text) if "`" in text or "~~~" in text else text
     for opens, closes in (("\\(", "\\)"), ("\\[", "\\]")):
@@ -75,9 +75,26 @@ def unbalanced(text: str) -> str:
         return f"{depth} braces are not closed"
     if bare.count("$$") % 2:
         return "a $$ is not closed"
-    if MONEY.sub("", bare.replace("$$", " ")).count("$") % 2:
-        return "a $ is not closed"
-    return ""
+    return "" if _dollars_pair(bare.replace("$$", " ")) else "a $ is not closed"
+
+
+def _dollars_pair(text: str) -> bool:
+    """Whether there is a reading in which every single `$` is a price or pairs with another; all of them are tried.
+
+    A formula that begins like a price, such as $5 + 3$, ends at a mark right after a character that is no blank.
+    """
+    readings = {"outside"}
+    for found in re.finditer(r"\$", text):
+        at = found.start()
+        price, tight = MONEY.match(text, at) is not None, at > 0 and not text[at - 1].isspace()
+        after = set[str]()
+        for state in readings:
+            if price:
+                after |= {"outside": {"outside", "number"}, "formula": {"formula"}, "number": set()}[state]
+            elif state != "number" or tight:
+                after.add("formula" if state == "outside" else "outside")
+        readings = after
+    return "outside" in readings
 
 
 def _count(text: str, mark: str) -> int:

@@ -167,12 +167,16 @@ def programs_are_run(config: Config) -> None:
         raise ConfigError(f"reward.weights={weights}: task={config.task.name} is judged by running: reward=code")
 
 
+JUDGED_BY_MORE = ("programs", "gym", "countdown", "ifeval", "xstest")
+"""Tasks whose verifier asks more of a problem than its gold answer."""
+
+
 def gold_answers_are_enough(config: Config) -> None:
     """Rows of a file have a question and an answer; what else a verifier would ask of its problem, they have not."""
     task = config.task
     for name in task.weights if isinstance(task, MixtureConfig) else [task.name]:
         kind = "programs" if isinstance(task, ProgramsConfig) else name
-        if config.job == "reject" and config.reject.unscored == "verify" and kind in ("programs", "gym", "countdown"):
+        if config.job == "reject" and config.reject.unscored == "verify" and kind in JUDGED_BY_MORE:
             raise refuse(
                 "reject.unscored", "verify", f"task={name} is judged by more than its gold answer; take drop or keep"
             )

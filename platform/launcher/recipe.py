@@ -31,6 +31,7 @@ from offtrail.platform.launcher.stage_cost import sampled, spent
 from offtrail.platform.launcher.stage_table import as_table, in_short, rows_of, write_table
 from offtrail.platform.launcher.stage_view import here, plan
 from offtrail.platform.launcher.verdict import compared, shares_of
+from offtrail.platform.tracking.compute import counted_once
 from offtrail.platform.tracking.progress import PLACE
 from offtrail.platform.tracking.summary import read_summary, write_summary
 
@@ -174,8 +175,8 @@ def whole_summary(run_dir: Path, stages: list[Stage]) -> dict[str, Any]:
     """summary.json of a recipe: each stage's end in short, and the compute of all."""
     told: dict[str, Any] = {}
     compute: dict[str, float] = {}
-    for stage in stages:
-        summary = read_summary(folder_of(run_dir, stage))
+    summaries = counted_once(read_summary(folder_of(run_dir, stage)) for stage in stages)
+    for stage, summary in zip(stages, summaries, strict=True):
         named = [key for key in summary if key in HANDED_UP or key.startswith(AREAS)]
         told[stage.name] = {key: summary[key] for key in ("status", *named) if summary.get(key) is not None}
         for key, value in summary.items():

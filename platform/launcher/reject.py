@@ -32,6 +32,7 @@ from offtrail.platform.tracking.summary import read_summary, write_atomic, write
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.candidates import examples_of_mix, held_index, read_candidates
+from offtrail.tasks.data_config import RejectConfig
 from offtrail.tasks.overlap import Index
 from offtrail.tasks.registry import make_task
 from offtrail.tasks.rejection import Candidate, Sifted, draw, mixed_in, sift
@@ -78,12 +79,12 @@ def reject(config: Config, run_dir: Path, interrupted: list[int]) -> Outcome:
             shown.advance(bar)
 
         sifted = sift(candidates, given, config.run.seed, held=held, looked=looked)
-    write_rejected(run_dir, candidates, sifted)
+    write_rejected(run_dir, candidates, sifted, given)
     if not sifted.kept:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in sifted.counts().items())
         raise refuse("reject.paths", given.paths, f"none of {len(candidates):,} rows is kept: {reasons}; {SEE}")
     mixed, contaminated = read_mix(config, len(sifted.kept), held)
-    lines = [as_line(row_of(candidates[place])) for place in sifted.kept]
+    lines = [as_line(row_of(candidates[place], given)) for place in sifted.kept]
     data = write_data(run_dir, [*lines, *(line_of_mixed(name, one) for name, rows in mixed.items() for one in rows)])
     counts = {
         "rows": len(candidates),
@@ -153,9 +154,13 @@ def read_mix(config: Config, kept: int, held: Index | None) -> tuple[dict[str, l
     return mixed, contaminated
 
 
-def row_of(one: Candidate) -> dict[str, Any]:
-    """Its row, under the names that job=sft reads, and where it is from."""
+def row_of(one: Candidate, given: RejectConfig) -> dict[str, Any]:
+    """Its row, under the names that job=sft reads, and where it is from. A gold answer that stood in `answer` is
+    `gold`, where job=reject looks for it.
+    """
     rest = {name: value for name, value in one.fields.items() if name not in ("prompt", "messages", "answer")}
+    if given.gold_field == "answer" != given.answer_field and "answer" in one.fields:
+        rest.setdefault("gold", one.fields["answer"])
     return {**asked(one.problem), "answer": one.problem.answer, **plain(rest), "from": place_of(one)}
 
 
@@ -183,11 +188,11 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
-def write_rejected(run_dir: Path, candidates: Sequence[Candidate], sifted: Sifted) -> None:
+def write_rejected(run_dir: Path, candidates: Sequence[Candidate], sifted: Sifted, given: RejectConfig) -> None:
     """The first candidate of each reason, with why."""
     first = {one.reason: one for one in reversed(sifted.rejected)}
     shown = [first[reason] for reason in sifted.counts()]
-    lines = [as_line({"reason": one.reason, "why": one.why, **row_of(candidates[one.place])}) for one in shown]
+    lines = [as_line({"reason": one.reason, "why": one.why, **row_of(candidates[one.place], given)}) for one in shown]
     write_atomic(run_dir / REJECTED_FILE, "".join(lines))
 
 

@@ -1,12 +1,13 @@
 """The compute of a cold start, kept beside the model that it made: whoever starts from that model counts it too.
 
 job=sft ──► its summary ──► save, into the cached model's folder ──► load ──► compute/cold_start_* of a run
+                                                     counted_once ──► of a recipe, whose stages may share one
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,19 @@ def load_devices(model: Path) -> list[dict[str, Any]]:
         return list(json.loads((model / FILE).read_text(encoding="utf-8")).get("devices", []))
     except FileNotFoundError:
         return []
+
+
+def counted_once(summaries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The summaries of a recipe's stages, in order; a cold start stands in the first alone of those that begin from the
+    same. The same: it took as many operations, and as many seconds to the last digit.
+    """
+    found, seen = list[Mapping[str, Any]](), set[tuple[Any, ...]]()
+    for summary in summaries:
+        made = tuple(summary.get(f"compute/cold_start_{name}") for name in KEPT)
+        if made in seen:
+            cold = ("compute/cold_start_", "cold_start_devices")
+            summary = {key: value for key, value in summary.items() if not key.startswith(cold)}
+        elif None not in made:
+            seen.add(made)
+        found.append(summary)
+    return found

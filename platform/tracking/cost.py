@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.recipe import stages_of
 from offtrail.platform.config.schema import Config, CostConfig
+from offtrail.platform.tracking.compute import counted_once
 from offtrail.platform.tracking.devices import entry_of, peak_of
 from offtrail.platform.tracking.summary import finite, read_summary, write_atomic
 
@@ -106,8 +107,13 @@ def cost_of(run_dir: Path, prices: CostConfig | None = None) -> RunCost:
     settings = prices or config.cost
     if not stages_of(config):
         return cost_of_summary(run_dir.name, config, settings, read_summary(run_dir))
-    folders = sorted((run_dir / "stages").glob("*/config.yaml"), key=lambda file: _number(file.parent.name))
-    return _together(run_dir.name, [cost_of(file.parent, settings) for file in folders], settings)
+    files = sorted((run_dir / "stages").glob("*/config.yaml"), key=lambda file: _number(file.parent.name))
+    summaries = counted_once(read_summary(file.parent) for file in files)
+    stages = [
+        cost_of_summary(file.parent.name, load_config(file), settings, summary)
+        for file, summary in zip(files, summaries, strict=True)
+    ]
+    return _together(run_dir.name, stages, settings)
 
 
 def _number(folder: str) -> tuple[int, str]:

@@ -52,20 +52,26 @@ class Launch:
 
 def rows(launches: Iterable[Launch]) -> list[dict[str, Any]]:
     """Devices of one name that the same roles share, together: ``name``, ``roles`` (role → processes), ``count`` (the
-    most of any launch) and ``seconds`` (of all devices and launches).
+    most of any launch) and ``seconds`` (of all devices and launches). A device is its roles' of all launches: one that
+    ended before every role was there makes no second device of it.
     """
+    known = list(launches)
+    shared: dict[str, set[str]] = {}
+    for launch in known:
+        for identity, (_, roles) in launch.devices.items():
+            shared.setdefault(identity, set()).update(roles)
     found: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
-    for launch in launches:
+    for launch in known:
         counts, processes = Counter[tuple[str, tuple[str, ...]]](), dict[tuple[str, tuple[str, ...]], Counter[str]]()
-        for name, roles in launch.devices.values():
-            key = (name, tuple(sorted(roles)))
+        for identity, (name, roles) in launch.devices.items():
+            key = (name, tuple(sorted(shared[identity])))
             counts[key] += 1
             processes.setdefault(key, Counter()).update(roles)
         for key, count in counts.items():
-            row = found.setdefault(key, {"name": key[0], "roles": {}, "count": 0, "seconds": 0.0})
+            row = found.setdefault(key, {"name": key[0], "roles": dict.fromkeys(key[1], 0), "count": 0, "seconds": 0.0})
             row["seconds"] += count * launch.seconds
             row["count"] = max(row["count"], count)
-            row["roles"] = {role: max(n, row["roles"].get(role, 0)) for role, n in sorted(processes[key].items())}
+            row["roles"] = {role: max(processes[key][role], n) for role, n in row["roles"].items()}
     return [found[key] for key in sorted(found)]
 
 

@@ -159,6 +159,15 @@ def test_a_device_that_two_roles_share_is_held_once() -> None:
     assert Launch.of_plain(json.loads(json.dumps(launch.to_plain()))) == launch
 
 
+def test_a_launch_that_ended_before_every_role_was_there_makes_no_second_device() -> None:
+    short, whole = Launch(2.0), Launch(10.0)
+    for launch, roles in ((short, ("learner",)), (whole, ("learner", "learner", "generator"))):
+        for role in roles:
+            launch.holds(role, {"here CPU": "CPU x"})
+    wanted = {"name": "CPU x", "roles": {"generator": 1, "learner": 2}, "count": 1, "seconds": 12.0}
+    assert rows([short, whole]) == rows([whole, short]) == [wanted]
+
+
 def test_a_broker_notes_what_is_held_and_the_next_launch_adds_to_it(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     assert run.clock.now == 1000.0
@@ -285,7 +294,7 @@ def test_a_recipe_is_the_sum_of_its_stages_and_a_cold_start_counts_once(tmp_path
         "compute/cold_start_flops": 1e15, "compute/cold_start_busy_seconds": 30.0, "compute/cold_start_tokens": 500,
         "cold_start_devices": [{"name": "NVIDIA H20", "roles": {"learner": 1}, "count": 1, "seconds": 1800.0}],
     }  # fmt: skip
-    folder(whole / "stages" / "10_rl", SUMMARY, *PRICED)
+    folder(whole / "stages" / "10_rl", SUMMARY | made, *PRICED)  # the same cold start
     second = folder(whole / "stages" / "2_sft", SUMMARY | made, *PRICED)
     folder(second / "stages" / "1_cold_start", SUMMARY, *PRICED)  # what it cost stands in its run
     found = cost.cost_of(whole)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from offtrail.core.problem import Problem
@@ -172,6 +174,10 @@ def test_rows_of_the_usual_forms_are_candidates(tmp_path: Path) -> None:
     assert (two.problem.messages, two.problem.answer, two.reward) == (tuple(turns), "Ho.", -1.0)
     assert (three.problem.messages, three.problem.answer, three.reward) == (tuple(turns), "", None)
     assert one.fields["rewards"] == {"accuracy": 0.5, "format": 1}
+    table, nan, none = tmp_path / "rows.parquet", [float("nan"), 1.0], [None, None]
+    pq.write_table(pa.table({"prompt": ["1+1?", "2?"], "answer": ["2", "2"], "reward": nan, "finish": none}), table)
+    config = RejectConfig(paths=[str(table)], unscored="keep")
+    assert [(one.reward, one.finished) for one in read_candidates(config, "accuracy")] == [(None, True), (1.0, True)]
     path = rows_in(tmp_path, {"problem": "1+1?"})
     compared = RejectConfig(decontaminate_against=[path])
     held = held_index(compared, ChainConfig(), [Problem("chain", 3, "5;+1;%10=?", "6")])
