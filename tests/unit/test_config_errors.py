@@ -533,3 +533,11 @@ def test_a_run_directory_is_no_model_but_holds_one(tmp_path):
     assert message(f"model.path={tmp_path}") == (
         f"model.path={tmp_path}: is a run directory; give the model in it: {where}"
     )
+
+
+@pytest.mark.parametrize("task", ["ifeval", "xstest", "countdown"])
+def test_what_no_gold_answer_decides_is_not_verified_by_one(tmp_path, task):
+    rows = write(tmp_path / "rows.jsonl", '{"prompt": "1", "answer": "2", "gold": "2", "label": "safe"}\n')
+    given = [] if task == "countdown" else [f"task.path={rows}"]
+    with pytest.raises(ConfigError, match=f"^reject.unscored=verify: task={task} is judged by more than its gold"):
+        compose(["job=reject", f"reject.paths=[{rows}]", "reject.unscored=verify", f"task={task}", *given])

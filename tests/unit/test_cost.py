@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from fakes.run import Run
 from offtrail.platform.config.compose import compose, to_yaml
 from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.recipe import Stage
 from offtrail.platform.engines.make import first_device
+from offtrail.platform.launcher.recipe import whole_summary
 from offtrail.platform.model.cost import Cost, active, cost_of
 from offtrail.platform.model.packing import SampleTable, lay_out
 from offtrail.platform.model.policy import Policy, load_model
@@ -315,6 +317,9 @@ def test_a_recipe_is_the_sum_of_its_stages_and_a_cold_start_counts_once(tmp_path
     assert "| R1-Zero | 101,376 | 69% |" in told
     cost.write(whole, found)
     assert json.loads((whole / "cost.json").read_text())["stages"][0]["roles"][0]["role"] == "learner"
+    handed = [Stage(n, name, "sft", "", (), {}, "") for n, name in ((2, "sft"), (10, "rl"))]
+    summed = whole_summary(whole, handed)
+    assert (summed["compute/cold_start_flops"], summed["compute/learner_trained_tokens"]) == (1e15, 2e6)
     dearer = compose(["cost.prices={H100: 4.0, H20: 2.0}", "cost.date=2027-01-01"]).cost
     assert cost.cost_of(whole, dearer).money == pytest.approx(21)
 
