@@ -58,8 +58,13 @@ def counted_once(summaries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, An
     for summary in summaries:
         made = tuple(summary.get(f"compute/cold_start_{name}") for name in KEPT)
         if made in seen:
+            totals = {f"compute/{name}": spent for name, spent in zip(KEPT, made, strict=True)}
             cold = ("compute/cold_start_", "cold_start_devices")
-            summary = {key: value for key, value in summary.items() if not key.startswith(cold)}
+            summary = {
+                key: value - totals[key] if key in totals else value
+                for key, value in summary.items()
+                if not key.startswith(cold)
+            }
         elif None not in made:
             seen.add(made)
         found.append(summary)

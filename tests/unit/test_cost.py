@@ -295,6 +295,7 @@ def test_a_recipe_is_the_sum_of_its_stages_and_a_cold_start_counts_once(tmp_path
     made = {
         "compute/cold_start_flops": 1e15, "compute/cold_start_busy_seconds": 30.0, "compute/cold_start_tokens": 500,
         "cold_start_devices": [{"name": "NVIDIA H20", "roles": {"learner": 1}, "count": 1, "seconds": 1800.0}],
+        "compute/flops": 3e15, "compute/busy_seconds": 80.0,
     }  # fmt: skip
     folder(whole / "stages" / "10_rl", SUMMARY | made, *PRICED)  # the same cold start
     second = folder(whole / "stages" / "2_sft", SUMMARY | made, *PRICED)
@@ -320,6 +321,7 @@ def test_a_recipe_is_the_sum_of_its_stages_and_a_cold_start_counts_once(tmp_path
     handed = [Stage(n, name, "sft", "", (), {}, "") for n, name in ((2, "sft"), (10, "rl"))]
     summed = whole_summary(whole, handed)
     assert (summed["compute/cold_start_flops"], summed["compute/learner_trained_tokens"]) == (1e15, 2e6)
+    assert (summed["compute/flops"], summed["compute/busy_seconds"]) == (3e15 + 2e15, 80 + 50)
     dearer = compose(["cost.prices={H100: 4.0, H20: 2.0}", "cost.date=2027-01-01"]).cost
     assert cost.cost_of(whole, dearer).money == pytest.approx(21)
 
