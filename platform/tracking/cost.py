@@ -277,14 +277,17 @@ def table(cost: RunCost) -> Table:
 
     headings, rows = (STAGE_HEADINGS, _stage_rows(cost)) if cost.stages else (HEADINGS, _role_rows(cost))
     shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    kept = [i for i in range(len(headings)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
+    said = [i for i in range(len(headings)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
+    kept = [i for i in said if headings[i] not in WIDE]
     for i in kept:
-        shown.add_column(headings[i], justify="left" if headings[i] in LEFT else "right")
+        shown.add_column(headings[i], justify="left" if headings[i] in LEFT else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*(row[i] for i in kept))
     return shown
 
 
+WIDE = ("devices", "tokens")
+"""Columns that cost.md alone has room for."""
 LEFT = ("role", "stage", "devices", "tokens")
 STAGE_HEADINGS = ("stage", "device h", "share", "model FLOPs", "cost")
 
@@ -294,7 +297,7 @@ def _role_rows(cost: RunCost) -> list[tuple[str, ...]]:
         (
             role.role, _devices(role.devices), _hours(role.held_hours), _hours(role.busy_hours), f"{role.share:.0%}",
             ", ".join(f"{_short(n)} {name}" for name, n in role.tokens.items()), f"{role.flops:.2e}", _share(role.mfu),
-            _share(role.hfu), _money(role.money, cost.currency),
+            _share(role.hfu if role.hardware_flops > role.flops else None), _money(role.money, cost.currency),
         )
         for role in cost.roles
     ]  # fmt: skip
@@ -356,7 +359,9 @@ def _share(value: float | None) -> str:
 
 
 def _money(value: float | None, currency: str) -> str:
-    return "–" if value is None else f"{value:,.2f} {currency}"
+    if value is None:
+        return "–"
+    return f"{value:,.2f} {currency}" if value >= 1 or not value else f"{value:.2g} {currency}"
 
 
 def _short(count: float) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from fakes.run import Run
@@ -272,6 +274,19 @@ def test_held_hours_are_shared_out_by_busy_time_and_priced(tmp_path: Path) -> No
     assert row["cost/money"] == pytest.approx(5.0)
     assert row["cost/generator_device_hours"] == pytest.approx(0.75)
     assert "cost/evaluator_mfu" in row  # 0 operations: its peak is known
+
+
+def test_the_terminals_table_is_narrow_and_says_of_small_runs_what_they_cost(tmp_path: Path) -> None:
+    small = SUMMARY | {"devices": [row | {"seconds": 3.6} for row in SUMMARY["devices"]]}
+    found = cost.cost_of(folder(tmp_path / "run", small, *PRICED))
+    out = io.StringIO()
+    Console(width=80, file=out).print(cost.table(found))
+    told = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert told[0].split() == ["role", "held", "h", "busy", "h", "share", "model", "FLOPs", "MFU", "HFU", "cost"]
+    assert [line.split()[0] for line in told[1:]] == ["learner", "generator", "evaluator", "all"]
+    assert told[1].endswith("0.002 USD")  # 3.6 s at 2 USD an hour
+    (generator,) = (line for line in cost.markdown(found).splitlines() if line.startswith("| generator"))
+    assert "| – | " in generator  # nothing was computed again: no HFU beside the MFU
 
 
 def test_without_a_price_there_is_no_money_and_without_a_peak_no_mfu(tmp_path: Path) -> None:
