@@ -407,8 +407,9 @@ class WeightsConfig:
     """distributed, ipc: tensors are sent together in buckets of about so many MiB."""
     probe_every: int = setting(5, "[0, inf)")
     """Versions between two fixed-text probes of engine against learner; 0 = none."""
-    probe_alarm: float = setting(0.05, "[0, inf)")
-    """The run fails when the probe differs by more, in nats a token (bfloat16: about .02); 0 = never."""
+    probe_alarm: float = setting(0.05, "[0, inf)", resumable=True)
+    """The run fails when the probe differs by more, in nats a token; with bfloat16 for each nat of the text's mean
+    −log p; 0 = never."""
 
 
 @dataclass

@@ -224,11 +224,12 @@ class Rollout:
         if learner:
             prompt, output = probe_text(self.engine.vocab_size)
             alarm = self.config.weights.probe_alarm
+            rounded = {self.config.engine.dtype, self.config.learner.dtype} != {"float32"}
             found = []
             for replica in range(self.engine.replicas):
                 with contextlib.suppress(ConnectionError):  # that copy is gone; its successor is probed in its turn
                     [engine] = self.engine.logprobs([prompt], [output], 1.0, replica)
-                    found.append(compare(engine, learner, version=version, alarm=alarm))
+                    found.append(compare(engine, learner, version=version, alarm=alarm, rounded=rounded))
             for name in found[0] if found else ():
                 self.connection.activity.gauge(name, max(one[name] for one in found))
 

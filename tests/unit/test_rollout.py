@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -383,6 +384,29 @@ def test_the_fixed_text_probe_is_a_gauge_and_an_alarm() -> None:
     rollout.take_replies()
     with pytest.raises(MismatchError, match=r"disagree by 0\.1 nats .* version 1; weights\.probe_alarm=0\.05"):
         rollout.apply_weights()
+
+
+@pytest.mark.parametrize(
+    ("engine", "learner", "differs", "alarms"),
+    [
+        ("float32", "float32", 0.06, True),  # .05 nats
+        ("bfloat16", "bfloat16", 0.1, False),  # a trained model of 135M parameters, both sides in one dtype
+        ("float32", "bfloat16", 0.5, False),
+        ("bfloat16", "bfloat16", 0.7, True),  # .05 · 12.7 nats
+    ],
+)
+def test_what_rounding_does_to_unlikely_tokens_is_no_alarm(
+    engine: Any, learner: Any, differs: float, alarms: bool
+) -> None:
+    """To a trained model the fixed text is nonsense: logits are large, and so is bfloat16's error."""
+    config = Config()
+    config.engine.dtype, config.learner.dtype = engine, learner
+    rollout = make(config)
+    rollout.engine.logprobs = lambda *asked: [np.full(24, -12.0, np.float32)]  # type: ignore[method-assign]
+    rollout.weights.learner = [-12.0 - differs] * 24  # type: ignore[attr-defined]
+    grant(rollout, lease(1))
+    with pytest.raises(MismatchError, match="disagree by") if alarms else contextlib.nullcontext():
+        turn(rollout)
 
 
 def test_engine_and_verifiers_charge_what_was_added_since_the_last_time() -> None:
