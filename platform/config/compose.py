@@ -116,7 +116,8 @@ def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
     own = {*file.options, *line.options, *(key.removesuffix(".name") for key in given if key.endswith(".name"))}
     taken = [section for section in TRAINED if section not in own and not (distils and section == "model")]
     options = (file.options | line.options).items()
-    beside = {key for group, option in options for key in _option_values(group, option)[1]} | {"model.path"}
+    beside = {key for group, option in options for key in _option_values(group, option)[1]}
+    beside |= {"model.path", "model.name"}  # the checkpoint is the model; its start may be gone
     saved = file_layer(run / "config.yaml").values
     return [Layer(values={k: v for k, v in saved.items() if k.partition(".")[0] in taken and k not in beside})]
 

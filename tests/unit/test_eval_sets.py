@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,19 @@ def test_a_votes_weight_that_no_answer_will_have_is_told_before_the_start(tmp_pa
     ):
         compose(line)
     compose([*line[:2], "eval.vote_weight=format"])
+
+
+@pytest.mark.parametrize("job", ["eval", "sample"])
+def test_a_run_that_began_with_a_model_of_somebodys_is_asked_without_that_model(job: str, tmp_path: Path) -> None:
+    """Of `model` it is asked with what bounds the answers; where it began, and under which option, is the run's."""
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "config.json").write_text("{}")
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_3").mkdir(parents=True)
+    (run / "checkpoints" / "step_3" / "config.json").write_text("{}")
+    (run / "config.yaml").write_text(to_yaml(compose([f"model.path={start}", "model.max_length=99"])))
+    shutil.rmtree(start)
+    for checkpoint in (run, run / "checkpoints" / "step_3"):
+        config = compose([f"job={job}", f"checkpoint={checkpoint}"])
+        assert (config.model.path, config.model.name, config.model.max_length) == ("", "tiny", 99)
