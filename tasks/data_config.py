@@ -23,7 +23,7 @@ class SampleConfig:
     prompts: int = setting(1024, "[0, inf)")
     """Training prompts that are asked, in the data order; 0 = all that a set of files has, each once."""
     first: int = setting(0, "[0, inf)")
-    """Place of the first of them in the data order: several runs can share a set."""
+    """Place of the first of them in the data order: several runs with the same run.seed can share a set."""
     samples: int = setting(4, "[1, 65536]")
     """Answers drawn for each prompt, of at most sampling.max_new_tokens tokens."""
     temperature: float = setting(1.0, "[0, 100]")

@@ -172,7 +172,9 @@ def _set(
         for rule in rules:
             rule(built)
     except (ConfigError, PluginError, TaskError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+        unknown = "name" not in settings and str(error).startswith(f"task.name={label}: ")
+        way = "; or say which of them the set is of, as {name: jsonl, …}" if unknown else ""
+        raise ConfigError(f"{where}: {error}{way}") from None
     return EvalSet(label, dataclasses.replace(config, task=built.task, reward=built.reward), prompts, samples)
 
 

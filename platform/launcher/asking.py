@@ -159,6 +159,7 @@ def run_asking(job: Job, role: str, config: Config, run_dir: Path, interrupted: 
         return "failed", f"no memory for the engine ({error}); lower engine.kv_cache_mb or engine.max_running"
     finally:
         with contextlib.suppress(OSError, ValueError):  # a full disk has been told already
+            meter.note()
             write_summary(run_dir, read_summary(run_dir) | meter.summary())
 
 
@@ -190,7 +191,18 @@ def ask(
         contextlib.closing(make_engine(RoleContext(config, run_dir, manner.role, 0))) as engine,
         Progress(*COLUMNS, console=console, disable=not console.is_terminal) as shown,
     ):
-        began, judged = time.monotonic(), Counter[str]()
+        began, waited, pools = time.monotonic(), 0.0, list[VerifierPool]()
+
+        def note() -> None:
+            busy = time.monotonic() - began - waited
+            judged = sum((Counter(pool.counters) for pool in pools), Counter[str]())
+            meter.note({**engine.counters, **judged, f"busy_{manner.doing}_seconds": busy})
+
+        def tick(made: int) -> None:
+            if meter.due:
+                note()
+            bar.answered(made)
+
         bar = Bar(shown, total, total - sum(len(part.problems) for part in todo), look, quiet=console.is_terminal)
         wait_for(engine, bar, look)
         waited = time.monotonic() - began
@@ -201,15 +213,13 @@ def ask(
             version = version_of(run_dir)
             sampling = manner.sampling(questions.config, text, version)
             with VerifierPool(questions.config) as verifiers:
+                pools.append(verifiers)
                 answers = Answers(questions.config, engine, text, verifiers, f"{manner.role}-0")
                 rounds = (part.round(sampling) for part in parts.values())
-                for round, groups in answers.rounds(rounds, step=version, some=False, ahead=ahead, tick=bar.answered):
+                for round, groups in answers.rounds(rounds, step=version, some=False, ahead=ahead, tick=tick):
                     parts[round.first].seal(config.run.name, groups)
-                    busy = time.monotonic() - began - waited
-                    spent = judged + Counter(verifiers.counters)
-                    meter.note({**engine.counters, **spent, f"busy_{manner.doing}_seconds": busy})
+                    note()
                     bar.answered(groups.count(None))
-            judged += Counter(verifiers.counters)
     look()
 
 

@@ -43,8 +43,8 @@ class RoleCost:
     """One role of a run. ``devices``: how many of what name; ``held_hours`` of them, ``busy_hours`` of its processes.
 
     ``flops`` are the model's, ``hardware_flops`` with what was computed again; ``mfu`` and ``hfu`` their shares of what
-    the held devices could have done (None: peak not known). ``share`` of the run's device hours; ``money`` None where a
-    device has no price.
+    the held devices ``could`` have done (None: peak not known). ``share`` of the run's device hours; ``money`` None where
+    a device has no price.
     """
 
     role: str
@@ -58,6 +58,7 @@ class RoleCost:
     hfu: float | None
     money: float | None
     share: float = 0.0
+    could: float | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ def _role(
         mfu=flops / could if could else None,
         hfu=hardware / could if could else None,
         money=sum(_price(name, settings) * spent / 3600 for name, (spent, _) in held.items()) if priced else None,
+        could=could,
     )
 
 
@@ -234,8 +236,8 @@ def _together(name: str, stages: list[RunCost], settings: CostConfig) -> RunCost
 
 def _added_roles(parts: list[RoleCost]) -> RoleCost:
     """The same role in several stages. A share of the peak needs every stage's."""
-    could = [part.flops / part.mfu if part.mfu else (0.0 if not part.flops else None) for part in parts]
-    known = sum(value for value in could if value is not None) if None not in could else 0.0
+    could = [part.could if part.held_hours else 0.0 for part in parts]
+    known = None if None in could else sum(value for value in could if value is not None)
     flops, hardware = (sum(getattr(part, name) for part in parts) for name in ("flops", "hardware_flops"))
     money = [part.money for part in parts]
     return RoleCost(
@@ -249,6 +251,7 @@ def _added_roles(parts: list[RoleCost]) -> RoleCost:
         mfu=flops / known if known else None,
         hfu=hardware / known if known else None,
         money=None if None in money else sum(value for value in money if value is not None),
+        could=known or None,
     )
 
 

@@ -21,6 +21,8 @@ from typing import Any
 from offtrail.platform.tracking.summary import write_atomic
 
 LAUNCHES = "launches.json"
+NOTE_SECONDS = 5.0
+"""Between two notes of a Meter, at least."""
 
 
 @dataclass
@@ -77,7 +79,7 @@ def rows(launches: Iterable[Launch]) -> list[dict[str, Any]]:
 
 class Meter:
     """What one role of a job without a broker holds and spends: runs/NAME/launches.json, which every launch goes on
-    with. ``note`` now and then: what a kill -9 takes is what came since the last one.
+    with. ``note`` whenever it is ``due``: what a kill -9 takes is what came since the last one.
     """
 
     def __init__(
@@ -90,9 +92,15 @@ class Meter:
         self._now, self._charges = Launch(), dict[str, float]()
         self._now.holds(role, devices)
 
-    def note(self, charges: Mapping[str, float]) -> None:
-        """Write down what this launch has held up to now, and its cumulative charges."""
-        self._now.seconds, self._charges = self._clock() - self._began, dict(charges)
+    @property
+    def due(self) -> bool:
+        """Whether the last note is NOTE_SECONDS old."""
+        return self._clock() - self._began - self._now.seconds >= NOTE_SECONDS
+
+    def note(self, charges: Mapping[str, float] | None = None) -> None:
+        """Write down what this launch has held up to now, and its cumulative charges (None: as they were)."""
+        self._now.seconds = self._clock() - self._began
+        self._charges = self._charges if charges is None else dict(charges)
         write_atomic(self._file, json.dumps(self._all()))
 
     def summary(self) -> dict[str, Any]:

@@ -221,8 +221,12 @@ def test_a_job_without_a_broker_counts_over_its_launches(tmp_path: Path) -> None
         clock[0] += seconds
         meter.note({"flops": flops / 2})
         meter.note({"flops": flops})  # cumulative
+        assert not meter.due
+    clock[0] += 6.0  # a launch that ends before anything is whole
+    assert meter.due
+    meter.note()
     assert meter.summary() == {
-        "devices": [{"name": "H100", "roles": {"evaluator": 1}, "count": 1, "seconds": 30.0}],
+        "devices": [{"name": "H100", "roles": {"evaluator": 1}, "count": 1, "seconds": 36.0}],
         "compute/evaluator_flops": 12.0,
     }
     (tmp_path / LAUNCHES).write_text("[{")
@@ -324,6 +328,7 @@ def test_a_recipe_is_the_sum_of_its_stages_and_a_cold_start_counts_once(tmp_path
     assert roles["cold start"].tokens == {"trained": 500}
     assert roles["learner"].held_hours == 4.0
     assert roles["learner"].mfu == pytest.approx(2160 / 7200)
+    assert (roles["evaluator"].mfu, roles["evaluator"].flops) == (0.0, 0.0)
     assert sum(role.share for role in found.roles) == pytest.approx(1)
     assert sum(role.money or 0 for role in found.roles) == pytest.approx(found.money)
     told = cost.markdown(found)

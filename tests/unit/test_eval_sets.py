@@ -75,7 +75,7 @@ def test_what_is_saved_needs_no_option_and_no_folder_to_stand_in(aime: Path, mon
     ("keys", "words"),
     [
         ("{chain: {digits: 3}}", r"eval\.sets\.chain: task\.digits=3: "),
-        ("{nobody: {}}", r"eval\.sets\.nobody: task\.name=nobody: must be one of "),
+        ("{nobody: {}}", r"eval\.sets\.nobody: task\.name=nobody: must be one of .*; or say .*\{name: jsonl"),
         ("{nobody: 3}", r"eval\.sets"),
         ("{chain: {prompts: 0}}", r"eval\.sets\.chain\.prompts=0: must be a whole number ≥ 1"),
         ("{chain: {samples: many}}", r"eval\.sets\.chain\.samples=many: must be a whole number"),
