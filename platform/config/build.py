@@ -218,6 +218,8 @@ def _expected(key: Key) -> str:
         return "true or false"
     if key.is_mapping:
         return f"a mapping {key.type_text}, such as {key.path}={show(key.default)}, or {key.path}.NAME=NUMBER"
+    if key.type_text.endswith(", …]"):
+        return f"a list {key.type_text}, such as {key.path}=[A, B]"
     if isinstance(key.default, tuple):
         return f"{key.type_text}, such as {key.path}={show(key.default)}"
     return f"one of {key.type_text.replace('|', ', ')}" if "|" in key.type_text else "one text"

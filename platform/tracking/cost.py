@@ -42,9 +42,9 @@ TOKENS = {
 class RoleCost:
     """One role of a run. ``devices``: how many of what name; ``held_hours`` of them, ``busy_hours`` of its processes.
 
-    ``flops`` are the model's, ``hardware_flops`` with what was computed again; ``mfu`` and ``hfu`` their shares of what
-    the held devices ``could`` have done (None: peak not known). ``share`` of the run's device hours; ``money`` None where
-    a device has no price.
+    ``flops`` are the model's, ``hardware_flops`` with what was computed again; ``mfu`` and ``hfu`` their shares of
+    what the held devices ``could`` have done (None: peak not known). ``share`` of the run's device hours; ``money``
+    None where a device has no price.
     """
 
     role: str

@@ -46,6 +46,7 @@ MISTAKES = [
     (["staleness.mode=exakt"], "staleness.mode=exakt: must be one of bound, exact", ["nearest: exact"]),
     (["job=ppo"], "job=ppo: must be one of rl, sft, eval, sample, reject, distill, serve, chat", []),
     (["sft.betas=0.9"], "sft.betas=0.9: must be [float, float]", ["sft.betas=[0.9, 0.98]"]),
+    (["tracking.sinks=wandb"], "tracking.sinks=wandb: must be a list [text, …]", ["such as tracking.sinks=[A, B]"]),
     (["sft.betas=[0.9]"], "sft.betas=[0.9]: must be [float, float]", []),
     (["sft.betas=[0.9"], "sft.betas=[0.9: malformed", []),
     (["learner.steps=[3]"], "learner.steps=[3]: must be a whole number", []),
