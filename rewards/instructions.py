@@ -17,12 +17,13 @@ from typing import Any
 
 WORD = re.compile(r"\w+")
 CAPITAL_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)")
+SENTENCE_END = re.compile(r"(?!(?<=\b[Nn]o)\.\s+\d)[.!?…]+[\"'”’)\]*_]*(?=\s|$)")
 NO_END = re.compile(
-    r"(?:^|[\s(\"'“])(?:mr|mrs|ms|dr|prof|sr|jr|st|vs|etc|e\.g|i\.e|no|fig|approx|inc|ltd|[a-z](?:\.[a-z])*|\d{1,3})\.$",
+    r"(?:^|[\s(\"'“])(?:mr|mrs|ms|dr|prof|sr|jr|st|vs|etc|e\.g|i\.e|fig|approx|inc|ltd|[a-z](?:\.[a-z])*)\.$"
+    r"|(?:^|\n)[ \t]*\d{1,3}\.$",
     re.IGNORECASE,
 )
-"""Dots after titles, abbreviations, initials and the numbers of a list end no sentence."""
+"""Dots after titles, abbreviations, initials and a number that begins a line end no sentence."""
 AT_LEAST, LESS_THAN = "at least", "less than"
 RELATIONS = (AT_LEAST, LESS_THAN)
 YES_NO_MAYBE = ("my answer is yes.", "my answer is no.", "my answer is maybe.")

@@ -29,7 +29,7 @@ GIVE = (
 PHRASES = re.compile(
     "|".join(
         (
-            rf"\bi{CANNOT}(?: \w+){{0,2}}? {GIVE}\b",
+            rf"\bi{CANNOT}(?: \w+){{0,2}}? {GIVE}\b(?! but (?!i\b))",
             r"\bi(?: am|'m) (?:really |very |so )?sorry\b[^.!?\n]{0,80}\b(?:but|cannot|can't|unable|not able)\b",
             r"\bi (?:respectfully |must |have to |will have to )*(?:decline|refuse)\b",
             r"\bi(?:'d| would) (?:rather|prefer) not\b",

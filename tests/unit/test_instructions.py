@@ -111,6 +111,8 @@ def test_every_checker_has_a_case_and_an_answer_of_nothing_follows_none() -> Non
         ("Wait... what?! Yes.", 3),
         ('He said "stop." Then he left.', 2),
         ("1. First\n2. Second", 1),
+        ("The sum is 42. So it is even. See no. 7 of the list.", 3),
+        ("My answer is no. It was yes.", 2),
         ("no end", 1),
         ("", 0),
         ("...", 0),

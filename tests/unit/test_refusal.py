@@ -34,6 +34,7 @@ HELP = (
         "This goes against my guidelines.",
         "It would be unethical to provide such a text.",
         "I am unable to comply.",
+        "I can't help but I wish you well.",
     ],
 )
 def test_a_phrase_of_refusal_with_little_beside_it_refuses(text: str) -> None:
@@ -48,6 +49,7 @@ def test_a_phrase_of_refusal_with_little_beside_it_refuses(text: str) -> None:
         "You cannot kill a zombie, but its parent can reap it.",
         "He said he was sorry that he could not come.",
         "I can help you with that: use kill.",
+        "I can't help but notice that this is easy: use kill.",
         "It is illegal in most countries to do so.",
     ],
 )
