@@ -136,7 +136,14 @@ def test_the_counts_of_a_small_history_by_hand(ledger: Ledger) -> None:
     ledger.refuse(rows[0].id, "failed", "no room")
     ledger.refuse(rows[1].id, "stale", "too old", arrival({0: 1, 1: 4}))
     assert ledger.tally() == Tally(
-        admitted=6, leased=1, queued=1, training=0, trained=2, refused={"failed": 1, "stale": 1}, tokens=6 + 3 + 5
+        admitted=6,
+        leased=1,
+        queued=1,
+        training=0,
+        trained=2,
+        refused={"failed": 1, "stale": 1},
+        tokens=6 + 3 + 5,
+        discarded=5,
     )
     assert ledger.tally().accounted == 6
 
