@@ -315,7 +315,7 @@ def faked(name: str, **contents: Any) -> ModuleType:
 def played(name: str, run_dir: Path, settings: dict[str, Any] | None = None, resume: int = 0) -> None:
     sink = maker_of(name, settings or {}, run_dir)()
     sink.start({"learner.steps": 9, "reward.weights": {"accuracy": 1.0}}, "run-0a1b", resume)
-    sink.write(1, {"loss/policy": 2.0, "reward/a,b": 1.0})
+    sink.write(1, {"loss/policy": 2.0, "reward/a,b": 1.0, "policy/clip/stale_0": 0.0})
     sink.text(1, "samples", "1 < 2")
     sink.write(0, {"eval/accuracy": 0.5})
     sink.close()
@@ -342,7 +342,7 @@ def test_wandb_takes_scores_of_earlier_steps(tmp_path: Path, monkeypatch: pytest
     assert "entity" not in begun  # wandb's own default
     assert rest == [
         ("define_metric", "step", {"hidden": True}), ("define_metric", "*", {"step_metric": "step"}),
-        ("log", {"step": 1, "loss/policy": 2.0, "reward/a,b": 1.0}),
+        ("log", {"step": 1, "loss/policy": 2.0, "reward/a,b": 1.0, "policy/clip/stale_0": 0.0}),
         ("log", {"step": 1, "samples/text": "<pre>1 &lt; 2</pre>"}), ("log", {"step": 0, "eval/accuracy": 0.5}),
         ("finish",), "teardown",
     ]  # fmt: skip
@@ -361,7 +361,8 @@ def test_trackio_goes_on_under_the_runs_id(tmp_path: Path, monkeypatch: pytest.M
     begun, *rest = calls
     assert (begun["name"], begun["resume"], begun["space_id"]) == ("run-0a1b", "allow", None)
     assert rest == [
-        ({"loss/policy": 2.0, "reward/a,b": 1.0}, {"step": 1}), ({"samples/text": "1 < 2"}, {"step": 1}),
+        ({"loss/policy": 2.0, "reward/a,b": 1.0, "policy/clip/stale_0": 0.0}, {"step": 1}),
+        ({"samples/text": "1 < 2"}, {"step": 1}),
         ({"eval/accuracy": 0.5}, {"step": 0}), "finish",
     ]  # fmt: skip
 
@@ -401,7 +402,9 @@ def test_mlflow_finds_the_run_of_an_earlier_launch(tmp_path: Path, monkeypatch: 
         (tmp_path / "mlruns").as_uri(), "tags.`offtrail.run_id` = 'run-0a1b'",
         ("offtrail", {"offtrail.run_id": "run-0a1b"}, tmp_path.name),
         ("log_batch", "m1", {"params": [("learner.steps", "9"), ("reward.weights", "{'accuracy': 1.0}")]}),
-        ("log_batch", "m1", {"metrics": [("loss/policy", 2.0, 1), ("reward/a_b", 1.0, 1)]}),
+        ("log_batch", "m1", {"metrics": [
+            ("loss/policy", 2.0, 1), ("reward/a_b", 1.0, 1), ("policy/clip.stale_0", 0.0, 1),
+        ]}),
         ("log_text", "m1", "1 < 2", "samples/1.md", {}),
         ("log_batch", "m1", {"metrics": [("eval/accuracy", 0.5, 0)]}), ("set_terminated", "m1", {}),
     ]  # fmt: skip
@@ -423,11 +426,12 @@ def test_the_real_package_has_what_it_was_told(name: str, tmp_path: Path, monkey
     config = Config()
     config.tracking.sinks, config.tracking.tensorboard = [name], False
     config.tracking.sink_settings = {name: settings}
+    by_age = {"policy/clip_fraction": 0.5, "policy/clip_fraction/stale_0": 0.25}
     for steps in ((1, 2), (2, 3)):  # step 2 is replayed
         recorder = Recorder(tmp_path, config)
-        recorder.restore([{"step": 1, "loss/policy": 1.0}] if steps[0] == 2 else [])
+        recorder.restore([{"step": 1, "loss/policy": 1.0, **by_age}] if steps[0] == 2 else [])
         for step in steps:
-            recorder.step({"step": step, "loss/policy": float(step)}, None, {"samples": f"answer {step}"})
+            recorder.step({"step": step, "loss/policy": float(step), **by_age}, None, {"samples": f"answer {step}"})
         recorder.evaluation(steps[0] - 1, {"eval/accuracy": 0.25 * steps[0]})
         ended(recorder.sinks)
         assert recorder.sinks.lines == []

@@ -67,5 +67,8 @@ class MlflowSink:
 
 
 def _key(name: str) -> str:
-    """MLflow's names: letters, digits and _ - . / : and blanks."""
-    return re.sub(r"[^\w\-./: ]", "_", name, flags=re.ASCII)
+    """MLflow's names: letters, digits and _ - . / : and blanks. Trap: its folders hold a metric as a file, so that one
+    named a/b leaves no place for a/b/c, which is a/b.c there.
+    """
+    area, slash, rest = re.sub(r"[^\w\-./: ]", "_", name, flags=re.ASCII).partition("/")
+    return area + slash + rest.replace("/", ".")
