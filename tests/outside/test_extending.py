@@ -47,7 +47,8 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_tasks_settings_are_keys_like_any_other_and_are_saved(folder: Path):
     first = command(folder, "task=my_tasks:Largest", "task.digits=5", "--dry-run")
     assert yaml.safe_load(first.stdout)["task"] == {
-        "name": "my_tasks:Largest", "held_out_share": 0.1, "worked_share": 0.5, "tagged_share": 1.0, "noise": 0.0, "digits": 5,
+        "name": "my_tasks:Largest", "held_out_share": 0.1, "worked_share": 0.5, "tagged_share": 1.0, "noise": 0.0,
+        "digits": 5,
     }  # fmt: skip
     (folder / "saved.yaml").write_text(first.stdout)
     assert command(folder, "saved.yaml", "--dry-run").stdout == first.stdout
