@@ -56,7 +56,7 @@ class RunConfig:
 
 @dataclass
 class RecipeConfig:
-    """A list of stages, each an ordinary run in runs/NAME/stages/, which hands on its checkpoint and its data."""
+    """A list of stages, each an ordinary run in runs/NAME/stages/."""
 
     name: str = "none"
     """Label of the recipe; none = one job, that of `job`."""
@@ -474,7 +474,7 @@ class TrackingConfig:
 
 @dataclass
 class CostConfig:
-    """What devices cost and can do, for cost.md and `cost/…` in summary.json (docs/cost.md). No price is assumed."""
+    """What devices cost and can do (docs/cost.md). No price is assumed."""
 
     prices: dict[str, float] = setting({})
     """Price of a device's hour by its name, as {H100: 2.5}: the words of a name are looked for in the device's own."""

@@ -22,7 +22,9 @@ def spent(summary: Mapping[str, Any]) -> dict[str, float]:
     evaluation = sum(
         amount
         for name, amount in summary.items()
-        if name.startswith("compute/evaluator_") and name.endswith("flops") and isinstance(amount, (int, float))
+        if name.removeprefix("compute/").startswith("evaluator_")
+        and name.endswith("flops")
+        and isinstance(amount, (int, float))
     )
     return {
         "flops": number(summary, "compute/flops") - evaluation,

@@ -104,6 +104,10 @@ def make_model(start_dir: Path, tmp_path: Path) -> Callable[[Case], Path]:
     return make
 
 
+class AskedError(Exception):
+    """The engine has what it is to answer, and this one never does."""
+
+
 class FakeEngine:
     """Keeps what it is asked."""
 
@@ -115,6 +119,9 @@ class FakeEngine:
 
     def generate(self, requests: list[Request]) -> None:
         self.asked += requests
+
+    def lost(self) -> list[int]:
+        raise AskedError
 
 
 def settings(case: Case, tmp_path: Path) -> Config:
@@ -142,9 +149,10 @@ def rollout_of(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -
 def eval_tokens(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     engine = FakeEngine()
     monkeypatch.setattr(evaluator, "make_engine", lambda context, loaded: engine)
-    monkeypatch.setattr(evaluator, "VerifierPool", lambda config: SimpleNamespace(counters={}))
+    monkeypatch.setattr(evaluator, "VerifierPool", lambda config, sets: SimpleNamespace(counters={}))
     evaluation = evaluator.Evaluation(RoleContext(config, run_dir, "evaluator", 0), Activity())
-    evaluation.answers.groups(evaluation.problems, 1, Sampling(max_new_tokens=1))
+    with pytest.raises(AskedError):
+        evaluation.answers.groups(evaluation.problems, 1, Sampling(max_new_tokens=1))
     [request] = engine.asked
     return list(request.prompt_tokens.tolist())
 
