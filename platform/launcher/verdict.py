@@ -9,6 +9,7 @@ difference over questions does not hold 0. That interval is of these seeds; the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from offtrail.ablations.intervals import two_way
 from offtrail.platform.config.recipe import Stage
 from offtrail.platform.evaluator.measures import Estimate, over_questions
+from offtrail.platform.evaluator.report import RESULTS
+from offtrail.platform.launcher.asking import PART, file_of
 from offtrail.platform.launcher.stage_cost import Summaries, made_for, together
 
 Outcomes = NDArray[np.float64]
@@ -93,14 +96,18 @@ def _signed(triple: Sequence[float]) -> str:
 
 
 def shares_of(folder: Path) -> dict[str, Outcomes]:
-    """Set → [questions] share of right answers, from the sealed answers of a stage of job=eval."""
+    """Set → [questions] share of right answers, from the sealed answers of a stage of job=eval. A question whose prompt
+    left no room has none, and stands at its place with 0, as in the table: arms are paired by question.
+    """
     from offtrail.platform.broker.archive import read_groups  # slow to import
     from offtrail.platform.config.compose import load_config
 
-    main, found = load_config(folder / "config.yaml").reward.main, dict[str, Outcomes]()
-    for file in sorted((folder / "answers").glob("*.parquet")):
-        name = file.stem.rpartition("-")[0]
-        groups = sorted(read_groups(file, range(2**31)), key=lambda group: group.group)
-        means = np.array([np.nan_to_num(group.components[main].astype(np.float64)).mean() for group in groups])
-        found[name] = np.concatenate([found.get(name, np.zeros(0)), means])
+    main = load_config(folder / "config.yaml").reward.main
+    asked = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["n-samples"]
+    found = {}
+    for name, told in asked.items():
+        shares = found[name] = np.zeros(told["original"])
+        for first in range(0, len(shares), PART):
+            for group in read_groups(file_of(folder, name, first), range(first, first + PART)):
+                shares[group.group] = np.nan_to_num(group.components[main].astype(np.float64)).mean()
     return found

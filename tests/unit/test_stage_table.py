@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from offtrail.core.types import Batch
+from offtrail.platform.broker.archive import tables
 from offtrail.platform.config.recipe import Stage
 from offtrail.platform.launcher import published
+from offtrail.platform.launcher.asking import file_of
 from offtrail.platform.launcher.stage_cost import lineage, made_for, spent, together
 from offtrail.platform.launcher.stage_table import as_markdown, as_table, cells, in_short, rows_of, write_table
-from offtrail.platform.launcher.verdict import compared
+from offtrail.platform.launcher.verdict import compared, shares_of
 
 
 def stage(number: int, name: str, job: str, start_from: str = "", *data_from: str) -> Stage:
@@ -160,3 +167,24 @@ def test_one_seed_says_nothing_of_others() -> None:
     found = compared(arms, ARM_STAGES, ARM_SUMMARIES, shares(0.5, 0.9))
     assert found["sets"]["chain"]["difference_of_other_seeds"] is None
     assert "and 1 seed: distil is ahead" in found["lines"][0]
+
+
+def test_arms_are_paired_by_question_where_a_prompt_left_no_room(
+    tmp_path: Path, make_batch: Callable[..., Batch]
+) -> None:
+    """Questions 0, 2 and 65 of 67 have answers, in two files."""
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "config.yaml").write_text("job: eval\ncheckpoint: m\n")
+    (tmp_path / "eval.json").write_text(json.dumps({"n-samples": {"my_tasks:Sums": {"original": 67}}}))
+    groups = [
+        dataclasses.replace(one, group=number, components={"accuracy": np.array(right, np.float32)})
+        for one, number, right in zip(
+            make_batch(0, B=3, G=2).groups, (0, 2, 65), ([1, 0], [1, 1], [1, np.nan]), strict=True
+        )
+    ]
+    for first, part in ((0, groups[:2]), (64, groups[2:])):
+        rows = tables("asked", [({"group": one.group, "state": "evaluated"}, one) for one in part], {})
+        pq.write_table(pa.concat_tables(rows), file_of(tmp_path, "my_tasks:Sums", first))
+    shares = shares_of(tmp_path)["my_tasks:Sums"]
+    assert len(shares) == 67
+    assert {place: share for place, share in enumerate(shares.tolist()) if share} == {0: 0.5, 2: 1.0, 65: 0.5}
