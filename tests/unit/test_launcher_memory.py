@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -212,3 +213,50 @@ def test_a_living_process_has_pages() -> None:
         assert resident(process.pid) > 0
         process.kill()
     assert resident(process.pid) == 0
+
+
+def test_what_was_freed_is_given_back_once_and_not_for_what_glibc_still_counts() -> None:
+    """In a process of its own: other tests' heaps are not the matter here."""
+    code = """
+import ctypes
+import numpy as np
+from offtrail.platform.runtime import host_memory
+library, trims = host_memory._glibc(), []
+class Counting:
+    def __getattr__(self, name):
+        if name == "malloc_trim":
+            trims.append(name)
+        return getattr(library, name)
+host_memory._glibc = Counting
+host_memory.give_back_freed()
+def used():
+    return host_memory._resident_anonymous() >> 20
+def fragmented():  # below the size that is mapped by itself; what is kept stands between what is freed
+    blocks = [np.ones(12_500) for _ in range(1000)]
+    kept = blocks[::50]
+    del blocks[:]
+    return kept
+trims.clear()
+first = fragmented()
+full = used()
+host_memory.give_back_freed(32 << 20)
+assert len(trims) == 1 and full - used() > 60, (trims, full, used())
+host_memory.give_back_freed(32 << 20)
+assert len(trims) == 1, "nothing new was freed"
+assert library.mallinfo2().fordblks > 32 << 20, "glibc counts what the system has back as free"
+second = fragmented()
+host_memory.give_back_freed(32 << 20)
+assert len(trims) == 2
+small = [np.ones(12_500) for _ in range(100)]
+del small[:]
+host_memory.give_back_freed(32 << 20)
+assert len(trims) == 2, "10 MB are worth no look"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
