@@ -355,6 +355,7 @@ class Archive:
         self._thread.join()
 
     def _work(self) -> None:
+        pa.array([0])  # its first array makes pyarrow import pandas: now, while the other roles load
         while (name := self._todo.get()) is not None:
             try:
                 self._done.put(Sealed(name, write_shard(self._ledger, self._folder, self._run, name)))

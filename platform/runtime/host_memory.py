@@ -76,8 +76,8 @@ def give_back_freed(at_least: int = 0) -> None:
     """Hand to the system what this process has freed, which glibc (2.33 and later) keeps for the next allocation, where
     it is ``at_least`` so many bytes. Nothing with another C library.
 
-    Trap: glibc's own count of free bytes (fordblks) holds those that the system has back already. Counting by it, a small
-    model's learner gave its working memory back before each pass, and spent a fifth of its time on taking it again.
+    Trap: glibc's own count of free bytes (fordblks) holds those that the system has back already. By it a small model's
+    learner would give its working memory back before each pass, and spend a fifth of its time on taking it again.
     """
     global _beside
     if (library := _glibc()) is None:
