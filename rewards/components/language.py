@@ -1,8 +1,12 @@
 r"""Language consistency (DeepSeek-R1, arXiv:2501.12948, §2.3.2): words of the target language / words.
 
-Not counted: code between backquotes, formulas (`$…$`, `\(…\)`, `\[…\]`), LaTeX commands, tags, addresses, digits and
-single letters. 1 where no word is left. By script a word is a run of two letters or more; in scripts without spaces
-(Han, Kana, Thai) each character counts as one word, so that a Chinese text weighs more than its translation.
+Not counted: code between backquotes, formulas (`$…$`, `$$…$$`, `\(…\)`, `\[…\]`), LaTeX commands, tags, addresses,
+digits and single letters. 1 where no word is left. By script a word is a run of two letters or more; in scripts without
+spaces (Han, Kana, Thai) each character counts as one word, so that a Chinese text weighs more than its translation.
+
+Two dollars in a line hold a formula as pandoc has it: no blank behind the first nor before the second, no digit behind
+the second, `\$` is neither. Nor do they where an amount with words follows the first ("$5 and then 7$"), or where words
+in a row stand between them outside `\text{…}`: what is prose is counted.
 """
 
 from __future__ import annotations
@@ -15,8 +19,17 @@ from typing import Any
 
 from offtrail.rewards.base import Answered, RewardError
 
+EAST = "\u3000-\u30ff\u3400-\u9fff가-힣\uff00-\uffef"
+"""Letters and marks that follow an amount without a blank."""
+AMOUNT = rf"\d[\d.,]*(?:\s+[^\W\d_]{{2}}|\s*[{EAST}])"
+"""What is no formula behind a dollar: "5 and", "5元", "5，"."""
+FORMULA = (
+    rf"(?<!\\)\$(?!\s|{AMOUNT})"
+    r"(?:\\[A-Za-z]+ *\{[^{}$\n]*\}|\\[^\n]|(?!\b[^\W\d_]{2,} +[^\W\d_]{2,}\b)[^$\\\n])++"
+    r"(?<!\s)\$(?!\d)"
+)
 LEFT_OUT = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$"
+    rf"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|{FORMULA}"
     r"|\\\((?:[^\\]|\\(?![()]))*+\\\)|\\\[(?:[^\\]|\\(?![\[\]]))*+\\\]|\\[A-Za-z]+|</?[A-Za-z_]+>|https?://\S+",
     re.DOTALL,
 )

@@ -77,6 +77,55 @@ def test_language_by_script(text: str, target: str, share: float):
     assert judge("language", text, target=target) == pytest.approx([share])
 
 
+@pytest.mark.parametrize(
+    ("text", "counted"),
+    [
+        # money: what stands between is counted
+        ("it costs $5 and then $7", "it costs and then"),
+        ("it costs $5, then $7.", "it costs then"),
+        ("pay $5.50 for it or 6$", "pay for it or"),
+        ("pay 5$ or 7$ now", "pay or now"),
+        ("from $3-$5 to $10/day", "from to day"),
+        ("($5) plus ($7)", "plus"),
+        ("$5 million and $7 million", "million and million"),
+        ("$1,000 of $2,000 and US$ 300", "of and US"),
+        ("价格是$5元，运费$7元", "价格是元运费元"),
+        ("先付$5，再付7$。", "先付再付"),
+        ("先付 $5 再付 $7", "先付再付"),
+        ("итого $5 или $7 рублей", "итого или рублей"),
+        (r"it costs \$5 and then \$7", "it costs and then"),
+        (r"it costs \$5 and $答案$ is", "it costs and is"),
+        ("between $a and $b", "between and"),
+        ("echo $HOME and $PATH", "echo HOME and PATH"),
+        ("the price $p and its cost c$ rise", "the price and its cost rise"),
+        # formulas: it is not
+        ("so $答案$ is", "so is"),
+        ("so $x$ and $yy$ are", "so and are"),
+        ("so $5$ and $7$ are", "so and are"),
+        ("so $2x$和$3yy$ are", "so 和 are"),
+        ("so $100 = 10^2$ is", "so is"),
+        ("so $5 + aa$ is", "so is"),
+        (r"so $5 \cdot aa$ is", "so is"),
+        (r"so $5 \text{ apples and pears}$ is", "so is"),
+        (r"so $\frac{\text{total cost of it}}{2}$ is", "so is"),
+        (r"so $p = \$5 + aa$ is", "so is"),
+        ("it costs $5 and $x = aa$ is", "it costs and is"),
+        ("so $$aa = 5\n答案$$ is", "so is"),
+        (r"so \(aa = 5\) and \[答案\] is", "so and is"),
+        # unbalanced: nothing is left out
+        ("so $x is aa", "so is aa"),
+        ("so $答案\n是 aa$", "so 答案是 aa"),
+        (r"so \(aa is 答案", "so aa is 答案"),
+        ("so $$aa is 答案", "so aa is 答案"),
+    ],
+)
+def test_money_is_no_formula(text: str, counted: str):
+    others = "\nbut 字 слово"  # so that each word that is counted moves a share
+    for target in ("en", "zh", "ru"):
+        expected = by_script(counted + others, target)
+        assert judge("language", text + others, target=target) == pytest.approx([expected]), target
+
+
 @given(st.lists(st.sampled_from(["word", "слово", "字"]), min_size=1, max_size=20))
 def test_the_shares_of_languages_of_different_scripts_are_one_whole(words: list[str]):
     text = " ".join(words)
