@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 R1_STAGES = {"R1-Zero": 512 * 198.0, "SFT data": 5000.0, "R1": 512 * 80.0}
-"""DeepSeek-R1's H800 hours by stage: the supplementary information of Guo et al., Nature 645 (2025)."""
+"""DeepSeek-R1's H800 hours by stage: arXiv:2501.12948v2, table 7, which rounds them to 101K, 5K and 41K of 147K; GPUs
+and hours from the text beside it, and from the supplementary information of Guo et al., Nature 645 (2025)."""
 R1_PRICE = 2.0
 """… and what it takes an H800's hour to cost, in USD."""
 COLD_START = "cold start"
@@ -336,7 +337,7 @@ def markdown(cost: RunCost) -> str:
     r1 = sum(R1_STAGES.values())
     parts += [
         "",
-        "Beside it, DeepSeek-R1's stages (Nature 645, 2025, supplementary information), without its base model:",
+        "Beside it, DeepSeek-R1's stages (arXiv:2501.12948v2, table 7), without its base model:",
     ]
     rows = [(name, f"{h:,.0f}", f"{h / r1:.0%}", f"{h * R1_PRICE:,.0f} USD") for name, h in R1_STAGES.items()]
     rows.append(("all", f"{r1:,.0f}", "100%", f"{r1 * R1_PRICE:,.0f} USD"))

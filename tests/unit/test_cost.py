@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from offtrail.platform.model.policy import Policy, load_model
 from offtrail.platform.runtime import devices
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.tracking import cost
-from offtrail.platform.tracking.devices import peak_of
+from offtrail.platform.tracking.devices import PEAKS, peak_of
 from offtrail.platform.tracking.held import LAUNCHES, Launch, Meter, rows
 from offtrail.platform.wire.messages import Hello, Welcome
 
@@ -130,14 +131,26 @@ def test_devices_have_the_names_that_the_driver_gives_them(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-        ("NVIDIA H800", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
-        ("NVIDIA A10G", None), ("CPU AMD EPYC", None),
+        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835.5), ("NVIDIA H200", 989.5),
+        ("NVIDIA H200 NVL", 835.5), ("NVIDIA H800", 989.5), ("NVIDIA H800 PCIe", 756.5), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A800-SXM4-80GB", 311.9), ("NVIDIA L4", 121), ("NVIDIA L40S", 362.05), ("NVIDIA B200", 2250),
+        ("NVIDIA GH200 480GB", 990), ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA A10G", None), ("CPU AMD EPYC", None),
     ],
 )  # fmt: skip
 def test_a_peak_is_found_by_the_words_of_a_name(name: str, tflops: float | None) -> None:
     peak = peak_of(name, "bfloat16", {})
-    assert peak == (None if tflops is None else tflops * 1e12)
+    assert peak == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+def test_a_peak_is_dense_and_says_where_it_stands() -> None:
+    """Where a source gives the figure with sparsity alone, it is half of that."""
+    for name, peak in PEAKS.items():
+        assert peak.source, name
+        if found := re.search(r"([\d,.]+) (?:PFLOPS )?with sparsity", peak.source):
+            sparse = float(found[1].replace(",", "")) * (1000 if "PFLOPS" in found[0] else 1)
+            assert peak.bfloat16 == pytest.approx(sparse / 2, rel=0.02), name
+    assert peak_of("NVIDIA H20", "bfloat16", {}) == 148e12
+    assert peak_of("NVIDIA H20", "float32", {}) is None  # no source was found
 
 
 def test_what_the_user_gives_stands_before_the_table() -> None:
@@ -145,7 +158,7 @@ def test_what_the_user_gives_stands_before_the_table() -> None:
     assert peak_of("CPU AMD EPYC 9654", "float32", own) == 2e12
     assert peak_of("CPU AMD EPYC 9654", "bfloat16", own) is None
     assert peak_of("NVIDIA H100 80GB HBM3", "bfloat16", own) == 1e15
-    assert peak_of("NVIDIA H100 80GB HBM3", "float32", own) == 67e12
+    assert peak_of("NVIDIA H100 80GB HBM3", "float32", own) == pytest.approx(66.9e12)
 
 
 # ---------------------------------------------------------------------- held time
@@ -241,8 +254,8 @@ SUMMARY: dict[str, Any] = {
         {"name": "NVIDIA H100 80GB HBM3", "roles": {"learner": 2}, "count": 2, "seconds": 7200.0},
         {"name": "NVIDIA H20", "roles": {"generator": 1, "evaluator": 1}, "count": 1, "seconds": 3600.0},
     ],
-    "compute/learner_busy_train_seconds": 5400.0, "compute/learner_train_flops": 989e12 * 1800,
-    "compute/learner_prox_flops": 989e12 * 360, "compute/learner_repeated_operations": 989e12 * 720,
+    "compute/learner_busy_train_seconds": 5400.0, "compute/learner_train_flops": 989.4e12 * 1800,
+    "compute/learner_prox_flops": 989.4e12 * 360, "compute/learner_repeated_operations": 989.4e12 * 720,
     "compute/learner_trained_tokens": 1e6, "compute/generator_busy_decode_seconds": 2700.0,
     "compute/evaluator_busy_decode_seconds": 900.0, "compute/generator_flops": 148e12 * 270,
     "compute/generator_decoded_tokens": 2e6, "compute/generator_prefilled_tokens": 3e5,
@@ -303,7 +316,7 @@ def test_without_a_price_there_is_no_money_and_without_a_peak_no_mfu(tmp_path: P
     assert (part.money, part.unpriced) == (None, ["NVIDIA H20"])
     assert [role.money for role in part.roles] == [4.0, None, None]
     given = cost.cost_of(folder(tmp_path / "given", cpu, "cost.peaks={CPU: {bfloat16: 1e16}}"))
-    assert given.roles[0].mfu == pytest.approx(989e12 * 2160 / (60 * 1e16))
+    assert given.roles[0].mfu == pytest.approx(989.4e12 * 2160 / (60 * 1e16))
     named = cost.cost_of(folder(tmp_path / "named", cpu, *PRICED, "cost.names={learner: H20}"))
     assert named.hours == {"H20": pytest.approx(1 / 60)}
 
