@@ -33,7 +33,7 @@ from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.head import TokenOutputs
-from offtrail.platform.model.packing import Packed, SampleTable, Together, minibatches
+from offtrail.platform.model.packing import Packed, SampleTable, Together, minibatches, table_of
 from offtrail.platform.model.scalar import ScalarOutputs
 
 
@@ -466,12 +466,4 @@ class Likelihood(PlainLoss):
 
 def rows_of_pairs(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> SampleTable:
     """One sample a prompt, at temperature 1."""
-    N = len(prompts)
-    return SampleTable(
-        prompts=tuple(prompts),
-        group_of=np.arange(N),
-        starts=np.concatenate([[0], np.cumsum([len(a) for a in answers], dtype=np.int64)]),
-        tokens=np.concatenate(answers),
-        temperatures=np.ones(N, np.float32),
-        ids=np.arange(N),
-    )
+    return table_of(prompts, [[answer] for answer in answers])

@@ -213,7 +213,7 @@ def _name(model: Any) -> str:
 def _filled_head(model: Any) -> Iterator[None]:
     """A scalar head begins at 0, which would hide every difference: meanwhile it holds other numbers."""
     head = getattr(model, "score", None) if model.get_output_embeddings() is None else None
-    if head is None:
+    if head is None or any(bool(p.any()) for p in head.parameters()):
         yield
         return
     before = head.weight.detach().clone()

@@ -68,15 +68,22 @@ def tensors_of(key: str, given: str, folder: Path) -> dict[str, tuple[int, ...]]
     """Name → shape of every tensor that check_model has found files for, from their headers. Raises ConfigError where
     one cannot be read.
     """
-    named = _read(key, given, folder, INDEX).get("weight_map", {}).values()
+    _read(key, given, folder, INDEX)  # named, where it is damaged
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(set(named)) or [WEIGHTS]:
+    for path in files_of(folder):
         try:
-            with safe_open(folder / name, framework="numpy") as file:
+            with safe_open(path, framework="numpy") as file:
                 shapes |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise refuse(key, given, f"its {name} cannot be read ({error}); download or copy it again") from None
+            raise refuse(key, given, f"its {path.name} cannot be read ({error}); download or copy it again") from None
     return shapes
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that hold a model's tensors, in order."""
+    index = folder / INDEX
+    named = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}) if index.is_file() else {}
+    return [folder / name for name in sorted(set(named.values())) or [WEIGHTS]]
 
 
 def check_tokenizer(key: str, given: str, folder: Path, prompt: PromptConfig) -> None:

@@ -69,6 +69,19 @@ class SampleTable:
         return np.where(lengths > 0, prompts + lengths - (not feed_last), 0)
 
 
+def table_of(prompts: Sequence[Int32], outputs: Sequence[Sequence[Int32]]) -> SampleTable:
+    """The samples of groups that no broker knows: of each prompt its outputs, at temperature 1."""
+    flat = [output for group in outputs for output in group]
+    return SampleTable(
+        prompts=tuple(prompts),
+        group_of=np.repeat(np.arange(len(prompts)), [len(group) for group in outputs]),
+        starts=np.concatenate([[0], np.cumsum([len(output) for output in flat], dtype=np.int64)]),
+        tokens=np.concatenate(flat) if flat else np.zeros(0, np.int32),
+        temperatures=np.ones(len(prompts), np.float32),
+        ids=np.arange(len(prompts)),
+    )
+
+
 @dataclass(frozen=True)
 class Bucket:
     """n sequences that attend together: ``queries`` [n, Lq] and ``keys`` [n, Lk], each the flat place of a token.

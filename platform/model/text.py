@@ -117,6 +117,22 @@ class Text:
         ids = self._tokens([text])[0] if tokens is None else tokens
         return ids.count(unknown) <= text.count(str(self.tokenizer.unk_token))
 
+    def turn_rest(self) -> tuple[list[int], list[int]]:
+        """The tokens that the chat template writes behind an answer: up to the special one that ends it, and after
+        that. Both are empty where it writes none.
+        """
+        if not self.chats:
+            return [], []
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+        try:
+            told = self._render(turns, Problem("prompt", 0, "?", ""), generation=False)
+        except TaskError:
+            return [], []
+        _, found, rest = told.rpartition(_MARK)
+        tokens, special = self._tokens([rest])[0] if found else [], _special_ids(self.tokenizer)
+        end = next((place for place, token in enumerate(tokens, start=1) if token in special), 0)
+        return (tokens[:end], tokens[end:]) if end else ([], [])
+
     # --- from the model ---
 
     def decode(self, tokens: Int32) -> str:
@@ -195,17 +211,11 @@ class Text:
 
     def _turn_end(self) -> int | None:
         """The special token that the template writes after an answer, where it does."""
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-        try:
-            told = self._render(turns, Problem("prompt", 0, "?", ""), generation=False)
-        except TaskError:
-            return None
-        _, found, rest = told.rpartition(_MARK)
-        special = _special_ids(self.tokenizer)
-        return next((i for i in self._tokens([rest])[0] if i in special), None) if found else None
+        until_end, _ = self.turn_rest()
+        return until_end[-1] if until_end else None
 
     def _stop_ids(self, model_dir: Path) -> tuple[int, ...]:
-        ends: list[Any] = [self._turn_end() if self.chats else None, self.tokenizer.eos_token_id]
+        ends: list[Any] = [self._turn_end(), self.tokenizer.eos_token_id]
         for name in ("generation_config.json", "config.json"):
             file = model_dir / name
             settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
