@@ -225,6 +225,9 @@ class LoraConfig:
     """Share of an adapter's inputs that is left out, in job=sft."""
     targets: list[str] = setting(["all-linear"])
     """The decoder's linear layers that get one, by the end of their names, as [q_proj, v_proj]; all-linear: all."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """job=rl: what a version is. merged: W + (α/r)·B·A. adapter: A and B alone, which an SGLang server loads beside its
+    start model under a name of their own; the embedded engine merges them as it reads them."""
 
 
 @dataclass
@@ -552,6 +555,12 @@ class Config:
     def steps(self) -> int:
         """Learner steps of the job."""
         return self.sft.steps if self.job == "sft" else self.learner.steps
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether a version is the adapters alone."""
+        lora = self.learner.lora
+        return self.job == "rl" and lora.rank > 0 and lora.publish == "adapter"
 
     @property
     def seed(self) -> int:

@@ -374,6 +374,8 @@ def head_is_no_wider_than_the_decoder(config: Config) -> None:
 def adapters_can_be_trained(config: Config) -> None:
     """PEFT makes them; dropout has no place in a ratio of probabilities, and masks are not drawn the same again."""
     lora, key = config.learner.lora, "learner.lora.dropout"
+    if lora.publish == "adapter" and not lora.rank:
+        raise refuse("learner.lora.publish", "adapter", "needs learner.lora.rank, which is 0; or take merged")
     if not lora.rank or config.job not in ("rl", "sft"):
         return
     if importlib.util.find_spec("peft") is None:

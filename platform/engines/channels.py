@@ -102,5 +102,7 @@ def open_channel(config: Config, folder: Path, run_dir: Path, keep: int) -> Chan
 
 
 def engine_dtype(config: Config) -> torch.dtype | None:
-    """What versions are rounded to: the engine's dtype where it is narrower than the learner's float32 parameters."""
-    return torch.bfloat16 if config.engine.dtype == "bfloat16" else None
+    """What versions are rounded to: the engine's dtype where it is narrower than the learner's float32 parameters.
+    Adapters are not: who merges them sums in float32, and a server rounds them itself.
+    """
+    return torch.bfloat16 if config.engine.dtype == "bfloat16" and not config.publishes_adapters else None

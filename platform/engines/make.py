@@ -28,16 +28,16 @@ def make_engine(context: RoleContext, *, loaded: bool = True) -> Engine:
             count=1 if evaluates else config.engine.servers,
             run_dir=context.run_dir,
             as_it_is=config.job in ("eval", "sample"),
+            adapters=config.learner.lora if config.publishes_adapters else None,
         )
+    start, local = context.start_model, local_config(config.engine)
+    if config.publishes_adapters:
+        from offtrail.platform.engines.adapters import AdaptedEngine
+
+        return AdaptedEngine(start, local, config.learner.lora, max_length=longest, threads=threads, loaded=loaded)
     from offtrail.platform.engines.local import LocalEngine
 
-    return LocalEngine(
-        context.start_model,
-        local_config(config.engine),
-        max_length=longest,
-        threads=threads,
-        loaded=loaded,
-    )
+    return LocalEngine(start, local, max_length=longest, threads=threads, loaded=loaded)
 
 
 def local_config(engine: EngineConfig) -> LocalConfig:

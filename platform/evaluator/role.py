@@ -22,6 +22,7 @@ from functools import partial
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from offtrail.core.protocols import Engine
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Problem, Sampling
@@ -30,6 +31,7 @@ from offtrail.platform.engines.channels import engine_dtype
 from offtrail.platform.engines.decoder import read_weights
 from offtrail.platform.engines.make import make_engine
 from offtrail.platform.evaluator.answers import Answers
+from offtrail.platform.model import lora
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext, reuses_files
@@ -88,10 +90,18 @@ def pin_stored(context: RoleContext, activity: Activity, job: EvalJob) -> str:
     folder, dtype = context.model_of(job.version), engine_dtype(context.config) or torch.float32
     try:
         with activity.busy("load_weights"):
-            checksum = pin_anew(context.weights_folder, job.version, read_weights(folder), dtype)
+            checksum = pin_anew(context.weights_folder, job.version, stored(context, job.version), dtype)
     except (OSError, ValueError, SafetensorError) as error:
         return " ".join(str(error).split())
     return f"{folder} holds another version" if job.version and checksum != job.stored else ""
+
+
+def stored(context: RoleContext, version: int) -> dict[str, Tensor]:
+    """The tensors of a version as the learner published them; of adapters alone version 0 has none."""
+    folder = context.model_of(version)
+    if not context.config.publishes_adapters:
+        return read_weights(folder)
+    return lora.read(folder) if version else {}
 
 
 def load_version(engine: Engine, activity: Activity, weights: Subscriber, version: int) -> None:

@@ -192,7 +192,10 @@ def estimate(config: Config, start: Path) -> Iterator[Part]:
             config, shape, count
         )
     if "generator" in counts and config.weights.channel == "shm":
-        size = shape.parameters * _engine_bytes(config)
+        alone = config.publishes_adapters
+        size = (
+            shape.adapter_numbers(config.learner.lora) * FLOAT32 if alone else shape.parameters * _engine_bytes(config)
+        )
         versions = config.staleness.max + 2 if config.staleness.mode == "exact" else 1
         # On a CPU the next one is written when the gradients, which are larger, are gone.
         versions += reuses_files(config) + _waiting_versions(config, size)
@@ -257,6 +260,8 @@ def _engines(role: str, config: Config, shape: Shape, count: int, samples: int) 
         return
     width, longest, keys = _engine_bytes(config), config.model.max_length, SAMPLE_KEYS[role]
     yield Part(role, "weights", count * shape.parameters * width)
+    if config.publishes_adapters:
+        yield Part(role, "the start model, while adapters are merged into it", count * shape.parameters * FLOAT32)
     cache = samples * longest * shape.kv_numbers * width
     if role == "generator":  # while the start model is read it stands beside the weights; the cache comes later
         cache = max(cache, count * shape.parameters * width)

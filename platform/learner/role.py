@@ -272,9 +272,10 @@ class Learner:
         readers = has_readers(self.context.config)
         if not readers and not self._checkpoint_is_due():
             return ""
+        gather = checkpoint.gather_adapters if self.context.config.publishes_adapters else checkpoint.gather
         with self.connection.activity.busy("publish"):
             probe = self._probe() if readers else []
-            tensors = checkpoint.gather(self.trainer.module)
+            tensors = gather(self.trainer.module)
             if self.publisher is None:
                 return checksum_of(tensors) if self.world.main else ""
             started = time.monotonic()

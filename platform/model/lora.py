@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offtrail.platform.config.schema import LoraConfig
@@ -87,6 +87,19 @@ def adapters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if is_adapter(name)}
 
 
+def pairs(adapters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer → its A [r, C] and B [R, r], of the names that they have in the model. Raises ValueError at another name,
+    or half a pair.
+    """
+    ends = [f".{part}.{NAME}.weight" for part in PARTS]
+    layers = sorted({name.removesuffix(end) for name in adapters for end in ends if name.endswith(end)})
+    whole = {f"{layer}{end}" for layer in layers for end in ends}
+    if odd := sorted(adapters.keys() ^ whole):
+        raise ValueError(f"a version of adapters has A and B of each, and nothing else; {odd[0]} is no such")
+    a, b = ends
+    return {layer: (adapters[f"{layer}{a}"], adapters[f"{layer}{b}"]) for layer in layers}
+
+
 def parts_of(name: str) -> tuple[str, str] | None:
     """The names of A and B, of the ``name`` of a wrapped layer's weight; None of any other parameter."""
     stem, found, rest = name.rpartition(f"{LAYER}.weight")
@@ -126,3 +139,14 @@ def save(folder: Path, adapters: Mapping[str, Tensor], settings: LoraConfig, bas
 def to_peft(name: str) -> str:
     """The name of a parameter in PEFT's files."""
     return f"base_model.model.{name.replace(f'.{NAME}.', '.')}"
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """The adapters of a checkpoint, by the names that they have in the model."""
+    return {from_peft(name): tensor for name, tensor in load_file(folder / FOLDER / WEIGHTS).items()}
+
+
+def from_peft(name: str) -> str:
+    """The name in the model of a parameter in PEFT's files."""
+    stem, _, end = name.removeprefix("base_model.model.").rpartition(".")
+    return f"{stem}.{NAME}.{end}"

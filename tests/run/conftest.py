@@ -87,9 +87,9 @@ def command_in(folder: Path) -> Command:
 def launcher(environment: dict[str, str], folder: Path) -> Launch:
     """Run the command to its end, in a folder."""
 
-    def run(name: str, *overrides: str) -> Finished:
+    def run(name: str, *overrides: str, seconds: float = 280) -> Finished:
         command = command_in(folder)(name, *overrides)
-        done = warm.run(command, 280, env=environment, cwd=folder)
+        done = warm.run(command, seconds, env=environment, cwd=folder)
         return Finished(done.returncode, done.stdout + done.stderr, folder / name)
 
     return run

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offtrail.core.types import Problem
-from offtrail.platform.config.schema import Config
+from offtrail.platform.config.schema import Config, LoraConfig
 from offtrail.platform.engines.decoder import read_weights
 from offtrail.platform.evaluator import role
 from offtrail.platform.evaluator.role import Evaluation, load_version
+from offtrail.platform.model.lora import WEIGHTS
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.weights.store import Publisher, Subscriber, checksum
@@ -166,6 +167,27 @@ def test_a_version_that_is_gone_or_is_another_one_is_given_up_with_the_reason(
     assert lost()
     shutil.copy(start_dir / "model.safetensors", kept)
     assert lost() == f"{kept} holds another version"
+
+
+def test_of_adapters_alone_a_checkpoint_gives_back_the_version_that_was_published(
+    evaluation: Evaluation, channel: RoleContext, start_dir: Path
+) -> None:
+    """Version 0 needs none: it is the start model."""
+    evaluation.config.learner.lora = LoraConfig(rank=2, publish="adapter")
+    layer, width = "model.layers.0.self_attn.q_proj", load_file(start_dir / "model.safetensors")
+    rows, columns = width[f"{layer}.weight"].shape
+    a, b = torch.randn(2, columns), torch.randn(rows, 2)
+    published = {f"{layer}.lora_A.default.weight": a, f"{layer}.lora_B.default.weight": b}
+    kept = channel.run_dir / "checkpoints" / "step_4" / "adapter"
+    kept.mkdir(parents=True)
+    save_file({f"base_model.model.{layer}.lora_{n}.weight": t for n, t in (("A", a), ("B", b))}, kept / WEIGHTS)
+    reader, activity = Subscriber(channel.weights_folder), evaluation.activity
+    for version, tensors, told in ((4, published, checksum(published)), (0, {}, "of the learner's zeros")):
+        assert role.pin_stored(channel, activity, EvalJob(version=version, stored=told)) == ""
+        with reader.open(version) as opened:
+            assert opened.keys() == tensors.keys()
+            assert all(torch.equal(opened[name], tensors[name]) for name in tensors)
+    assert "holds another version" in role.pin_stored(channel, activity, EvalJob(version=4, stored="another"))
 
 
 def test_sets_are_scored_under_the_same_version_beside_the_tasks_own_prompts(

@@ -8,7 +8,8 @@ Invariants
 - A request's samples all run on one server, so that they share its prompt's prefix in the radix cache; of a long prompt
   one sample goes ahead and the others follow when its first token is there.
 - A token's version is the server's own stamp (``weight_versions``, SGLang ≥ 0.5.19); an older server is only ever
-  updated with nothing running, so that the version of a whole answer is the one it began with.
+  updated with nothing running, so that the version of a whole answer is the one it began with. Where versions are
+  adapters, it is the one that the request named: the server answers with that or not at all.
 - Nothing is sent twice: a request that may have reached a server is never retried, it is lost, and its holder decides.
 - A token id is checked before it is sent: one outside the vocabulary kills the server.
 """
@@ -33,6 +34,7 @@ import aiohttp
 
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import FinishReason, Int32
+from offtrail.platform.engines.sglang.adapters import name_of
 from offtrail.platform.engines.sglang.job import Job, LostError
 from offtrail.platform.engines.sglang.servers import Address
 from offtrail.platform.engines.stops import StopStrings
@@ -122,13 +124,22 @@ class Client:
     """Samples on their way. Called from the engine's thread, except where a name begins with an underscore.
 
     ``prefix_tokens``: prompts at least so long send one sample ahead. ``keyed``: the servers take a seed a sample.
-    ``recomputes``: an update has the servers prefill unfinished samples again. ``decodes``: every server has a
-    tokenizer. ``counters`` are cumulative.
+    ``recomputes``: an update has the servers prefill unfinished samples again. ``adapted``: versions are adapters.
+    ``decodes``: every server has a tokenizer. ``counters`` are cumulative.
     """
 
-    def __init__(self, loop: Loop, *, prefix_tokens: int, keyed: bool, recomputes: bool, stops: StopStrings) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        prefix_tokens: int,
+        keyed: bool,
+        recomputes: bool,
+        stops: StopStrings,
+        adapted: bool = False,
+    ) -> None:
         self.loop, self.prefix_tokens, self.keyed, self.recomputes = loop, prefix_tokens, keyed, recomputes
-        self.stops, self.decodes = stops, True
+        self.stops, self.adapted, self.decodes = stops, adapted, True
         self._name, self._serials = uuid.uuid4().hex[:8], itertools.count()
         self.places: dict[int, Place] = {}
         self.counters = dict.fromkeys(COUNTERS, 0.0)
@@ -247,6 +258,7 @@ class Client:
     async def _segment(self, place: Place, job: Job, first: Callable[[], None]) -> str:
         address = self.router or place.address
         job.segment_start, job.report, own, aborted = len(job.tokens), None, None, False
+        job.version = place.version if self.adapted else -1
         async with self.loop.session.post(
             f"{address.url}/generate", json=self._body(place, job), headers={"Authorization": f"Bearer {address.key}"}
         ) as reply:
@@ -310,7 +322,7 @@ class Client:
             "return_logprob": True,
             "stream": True,
             **({"top_logprobs_num": sampling.alternatives} if sampling.alternatives else {}),
-            **cache_key(place.version),
+            **under_version(place.version, adapted=self.adapted),
         }
 
     def _charge(self, job: Job) -> None:
@@ -419,23 +431,32 @@ def _nothing() -> None:
     pass
 
 
-def cache_key(version: int) -> dict[str, str]:
-    """Keeps a version's prompts apart in the radix cache: under kv_on_update=keep it still holds what older weights
-    made, and a new prompt must not begin from that.
+def under_version(version: int, *, adapted: bool) -> dict[str, str]:
+    """Of a request's body, what is due to the version: it keeps its prompts apart in the radix cache, for under
+    kv_on_update=keep that still holds what older weights made, and a new prompt must not begin from it; ``adapted``: it
+    names the version's adapter.
     """
-    return {"extra_key": f"version-{version}"}
+    name = name_of(version) if adapted else None
+    return {"extra_key": f"version-{version}", **({"lora_path": name} if name else {})}
 
 
 async def logprobs_of(
-    session: aiohttp.ClientSession, address: Address, version: int, prompt: Int32, output: Int32, deadline_s: float
+    session: aiohttp.ClientSession,
+    address: Address,
+    under: Mapping[str, str],
+    prompt: Int32,
+    output: Int32,
+    deadline_s: float,
 ) -> list[float]:
-    """Log-probabilities of ``output`` after ``prompt`` by prefill, at temperature 1 (a server knows no other there)."""
+    """Log-probabilities of ``output`` after ``prompt`` by prefill, at temperature 1 (a server knows no other there), of
+    the version that ``under`` names (`under_version`).
+    """
     body = {
         "input_ids": [*prompt.tolist(), *output.tolist()],
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
         "logprob_start_len": len(prompt) - 1,
-        **cache_key(version),
+        **under,
     }
     async with session.post(
         f"{address.url}/generate", json=body, headers={"Authorization": f"Bearer {address.key}"},

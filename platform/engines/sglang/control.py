@@ -125,7 +125,7 @@ async def swap(
         TornError: it failed half-way, or does not go on.
     """
     if mode == "abort" and drained is not None:
-        await _hand_back(server, drained)
+        await hand_back(server, drained)
     await server.post("/pause_generation", {"mode": mode})
     try:
         if mode != "in_place":
@@ -139,7 +139,7 @@ async def swap(
     await _go_on(server)
 
 
-async def _hand_back(server: Server, drained: Callable[[], Awaitable[None]]) -> None:
+async def hand_back(server: Server, drained: Callable[[], Awaitable[None]]) -> None:
     """Have the server abort all samples, until they have come back.
 
     Trap: a pause with mode=abort does this too, but looks only once a second whether they have.

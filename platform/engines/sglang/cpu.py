@@ -4,7 +4,8 @@ process and in each of its children.
 sglang imports modules that a CPU has no use for, and that its CPU installation (requirements/sglang-cpu.txt) lacks:
 Triton and sgl_kernel hold GPU kernels, xgrammar, soundfile and torchvision serve features that are off. They are
 replaced by stubs with any attribute. With `--attention-backend torch_native` no stub is ever called for a number: a
-kernel that is, raises. One function is replaced for speed (`batched_decode`, twice as fast with 64 sequences).
+kernel that is, raises. One function is replaced for speed (`batched_decode`, twice as fast with 64 sequences), and
+modules that would pin memory for a GPU (`unpin`) get it as any other.
 
 On a GPU (`install_features`) nothing is replaced that is installed: only grammars and sound, where they are missing.
 """
@@ -29,6 +30,7 @@ FEATURES = (GRAMMARS, "soundfile")
 """Imported by sglang whether or not a request asks for what they do."""
 WHERE_MISSING = (*FEATURES, "torchvision")
 ATTENTION = "sglang.srt.layers.attention.torch_native_backend"
+PINNING = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
 DECODE_PARAMETERS = (
     "self query output k_cache v_cache req_to_token req_pool_indices seq_lens encoder_lens scaling enable_gqa causal "
     "is_cross_attn sliding_window_size"
@@ -38,12 +40,12 @@ DECODE_PARAMETERS = (
 def install() -> None:
     """Make sglang importable and its decoding fast in this process; a second call does nothing."""
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    if any(isinstance(finder, _Stubs | _Faster) for finder in sys.meta_path):
+    if any(isinstance(finder, _Stubs | _Mended) for finder in sys.meta_path):
         return
     # Trap: torch and its compiler look for a real Triton when they are imported: let them see none.
     import torch  # noqa: F401
 
-    sys.meta_path[:0] = [_Stubs({*ALWAYS, *_missing(WHERE_MISSING)}), _Faster()]
+    sys.meta_path[:0] = [_Stubs({*ALWAYS, *_missing(WHERE_MISSING)}), _Mended()]
 
 
 def install_features() -> None:
@@ -147,35 +149,58 @@ class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """A stub has nothing to run."""
 
 
-class _Faster(importlib.abc.MetaPathFinder):
-    """Puts `batched_decode` into sglang's attention as soon as that is imported, in the one child that does."""
+class _Mended(importlib.abc.MetaPathFinder):
+    """Changes sglang's modules as soon as they are imported, in the child that does."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != ATTENTION:
+        mend = MENDED.get(fullname)
+        if mend is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Patching(spec.loader)
+            spec.loader = _Mending(spec.loader, mend)
         return spec
 
 
-class _Patching(importlib.abc.Loader):
-    """A module's own loader, and the replacement after it."""
+class _Mending(importlib.abc.Loader):
+    """A module's own loader, and what is to be changed after it."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, mend: Callable[[types.ModuleType], None]) -> None:
+        self._loader, self._mend = loader, mend
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
         self._loader.exec_module(module)
-        backend: Any = vars(module)["TorchNativeAttnBackend"]
-        slow = backend._run_sdpa_forward_decode
-        if list(inspect.signature(slow).parameters) == DECODE_PARAMETERS.split():  # another sglang keeps its own
-            backend._run_sdpa_forward_decode = batched_decode(slow)
+        self._mend(module)
+
+
+def decode_in_one(module: types.ModuleType) -> None:
+    """Put `batched_decode` into sglang's attention."""
+    backend: Any = vars(module)["TorchNativeAttnBackend"]
+    slow = backend._run_sdpa_forward_decode
+    if list(inspect.signature(slow).parameters) == DECODE_PARAMETERS.split():  # another sglang keeps its own
+        backend._run_sdpa_forward_decode = batched_decode(slow)
+
+
+def unpin(module: types.ModuleType) -> None:
+    """Give a module that pins memory a torch that makes it as any other: without a GPU torch refuses to pin."""
+    import torch
+
+    def plain(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *values, pin_memory=False, **kind: make(*values, **kind)
+
+    without = types.ModuleType("torch")
+    vars(without).update(vars(torch), tensor=plain(torch.tensor), zeros=plain(torch.zeros))
+    vars(module)["torch"] = without
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor  # type: ignore[assignment, method-assign, return-value]
+
+
+MENDED: dict[str, Callable[[types.ModuleType], None]] = {ATTENTION: decode_in_one, **dict.fromkeys(PINNING, unpin)}
+"""Module → what is done to it."""
 
 
 def batched_decode(slow: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,10 +30,11 @@ import numpy as np
 
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Float32, Int32
-from offtrail.platform.config.schema import SglangConfig
+from offtrail.platform.config.schema import LoraConfig, SglangConfig
 from offtrail.platform.engines.limits import check_request, check_tokens
 from offtrail.platform.engines.sglang import versions
-from offtrail.platform.engines.sglang.client import Client, Loop, logprobs_of
+from offtrail.platform.engines.sglang.adapters import FromAdapter, Loaded, check_adapters, server_flags, write
+from offtrail.platform.engines.sglang.client import Client, Loop, Place, logprobs_of, under_version
 from offtrail.platform.engines.sglang.control import (
     LOADER,
     AnsweredError,
@@ -46,6 +47,7 @@ from offtrail.platform.engines.sglang.control import (
     Server,
     TornError,
     Transfer,
+    hand_back,
     swap,
 )
 from offtrail.platform.engines.sglang.job import LostError
@@ -67,7 +69,8 @@ STEP_SECONDS = 0.02
 class SglangEngine:
     """``count`` servers of the model in ``model_dir`` for the role ``owner``; ``max_length`` bounds prompt + answer.
     ``as_it_is``: servers of engine.urls serve the model that they have, and count as version 0; the folder then
-    needs no weights. ``command`` is the module of one server, for tests.
+    needs no weights. ``adapters``: later versions are adapters alone, with these settings (adapters.py). ``command`` is
+    the module of one server, for tests.
 
     Raises:
         ValueError: a request or a version that does not fit the model, before anything is sent.
@@ -85,6 +88,7 @@ class SglangEngine:
         count: int,
         run_dir: Path,
         as_it_is: bool = False,
+        adapters: LoraConfig | None = None,
         command: str = SERVER,
     ) -> None:
         described = json.loads((model_dir / "config.json").read_text())
@@ -102,6 +106,8 @@ class SglangEngine:
         self._awaiting: frozenset[Address] = frozenset()
         """Servers that are up and wait for the learner's push of the version loaded last."""
         self._about: dict[Address, dict[str, Any]] = {}
+        self._adapters = adapters
+        self._loaded = Loaded()
         self._failure: Exception | None = None
         self._remaining: Counter[int] = Counter()
         self._lost: list[int] = []
@@ -115,6 +121,7 @@ class SglangEngine:
             threads=threads,
             run_dir=run_dir,
             as_it_is=self._as_it_is,
+            more_flags=server_flags(config, adapters, self._shapes) if adapters is not None else (),
             command=command,
         )
         self._stops = StopStrings(model_dir)
@@ -126,6 +133,7 @@ class SglangEngine:
             keyed="--enable-deterministic-inference" in config.flags,
             recomputes=config.kv_on_update == "recompute",
             stops=self._stops,
+            adapted=adapters is not None,
         )
         self._watching = self._loop.submit(self._watch())
 
@@ -278,7 +286,8 @@ class SglangEngine:
     async def _scores(self, address: Address, prompts: Sequence[Int32], outputs: Sequence[Int32]) -> list[Float32]:
         limit, session = self._config.hang_seconds, self._loop.session
         version = self._held.get(address, -1)
-        calls = [logprobs_of(session, address, version, p, o, limit) for p, o in zip(prompts, outputs, strict=True)]
+        under = under_version(version, adapted=self._adapters is not None)
+        calls = [logprobs_of(session, address, under, p, o, limit) for p, o in zip(prompts, outputs, strict=True)]
         return [np.array(found, np.float32) for found in await asyncio.gather(*calls)]
 
     def _address(self, replica: int) -> Address:
@@ -290,14 +299,20 @@ class SglangEngine:
     # --- weights ---
 
     def _check_names(self, version: int, weights: Mapping[str, Any]) -> None:
-        if isinstance(weights, Published):
+        if self._adapters is not None:
+            check_adapters(version, weights, self._shapes)
+        elif isinstance(weights, Published):
             check_shapes(version, {name: tuple(tensor.shape) for name, tensor in weights.items()}, self._shapes)
         elif isinstance(weights, Handles):  # else it is the learner's own business
             check_shapes(version, dict(weights), self._shapes)
 
     @contextlib.contextmanager
     def _transfer(self, version: int, weights: Mapping[str, Any]) -> Iterator[Transfer]:
-        if isinstance(weights, Handles):
+        if self._adapters is not None and isinstance(weights, Published):
+            with tempfile.TemporaryDirectory(prefix=f"offtrail-v{version}-", dir=weights.folder) as folder:
+                write(Path(folder), weights, self._adapters, self._shapes)
+                yield FromAdapter(Path(folder), version)
+        elif isinstance(weights, Handles):
             yield FromMemory(weights.fetch, self._config.tensor_parallel)
         elif isinstance(weights, Published) and self._have_loader():
             yield FromFile(weights.folder, version, self._config.tensor_parallel)
@@ -343,11 +358,11 @@ class SglangEngine:
         return None
 
     async def _swap(self, address: Address, version: int, transfer: Transfer) -> None:
-        about = self._about[address]
-        server = Server(
-            address, self._loop.session, versions.needs_session(about["version"]), self._config.hang_seconds
-        )
-        place = next((p for p in self._client.places.values() if p.address == address), None)
+        about, place = self._about[address], self._place(address)
+        server = self._server(address, versions.needs_session(about["version"]))
+        if isinstance(transfer, FromAdapter):
+            await self._adopt(server, place, transfer)
+            return
         mode = self._mode(about["version"])
         if place is None:
             await swap(server, version, "abort", transfer)
@@ -360,6 +375,30 @@ class SglangEngine:
         finally:
             place.heard = time.monotonic()
             place.gate.set()
+
+    async def _adopt(self, server: Server, place: Place | None, transfer: FromAdapter) -> None:
+        """As `_swap`, of adapters: loaded beside those that are there, and named by whatever is sent from now on. With
+        kv_on_update=keep what runs ends under the one that it began with.
+        """
+        await self._loaded.bring(server, transfer)
+        if place is None:
+            return
+        if self._config.kv_on_update == "keep":
+            place.version = transfer.version
+            return
+        place.gate.clear()
+        try:
+            await hand_back(server, place.drained)
+            place.version = transfer.version
+        finally:
+            place.heard = time.monotonic()
+            place.gate.set()
+
+    def _server(self, address: Address, has_sessions: bool = True) -> Server:
+        return Server(address, self._loop.session, has_sessions, self._config.hang_seconds)
+
+    def _place(self, address: Address) -> Place | None:
+        return next((place for place in self._client.places.values() if place.address == address), None)
 
     async def _hear(self, version: int) -> None:
         """Ask the servers whether the learner has given them ``version``. In the loop, here and from the watch."""
@@ -416,7 +455,15 @@ class SglangEngine:
             self._note(address, None)
         if self._awaiting:
             await self._hear(self._target)
+        self._let_adapters_go()
         self._serve()
+
+    def _let_adapters_go(self) -> None:
+        """Of servers that are gone, and those that no sample names any more."""
+        used = {address: {held} for address, held in self._held.items()}
+        for place in self._client.places.values():
+            used.setdefault(place.address, set()).update(job.version for job in place.running.values())
+        self._loaded.keep(used, self._server)
 
     def _serve(self) -> None:
         """Tell the client who is up, and who of them holds the version loaded last. In the loop."""

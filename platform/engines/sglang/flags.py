@@ -70,9 +70,10 @@ def server_flags(
     max_length: int,
     weight_version: int,
     name: str = "",
+    more: Sequence[str] = (),
 ) -> list[str]:
     """Flags of the server at ``place``; prompt + answer may be ``max_length`` tokens. ``name``: of the model in the
-    OpenAI API, else its path. The user's come last and win.
+    OpenAI API, else its path. After these come ``more``; the user's come last and win.
     """
     flags = {
         "--model-path": str(model),
@@ -104,7 +105,8 @@ def server_flags(
         switches += ["--sleep-on-idle", "--disable-overlap-schedule", "--skip-server-warmup"]
     else:
         flags["--base-gpu-id"] = first_gpu(config.device) + place * config.tensor_parallel
-    return [*(str(part) for pair in flags.items() for part in pair), *switches, *user_flags(config.flags)]
+    ours = [*(str(part) for pair in flags.items() for part in pair), *more, *switches]
+    return [*ours, *user_flags(config.flags)]
 
 
 def first_gpu(device: str) -> int:

@@ -42,6 +42,8 @@ class Job:
     """Tokens before this segment."""
     report: dict[str, Any] | None = None
     """The server's last word on this segment, until it is charged."""
+    version: int = -1
+    """The adapter that this segment was asked of; −1: of none, the server tells its version."""
     first: float = 0.0
     last: float = 0.0
 
@@ -81,6 +83,9 @@ class Job:
 
     def stamp(self, meta: dict[str, Any]) -> None:
         """Note which version made the tokens of this segment: the server tells it with its last report."""
+        if self.version >= 0:
+            self.spans.append((self.version, len(self.tokens)))
+            return
         spans, before = meta.get("weight_versions"), self.segment_start
         if spans is None:  # SGLang < 0.5.19: never updated while it runs, so one version a segment
             spans = [{"version": meta["weight_version"], "end": len(self.tokens) - before}]

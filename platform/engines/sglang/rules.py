@@ -116,6 +116,30 @@ def a_push_recomputes(config: Config) -> None:
         )
 
 
+def an_adapter_is_loaded_by_its_name(config: Config) -> None:
+    """From a folder, by servers that came up with the start model; and a sample keeps the one that it was asked of."""
+    if not config.publishes_adapters:
+        return
+    ours, channel, engine = "not with learner.lora.publish=adapter", config.weights.channel, config.engine
+    if channel in ("ipc", "distributed"):
+        raise refuse("weights.channel", channel, f"{ours}: servers read adapters from a folder; take shm or disk")
+    if not isinstance(engine, SglangConfig):
+        return
+    if engine.urls:
+        raise refuse("engine.urls", engine.urls, f"{ours}: nobody knows that they hold the start model; take merged")
+    if engine.router:
+        raise refuse("engine.router", True, f"{ours}: it does not know which server has loaded a version; leave it out")
+    if engine.pause_mode == "retract":
+        why = "a sample that is held goes on under the adapter that it began with; take auto or abort"
+        raise refuse("engine.pause_mode", "retract", f"{ours}: {why}")
+    if versions.parse(installed := versions.installed()) < versions.ADAPTERS:
+        raise refuse(
+            "learner.lora.publish",
+            "adapter",
+            f"has not been tried with SGLang {installed}; take merged, or a newer one",
+        )
+
+
 RULES: tuple[Callable[[Config], None], ...] = (
     engine_urls_are_servers,
     engine_flags_are_the_users_own,
@@ -123,4 +147,5 @@ RULES: tuple[Callable[[Config], None], ...] = (
     ipc_stays_on_one_device,
     exact_staleness_needs_a_wave,
     a_push_recomputes,
+    an_adapter_is_loaded_by_its_name,
 )

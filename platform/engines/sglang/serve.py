@@ -18,6 +18,7 @@ as __mp_main__: what must be so there too stands at the module's level, not in `
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import sys
@@ -92,6 +93,28 @@ def keep_loads_in_temporary() -> None:
     load_snapshot.shm_path_for = lambda name: os.path.join(tempfile.gettempdir(), os.path.basename(path_for(name)))
 
 
+def let_adapters_go() -> None:
+    """Have an unload of adapters wait for the requests that name them, as far as there are any.
+
+    Trap: sglang counts them up and down, and forgets those that were aborted in its queue (0.5.21): the unload then
+    waits for ever, with the lock that every later load needs.
+    """
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    begin = TokenizerManager.init_lora
+
+    def begun(manager: Any) -> None:
+        begin(manager)
+
+        async def unused(lora_id: str) -> None:
+            while any(getattr(state.obj, "lora_id", None) == lora_id for state in manager.rid_to_state.values()):
+                await asyncio.sleep(0.005)
+
+        manager.lora_registry.wait_for_unload = unused
+
+    TokenizerManager.init_lora = begun
+
+
 def fork_children() -> None:
     """Have multiprocessing fork, whatever sglang asks for, and every fork end with the process that made it."""
     forks_from = [os.getpid()]
@@ -118,6 +141,8 @@ def main(argv: Sequence[str]) -> int:
     load_plugins()
     settings = prepare_server_args([*grammar_flags(), *argv[1:], *keys_as_flags()])
     guard_endpoints()
+    if settings.enable_lora:
+        let_adapters_go()
     try:
         run_server(settings)
     finally:

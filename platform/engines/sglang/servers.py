@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +72,8 @@ class Servers:
     `poll` must be called by a thread that lives as long as the servers: the kernel kills them when it ends.
 
     ``name`` is the model's in the OpenAI API, else its path. ``as_it_is``: servers of config.urls are never updated, so
-    that they need no admin key. ``command`` is the module of one server, for tests.
+    that they need no admin key. ``more_flags``: of every server, before the user's. ``command`` is the module of one
+    server, for tests.
     """
 
     def __init__(
@@ -88,11 +89,12 @@ class Servers:
         weight_version: int = 0,
         name: str = "",
         as_it_is: bool = False,
+        more_flags: Sequence[str] = (),
         command: str = SERVER,
     ) -> None:
         self._as_it_is = as_it_is
         self._config, self._model, self._owner, self._command = config, model, owner, command
-        self._name = name
+        self._name, self._more_flags = name, more_flags
         self._max_length, self._threads, self._weight_version = max_length, threads, weight_version
         self._run_dir = run_dir
         self._logs, self._file = run_dir / "logs", servers_folder(run_dir) / f"{owner}.json"
@@ -186,6 +188,7 @@ class Servers:
                 max_length=self._max_length,
                 weight_version=self._weight_version,
                 name=self._name,
+                more=self._more_flags,
             )
             return Child(self._command, flags, self._environment(), self._logs / f"sglang-{self._owner}-{place}.log")
 

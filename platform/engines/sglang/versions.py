@@ -21,6 +21,8 @@ TELLS_VERSIONS: Version = (0, 5, 19)
 """Since then answers say which weights made which of their tokens (`weight_versions`)."""
 RETRACTS: Version = (0, 5, 21)
 NEEDS_SESSION: Version = (0, 5, 21)
+ADAPTERS: Version = (0, 5, 21)
+"""The oldest that versions of adapters were tried with."""
 
 
 def installed() -> str:
