@@ -12,9 +12,10 @@ import pytest
 
 from offtrail.core.protocols import Completion, Engine, Request
 from offtrail.core.types import Problem, Sampling
-from offtrail.platform.config.schema import LocalConfig, PromptConfig, SglangConfig
+from offtrail.platform.config.schema import LocalConfig, LoraConfig, PromptConfig, SglangConfig
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.engines.sglang.engine import SglangEngine
+from offtrail.platform.model import lora
 from offtrail.platform.model.text import Text
 
 MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
@@ -119,3 +120,58 @@ def test_greedy_answers_are_transformers_own(
     assert [ours[i].tokens.tolist() for i in range(len(PROMPTS))] == theirs
     assert {ours[i].finish for i in ours} == {"stop", "length"}, "some answers should end, and some be cut"
     assert "Paris" in text.decode(ours[0].tokens)
+
+
+def test_merged_weights_and_adapters_are_nearer_to_each_other_than_float32_is_to_the_exact_numbers(
+    monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    """Over 30 layers the sum W + 2·B·A is rounded as often as any other product: no fixed bound holds for it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.llama import modeling_llama
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:  # transformers' own computes in float32, whatever x is
+        scaled: torch.Tensor = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+        return scaled
+
+    prose = (Path(__file__).parents[2] / "LICENSE").read_text()[:1500]
+    ids = AutoTokenizer.from_pretrained(MODEL)(prose, return_tensors="pt")["input_ids"][:, :256]
+    generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def logprobs(model: Any) -> torch.Tensor:
+        table = model(ids).logits[0, :-1].log_softmax(-1)
+        return table.gather(1, ids[0, 1:, None])[:, 0].double()
+
+    def whole(dtype: torch.dtype) -> Any:
+        made = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
+        with torch.no_grad():
+            for layer, (a, b) in lora.pairs(held).items():
+                weight = made.get_parameter(f"{layer}.weight")
+                # by hand in float64, and as it is published
+                weight.copy_(weight + 2 * b.double() @ a.double() if dtype == torch.float64 else merged(weight, a, b))
+        return made
+
+    def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return lora.merged(weight, a, b, 2.0)
+
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    start = logprobs(plain)
+    adapted = lora.add(plain, LoraConfig(rank=16, alpha=32.0), 0)
+    with torch.no_grad():
+        for name, b in lora.adapters_of(adapted).items():
+            if ".lora_B." in name:
+                b.copy_(torch.randn(b.shape, generator=generator) * 0.02)
+    held = {name: parameter.detach().clone() for name, parameter in lora.adapters_of(adapted).items()}
+    narrow = {"adapters": logprobs(adapted), "merged": logprobs(whole(torch.float32))}
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
+    exact, wide = logprobs(whole(torch.float64)), logprobs(adapted.double())
+    told = {"float64": wide - exact, "float32": narrow["adapters"] - narrow["merged"]}
+    told |= {f"{name} in float32, from the exact": value - exact for name, value in narrow.items()}
+    for name, gap in told.items():
+        record_property(
+            "told", f"{name}: {float(gap.abs().mean()):.2g} in the mean, {float(gap.abs().max()):.2g} at most"
+        )
+    assert float((narrow["adapters"] - start).abs().mean()) > 0.1, "the adapters should be seen"
+    assert float(told["float64"].abs().max()) < 1e-11
+    assert float(told["float32"].abs().mean()) < float((narrow["merged"] - exact).abs().mean())
