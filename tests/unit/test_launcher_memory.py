@@ -64,6 +64,16 @@ def test_adapters_need_no_gradients_and_moments_of_the_weights(run_dir: Path) ->
     assert size(run_dir, "learner", *keys, *kl) == size(run_dir, "learner", *keys) + 4 * 2 * adapters
 
 
+def test_versions_of_adapters_are_small_and_who_merges_them_holds_the_start_model_too(run_dir: Path) -> None:
+    adapters = 30 * 16 * (2 * 576 + 2 * (576 + 192) + 2 * 576 + 3 * (576 + 1536))
+    P, keys = 134_515_000, ("learner.lora.rank=16", "eval.every=10", "learner.steps=40")
+    alone = (*keys, "learner.lora.publish=adapter")
+    assert size(run_dir, "weight channel", *alone) == (1 + 6) * 4 * adapters  # the one kept, and six that may wait
+    for role in ("generator", "evaluator"):
+        assert size(run_dir, role, *alone) == size(run_dir, role, *keys) + 4 * P
+    assert size(run_dir, "learner", *alone) == size(run_dir, "learner", *keys)
+
+
 def test_a_models_size_is_read_from_the_headers_of_its_files(run_dir: Path) -> None:
     shape = read_shape(run_dir / "start")
     assert shape is not None
