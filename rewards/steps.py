@@ -1,0 +1,231 @@
+"""Steps of an answer: where each ends, as exclusive token offsets. What a process reward is a score of.
+
+    tokens ── Pieces.of ──► a piece of text a token ── Steps.ends ──► step_ends of one sample
+                                                    └─ answer_from ──► where the answer begins, behind the thought
+
+Text is never tokenised again: marks are looked for in the text, and a step ends with the token that completes its mark,
+also where that token has begun the next step. A step has something to read beside marks and tags: of empty ones there
+are none, so that a policy cannot make more steps out of nothing. What follows the last mark is a step too (``rest``),
+up to the last token that has something to read; a stop token, which has no text of its own, belongs to no step.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from offtrail.core.types import Int32
+from offtrail.rewards.format import TAGS
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens among them; nothing cleaned up."""
+By = Literal["newline", "sentence", "separator", "tag", "tokens"]
+Within = Literal["response", "thought"]
+Rest = Literal["step", "none"]
+Aggregate = Literal["min", "mean", "product", "last", "sum"]
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What decoders write for bytes that are no character, or none yet."""
+_WINDOW = 8
+_SENTENCE = re.compile(r"(?:[.!?…]+[\"'”’)\]]*(?=\s|\Z)|[。！？]+[”’」』）]*|\n)")
+_NO_END = re.compile(r"(?:\b(?:e\.g|i\.e|cf|vs|Mr|Mrs|Ms|Dr|Prof|Fig|Eq)|\A\s*(?:\d+|[A-Za-z]))\Z")
+"""Before a full stop that ends no sentence: an abbreviation, or the number of a list's item."""
+_TAGS = re.compile("|".join(map(re.escape, TAGS)))
+
+
+class Pieces:
+    """What each token adds to an answer's text, by the tokenizer's own ``decode``. A token is ``silent`` at the end of
+    an answer, where it has stopped it.
+    """
+
+    def __init__(self, decode: Decode, silent: Collection[int] = ()) -> None:
+        self._decode, self._silent = decode, frozenset(silent)
+        self._known: dict[int, str | None] = {}
+
+    def of(self, tokens: Int32 | Sequence[int]) -> list[str]:
+        """One piece a token [T]; joined they are the text. A character of several tokens is of the one that completes
+        it, the others have none; one that is never completed is U+FFFD, of the last.
+        """
+        ids = [int(token) for token in tokens]
+        stopped = bool(ids) and ids[-1] in self._silent
+        if stopped:
+            ids.pop()
+        found = [self._piece(token) for token in ids]
+        if found and found[0] is not None:
+            found[0] = self._decode(ids[:1])  # a tokenizer may drop a blank at the very beginning
+        at = 0
+        while at < len(ids):
+            if found[at] is not None:
+                at += 1
+                continue
+            end = next((i for i in range(at, len(ids)) if found[i] is not None), len(ids))
+            found[at:end] = self._bytes(ids, at, end)
+            at = end
+        return [piece or "" for piece in found] + [""] * stopped
+
+    def _piece(self, token: int) -> str | None:
+        """Of a token anywhere but at the beginning; None where it holds a part of a character."""
+        if token not in self._known:
+            alone = self._decode([token])
+            whole = UNFINISHED not in alone
+            self._known[token] = self._decode([token, token])[len(alone) :] if whole else None
+        return self._known[token]
+
+    def _bytes(self, ids: list[int], begin: int, end: int) -> list[str]:
+        """Pieces of tokens that each hold a part of a character; a whole token, or none, stands at both ends."""
+        start = max(0, begin - 1)
+        pieces, given = [], len(self._decode(ids[start:begin])) if start < begin else 0
+        for i in range(begin, end):
+            text = self._decode(ids[start : i + 1])
+            settled = text if i == end - 1 else text.rstrip(UNFINISHED)
+            pieces.append(settled[given:])
+            given = max(given, len(settled))
+            if settled == text:
+                start, given = i + 1, 0
+            elif i - start >= _WINDOW:
+                start = i - 3  # no character has more bytes than that has tokens
+                given = len(self._decode(ids[start : i + 1]).rstrip(UNFINISHED))
+        return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How an answer is cut into steps.
+
+    ``by``: newline; sentence (a full stop, a question or exclamation mark with a blank behind it, 。！？, or a new
+    line); ``separator``, any string; ``tag``, whose closing tag ends a step; a fixed number of ``tokens``. ``within``:
+    of the whole response, or of the thought alone, up to its last ``</think>``. ``rest``: whether what follows the last
+    mark is a step.
+    """
+
+    by: By = "newline"
+    separator: str = "\n\n"
+    tag: str = "step"
+    tokens: int = 32
+    within: Within = "response"
+    rest: Rest = "step"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], key: str = "steps") -> Steps:
+        """From settings. ValueError, one line that names ``key``, where they cannot be."""
+        allowed = {"by": By, "within": Within, "rest": Rest}
+        names = [field.name for field in fields(cls)]
+        for name, value in given.items():
+            if name not in names:
+                raise ValueError(f"{key}.{name}={value}: unknown; must be one of {', '.join(names)}")
+            if name in allowed and value not in get_args(allowed[name]):
+                raise ValueError(f"{key}.{name}={value}: must be one of {', '.join(get_args(allowed[name]))}")
+            if name == "tokens" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{key}.{name}={value}: must be a whole number ≥ 1")
+            if name in ("separator", "tag") and (not isinstance(value, str) or not value or UNFINISHED in value):
+                like = getattr(cls(), name)
+                raise ValueError(f"{key}.{name}={value!r}: must be a text that answers hold, such as {like!r}")
+        made = cls(**given)
+        for name in ("separator", "tag", "tokens"):
+            if name in given and made.by != name:
+                raise ValueError(f"{key}.{name}={given[name]!r}: is read with {key}.by={name}, not by={made.by}")
+        return made
+
+    def ends(self, pieces: Sequence[str], opened: str = "") -> Int32:
+        """[S] int32, ascending: where steps end, exclusive offsets in the answer's tokens, whose ``pieces`` are given.
+        ``opened``: what the prompt has begun of the answer, such as ``<think>``.
+        """
+        text = "".join(pieces)
+        if self.by != "tokens":
+            return token_ends(pieces, self.cut(text, opened))
+        read = _last_read(text, self._stop(text, opened))
+        last = int(token_ends(pieces, [read])[0]) if read else 0
+        whole = np.arange(self.tokens, last + 1, self.tokens, dtype=np.int32)
+        if self.rest == "none" or last % self.tokens == 0:
+            return whole
+        return np.append(whole, np.int32(last))
+
+    def cut(self, text: str, opened: str = "") -> list[int]:
+        """[S] ascending: where the steps of a text end, exclusive offsets in its characters. ValueError for
+        by=tokens.
+        """
+        stop = self._stop(text, opened)
+        found, begin = [], 0
+        for end in self._marks(text, stop):
+            if self._reads(text[begin:end]):
+                found.append(end)
+                begin = end
+        if self.rest == "step" and self._reads(text[begin:stop]):
+            found.append(_last_read(text, stop))
+        return found
+
+    def _marks(self, text: str, stop: int) -> list[int]:
+        if self.by == "tokens":
+            raise ValueError("steps.by=tokens: a text has no tokens; take newline, sentence, separator or tag")
+        if self.by == "sentence":
+            return _sentences(text, stop)
+        return [match.end() for match in re.finditer(re.escape(self._mark), text[:stop])]
+
+    @property
+    def _mark(self) -> str:
+        return {"newline": "\n", "separator": self.separator, "tag": f"</{self.tag}>"}.get(self.by, "")
+
+    def _reads(self, part: str) -> bool:
+        """Whether there is something to read in it, beside marks and tags."""
+        if self._mark:
+            part = part.replace(self._mark, "")
+        if self.by == "tag":
+            part = part.replace(f"<{self.tag}>", "")
+        return bool(_TAGS.sub("", part).strip())
+
+    def _stop(self, text: str, opened: str) -> int:
+        """Characters of the part that is cut."""
+        if self.within == "response":
+            return len(text)
+        closed = text.rfind("</think>")
+        return closed if closed >= 0 else len(text) if _in_thought(text, opened) else 0
+
+
+def token_ends(pieces: Sequence[str], ends: Sequence[int]) -> Int32:
+    """[S'] int32, ascending, each once: the exclusive offset of the token that completes each character offset."""
+    lengths = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    return np.unique(np.searchsorted(lengths, np.asarray(ends, np.int64), side="left") + 1).astype(np.int32)
+
+
+def answer_from(pieces: Sequence[str], opened: str = "") -> int:
+    """The offset of the answer's first token, behind the one that completes the last ``</think>``: 0 where nothing was
+    thought, T where the thought is not closed.
+    """
+    text = "".join(pieces)
+    closed = text.rfind("</think>")
+    if closed >= 0:
+        return int(token_ends(pieces, [closed + len("</think>")])[0])
+    return len(pieces) if _in_thought(text, opened) else 0
+
+
+def aggregate(scores: Sequence[float] | Any, how: Aggregate) -> float:
+    """One number of an answer's scores, in order; NaN where there are none."""
+    values = np.asarray(scores, np.float64)
+    if not values.size:
+        return math.nan
+    if how == "last":
+        return float(values[-1])
+    return float({"min": values.min, "mean": values.mean, "product": values.prod, "sum": values.sum}[how]())
+
+
+def _in_thought(text: str, opened: str) -> bool:
+    return "</think>" not in opened and ("<think>" in opened or "<think>" in text)
+
+
+def _last_read(text: str, stop: int) -> int:
+    return len(text[:stop].rstrip())
+
+
+def _sentences(text: str, stop: int) -> list[int]:
+    found, begin = [], 0
+    for match in _SENTENCE.finditer(text, 0, stop):
+        if match[0].startswith(".") and _NO_END.search(text[begin : match.start()]):
+            continue
+        found.append(match.end())
+        begin = match.end()
+    return found
