@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,8 @@ class RewardConfig:
     name: str = "rule"
     """Label of the reward."""
     weights: dict[str, float] = setting({"accuracy": 1.0, "format": 0.1})
-    """Component → its weight, below 0 for a penalty, 0 to log it only; rewards/components/NAME.py, or your own
-    module:function."""
+    """Component → its weight, below 0 for a penalty, 0 to log it only; rewards/components/NAME.py, your own
+    module:function, or a model of scorer.models."""
     settings: dict[str, dict[str, Any]] = setting({})
     """Component → its settings, as {NAME: {key: value}}."""
     only: dict[str, dict[str, Any]] = setting({})
@@ -63,8 +63,6 @@ class RewardConfig:
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"reward.weights.{name}={weight}: must be a finite number")
-            if name not in COMPONENTS and not is_plugin(name):
-                raise _unknown("reward.weights", name, COMPONENTS, "or your own module:function")
         for key, entries in (("settings", self.settings), ("only", self.only)):
             for name, entry in entries.items():
                 if name not in self.weights:
@@ -76,15 +74,39 @@ class RewardConfig:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Their names, in order."""
-        return tuple(self.weights)
+        """Those of rules, which verifiers score, by name, in order."""
+        return tuple(name for name in self.weights if name in COMPONENTS or is_plugin(name))
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Those that models of scorer.models score, by name, in order."""
+        return tuple(name for name in self.weights if name not in self.components)
+
+    def check_names(self, models: Collection[str]) -> None:
+        """Raise ValueError for a weight that is neither a component's nor one of the ``models`` that score, and where
+        no component of rules is among them.
+        """
+        known = (*COMPONENTS, *models)
+        also = "your own module:function, or a model of scorer.models={NAME: {path: DIR}}"
+        for name in self.weights:
+            if name not in known and not is_plugin(name):
+                raise _unknown("reward.weights", name, known, also)
+            if name in models and name in self.settings:
+                raise ValueError(
+                    f"reward.settings.{name}: is a model that scores; its settings are scorer.models.{name}"
+                )
+        if not self.components:
+            raise ValueError(
+                f"reward.weights={_shown(self.weights)}: needs a component of rules too, by which eval/accuracy and "
+                "algo.filter_groups say how good an answer is, such as accuracy: 0"
+            )
 
     @property
     def main(self) -> str:
         """The component that says how good an answer is: `accuracy` where it is weighted, else the first one. It is
         what eval/accuracy and reward/accuracy show, and what algo.filter_groups=accuracy reads.
         """
-        return "accuracy" if "accuracy" in self.weights else next(iter(self.weights))
+        return "accuracy" if "accuracy" in self.weights else self.components[0]
 
     def applies(self, name: str, task: str) -> bool:
         """Whether a component is asked about problems of ``task``."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from offtrail.core.types import Int32
 from offtrail.rewards.format import TAGS
@@ -29,6 +30,9 @@ Within = Literal["response", "thought"]
 Rest = Literal["step", "none"]
 Aggregate = Literal["min", "mean", "product", "last", "sum"]
 
+AGGREGATES: dict[str, Callable[[npt.NDArray[np.float64]], np.float64]] = {
+    "min": np.min, "mean": np.mean, "product": np.prod, "sum": np.sum,
+}  # fmt: skip
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for bytes that are no character, or none yet."""
 _WINDOW = 8
@@ -208,9 +212,7 @@ def aggregate(scores: Sequence[float] | Any, how: Aggregate) -> float:
     values = np.asarray(scores, np.float64)
     if not values.size:
         return math.nan
-    if how == "last":
-        return float(values[-1])
-    return float({"min": values.min, "mean": values.mean, "product": values.prod, "sum": values.sum}[how]())
+    return float(values[-1] if how == "last" else AGGREGATES[how](values))
 
 
 def _in_thought(text: str, opened: str) -> bool:

@@ -27,8 +27,8 @@ from offtrail.core.types import Group
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.roles import JOBS
 
-REASONS = ("stale", "filtered", "failed", "superseded", "run_ended")
-STARVING = ("stale", "filtered", "failed")
+REASONS = ("stale", "filtered", "failed", "unscored", "superseded", "run_ended")
+STARVING = ("stale", "filtered", "failed", "unscored")
 """The refusals that a run can die of; the others are the broker's own doing."""
 
 
@@ -181,6 +181,7 @@ class AdmissionPolicy:
             "filtered": f"algo.filter_groups={self.filter} finds no signal in them: take a task that is neither too "
             "easy nor too hard, raise batch.group_size, or set algo.filter_groups=none",
             "failed": "see the generators' logs for what fails",
+            "unscored": "see the generators' and the scorers' logs for what a model of scorer.models does not score",
         }[worst]
         return (
             f"staleness.max_refusals={self.max_refusals}: {total} groups were refused since the last learner step, "

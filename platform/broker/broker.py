@@ -65,6 +65,7 @@ from offtrail.platform.wire.messages import (
     NextBatch,
     NextEval,
     ReturnLeases,
+    Serving,
     StatusRequest,
     StopRun,
     SubmitGroup,
@@ -147,6 +148,7 @@ class Broker:
             Checkpointed: self.on_checkpointed,
             NextEval: self.on_next_eval,
             EvalResult: self.on_eval_result,
+            Serving: self.on_serving,
             Heartbeat: self.on_heartbeat,
             Failure: self.on_failure,
             StatusRequest: self.on_status_request,
@@ -461,6 +463,16 @@ class Broker:
         for line in self.ending.diagnosis.take_scores(message.version, scores):
             log.warning("%s", line)
 
+    # ------------------------------------------------------------------ scorers
+
+    def on_serving(self, message: Serving, envelope: Envelope) -> Answer:
+        """Where a scorer can be asked: those who ask hear of it with their next heartbeat."""
+        member = self._member(envelope)
+        member.serves = message.url
+        self.deadlines.progress()
+        log.info("%s answers at %s", member.name, message.url)
+        return Acknowledged(), NO_ARRAYS
+
     # ------------------------------------------------------------------ all roles, and the launcher
 
     def on_heartbeat(self, beat: Heartbeat, envelope: Envelope) -> Answer:
@@ -475,7 +487,8 @@ class Broker:
             self.ledger.records.charge([(beat.role, beat.index, member.life, {**beat.compute, **seconds})])
         except LedgerError as error:  # the beat must still be answered: it is what says stop
             self.ending.broken(error)
-        return Beat(version=self.scheduler.version, stop=bool(self.ending.status)), NO_ARRAYS
+        stop, scorers = bool(self.ending.status), self.roster.serving()
+        return Beat(version=self.scheduler.version, stop=stop, scorers=scorers), NO_ARRAYS
 
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
         """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words.

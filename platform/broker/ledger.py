@@ -209,8 +209,10 @@ class Ledger:
         return ": ".join(rows[0]) if rows else ""
 
     def failure(self) -> str:
-        """Why the newest of the groups that were refused as failed has failed."""
-        rows = self.file.rows("SELECT detail FROM groups WHERE reason = 'failed' ORDER BY id DESC LIMIT 1")
+        """Why the newest of the groups that were refused as failed or unscored was."""
+        rows = self.file.rows(
+            "SELECT detail FROM groups WHERE reason IN ('failed', 'unscored') ORDER BY id DESC LIMIT 1"
+        )
         return str(rows[0][0]) if rows else ""
 
     def queued(self) -> list[GroupRow]:

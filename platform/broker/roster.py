@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from offtrail.platform.wire.messages import LAUNCHER, Heartbeat
+from offtrail.platform.wire.messages import LAUNCHER, Heartbeat, ScorerAt
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Member:
     beat_at: float = 0.0
     mark: tuple[float, dict[str, float]] | None = None
     lost: bool = False
+    serves: str = ""
+    """Where it answers requests of others; empty where it does not, or not yet."""
 
     @property
     def name(self) -> str:
@@ -116,6 +118,10 @@ class Roster:
     def restarts(self) -> dict[str, int]:
         """How often a role was started again, by name."""
         return {name: starts - 1 for name, starts in sorted(self.starts.items()) if starts > 1}
+
+    def serving(self) -> list[ScorerAt]:
+        """Whom others can ask for scores."""
+        return [ScorerAt(m.name, m.serves, m.life) for m in self.alive("scorer") if m.serves]
 
     def alive(self, role: str) -> list[Member]:
         """The members of a role whose heartbeats come."""

@@ -33,7 +33,7 @@ log = logging.getLogger("offtrail.broker")
 Outcome = Literal["new", "repeated", "diverged"]
 """What became of a publication; diverged: the log holds another checksum for the same version."""
 
-GIVEN_UP = ("failed", "filtered", "stale")
+GIVEN_UP = ("failed", "filtered", "stale", "unscored")
 """Reasons that a holder may give."""
 HOPELESS = 8
 """So many batches' worth of groups that failed, before the first that did not, end the run."""
@@ -427,7 +427,8 @@ class Scheduler:
         if self.complete:
             return ""
         tally = self.ledger.tally()
-        refused, failed = tally.refused, tally.refused.get("failed", 0)
+        refused = tally.refused
+        failed = refused.get("failed", 0) + refused.get("unscored", 0)
         if tally.living == tally.leased and failed >= HOPELESS * max(1, self.admission.batch):
             detail = self.ledger.refusal()
             return f"all {failed} groups that were made have failed, so that nothing can be trained; the last: {detail}"

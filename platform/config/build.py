@@ -38,6 +38,8 @@ IMPLIED: dict[str, dict[str, Raw]] = {"serve": {"engine.name": "sglang"}}
 
 
 MIX = "reject.mix"
+PATHS_OF_ENTRIES: dict[str, PathKind] = {MIX: "file", "scorer.models": "model"}
+"""Mapping whose entries have a `path` → its kind."""
 
 
 def build(values: Mapping[str, Raw]) -> Config:
@@ -153,12 +155,12 @@ def _path(key: str, kind: PathKind, value: str) -> str:
 
 def _paths_within(key: Key, value: Raw) -> Raw:
     """The same for task.settings={jsonl: {path: …}}, which holds keys of other variants of its section; and for the
-    `path` of each entry of reject.mix.
+    `path` of each entry of PATHS_OF_ENTRIES.
     """
     if not isinstance(value, dict):
         return value
-    if key.path == MIX:
-        return {name: _of_mix(f"{MIX}.{name}.path", entry) for name, entry in value.items()}
+    if (kind := PATHS_OF_ENTRIES.get(key.path)) is not None:
+        return {name: _of_entry(f"{key.path}.{name}.path", kind, entry) for name, entry in value.items()}
     variants = variant_keys().get(key.path.partition(".")[0], {})
     return {
         family: {
@@ -171,10 +173,10 @@ def _paths_within(key: Key, value: Raw) -> Raw:
     }
 
 
-def _of_mix(key: str, entry: Raw) -> Raw:
+def _of_entry(key: str, kind: PathKind, entry: Raw) -> Raw:
     if not isinstance(entry, dict) or "path" not in entry:
         return entry
-    return {**entry, "path": _path_or_paths(key, "file", entry["path"])}
+    return {**entry, "path": _path_or_paths(key, kind, entry["path"])}
 
 
 def _path_or_paths(key: str, kind: PathKind, value: Raw) -> Raw:

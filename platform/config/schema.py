@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from offtrail.algos.config import AlgoConfig, GrpoConfig
 from offtrail.algos.correction_config import CorrectionConfig, TisConfig
 from offtrail.core.settings import section, setting
+from offtrail.platform.config.scorer_config import ScorerConfig
 from offtrail.rewards.config import RewardConfig
 from offtrail.search.config import SearchConfig
 from offtrail.tasks.chain import ChainConfig
@@ -536,6 +537,7 @@ class Config:
     staleness: StalenessConfig = section(StalenessConfig)
     learner: LearnerConfig = section(LearnerConfig)
     generator: GeneratorConfig = section(GeneratorConfig)
+    scorer: ScorerConfig = section(ScorerConfig)
     eval: EvalConfig = section(EvalConfig)
     sample: SampleConfig = section(SampleConfig)
     reject: RejectConfig = section(RejectConfig)

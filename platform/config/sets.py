@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offtrail.core.plugins import PluginError
 from offtrail.core.problem import Problem
 from offtrail.platform.config.build import build
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
@@ -27,7 +26,6 @@ from offtrail.platform.config.validate import (
     programs_are_run,
 )
 from offtrail.tasks import shots
-from offtrail.tasks.base import TaskError
 from offtrail.tasks.registry import make_task
 
 LABEL = re.compile(r"[\w-]+", re.ASCII)
@@ -169,9 +167,10 @@ def _set(
     try:
         values |= {f"reward.{name}": value for name, value in scored.items()}
         built = build({"job": "eval", "eval.samples": samples, **values})
+        built.reward.check_names(config.scorer.models)
         for rule in rules:
             rule(built)
-    except (ConfigError, PluginError, TaskError) as error:
+    except (ConfigError, ValueError) as error:
         unknown = "name" not in settings and str(error).startswith(f"task.name={label}: ")
         way = "; or say which of them the set is of, as {name: jsonl, …}" if unknown else ""
         raise ConfigError(f"{where}: {error}{way}") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from offtrail.algos.pairs import incompatible
 from offtrail.core.plugins import PluginError, check, check_settings, is_plugin
 from offtrail.core.settings import out_of_limits
-from offtrail.platform.config import learnable
+from offtrail.platform.config import learnable, scorers
 from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
 from offtrail.platform.config.keys import flatten, keys_of
@@ -113,6 +113,13 @@ def model_paths_are_here(config: Config) -> None:
     for key in keys_of(config).values():
         if key.path_kind == "model" and key.path != "checkpoint":  # which may be a run directory, too
             _model_is_here(key.path, key.default)
+    for name, entry in config.scorer.models.items():
+        key_of_entry, given = f"scorer.models.{name}.path", entry["path"]
+        if model_folder(given, key_of_entry) is None:
+            _model_is_here(key_of_entry, given, RUN_OR_FOLDER)
+
+
+RUN_OR_FOLDER = "a run directory, a checkpoint or a Hugging Face model folder"
 
 
 def _model_is_here(key: str, given: str, give: str = "a Hugging Face model folder, or leave it empty") -> None:
@@ -312,7 +319,7 @@ def exact_staleness_is_repeatable(config: Config) -> None:
 def code_from_outside_is_here(config: Config) -> None:
     """`module:function` names something that takes its settings, as its source tells: it is loaded where it is used."""
     reward, algo, search = config.reward, config.algo, config.search
-    for name in reward.weights:
+    for name in reward.components:
         source = name if is_plugin(name) else f"offtrail.rewards.components.{name}:score"
         check(source, what="reward.weights")
         check_settings(
@@ -442,7 +449,7 @@ def a_checkpoint_is_served(config: Config) -> None:
             "checkpoint", config.checkpoint, f"job={config.job} does not read it; a start model is model.path=DIR"
         )
     if served and config.checkpoint and model_folder(config.checkpoint) is None:
-        _model_is_here("checkpoint", config.checkpoint, "a run directory, a checkpoint or a Hugging Face model folder")
+        _model_is_here("checkpoint", config.checkpoint, RUN_OR_FOLDER)
     if config.job == "serve" and not isinstance(config.engine, SglangConfig):
         raise refuse("engine.name", config.engine.name, "job=serve needs sglang; for the terminal alone take job=chat")
 
@@ -470,9 +477,9 @@ def weights_have_a_channel(config: Config) -> None:
 def addresses_are_numeric(config: Config) -> None:
     """ZeroMQ and the servers bind to addresses of this host, not to names."""
     settings = flatten(config)
-    for key in ("broker.address", "serve.address", "engine.address"):
+    for key in ("broker.address", "scorer.address", "serve.address", "engine.address"):
         try:
-            address = ipaddress.ip_address(settings.get(key, "127.0.0.1"))
+            address = ipaddress.ip_address(settings.get(key) or "127.0.0.1")
         except ValueError:
             raise refuse(key, settings[key], "must be an IP address, such as 127.0.0.1 or 0.0.0.0") from None
         if address.is_multicast or address == ipaddress.IPv4Address("255.255.255.255"):
@@ -501,6 +508,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     a_pretrained_model_has_a_path,
     model_paths_are_here,
     files_of_lines_are_here,
+    *scorers.RULES,
     programs_are_run,
     gold_answers_are_enough,
     a_groups_programs_have_time_and_memory,

@@ -15,6 +15,7 @@ from typing import Any
 
 from offtrail.core.plugins import PLUGIN, source_of
 from offtrail.platform.config.build import MIX
+from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.keys import keys_of, variant_keys
 from offtrail.platform.config.schema import Config
 from offtrail.platform.model.start import StartError, resolve
@@ -81,6 +82,10 @@ def _models(config: Config) -> Iterator[tuple[str, str, str]]:
             continue
         with contextlib.suppress(StartError):  # who needs it will say so
             yield key.path, key.default, str(resolve(key.default))
+    for name, entry in config.scorer.models.items():
+        key_of_entry, given = f"scorer.models.{name}.path", entry["path"]
+        with contextlib.suppress(StartError):
+            yield key_of_entry, given, str(model_folder(given, key_of_entry) or resolve(given))
 
 
 def _listed(value: str | list[str]) -> list[str]:

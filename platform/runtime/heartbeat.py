@@ -3,7 +3,8 @@
     role ── Heartbeat (what it does, since when, counters) ──► broker      every period_s
     role ◄── Beat (newest version, stop) ───────────────────── broker
 
-Started by RoleContext.connect. The role's loop reads `version`, `stop` and `lost`; nobody writes them but the thread.
+Started by RoleContext.connect. The role's loop reads `version`, `stop`, `scorers` and `lost`; nobody writes them but
+the thread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from offtrail.platform.runtime.activity import Activity
-from offtrail.platform.wire.messages import Beat, Heartbeat
+from offtrail.platform.wire.messages import Beat, Heartbeat, ScorerAt
 from offtrail.platform.wire.sockets import Client
 
 
@@ -22,7 +23,7 @@ class HeartbeatThread:
     line, in its thread.
 
     ``version``: newest version the broker knows (−1 before the first reply). ``stop``: the run ends. ``lost``: seconds
-    since the last reply.
+    since the last reply. ``scorers``: whom the broker knows to answer for scores.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class HeartbeatThread:
     ) -> None:
         self.version = -1
         self.stop = False
+        self.scorers: list[ScorerAt] = []
         self._role, self._index = role, index
         self._dial, self._activity, self._period_s = dial, activity, period_s
         self._answered = time.monotonic()
@@ -80,6 +82,7 @@ class HeartbeatThread:
                 self._answered = time.monotonic()
                 self.version = max(self.version, message.version)
                 self.stop = self.stop or message.stop
+                self.scorers = message.scorers
         return [ticket for ticket, _, _ in replies]
 
     def _heartbeat(self) -> Heartbeat:

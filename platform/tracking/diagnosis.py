@@ -167,13 +167,14 @@ def _without_room(config: Config) -> Finding:
 
 def _failing(config: Config, failure: Callable[[], str]) -> Finding:
     def finding(row: Row) -> str:
-        failed, trained = row.get("queue/refused_failed") or 0.0, (row["step"] or 0.0) * config.batch.groups
+        failed = (row.get("queue/refused_failed") or 0.0) + (row.get("queue/refused_unscored") or 0.0)
+        trained = (row["step"] or 0.0) * config.batch.groups
         made = trained + (row.get("queue/groups") or 0.0) + (row.get("queue/refused") or 0.0)
         if failed <= FAILED * made:
             return ""
         return (
-            f"{failed:.0f} of {made:.0f} groups so far were refused as failed, and nothing is learned from their "
-            f"problems; the last: {failure()}"
+            f"{failed:.0f} of {made:.0f} groups so far were refused as failed or unscored, and nothing is learned from "
+            f"their problems; the last: {failure()}"
         )
 
     return finding

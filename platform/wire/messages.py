@@ -3,6 +3,8 @@
     generator ── Hello, LeaseRequest, SubmitGroup, FailGroup, ReturnLeases ──► broker
     learner 0 ── Hello, NextBatch, Commit, Checkpointed ─────────────────────► broker
     evaluator ── Hello, NextEval, EvalResult ────────────────────────────────► broker
+    scorer ── Hello, Serving ────────────────────────────────────────────────► broker
+    generator ── ScoreRequest ───────────────────────────────────────────────► scorer
     all roles ── Heartbeat, Failure ─────────────────────────────────────────► broker
     launcher ── Hello, StatusRequest, Failure, StopRun ──────────────────────► broker
     broker ── VersionHint (PUB) ──► all
@@ -23,7 +25,7 @@ from msgspec import Meta
 
 from offtrail.core.types import Axis, Lease, Problem, ScoredBy
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 Index = Annotated[int, Meta(ge=0, lt=1 << 16)]
 """Of a process among those of its role."""
@@ -231,11 +233,54 @@ class Heartbeat(Message, frozen=True):
     gauges: dict[Name, float] = {}
 
 
+class Serving(Message, frozen=True):
+    """A scorer says where it answers ScoreRequests, once its models are loaded."""
+
+    url: Name
+
+
+class ScorerAt(msgspec.Struct, frozen=True):
+    """Where a scorer answers, with the run's keys. ``life``: which of the processes of that name it is."""
+
+    name: str
+    url: str
+    life: int
+
+
 class Beat(Message, frozen=True):
-    """Reply to a heartbeat."""
+    """Reply to a heartbeat. ``scorers``: those that can be asked, by name; but for one whose heartbeats are lost."""
 
     version: int
     stop: bool = False
+    scorers: list[ScorerAt] = []
+
+
+class ScoreRequest(Message, frozen=True):
+    """Ask a model of scorer.models about n outputs of one prompt, whole or not.
+
+    Its arrays, all int32: the prompt's tokens [P]; the outputs' lengths [n]; their tokens [T], one after another; and,
+    of a model that reads steps, where those end [S], exclusive offsets in the T tokens, ascending.
+    """
+
+    model: Name
+
+
+class Scored(Message, frozen=True):
+    """One array, float32 and finite, by one version: [n] where the model reads outcomes (NaN of an output without
+    tokens), [S] of steps, [T] of tokens.
+    """
+
+    model: str
+    version: int
+
+
+class Unscored(Message, frozen=True):
+    """The model has no score for it: what it said is no number, or the request does not fit it. ``reason``: one line.
+    Asked again, it would answer the same.
+    """
+
+    model: str
+    reason: str
 
 
 class Failure(Message, frozen=True):
@@ -293,16 +338,20 @@ class VersionHint(Message, frozen=True):
 
 RequestMessage = (
     Hello | LeaseRequest | SubmitGroup | FailGroup | ReturnLeases | NextBatch | Commit | Checkpointed | NextEval
-    | EvalResult | Heartbeat | Failure | StatusRequest | StopRun
+    | EvalResult | Heartbeat | Failure | StatusRequest | StopRun | Serving | ScoreRequest
 )  # fmt: skip
 LAUNCHER = "launcher"
 SENDERS: dict[type[Message], str] = {
     **dict.fromkeys((LeaseRequest, SubmitGroup, FailGroup, ReturnLeases), "generator"),
     **dict.fromkeys((NextBatch, Commit, Checkpointed), "learner"),
     **dict.fromkeys((NextEval, EvalResult), "evaluator"),
+    Serving: "scorer",
     StopRun: LAUNCHER,
 }
 """Whose message it is. Hello and StatusRequest are anybody's; a Heartbeat or a Failure speaks of the process that sends
 it, and the launcher may send the Failure of any.
 """
-ReplyMessage = Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | Beat | Status | Acknowledged | Error
+ReplyMessage = (
+    Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | Beat | Status | Scored | Unscored | Acknowledged
+    | Error
+)  # fmt: skip

@@ -724,7 +724,9 @@ def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_score
         "tokens/generated": 18, "tokens/trained": 18, "weights/publish_seconds_mean": 0.5, "seed": 0,
     }  # fmt: skip
     assert {key: summary[key] for key in expected} == expected
-    assert summary["groups/refused"] == dict.fromkeys(("stale", "filtered", "failed", "superseded", "run_ended"), 0)
+    assert summary["groups/refused"] == dict.fromkeys(
+        ("stale", "filtered", "failed", "unscored", "superseded", "run_ended"), 0
+    )
     for key in ("wall_seconds", "learner/busy_fraction", "generator/busy_fraction", "versions", "git_commit"):
         assert key in summary
     assert [(row["step"], row.get("eval/accuracy")) for row in run.rows()] == [

@@ -157,7 +157,30 @@ MISTAKES = [
     (
         ["reward.weights.acuracy=1"],
         "reward.weights.acuracy: unknown; must be one of accuracy, code, format",
-        ["accuracy"],
+        ["nearest: accuracy"],
+    ),
+    (
+        ["reward.weights={accuracy: 1, rm: 0.1}"],
+        "reward.weights.rm: unknown; must be one of accuracy, code",
+        ["or a model of scorer.models={NAME: {path: DIR}}"],
+    ),
+    (["scorer.models.rm=DIR"], "scorer.models={rm: DIR}: must be a mapping {name: {name: value}}", []),
+    (["scorer.models.rm.of=answer"], "scorer.models.rm.path=: a model is needed: scorer.models.rm.path=DIR", []),
+    (["scorer.models.rm.path=/no/such"], "scorer.models.rm.path=/no/such: no such folder", ["a run directory"]),
+    (["scorer.models.rm={path: ., reads: all}"], "scorer.models.rm.reads=all: must be one of outcome, steps,", []),
+    (["scorer.models.rm={path: ., red: 1}"], "scorer.models.rm.red=1: unknown; must be one of path, steps,", []),
+    (["scorer.models.rm={path: ., closed: 1}"], "scorer.models.rm.closed=1: must be true or false", []),
+    (["scorer.models.rm={path: ., empty: low}"], "scorer.models.rm.empty=low: must be a number", []),
+    (["scorer.models.rm={path: ., steps: {by: line}}"], "scorer.models.rm.steps.by=line: must be one of newline", []),
+    (["scorer.models.format.path=."], "scorer.models.format: a name is letters, digits", ["none of the components"]),
+    (["scorer.models.a:b.path=."], "scorer.models.a:b: a name is letters, digits, - and _", []),
+    (["scorer.device=tpu"], "scorer.device=tpu: must be cpu, cuda or cuda:N", []),
+    (["scorer.address=myhost"], "scorer.address=myhost: must be an IP address", []),
+    (["scorer.on_deadline=zero"], "scorer.on_deadline=zero: must be one of fail, refuse", []),
+    (
+        ["staleness.mode=exact", "scorer.refresh_every=2"],
+        "scorer.refresh_every=2: must be 0 with staleness.mode=exact",
+        [],
     ),
     (["reward.weights.my_code:brevity=1"], "reward.weights=my_code:brevity: no module my_code", []),
     (["reward.weights.json:dunps=1"], "reward.weights=json:dunps: json has no dunps", ["dumps"]),
@@ -277,6 +300,20 @@ def test_a_model_folder_needs_its_config(tmp_path):
         assert message(f"model.path={given}").startswith(f"model.path={given}: is a GGUF model; take the folder that")
     (tmp_path / "config.json").write_text("{}")
     assert compose([f"model.path={tmp_path}"]).model.path == str(tmp_path)
+
+
+def test_a_model_that_scores_is_named_where_it_is_weighed_and_served_where_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    rm = f"scorer.models.rm.path={tmp_path}"
+    assert compose([rm, "reward.weights.rm=0.1"]).reward.scored == ("rm",)
+    assert message(rm, "scorer.count=0").startswith("scorer.count=0: scorer.models names rm, which nobody would serve")
+    assert message(rm, "reward.weights={rm: 1}").startswith("reward.weights={rm: 1}: needs a component of rules too")
+    alone = message(rm, "reward.weights.rm=1", "reward.settings.rm.longest=3")
+    assert alone == "reward.settings.rm: is a model that scores; its settings are scorer.models.rm"
+    sets = message(rm, "reward.weights.rm=1", "eval.sets={addition: {reward: {weights: {acuracy: 1}}}}")
+    assert sets.startswith("eval.sets.addition: reward.weights.acuracy: unknown; must be one of accuracy")
+    monkeypatch.chdir(tmp_path)
+    assert compose(["scorer.models.rm.path=."]).scorer.models == {"rm": {"path": str(tmp_path)}}
 
 
 def test_a_model_name_must_be_in_the_cache(tmp_path, monkeypatch):
