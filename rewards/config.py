@@ -21,7 +21,7 @@ LIMITS_OF_A_COMPONENT = ("from_step", "to_step", "tasks")
 
 @dataclass
 class RewardConfig:
-    """Weighted sum of named components; the verifiers run in killable worker processes."""
+    """Weighted sum of named components. The verifiers run in killable worker processes."""
 
     name: str = "rule"
     """Label of the reward."""

@@ -341,7 +341,7 @@ class SglangConfig(EngineConfig):
 
 @dataclass
 class EvalConfig:
-    """Held-out evaluation, of published versions while training, and by job=eval."""
+    """Held-out evaluation. Of published versions while training, and by job=eval."""
 
     name: str = "sampled"
     """Label of the settings."""
