@@ -243,6 +243,30 @@ def test_a_row_that_it_does_not_take_is_dropped_and_the_next_ones_are_not(tmp_pa
     assert later.steps == [2, 3]
 
 
+def test_a_text_that_it_does_not_take_costs_the_text_and_its_row_comes_once(tmp_path: Path) -> None:
+    asked = list[int]()
+
+    def fail() -> None:
+        asked.append(len(asked))
+        if asked[-1] != 1:
+            raise ConnectionError("too long")
+
+    odd = Odd(text=fail)
+    made = working(tmp_path, odd)
+    for step in (1, 2):
+        made.put(Item("step", step, {}, {"samples": "1+1", "worst": "1+2"}))
+    all_of(made)
+    assert (odd.steps, asked, made.written, made.dropped) == ([1, 2], [0, 1, 2, 3], 2, 0)
+    assert made.lines == [
+        "tracking.sinks=odd: it did not take 'samples' of step 1 (ConnectionError: too long); its row stands"
+    ]
+    again = working(tmp_path, later := Odd())
+    for step in (1, 2, 3):
+        again.put(Item("step", step, {}), waits=True)
+    all_of(again)
+    assert later.steps == [3]
+
+
 def test_a_tracker_that_does_not_close_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "CLOSE_SECONDS", 0.05)
     free = threading.Event()

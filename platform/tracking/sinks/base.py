@@ -12,7 +12,7 @@ from offtrail.platform.config.schema import SINKS
 
 
 class Sink(Protocol):
-    """One tracker of one run. All calls come from one thread; whatever they raise costs that row and a line.
+    """One tracker of one run. All calls come from one thread; what they raise costs that row, or that text, and a line.
 
     It is made by its class or function with the run directory and its settings (`tracking.sink_settings.NAME`).
     """

@@ -182,15 +182,18 @@ class Worker:
     def _write(self, sink: Sink, item: Item) -> None:
         try:
             sink.write(item.step, item.scalars)
-            for name, text in item.texts.items():
-                sink.text(item.step, name, text)
             self._has.note(item)
         except BaseException as error:
             with self._news:
                 self.dropped += 1
             self._say("write", f"it did not take step {item.step} ({_words(error)}); such rows are dropped")
-        else:
-            self.written += 1
+            return
+        self.written += 1
+        for name, text in item.texts.items():
+            try:
+                sink.text(item.step, name, text)
+            except BaseException as error:
+                self._say("text", f"it did not take {name!r} of step {item.step} ({_words(error)}); its row stands")
 
     def _drop_all(self) -> None:
         """What waits; the lock is held."""
