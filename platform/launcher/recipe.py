@@ -27,7 +27,7 @@ from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import Config
 from offtrail.platform.evaluator.report import RESULTS
 from offtrail.platform.launcher.right_answers import write_right_answers
-from offtrail.platform.launcher.stage_cost import sampled, spent
+from offtrail.platform.launcher.stage_cost import spent
 from offtrail.platform.launcher.stage_table import as_table, in_short, rows_of, write_table
 from offtrail.platform.launcher.stage_view import here, plan
 from offtrail.platform.launcher.verdict import compared, shares_of
@@ -45,6 +45,8 @@ Launch = Callable[[Config, Path, list[int]], Outcome]
 HANDED_UP = ("eval/accuracy_first", "eval/accuracy_last", "loss/sft_first", "loss/sft_last", "steps", "wall_seconds")
 AREAS = ("sample/", "data/")
 """What the recipe's summary repeats of each stage."""
+SUMMED = ("compute/", "tokens/")
+"""… and of what it is the sum."""
 
 
 def run_recipe(config: Config, run_dir: Path, interrupted: list[int], launch: Launch) -> Outcome:
@@ -81,7 +83,7 @@ def compare_models(config: Config, run_dir: Path, stages: list[Stage]) -> dict[s
     asked = [stage for stage in done if (folders[stage.name] / RESULTS).is_file()]
     if not asked:
         return {}
-    summaries = {name: read_summary(folder) | sampled(folder) for name, folder in folders.items()}
+    summaries = {name: read_summary(folder) for name, folder in folders.items()}
     evaluations = {s.name: json.loads((folders[s.name] / RESULTS).read_text(encoding="utf-8")) for s in asked}
     rows, arms = rows_of(stages, evaluations, summaries), config.recipe.compare
     by_model = {stage.start_from: folders[stage.name] for stage in asked}
@@ -133,7 +135,7 @@ def known_now(config: Config, run_dir: Path, stage: Stage, stages: list[Stage], 
     by_name = {other.name: folder_of(run_dir, other) for other in stages}
     extra, found = stage.extra, Handed()
     if extra.budget_of:
-        cost = {name: spent(read_summary(folder) | sampled(folder))["flops"] for name, folder in by_name.items()}
+        cost = {name: spent(read_summary(folder))["flops"] for name, folder in by_name.items()}
         left = cost[extra.budget_of] - sum(cost[name] for name in extra.charged)
         if left <= 0:
             whole, charged = cost[extra.budget_of], " and ".join(extra.charged)
@@ -172,14 +174,14 @@ def is_done(folder: Path) -> bool:
 
 
 def whole_summary(run_dir: Path, stages: list[Stage]) -> dict[str, Any]:
-    """summary.json of a recipe: each stage's end in short, and the compute of all."""
+    """summary.json of a recipe: each stage's end in short, and the compute and tokens of all."""
     told: dict[str, Any] = {}
-    compute: dict[str, float] = {}
+    total: dict[str, float] = {}
     summaries = counted_once(read_summary(folder_of(run_dir, stage)) for stage in stages)
     for stage, summary in zip(stages, summaries, strict=True):
         named = [key for key in summary if key in HANDED_UP or key.startswith(AREAS)]
         told[stage.name] = {key: summary[key] for key in ("status", *named) if summary.get(key) is not None}
         for key, value in summary.items():
-            if key.startswith("compute/") and isinstance(value, (int, float)):
-                compute[key] = compute.get(key, 0.0) + value
-    return {"stages": told, **dict(sorted(compute.items()))}
+            if key.startswith(SUMMED) and isinstance(value, (int, float)):
+                total[key] = total.get(key, 0) + value
+    return {"stages": told, **dict(sorted(total.items()))}

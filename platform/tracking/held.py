@@ -104,14 +104,21 @@ class Meter:
         write_atomic(self._file, json.dumps(self._all()))
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: devices, and compute/ROLE_CHARGE over all launches."""
+        """For summary.json: devices, compute/ROLE_CHARGE over all launches, and of these the sums that every job has
+        (broker/run_metrics.py). Tokens are those that were decoded, also for answers that a cut part has lost.
+        """
         launches = [Launch.of_plain(one) for one in self._all()]
         spent = Counter[str]()
         for one in self._all():
             spent.update(one["charges"])
+        flops = sum(amount for name, amount in spent.items() if name == "flops" or name.endswith("_flops"))
+        busy = sum(amount for name, amount in spent.items() if name.startswith("busy_"))
         return {
             "devices": rows(launches),
             **{f"compute/{self._role}_{name}": amount for name, amount in sorted(spent.items())},
+            "compute/flops": flops,
+            "compute/busy_seconds": busy,
+            "tokens/generated": int(spent["decoded_tokens"]),
         }
 
     def _all(self) -> list[dict[str, Any]]:

@@ -55,7 +55,8 @@ def test_a_checkpoint_is_asked_as_it_was_trained_and_a_cut_changes_nothing(
     assert (summary["status"], told["config"]["max_new_tokens"]) == ("completed", 80)
     assert (tmp_path / "whole" / "eval.png").stat().st_size > 10_000
     assert summary["compute/evaluator_decoded_tokens"] > 300 * 4  # each answer has a token at least
-    assert summary["compute/evaluator_flops"] > 0
+    assert summary["compute/flops"] == summary["compute/evaluator_flops"] > 0
+    assert summary["tokens/generated"] == summary["compute/evaluator_decoded_tokens"]
     assert 0 < summary["devices"][0]["seconds"] < summary["launch_seconds"]
     assert summary["cost/device_hours"] == summary["cost/evaluator_device_hours"] > 0
     for name in ("chain", "sums"):

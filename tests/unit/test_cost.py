@@ -233,15 +233,16 @@ def test_a_job_without_a_broker_counts_over_its_launches(tmp_path: Path) -> None
         meter = Meter(tmp_path, "evaluator", {"a GPU 0": "H100"}, lambda: clock[0])
         clock[0] += seconds
         meter.note({"flops": flops / 2})
-        meter.note({"flops": flops})  # cumulative
+        meter.note({"flops": flops, "decoded_tokens": 3.0, "busy_evaluate_seconds": 2.0})  # cumulative
         assert not meter.due
     clock[0] += 6.0  # a launch that ends before anything is whole
     assert meter.due
     meter.note()
     assert meter.summary() == {
         "devices": [{"name": "H100", "roles": {"evaluator": 1}, "count": 1, "seconds": 36.0}],
-        "compute/evaluator_flops": 12.0,
-    }
+        "compute/evaluator_busy_evaluate_seconds": 4.0, "compute/evaluator_decoded_tokens": 6.0,
+        "compute/evaluator_flops": 12.0, "compute/flops": 12.0, "compute/busy_seconds": 4.0, "tokens/generated": 6,
+    }  # fmt: skip
     (tmp_path / LAUNCHES).write_text("[{")
     Meter(tmp_path, "evaluator", {}).note({})
 

@@ -30,6 +30,7 @@ def launches(ends: list[str]) -> tuple[list[str], Callable[[Config, Path, list[i
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "config.json").write_text("{}")
         summary = {"status": status, "steps": 7, "compute/flops": 100.0 if config.job == "sft" else 11.0}
+        summary |= {"tokens/trained": 6} | ({"tokens/generated": 4} if config.job == "rl" else {})
         (run_dir / "summary.json").write_text(json.dumps(summary))
         return status, "" if status == "completed" else "stopped by SIGINT"
 
@@ -56,6 +57,7 @@ def test_every_stage_is_a_run_of_its_own_and_hands_its_checkpoint_on(tmp_path: P
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["stages"] == {name: {"status": "completed", "steps": 7} for name in ("first", "second")}
     assert summary["compute/flops"] == 111.0
+    assert (summary["tokens/trained"], summary["tokens/generated"]) == (12, 4)
 
 
 def test_a_resumed_recipe_passes_over_what_is_done_and_goes_on_with_what_was_interrupted(tmp_path: Path) -> None:

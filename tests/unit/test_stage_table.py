@@ -67,6 +67,10 @@ def rows() -> list[dict[str, Any]]:
 def test_what_a_stage_spent_is_without_its_evaluation() -> None:
     assert spent(SUMMARIES["dev2"]) == {"flops": 42.0, "generated": 30.0, "trained": 20.0, "seconds": 3.0}
     assert spent({}) == {"flops": 0.0, "generated": 0.0, "trained": 0.0, "seconds": 0.0}
+    named_alike = {"evaluator_flops": 1.0, "compute/evaluator_old_flops": 2.0, "compute/evaluator_teraflops": 4.0}
+    assert spent(SUMMARIES["dev2"] | named_alike)["flops"] == 42.0
+    asked = {"compute/flops": 8.0, "compute/evaluator_flops": 8.0, "tokens/generated": 5}  # of job=eval
+    assert spent(asked)["flops"] == 0.0
 
 
 def test_a_model_stands_on_its_start_and_its_data() -> None:
