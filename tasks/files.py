@@ -128,12 +128,11 @@ def identity(record: Asked) -> str:
 def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
     """A field as text, numbers included. Raises TaskError when it is missing, empty or something else."""
     value = row.get(name)
-    what = "no answer" if key == "answer_field" else "no prompt"
     if value is None and name in row:
-        raise TaskError(f"{where}: {what}: field {name!r} is null; fill it, delete the line, or set task.{key}")
+        raise TaskError(f"{where}: field {name!r} is null; fill it, delete the line, or set task.{key}")
     if value is None:
         known = ", ".join(map(repr, row)) or "none"
-        raise TaskError(f"{where}: {what}: no field {name!r} (fields: {known}); add it, or set task.{key}")
+        raise TaskError(f"{where}: no field {name!r} (fields: {known}); add it, or set task.{key}")
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise TaskError(
             f"{where}: field {name!r} is {type(value).__name__}, not text; mend the line, or set task.{key}"
@@ -145,7 +144,7 @@ def field_text(row: dict[str, object], name: str, key: str, where: str) -> str:
     text = format(value, "f") if isinstance(value, Decimal) else str(value)  # 1e-05 as 0.00001
     check_text(text, f"{where}: field {name!r}")
     if not text.strip():
-        raise TaskError(f"{where}: {what}: field {name!r} is empty; fill it, or delete the line")
+        raise TaskError(f"{where}: field {name!r} is empty; fill it, or delete the line")
     return text
 
 

@@ -234,7 +234,7 @@ def test_parquet_rows_hold_every_argument_null_where_there_is_none(tmp_path: Pat
         ({"kwargs": []}, r"line 1: field 'kwargs' must be a list of 1 mappings"),
         ({"instruction_id_list": "punctuation:no_comma"}, r"line 1: field 'instruction_id_list' must be a list"),
         ({"kwargs": [{"n": 1}]}, r"line 1: punctuation:no_comma takes no n"),
-        ({"prompt": ""}, r"line 1: no prompt: field 'prompt' is empty"),
+        ({"prompt": ""}, r"line 1: field 'prompt' is empty"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_told_with_its_place(change: dict[str, Any], words: str, tmp_path: Path) -> None:

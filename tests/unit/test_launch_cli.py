@@ -111,7 +111,7 @@ def test_a_malformed_line_of_problems(problems):
 
 def test_a_problem_with_no_answer(problems):
     text = refused(*problems('{"question": "1+1?"}'))
-    assert "line 1: no answer" in text
+    assert "line 1: no field 'answer' (fields: 'question'); add it" in text
 
 
 def test_answers_that_the_verifier_cannot_read_are_said_before_the_start(problems):

@@ -184,7 +184,7 @@ def test_what_cannot_be_read_is_told_with_its_place(tmp_path: Path) -> None:
         ("prompt,note\nhi,\n", r"row 1: field 'label' must be safe or unsafe"),
         ("prompt,label\nhi\n", r"row 1: has not as many cells as the first line"),
         ("prompt,label\nhi,safe,more\n", r"row 1: has not as many cells"),
-        ("prompt,label\n,safe\n", r"row 1: no prompt: no field 'prompt'"),
+        ("prompt,label\n,safe\n", r"row 1: no field 'prompt'"),
         ("prompt,label\n", r"the table holds no rows"),
         ('prompt,label\n"hi,safe\n', r"cannot be read as a CSV table"),
     ):

@@ -22,10 +22,11 @@ from offtrail.core.types import Problem
 from offtrail.platform.config.compose import compose
 from offtrail.rewards.registry import make_reward
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, number, task_template
+from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, number
 from offtrail.tasks.mixture import MixtureConfig, MixtureTask
 from offtrail.tasks.registry import make_task, remarks_on
 from offtrail.tasks.split import is_held_out, stream
+from offtrail.tasks.templates import task_template
 
 
 def row(i: int) -> dict[str, Any]:
@@ -99,14 +100,14 @@ def test_too_few_held_out(hundred: str):
     [
         ('{"question": "a", "answer"', r"line 3: not valid JSON \("),
         ("[1, 2]", r"line 3: holds list, not an object"),
-        ('{"question": "a"}', r"line 3: no answer: no field 'answer' \(fields: 'question'\); add it, or set"),
-        ('{"question": "a", "answer": null}', r"line 3: no answer: field 'answer' is null; fill it, delete"),
-        ('{"question": null, "answer": "#### 4"}', r"line 3: no prompt: field 'question' is null; fill it, delete"),
-        ('{"question": "a", "answer": ""}', r"line 3: no answer: field 'answer' is empty"),
+        ('{"question": "a"}', r"line 3: no field 'answer' \(fields: 'question'\); add it, or set"),
+        ('{"question": "a", "answer": null}', r"line 3: field 'answer' is null; fill it, delete"),
+        ('{"question": null, "answer": "#### 4"}', r"line 3: field 'question' is null; fill it, delete"),
+        ('{"question": "a", "answer": ""}', r"line 3: field 'answer' is empty"),
         ('{"question": "a", "answer": "it is 4"}', r"line 3: no answer: 'answer' lacks the mark '####'; add it, set"),
         ('{"question": "a", "answer": "it is ####  "}', r"line 3: no answer after '####'"),
-        ('{"answer": "#### 4"}', r"line 3: no prompt: no field 'question'"),
-        ('{"question": "  ", "answer": "#### 4"}', r"line 3: no prompt: field 'question' is empty"),
+        ('{"answer": "#### 4"}', r"line 3: no field 'question'"),
+        ('{"question": "  ", "answer": "#### 4"}', r"line 3: field 'question' is empty"),
         ('{"question": ["a"], "answer": "#### 4"}', r"line 3: field 'question' is list, not text"),
         ('{"question": true, "answer": "#### 4"}', r"line 3: field 'question' is bool, not text"),
         ("[" * 100_000, r"line 3: not valid JSON \(nested too deep\)"),
@@ -387,7 +388,7 @@ def test_options_stand_in_an_order_of_the_questions_own_and_the_answer_is_a_lett
         ({"Incorrect Answer 1": []}, "field 'Incorrect Answer 1' must be a text or a list"),
         ({"Incorrect Answer 1": [str(i) for i in range(10, 40)]}, "has 32 options, more than there are letters"),
         ({"Incorrect Answer 1": "\frac"}, "field 'Incorrect Answer 1' holds a control character"),
-        ({"Correct Answer": ""}, "no answer: field 'Correct Answer' is empty"),
+        ({"Correct Answer": ""}, "field 'Correct Answer' is empty"),
     ],
 )
 def test_options_that_cannot_be_used(tmp_path: Path, row: dict[str, Any], complaint: str):

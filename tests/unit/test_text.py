@@ -33,7 +33,8 @@ from offtrail.platform.runtime.context import RoleContext
 from offtrail.rewards.registry import make_reward
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.config import TaskConfig
-from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, task_template
+from offtrail.tasks.jsonl import JsonlConfig, JsonlTask
+from offtrail.tasks.templates import task_template
 
 TURNS = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}assistant:%s{% endif %}"
