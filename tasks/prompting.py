@@ -19,9 +19,10 @@ from offtrail.tasks import shots
 from offtrail.tasks.base import Task
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.data_config import SampleConfig
-from offtrail.tasks.jsonl import as_lines, task_template
+from offtrail.tasks.jsonl import as_lines
 from offtrail.tasks.registry import training_problems
 from offtrail.tasks.shots import Shot
+from offtrail.tasks.templates import parts_of, task_template
 
 
 def questions(
@@ -41,8 +42,8 @@ def put(
     if sample.prompting == "reflect":
         return [reflecting(problem, sample.instruction, template_of(problem, task)) for problem in problems]
     if sample.prompting == "few_shot":
-        given = examples(sample, task, reward, seed)
-        return [shots.before(one, others(given, one)[: sample.shots], chats=chats) for one in problems]
+        given, key = examples(sample, task, reward, seed), "sample.shots_path" if sample.shots_path else "sample.shots"
+        return [shots.before(one, shots.others(given, one, sample.shots, key), chats=chats) for one in problems]
     return list(problems)
 
 
@@ -54,20 +55,10 @@ def examples(sample: SampleConfig, task: Task, reward: RewardConfig, seed: int) 
     return shots.of_task(task, sample.shots + 1, seed, reward)
 
 
-def others(given: Sequence[Shot], problem: Problem) -> list[Shot]:
-    """Those that do not ask the same."""
-    return [shot for shot in given if shot.prompt.split() != problem.prompt.split()]
-
-
 def reflecting(problem: Problem, instruction: str, template: str) -> Problem:
     """A problem with the instruction around its question; around all of it where it is not written by ``template``."""
     whole = problem.messages[-1]["content"] if problem.messages else problem.prompt
-    before, after_it = "", ""
-    if template.count("{prompt}") == 1:
-        head, _, tail = template.partition("{prompt}")
-        if len(whole) >= len(head) + len(tail) and whole.startswith(head) and whole.endswith(tail):
-            before, after_it = head, tail
-    question = whole[len(before) : len(whole) - len(after_it)]
+    before, question, after_it = parts_of(whole, template)
     told = before + instruction.replace("{prompt}", question) + after_it
     if not problem.messages:
         return dataclasses.replace(problem, prompt=told)

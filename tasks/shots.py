@@ -40,31 +40,53 @@ class Shot:
 
 
 def of_task(task: Task, k: int, seed: int, reward: RewardConfig) -> list[Shot]:
-    """``k`` training problems with different prompts, drawn by ``seed``, each with a worked answer that is right and
-    written as ``reward.answer`` looks for it. Raises TaskError where the task has fewer.
+    """``k`` training problems that ask different questions, drawn by ``seed``, each with a worked answer that is right
+    and written as ``reward.answer`` looks for it. Raises TaskError where the task has fewer.
     """
     found: dict[str, Shot] = {}
     for attempt in range(DRAWS * k):
         if len(found) == k:
             break
         problem = task.train(stream("shots", task.name, seed, attempt).randrange(PLACES))
-        if problem.prompt not in found:
-            found[problem.prompt] = Shot(problem.prompt, _worked(task, problem, reward), problem.messages)
+        if (question := asked_by(problem.prompt)) not in found:
+            found[question] = Shot(problem.prompt, _worked(task, problem, reward), problem.messages)
     if len(found) < k:
         raise TaskError(f"{k} examples were asked of the training problems of task={task.name}, which has {len(found)}")
     return list(found.values())
 
 
 def of_file(path: Path, k: int, seed: int, fields: tuple[str, str], key: str) -> list[Shot]:
-    """``k`` rows of a file of examples (tasks/examples.py) that ``key`` names, drawn by ``seed``, their answers as they
-    stand in the two ``fields``. Raises TaskError where it has fewer, or a row that cannot be used.
+    """``k`` rows of a file of examples (tasks/examples.py) that ``key`` names, drawn by ``seed``, each with a question
+    of its own, their answers as they stand in the two ``fields``. Raises TaskError where it has fewer, or a row that
+    cannot be used.
     """
     rows = read_examples(path, *fields, key)
-    if len(rows) < k:
-        raise TaskError(f"{key}={path}: {k} examples were asked, and it holds {len(rows)}; lower their number")
     order = list(range(len(rows)))
     stream("shots of a file", seed).shuffle(order)
-    return [Shot(rows[place].prompt, rows[place].answer, rows[place].messages) for place in order[:k]]
+    found: dict[str, Shot] = {}
+    for row in (rows[place] for place in order):
+        found.setdefault(asked_by(row.prompt), Shot(row.prompt, row.answer, row.messages))
+    if len(found) < k:
+        raise TaskError(f"{key}={path}: {k} examples were asked, and it holds {len(found)} questions; lower the number")
+    return list(found.values())[:k]
+
+
+def asked_by(prompt: str) -> str:
+    """Prompts with equal ones ask the same question."""
+    return " ".join(prompt.split())
+
+
+def others(given: Sequence[Shot], problem: Problem, k: int, key: str) -> list[Shot]:
+    """The first ``k`` that do not ask the problem's own question, up to blanks. Raises TaskError, which opens with
+    ``key``, where there are fewer: how many stand before a question must not differ from one to another.
+    """
+    found = [shot for shot in given if asked_by(shot.prompt) != asked_by(problem.prompt)][:k]
+    if len(found) < k:
+        raise TaskError(
+            f"{key}: {k} examples are to stand before {problem.prompt[:60]!r}, and of {len(given)} that were drawn "
+            f"{len(given) - len(found)} ask the same; ask for fewer, or keep held-out questions out of the examples"
+        )
+    return found
 
 
 def before(problem: Problem, shots: Sequence[Shot], *, chats: bool) -> Problem:
@@ -90,7 +112,10 @@ def _worked(task: Task, problem: Problem, reward: RewardConfig) -> str:
     """A right answer with its work, if the task can work it: traces may be guesses, or go wrong on purpose."""
     chosen, best = "", -1
     for attempt in range(DRAWS):
-        text = task.trace(problem, stream("shots", task.name, problem.prompt, attempt))
+        try:
+            text = task.trace(problem, stream("shots", task.name, problem.prompt, attempt))
+        except TaskError as error:
+            raise TaskError(f"{error}; name a file of examples: eval.few_shot_path, sample.shots_path") from None
         parts = parse(text)
         right = parts is not None and task.verify(problem, parts.answer) >= 1 and all(task.check_steps(problem, text))
         worth = 2 * right + (right and bool(parts and parts.thought))

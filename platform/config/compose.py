@@ -34,6 +34,7 @@ from offtrail.core.plugins import OUTSIDE, is_plugin
 from offtrail.platform.config.build import build
 from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, shortened, show
+from offtrail.platform.config.families import check_families
 from offtrail.platform.config.files import MAX_DEPTH, Raw, read_file, read_text
 from offtrail.platform.config.keys import (
     GROUPS,
@@ -48,7 +49,7 @@ from offtrail.platform.config.paths import check_name, path_problem
 from offtrail.platform.config.recipe import MODEL_KEYS, Stage, handed_keys, stages_of
 from offtrail.platform.config.schema import SCHEMA_VERSION, Config, RunConfig
 from offtrail.platform.config.sets import check_sets, with_options
-from offtrail.platform.config.validate import files_of_lines_are_here, numbers_are_in_range, validate
+from offtrail.platform.config.validate import validate
 from offtrail.tasks.mixture import MixtureConfig
 
 OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
@@ -285,23 +286,8 @@ def _composed(layers: Sequence[Layer], later: Collection[str] = ()) -> Config:
     validate(config, later)
     check_sets(config)
     if isinstance(config.task, MixtureConfig):
-        _check_families(config.task)
+        check_families(config.task, "task.settings", config.job)
     return config
-
-
-def _check_families(mixture: MixtureConfig) -> None:
-    """The settings of a mixture's families are keys like those of a task alone, with its types, ranges and rules."""
-    for name in mixture.weights:
-        given = {f"task.{key}": value for key, value in mixture.settings.get(name, {}).items()}
-        where = f"task.settings.{name}."
-        if "task.name" in given:
-            raise refuse(f"{where}name", given["task.name"], "the family is named by its place; leave it out")
-        try:
-            member = build({"task.name": name, **given})
-            numbers_are_in_range(member)
-            files_of_lines_are_here(member)
-        except ConfigError as error:
-            raise ConfigError(re.sub(r"\btask\.", where, str(error))) from None
 
 
 def _run_settings(file: Layer, line: Layer) -> RunConfig:

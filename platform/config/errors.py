@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 LONGEST_ERROR = 1000
@@ -25,6 +26,13 @@ class FinalError(RuntimeError):
 def refuse(key: str, value: object, why: str) -> ConfigError:
     """The error for `key=value`, in the form that every message has."""
     return ConfigError(f"{shortened(key)}={shortened(show(value))}: {why}")
+
+
+def renamed(text: str, section: str, place: str) -> str:
+    """An error whose keys are those of a section, such as `task.digits=3: …`, with the place where they stand for it;
+    what looks alike in the path of a file stays.
+    """
+    return re.sub(rf"(?<![\w/.-]){section}\.(?=\w)", lambda _: f"{place}.", text)
 
 
 def show(value: object) -> str:

@@ -14,9 +14,10 @@ from typing import Any
 
 from offtrail.core.problem import Problem
 from offtrail.platform.config.build import build
-from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
+from offtrail.platform.config.errors import ConfigError, nearest, nearest_text, refuse, renamed
+from offtrail.platform.config.families import check_families
 from offtrail.platform.config.files import guess
-from offtrail.platform.config.keys import keys_of
+from offtrail.platform.config.keys import all_paths, keys_of, variant_keys
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.validate import (
     a_groups_programs_have_time_and_memory,
@@ -26,9 +27,13 @@ from offtrail.platform.config.validate import (
     programs_are_run,
 )
 from offtrail.tasks import shots
-from offtrail.tasks.registry import make_task
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.mixture import MixtureConfig
+from offtrail.tasks.registry import from_outside, make_task
 
 LABEL = re.compile(r"[\w-]+", re.ASCII)
+OWN = ("name", "prompts", "samples", "reward")
+"""Keys of a set beside its task's."""
 LOGPROB = "logprob"
 """A vote's weight that every answer has."""
 TAKEN = ("behaviour", "samples")
@@ -71,7 +76,8 @@ class EvalSet:
 
     def put(self, problems: Sequence[Problem], *, chats: bool) -> list[Problem]:
         """What the model is asked in place of each problem. ``chats``: prompts go through a chat template. Raises
-        TaskError where there are not as many examples, beside one that asks the very question.
+        TaskError where there are not as many examples, beside one that asks the very question, which rows of a file
+        may do, and training problems of a task from outside the tree.
         """
         if not self.shots:
             return list(problems)
@@ -80,8 +86,9 @@ class EvalSet:
             fields, key = (held.few_shot_prompt_field, held.few_shot_answer_field), "eval.few_shot_path"
             given = shots.of_file(Path(held.few_shot_path), self.shots + 1, seed, fields, key)
         else:
-            given = shots.of_task(make_task(self.config.task, seed), self.shots, seed, self.config.reward)
-        return [shots.before(one, _others(given, one)[: self.shots], chats=chats) for one in problems]
+            task, key = make_task(self.config.task, seed), f"eval.few_shot={self.shots}"
+            given = shots.of_task(task, self.shots + bool(from_outside(task)), seed, self.config.reward)
+        return [shots.before(one, shots.others(given, one, self.shots, key), chats=chats) for one in problems]
 
 
 def sets_of(config: Config) -> list[EvalSet]:
@@ -100,10 +107,6 @@ def _twice(one: EvalSet) -> list[EvalSet]:
     k = one.config.eval.few_shot
     label = f"{one.label}.{k}shot"  # no set of the user's has a dot in its name
     return [one, *([dataclasses.replace(one, label=label, shots=k, beside=one.label)] if k else [])]
-
-
-def _others(given: Sequence[shots.Shot], problem: Problem) -> list[shots.Shot]:
-    return [shot for shot in given if shot.prompt.split() != problem.prompt.split()]
 
 
 def with_options(sets: Mapping[str, Settings], known: Callable[[str], list[str]], of: OptionValues) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def _set(
     if not isinstance(reward, dict):
         raise refuse(f"{where}.reward", reward, "must be a mapping of keys of reward, such as {answer: boxed}")
     scored = {**dataclasses.asdict(config.reward), **reward}
+    _refuse_unknown(where, given, reward)
     values = {f"task.{name}": value for name, value in given.items()}
     try:
         values |= {f"reward.{name}": value for name, value in scored.items()}
@@ -170,11 +174,30 @@ def _set(
         built.reward.check_names(config.scorer.models)
         for rule in rules:
             rule(built)
+        if isinstance(built.task, MixtureConfig):
+            check_families(built.task, "task.settings", "eval")
     except (ConfigError, ValueError) as error:
         unknown = "name" not in settings and str(error).startswith(f"task.name={label}: ")
         way = "; or say which of them the set is of, as {name: jsonl, …}" if unknown else ""
-        raise ConfigError(f"{where}: {error}{way}") from None
+        told = renamed(renamed(str(error), "task", where), "reward", f"{where}.reward")
+        raise ConfigError(f"{told if told.startswith(where) else f'{where}: {told}'}{way}") from None
     return EvalSet(label, dataclasses.replace(config, task=built.task, reward=built.reward), prompts, samples)
+
+
+def _refuse_unknown(where: str, given: Mapping[str, Any], reward: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that no task of the tree has, or no reward, with the nearest that it may be. One of
+    another task `build` calls so, and all of a task from outside.
+    """
+    task = variant_keys()["task"].get(given["name"], {})
+    places = [(where, given, task), (f"{where}.reward", reward, keys_of(Config().reward, "reward."))]
+    for place, settings, known in places:
+        section = "task" if place == where else "reward"
+        for name, value in settings.items():
+            if not known or f"{section}.{name}" in all_paths():
+                continue
+            names = {path.partition(".")[2] for path in known} | set(OWN if place == where else ())
+            near = ", ".join(f"{place}.{one}" for one in nearest(name, names))
+            raise refuse(f"{place}.{name}", value, f"unknown key{near and f'; nearest: {near}'}")
 
 
 def _count(where: str, name: str, value: Any) -> int:

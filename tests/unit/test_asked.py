@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from offtrail.core.types import Channel, Group, Problem
+from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.sets import sets_of
 from offtrail.platform.evaluator.asked import Asked, asked_of, vote_weights
 from offtrail.platform.evaluator.report import compared, measured, write_results
 from offtrail.platform.model.text import Text
+from offtrail.tasks.base import TaskError
+from offtrail.tasks.shots import Shot, others
 
 
 def group(text: Text, problem: Problem, answers: list[str], right: list[float], logprob: list[float]) -> Group:
@@ -181,3 +184,62 @@ def test_a_set_is_asked_twice_and_a_question_is_never_its_own_example(tmp_path: 
     assert all(f"{i} plus {i}?" in told.prompt for i in (0, 1, 3))
     assert told.prompt.endswith("\n\n2 plus  2?")
     assert told.prompt.count("plus") == 4
+
+
+TEN = """
+import dataclasses
+from offtrail.core.problem import Problem
+from offtrail.tasks.config import TaskConfig
+
+@dataclasses.dataclass
+class TenConfig(TaskConfig):
+    name: str = "ten"
+    size: int = 10
+
+class Ten:
+    '''Its held-out problems are training problems, and those of its first half stand there twice, with a blank more.'''
+    Config = TenConfig
+
+    def __init__(self, config, seed, *, load=True):
+        self.name, self.size = config.name, config.size
+
+    def train(self, index):
+        n = index % self.size
+        return Problem(self.name, index, f"{n}  +  1" if index // self.size % 2 and n < 5 else f"{n} + 1", str(n + 1))
+
+    def held_out(self, n):
+        return [self.train(i) for i in range(n)]
+
+    def trace(self, problem, rng):
+        return f"<think></think><answer>{problem.answer}</answer>"
+
+    def verify(self, problem, answer_text):
+        return answer_text == problem.answer
+
+    def check_steps(self, problem, text):
+        return []
+"""
+
+
+def test_as_many_examples_stand_before_a_question_that_a_task_from_outside_also_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ten_tasks.py").write_text(TEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    keys = ["job=eval", f"checkpoint={tmp_path}", "task=ten_tasks:Ten", "eval.prompts=10", "eval.few_shot=3"]
+    (tmp_path / "config.json").write_text("{}")
+    few = sets_of(compose(keys))[1]
+    problems = few.problems()
+    for problem, put in zip(problems, few.put(problems, chats=False), strict=True):
+        questions = [" ".join(line.partition("<think>")[0].split()) for line in put.prompt.split("\n\n")]
+        assert (len(set(questions)), questions[-1]) == (4, problem.prompt)
+    with pytest.raises(TaskError, match=r"^4 examples were asked of the training problems of task=ten_tasks:Ten"):
+        sets_of(compose([*keys, "task.size=3"]))[1].put(problems, chats=False)
+
+
+def test_a_question_that_leaves_too_few_examples_is_named() -> None:
+    given, problem = [Shot("1 + 1", "2"), Shot("2  + 1", "3")], Problem("sums", 0, "2 + 1", "3")
+    assert others(given, problem, 1, "eval.few_shot=1") == given[:1]
+    with pytest.raises(TaskError, match=r"^eval\.few_shot=2: 2 examples are to stand before '2 \+ 1', and of 2 that"):
+        others(given, problem, 2, "eval.few_shot=2")

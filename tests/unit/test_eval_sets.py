@@ -54,9 +54,9 @@ def test_programs_take_the_option_that_runs_them(tmp_path: Path) -> None:
     line = [f"eval.sets={{mbpp: {{eval_path: {path}, prompts: 1, reward: code}}}}"]
     [_, mbpp] = sets_of(compose(line))
     assert (mbpp.config.reward.main, mbpp.config.reward.deadline_seconds) == ("code", 120)
-    with pytest.raises(ConfigError, match=r"^eval\.sets\.mbpp: reward\.weights=.*judged by running: reward=code"):
+    with pytest.raises(ConfigError, match=r"^eval\.sets\.mbpp\.reward\.weights=.*judged by running: reward=code"):
         compose([line[0].replace(", reward: code", "")])
-    with pytest.raises(ConfigError, match=r"^eval\.sets\.mbpp: reward\.deadline_seconds=120.*eval\.samples=64 times"):
+    with pytest.raises(ConfigError, match=r"^eval\.sets\.mbpp\.reward\.deadline_seconds=120.*eval\.samples=64 times"):
         compose([line[0].replace("prompts", "samples: 64, prompts")])
 
 
@@ -74,20 +74,40 @@ def test_what_is_saved_needs_no_option_and_no_folder_to_stand_in(aime: Path, mon
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ("{chain: {digits: 3}}", r"eval\.sets\.chain: task\.digits=3: "),
-        ("{nobody: {}}", r"eval\.sets\.nobody: task\.name=nobody: must be one of .*; or say .*\{name: jsonl"),
+        ("{chain: {digits: 3}}", r"eval\.sets\.chain\.digits=3: not a key of eval\.sets\.chain\.name=chain, but of"),
+        (
+            "{chain: {max_operation: 3}}",
+            r"eval\.sets\.chain\.max_operation=3: unknown key; nearest: eval\.sets\.chain\.max_operations",
+        ),
+        ("{chain: {promts: 3}}", r"eval\.sets\.chain\.promts=3: unknown key; nearest: eval\.sets\.chain\.prompts$"),
+        ("{chain: {zzzzzz: 3}}", r"eval\.sets\.chain\.zzzzzz=3: unknown key$"),
+        ("{chain: {noise: 2}}", r"eval\.sets\.chain\.noise=2\.0: must be in \[0, 1\]"),
+        (
+            "{chain: {reward: {answr: tags}}}",
+            r"eval\.sets\.chain\.reward\.answr=tags: unknown key; nearest: eval\.sets\.chain\.reward\.answer",
+        ),
+        ("{chain: {reward: {answer: tag}}}", r"eval\.sets\.chain\.reward\.answer=tag: must be one of tags"),
+        (
+            "{mixture: {weights: {chain: 1}, settings: {chain: {nois: 0.1}}}}",
+            r"eval\.sets\.mixture\.settings\.chain\.nois=0\.1: unknown key; nearest: eval\.sets\.mixture\.settings\.",
+        ),
+        ("{nobody: {}}", r"eval\.sets\.nobody\.name=nobody: must be one of .*; or say .*\{name: jsonl"),
         ("{nobody: 3}", r"eval\.sets"),
         ("{chain: {prompts: 0}}", r"eval\.sets\.chain\.prompts=0: must be a whole number ≥ 1"),
         ("{chain: {samples: many}}", r"eval\.sets\.chain\.samples=many: must be a whole number"),
         ("{chain: {reward: cod}}", r"eval\.sets\.chain\.reward=cod: unknown option; options: code, rule"),
-        ("{chain: {reward: {weights: {acuracy: 1}}}}", r"eval\.sets\.chain: reward\.weights\.acuracy: unknown"),
+        ("{chain: {reward: {weights: {acuracy: 1}}}}", r"eval\.sets\.chain\.reward\.weights\.acuracy: unknown"),
         ("{'a/b': {name: chain}}", r"eval\.sets\.a/b: a set's name is letters"),
         ("{behaviour: {name: chain}}", r"eval\.sets\.behaviour: a set's name is"),
         ("{chain: {held_out_share: 0.5}}", r"eval\.sets\.chain: held_out_share=0\.5 is more than task\.held_out_share"),
         ("{chain: {}} eval.few_shot=3", r"eval\.few_shot=3: is for job=eval, not job=rl"),
         (f"{{chain: {{}}}} eval.few_shot_path={__file__}", r"eval\.few_shot_path=.*: needs eval\.few_shot=k"),
-        ("{gsm8k: {}}", r"eval\.sets\.gsm8k: task\.path=: problems are needed"),
-        ("{gsm8k: {eval_path: none.jsonl}}", r"eval\.sets\.gsm8k: task\.eval_path=.*none\.jsonl: no such file"),
+        ("{gsm8k: {}}", r"eval\.sets\.gsm8k\.path=: problems are needed: eval\.sets\.gsm8k\.path=FILE"),
+        ("{gsm8k: {eval_path: none.jsonl}}", r"eval\.sets\.gsm8k\.eval_path=.*none\.jsonl: no such file"),
+        (
+            "{gsm8k: {eval_path: here/task.path/x.jsonl}}",
+            r"eval\.sets\.gsm8k\.eval_path=/.*/here/task\.path/x\.jsonl: no such file",
+        ),
     ],
 )
 def test_what_cannot_be_asked_names_the_set(keys: str, words: str) -> None:

@@ -68,6 +68,13 @@ def test_a_file_of_examples_is_drawn_from_by_the_seed(tmp_path: Path) -> None:
     assert of_file(path, 4, 2, ("q", "a"), "eval.few_shot_path") != shots
     with pytest.raises(TaskError, match=r"^eval\.few_shot_path=.*: 21 examples were asked, and it holds 20"):
         of_file(path, 21, 1, ("q", "a"), "eval.few_shot_path")
+    with path.open("a") as file:  # the same questions again, up to blanks
+        file.writelines(json.dumps({"q": f" {i}? ", "a": "again"}) + "\n" for i in range(20))
+    for seed in range(9):
+        shots = of_file(path, 12, seed, ("q", "a"), "eval.few_shot_path")
+        assert len({shot.prompt.strip() for shot in shots}) == 12
+    with pytest.raises(TaskError, match="21 examples were asked, and it holds 20 questions"):
+        of_file(path, 21, 1, ("q", "a"), "eval.few_shot_path")
     with pytest.raises(TaskError, match=r"line 1: field 'no' is missing .* set eval\.few_shot_prompt_field"):
         of_file(path, 1, 1, ("no", "a"), "eval.few_shot_path")
 
