@@ -1,13 +1,13 @@
 """What job=reject reads: the rows of its files as candidates, evaluation sets to compare with, and further data.
 
-Invariant: a row whose question, answer or reward is not what the settings say stops the job with its file and number,
-before anything is written; what can only be judged is left to rejection.py.
+Invariants: a row whose question, answer or reward is not what the settings say stops the job with its file and number,
+before data are handed on; what can only be judged is left to rejection.py. Rows come one by one and are not held.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -17,21 +17,24 @@ from offtrail.core.problem import Problem
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.data_config import RejectConfig
-from offtrail.tasks.examples import question_and_answer, read_examples
+from offtrail.tasks.examples import examples_in, question_and_answer
 from offtrail.tasks.jsonl import JsonlConfig, read_prompts
-from offtrail.tasks.overlap import Index, Item
+from offtrail.tasks.mixture import MixtureConfig
+from offtrail.tasks.overlap import Held, Index, Item, question_of
+from offtrail.tasks.registry import family_config
 from offtrail.tasks.rejection import Candidate
-from offtrail.tasks.rows import read_rows
+from offtrail.tasks.rows import rows_in
+from offtrail.tasks.templates import templates_of, without_template
 
 
-def read_candidates(config: RejectConfig, main: str) -> list[Candidate]:
-    """The rows of every file; ``main`` is the reward component that they are judged by. Raises TaskError with file and
-    row where a question cannot be read, or a reward is missing that there should be.
+def candidates_in(config: RejectConfig, main: str, task: TaskConfig) -> Iterator[Candidate]:
+    """The rows of every file; ``main`` is the reward component that they are judged by, ``task`` what judges those that
+    are to be verified. Raises TaskError with file and row where a question cannot be read, or a reward is missing that
+    there should be, or what it would be verified by.
     """
-    found = list[Candidate]()
     for path in config.paths:
         name = f"reject.paths={path}"
-        for row in read_rows(Path(path), "reject.paths"):
+        for row in rows_in(Path(path), "reject.paths"):
             problem, answer = question_and_answer(row, name, config.prompt_field, config.answer_field)
             where = f"{name}, {row.place}"
             if answer is not None and not isinstance(answer, str):
@@ -39,7 +42,7 @@ def read_candidates(config: RejectConfig, main: str) -> list[Candidate]:
                     f"{where}: field {config.answer_field!r} is not text; mend the line, or set reject.answer_field"
                 )
             reward = reward_of(row.fields, main, where)
-            gold = ""
+            gold = family = ""
             if reward is None and config.unscored == "refuse":
                 raise TaskError(
                     f"{where}: has no reward ({main!r} in `rewards`, or `reward`), which reject.min_reward asks for; "
@@ -47,9 +50,9 @@ def read_candidates(config: RejectConfig, main: str) -> list[Candidate]:
                 )
             if reward is None and config.unscored == "verify":
                 gold = gold_of(row.fields, config.gold_field, where)
-            finished = row.fields.get("finish") in (None, "stop")
-            found.append(Candidate(replace(problem, answer=answer or ""), name, reward, finished, row.fields, gold))
-    return found
+                family = family_of(row.fields, task, where)
+            finished, problem = row.fields.get("finish") in (None, "stop"), replace(problem, answer=answer or "")
+            yield Candidate(problem, name, reward, finished, row.fields, gold, family)
 
 
 def reward_of(fields: Mapping[str, Any], main: str, where: str) -> float | None:
@@ -77,18 +80,38 @@ def gold_of(fields: Mapping[str, Any], name: str, where: str) -> str:
     return format(given, "f") if isinstance(given, Decimal) else str(given)
 
 
-def held_index(config: RejectConfig, task: TaskConfig, held_out: Sequence[Problem]) -> Index | None:
+def family_of(fields: Mapping[str, Any], task: TaskConfig, where: str) -> str:
+    """The family of a mixture by whose verifier a row is judged; empty where the task is none. Raises TaskError where
+    the row names none of the families.
+    """
+    if not isinstance(task, MixtureConfig):
+        return ""
+    named = fields.get("task")
+    if isinstance(named, str) and named in task.weights:
+        return named
+    what = f"field 'task' is {named!r}, none of" if "task" in fields else "has no field 'task' that names one of"
+    raise TaskError(
+        f"{where}: {what} the families {', '.join(task.weights)}, by whose verifiers reject.unscored=verify judges; "
+        "add it, or sift each family's rows by themselves, with task=FAMILY"
+    )
+
+
+def held_index(config: RejectConfig, task: TaskConfig, held_out: Sequence[Problem]) -> Held | None:
     """What candidates are compared with: sets of files, whose fields may be those of ``task``, and its ``held_out``
     problems; None where there are none. Raises TaskError.
     """
-    items = [Item(f"task={one.task}", f"held-out problem {one.index}", one.prompt) for one in held_out]
+    mixed = task.settings if isinstance(task, MixtureConfig) else {}
+    within = [family_config(name, given, task.held_out_share) for name, given in mixed.items()]
+    templates = templates_of([task, *within])
+    items = [Item(f"task={one.task}", f"held-out problem {one.index}", question_of(one, templates)) for one in held_out]
     fields = task if isinstance(task, JsonlConfig) else JsonlConfig()
     for path in config.decontaminate_against:
-        items += read_prompts(Path(path), fields, "reject.decontaminate_against")
-    return Index(items) if items else None
+        read = read_prompts(Path(path), fields, "reject.decontaminate_against")
+        items += (replace(item, text=without_template(item.text, templates)) for item in read)
+    return Held(Index(items), templates) if items else None
 
 
-def examples_of_mix(name: str, entry: Mapping[str, Any]) -> list[Problem]:
+def examples_of_mix(name: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     """The rows of one further file. Raises TaskError."""
     fields = entry.get("prompt_field", "prompt"), entry.get("answer_field", "answer")
-    return read_examples(Path(entry["path"]), *fields, f"reject.mix.{name}.path")
+    return examples_in(Path(entry["path"]), *fields, f"reject.mix.{name}.path")

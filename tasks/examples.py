@@ -6,7 +6,7 @@ The command reads them before anything starts, the learner when it begins: what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,23 @@ from offtrail.core.problem import Problem
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.jsonl import as_lines
 from offtrail.tasks.lines import Row, check_text
-from offtrail.tasks.rows import read_rows
+from offtrail.tasks.rows import rows_in
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_examples(path: Path, prompt_field: str, answer_field: str, key: str = "sft.path") -> list[Problem]:
-    """The rows of the file or folder that ``key`` names. Raises TaskError with file and row.
+    """All of ``examples_in``."""
+    return list(examples_in(path, prompt_field, answer_field, key))
+
+
+def examples_in(path: Path, prompt_field: str, answer_field: str, key: str) -> Iterator[Problem]:
+    """The rows of the file or folder that ``key`` names, one by one. Raises TaskError with file and row.
 
     A row has a prompt (a text or a list of messages) and an answer; or ``messages`` alone, whose last is the
     assistant's answer. Each becomes a Problem, ``task`` naming the file, ``index`` and ``meta["place"]`` the row.
     """
-    return [_example(row, f"{key}={path}", prompt_field, answer_field) for row in read_rows(path, key)]
+    return (_example(row, f"{key}={path}", prompt_field, answer_field) for row in rows_in(path, key))
 
 
 def too_long(examples: Sequence[Problem], tokens: Sequence[int], max_length: int, *, drop: bool) -> list[int]:

@@ -96,10 +96,7 @@ class GymTask:
     def trace(self, problem: Problem, rng: random.Random) -> str:
         """The answer alone; TaskError where the generator has none but a verifier."""
         if not problem.answer:
-            raise TaskError(
-                f"task.generator={self.config.generator}: has a verifier and no answer to imitate; name sft.path, or "
-                "start from a model.path"
-            )
+            raise TaskError(f"task.generator={self.config.generator} has a verifier and no worked answers")
         return tagged("", problem.answer)
 
     def verify(self, problem: Problem, answer_text: str) -> bool:

@@ -99,7 +99,7 @@ class IfevalTask(FileTask[IfevalConfig, Instructed]):
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
         """Raises TaskError: there is none."""
-        raise TaskError("task=ifeval has no worked answers; imitate others' by sft.path, or begin with model.path")
+        raise TaskError("task=ifeval has no worked answers")
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether all instructions are followed, strictly."""

@@ -20,12 +20,12 @@ from offtrail.rewards.grading import choice, grade, mathematics
 from offtrail.rewards.grading.numeric import number
 from offtrail.tasks.base import TaskError, tagged
 from offtrail.tasks.choices import with_options, wrong_answers
-from offtrail.tasks.config import TaskConfig, check
+from offtrail.tasks.config import check
 from offtrail.tasks.files import FileConfig, FileTask, field_text, identity
 from offtrail.tasks.lines import Row, check_text
 from offtrail.tasks.overlap import Item, Overlap, compare
-from offtrail.tasks.rows import read_rows
-from offtrail.tasks.templates import check_template, template_text
+from offtrail.tasks.rows import read_rows, rows_in
+from offtrail.tasks.templates import check_template, template_text, templates_of, without_template
 
 
 @dataclass
@@ -72,11 +72,6 @@ class JsonlConfig(FileConfig):
         check(not (self.wrong_fields and self.messages_field), "wrong_fields", self.wrong_fields, "empty with messages")
 
 
-def task_template(config: TaskConfig) -> str:
-    """How a task writes its problems: its template, or each as it stands."""
-    return template_text(getattr(config, "template", "{prompt}"))
-
-
 MEANT_BY_VALUE = re.compile(r"[\d\\]")
 """An answer with a digit or LaTeX in it means a value that can be written in other ways, too."""
 CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -96,6 +91,11 @@ class Record:
     number: int = 0
     place: str = ""
     """The row, by number and as it is named in what is said of it."""
+
+    @property
+    def question(self) -> str:
+        """What is compared with other sets."""
+        return said_in(self.messages) if self.messages else self.prompt
 
 
 class JsonlTask(FileTask[JsonlConfig, Record]):
@@ -124,15 +124,19 @@ class JsonlTask(FileTask[JsonlConfig, Record]):
     @cached_property
     def overlap(self) -> Overlap | None:
         """What the training side shares with evaluation sets (task.decontaminate)."""
+        source = f"task.path={self.config.path}"
+        return self.compared([Item(source, record.place, record.question) for record in self._train])
+
+    def compared(self, items: Sequence[Item]) -> Overlap | None:
+        """What problems that are trained on share with evaluation sets; None where that is not asked."""
         config = self.config
         if config.decontaminate == "off":
             return None
         held_out = f"task.eval_path={config.eval_path}" if config.eval_path else f"its held-out {config.held_out_share}"
-        items = [Item(held_out, record.place, record.prompt) for record in self._held_out]
+        evaluation = [Item(held_out, record.place, record.question) for record in self._held_out]
         for path in config.decontaminate_against:
-            items += read_prompts(Path(path), config)
-        training = [Item(f"task.path={config.path}", record.place, record.prompt) for record in self._train]
-        return compare(training, items, config.decontaminate)
+            evaluation += read_prompts(Path(path), config)
+        return compare(items, evaluation, config.decontaminate)
 
     def trained(self) -> list[Record]:
         """See FileTask.trained: without what decontamination takes out."""
@@ -203,18 +207,18 @@ PROMPT_FIELDS = ("problem", "question", "prompt", "Question", "Problem", "text")
 
 
 def read_prompts(path: Path, config: JsonlConfig, key: str = "task.decontaminate_against") -> list[Item]:
-    """The prompts of a set that is only compared with, named by ``key``, in the first field there is of the task's own
-    and the usual ones. Raises TaskError.
+    """The questions of a set that is only compared with, named by ``key``, in the first field there is of the task's
+    own and the usual ones, without the template of the task or one that has a name. Raises TaskError.
     """
-    items = list[Item]()
-    for row in read_rows(path, key):
+    items, templates = list[Item](), templates_of([config])
+    for row in rows_in(path, key):
         where = f"{key}={path}, {row.place}"
         if isinstance(row.fields.get(config.messages_field), list):
-            text = as_lines(message_list(row.fields, config.messages_field, where))
+            text = said_in(message_list(row.fields, config.messages_field, where))
         else:
             names = (config.prompt_field, *PROMPT_FIELDS)
             text = field_text(row.fields, next((n for n in names if n in row.fields), names[0]), "prompt_field", where)
-        items.append(Item(f"{key}={path}", row.place, text))
+        items.append(Item(f"{key}={path}", row.place, without_template(text, templates)))
     return items
 
 
@@ -326,6 +330,11 @@ def message_list(row: dict[str, object], name: str, where: str) -> tuple[dict[st
 def as_lines(messages: Sequence[Mapping[str, str]]) -> str:
     """Messages as people read them."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def said_in(messages: Sequence[Mapping[str, str]]) -> str:
+    """What is asked in messages: what they say, without the system's, which stands before every question."""
+    return "\n".join(message["content"] for message in messages if message["role"] != "system")
 
 
 TASK = JsonlTask

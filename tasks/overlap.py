@@ -1,8 +1,9 @@
 r"""Training problems that share text with evaluation problems, by 10-grams of words, as in DeepSeek-R1's data.
 
 Source: arXiv:2501.12948v2 on decontamination: texts with a 10-gram of an evaluation question are taken out. Words are
-lower-cased runs of `\w`, a CJK character each a word. In three places plain 10-grams
-are too little or too much, and this departs:
+lower-cased runs of `\w`, a CJK character each a word; a sign of a formula is no word, and part of the one that it
+stands before, so that 3+4*2 and 3-4*2 have 3 words each, and other ones. What is compared is a question, without the
+template that it is put by. In three places plain 10-grams are too little or too much, and this departs:
 
     an evaluation problem of fewer than 10 words      matches as a whole, inside a longer problem too
     a 10-gram of 3 evaluation problems or more        is boilerplate ("where m and n are relatively prime positive …")
@@ -19,16 +20,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from offtrail.core.problem import Problem
+from offtrail.tasks.templates import without_template
+
 N = 10
 BOILERPLATE = 3
 """Evaluation problems that a 10-gram stands in from which on it says nothing."""
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
+TERM = re.compile(rf"\d[^\W{CJK}]*|[^\W\d_{CJK}](?:_?[\d\u00b2\u00b3\u2070-\u209c]+)?|sin|cos|tan|log|ln|exp|sqrt|pi")
+"""A word of a formula: a number, one letter with its index or power, a function; a LaTeX command is one, too."""
+SIGN = re.compile(r"[-+*/^%=<>≤≥≠±]")
+MINUS = re.compile(r".*[^\w-]-", re.DOTALL)
+"""What stands before a negative number: a minus that touches it, and no word before."""
+ALIKE = str.maketrans("−–×·⋅∙÷", "--****/")
+"""Signs that mean the same."""
 
 
 def words_of(text: str) -> list[str]:
-    """The words that are compared."""
-    return WORD.findall(text.lower())
+    """The words that are compared, with the signs that belong to them."""
+    text = text.lower().translate(ALIKE)
+    if SIGN.search(text) is None:
+        return WORD.findall(text)
+    text = f" {text}"
+    words, end, after_term = list[str](), 0, False
+    for found in WORD.finditer(text):
+        gap, sign = text[end : found.start()], ""
+        term = TERM.fullmatch(found[0]) is not None or gap.endswith("\\")
+        if term and after_term:
+            sign = "".join(SIGN.findall(gap))
+        elif term and MINUS.fullmatch(gap):
+            sign = "-"
+        words.append(sign + found[0])
+        end, after_term = found.end(), term
+    return words
+
+
+def question_of(problem: Problem, templates: Sequence[str]) -> str:
+    """What is compared of a problem: its question, without the first of the ``templates`` that has written it; of
+    messages what they say, without the system's, which stands before every question.
+    """
+    if not problem.messages:
+        return without_template(problem.prompt, templates)
+    said = [one["content"] for one in problem.messages if one["role"] != "system"]
+    return "\n".join(without_template(text, templates) for text in said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +117,18 @@ class Index:
 def _grams(words: Sequence[str], n: int) -> list[int]:
     """The hash of each n words in a row. Trap: another in each process, so that none may be kept."""
     return [hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Evaluation problems that questions are compared with, and the ``templates`` that these may be put by."""
+
+    index: Index
+    templates: Sequence[str]
+
+    def matches(self, problem: Problem) -> list[tuple[Item, str]]:
+        """See Index.matches."""
+        return self.index.matches(question_of(problem, self.templates))
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,9 @@ class ProgramsTask(FileTask[ProgramsConfig, Exercise]):
         super().__init__(config, seed, load=load)
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
-        """The reference solution in a fence, with no thought before it; an empty one where the set has none."""
+        """The reference solution in a fence, with no thought before it. Raises TaskError where the set has none."""
+        if not problem.answer:
+            raise TaskError("task.solution_field=: names no field of solutions, so that there are no worked answers")
         return tagged("", f"\n```python\n{problem.answer}\n```\n")
 
     def verify(self, problem: Problem, answer_text: str) -> bool:

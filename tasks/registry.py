@@ -14,17 +14,21 @@ import difflib
 import functools
 import importlib
 import json
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from offtrail.core.plugins import is_plugin, load
 from offtrail.core.problem import Problem
 from offtrail.tasks.base import Task, TaskError
 from offtrail.tasks.config import TaskConfig
-from offtrail.tasks.overlap import Overlap
+from offtrail.tasks.overlap import Item, Overlap, question_of
+from offtrail.tasks.templates import templates_of
 
+WORKED = 8
+"""Training problems whose worked answers are looked at before a run."""
 LOOKED_AT = 256
 """Training problems of a family from outside the tree that are compared with the held-out ones before a run."""
 
@@ -36,6 +40,16 @@ class Family(Protocol):
 
     def __call__(self, config: Any, seed: int, *, load: bool = True) -> Task:
         """The task of ``config``; ``load=False`` reads no data and only verifies."""
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """A task that compares what is trained on with evaluation sets, where it is asked (task.decontaminate)."""
+
+    config: Any
+
+    def compared(self, items: Sequence[Item]) -> Overlap | None:
+        """What the items share with the task's evaluation sets; None where it is not asked."""
 
 
 @functools.cache
@@ -137,6 +151,50 @@ def overlaps_of(task: Task) -> list[Overlap]:
     families: Mapping[str, Task] = getattr(task, "families", {})
     found = [getattr(one, "overlap", None) for one in (task, *families.values())]
     return [overlap for overlap in found if overlap is not None]
+
+
+def policies_of(config: TaskConfig) -> set[str]:
+    """What is asked of the decontamination of a task, or of a mixture's families: nothing, report, drop."""
+    families: Mapping[str, Mapping[str, Any]] = getattr(config, "settings", {})
+    within = [one for one in families.values() if isinstance(one, Mapping)]
+    asked = [vars(config).get("decontaminate"), *(one.get("decontaminate") for one in within)]
+    return {str(policy) for policy in asked if policy not in (None, "off")}
+
+
+def overlaps_of_examples(task: Task, examples: Sequence[Problem]) -> list[Overlap]:
+    """What examples to imitate (tasks/examples.py) share with the evaluation sets of a task (of a mixture its
+    families), where it was asked.
+    """
+    families: Mapping[str, Task] = getattr(task, "families", {})
+    members = [one for one in (task, *families.values()) if isinstance(one, Comparing)]
+    templates = templates_of(one.config for one in members)
+    items = [Item(one.task, one.meta["place"], question_of(one, templates)) for one in examples]
+    return [overlap for one in members if (overlap := one.compared(items)) is not None]
+
+
+def without_overlaps(examples: Sequence[Problem], overlaps: Sequence[Overlap]) -> list[Problem]:
+    """The examples that are imitated: without those that task.decontaminate=drop leaves out. Raises TaskError where
+    there are none.
+    """
+    out = {place for overlap in overlaps if overlap.policy == "drop" for place in overlap.places}
+    kept = [one for one in examples if one.meta["place"] not in out]
+    if examples and not kept:
+        raise TaskError(f"task.decontaminate=drop: leaves no example of {examples[0].task}; name another file")
+    return kept
+
+
+def check_worked(task: Task, way: str) -> None:
+    """Raise TaskError, which ends with the ``way`` out, where a task (of a mixture a family) has no worked answers to
+    imitate: by its first training problems, of which a generator may leave some without.
+    """
+    members: Mapping[str, Task] = getattr(task, "families", {})
+    for name, one in (members or {task.name: task}).items():
+        for problem in map(one.train, range(WORKED)):
+            try:
+                one.trace(problem, random.Random(0))
+            except TaskError as error:
+                where = f"task.settings.{name}: " if members else ""
+                raise TaskError(f"{where}{error}; {way}") from None
 
 
 def check_promises(task: Task, n: int) -> None:

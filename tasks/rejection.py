@@ -1,15 +1,17 @@
 """Which answers are kept to be imitated (job=reject): candidates in, those that are kept and why each other is not.
 
-    rows ─► Candidate ─► each filter in its order (filters.py) ─► of one question: copies, near copies, the best k
+    rows ─► Candidate ─► Sieve.judged: each filter in its order (filters.py)
+                              └─► Sieve.chosen: of one question copies, near copies, the best k
 
 Pure: no file is read or written. DeepSeek-R1's second fine-tuning rests on data that are made so (arXiv:2501.12948,
-§2.3.3). A candidate counts under the first reason that it meets, in the order of REASONS; what is kept is in the
-order of the candidates, and a function of candidates and settings alone.
+§2.3.3). A candidate counts under the first reason that it meets, in the order of REASONS; which are kept is a function
+of the candidates, their order and settings alone. Invariant: no text of a candidate is held, so that there may be more
+of them than memory holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -19,7 +21,7 @@ from offtrail.rewards.base import RewardError
 from offtrail.rewards.components.language import Language
 from offtrail.tasks import filters
 from offtrail.tasks.data_config import RejectConfig
-from offtrail.tasks.overlap import Index
+from offtrail.tasks.overlap import Held
 
 REASONS = (
     "unscored", "wrong", "unfinished", "empty", "mixed_language", "long_paragraph", "code_block", "unbalanced",
@@ -32,7 +34,7 @@ REASONS = (
 class Candidate:
     """One row. ``problem`` is the question, its ``answer`` what is to be imitated; ``reward``: of the main component,
     None where the row has none; ``fields``: all that the row says; ``gold``: the answer that it is still to be judged
-    by. ``source`` is the file as key=path.
+    by, as a problem of a mixture's ``family`` (empty: of the task). ``source`` is the file as key=path.
     """
 
     problem: Problem
@@ -41,6 +43,7 @@ class Candidate:
     finished: bool = True
     fields: dict[str, Any] = field(default_factory=dict)
     gold: str = ""
+    family: str = ""
 
     @property
     def question(self) -> str:
@@ -49,25 +52,14 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
-    """A candidate that is left out: its place among all, the reason by name, and what there is to say of it."""
+class Verdict:
+    """What becomes of a candidate: its place among all, and why it is left out, the reason by name (empty: it is not)
+    and what there is to say of it.
+    """
 
     place: int
-    reason: str
-    why: str
-
-
-@dataclass
-class Sifted:
-    """What became of candidates: the places that are kept, in order, and the others."""
-
-    kept: list[int] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-
-    def counts(self) -> dict[str, int]:
-        """Reason → how many, in the order of REASONS; those that nobody met are left out."""
-        found = [one.reason for one in self.rejected]
-        return {reason: found.count(reason) for reason in REASONS if reason in found}
+    reason: str = ""
+    why: str = ""
 
 
 Check = Callable[[Candidate], str]
@@ -89,7 +81,7 @@ def language_of(config: RejectConfig) -> Callable[[str], float] | None:
         raise ValueError(f"reject.language_settings={given}: has detector and others alone") from None
 
 
-def checks(config: RejectConfig, held: Index | None = None) -> list[tuple[str, Check]]:
+def checks(config: RejectConfig, held: Held | None = None) -> list[tuple[str, Check]]:
     """(reason, check) of what is asked of each candidate by itself, in order. ``held``: evaluation problems."""
     found: list[tuple[str, Check]] = []
 
@@ -115,7 +107,7 @@ def checks(config: RejectConfig, held: Index | None = None) -> list[tuple[str, C
     )
     ask("short", config.shortest, of_text(filters.short, config.shortest))
     ask("long", config.longest, of_text(filters.long, config.longest))
-    ask("contaminated", held, lambda one: _shared(held, one.problem.prompt) if held else "")
+    ask("contaminated", held, lambda one: _shared(held, one.problem) if held else "")
     return found
 
 
@@ -123,79 +115,85 @@ def _low(reward: float | None, least: float) -> str:
     return f"its reward is {reward:g}, lower than {least:g}" if reward is not None and reward < least else ""
 
 
-def _shared(held: Index, question: str) -> str:
-    found = held.matches(question)
+def _shared(held: Held, problem: Problem) -> str:
+    found = held.matches(problem)
     return f"it shares {found[0][1]!r} with {found[0][0].source}, {found[0][0].place}" if found else ""
 
 
-def sift(
-    candidates: Sequence[Candidate],
-    config: RejectConfig,
-    seed: int,
-    *,
-    held: Index | None = None,
-    looked: Callable[[], None] = lambda: None,
-) -> Sifted:
-    """Judge all candidates; ``looked`` is called after each."""
-    asked, found = checks(config, held), Sifted()
-    by_question: dict[str, list[int]] = {}
-    for place, one in enumerate(candidates):
-        reason, why = next(((reason, why) for reason, check in asked if (why := check(one))), ("", ""))
-        if reason:
-            found.rejected.append(Rejected(place, reason, why))
-        else:
-            by_question.setdefault(one.question, []).append(place)
-        looked()
-    for question, places in by_question.items():
-        answers = [candidates[place].problem.answer for place in places]
-        for i, reason, why in chosen(question, answers, config, seed):
-            if reason:
-                found.rejected.append(Rejected(places[i], reason, why))
-            else:
-                found.kept.append(places[i])
-    found.kept.sort()
-    found.rejected.sort(key=lambda one: one.place)
-    return found
-
-
-def chosen(question: str, answers: Sequence[str], config: RejectConfig, seed: int) -> Iterator[tuple[int, str, str]]:
-    """(place, reason, why) of each answer to one question; no reason: it is kept. The better ones come first, so that
-    of copies the best stays.
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What is held of a candidate that is fit by itself: its place, what tells its answer from others up to blanks, and
+    by what it is liked, the least first.
     """
-    kept, texts, grams = 0, set[str](), list[frozenset[int]]()
-    near = config.near_duplicates if len(answers) > 1 else 1.0
-    for i in _by_preference(question, answers, config.choose, seed):
-        text = filters.same_text(answers[i])
-        if text in texts and config.drop_duplicates:
-            yield i, "duplicate", "the same answer to the question is kept already"
+
+    place: int
+    text: bytes
+    rank: bytes
+
+
+class Sieve:
+    """Candidates go through one by one, in any order; then those that are fit are chosen from, question by question.
+    ``held``: evaluation problems.
+    """
+
+    def __init__(self, config: RejectConfig, seed: int, held: Held | None = None) -> None:
+        self._config, self._seed, self._checks = config, seed, checks(config, held)
+        self._fit: dict[bytes, list[Fit]] = {}
+        """Question, by its hash → candidates."""
+
+    def judged(self, place: int, one: Candidate) -> Verdict:
+        """Whether the candidate at a place is fit by itself; it is noted if it is."""
+        for reason, check in self._checks:
+            if why := check(one):
+                return Verdict(place, reason, why)
+        text = digest(filters.same_text(one.problem.answer))
+        self._fit.setdefault(digest(one.question), []).append(Fit(place, text, self._rank(one)))
+        return Verdict(place)
+
+    def chosen(self, answer: Callable[[int], str]) -> Iterator[list[Verdict]]:
+        """The verdicts on all that are fit, those on one question together. ``answer``: that of the candidate at a
+        place, for which it is asked where near copies are compared.
+        """
+        for fit in self._fit.values():
+            yield list(chosen(fit, answer, self._config))
+
+    def _rank(self, one: Candidate) -> bytes:
+        match self._config.choose:
+            case "shortest":
+                return len(one.problem.answer).to_bytes(8)
+            case "random":
+                return digest(self._seed, one.question, one.problem.answer)
+            case _:
+                return b""
+
+
+def chosen(fit: Sequence[Fit], answer: Callable[[int], str], config: RejectConfig) -> Iterator[Verdict]:
+    """The verdict on each answer to one question. The better ones come first, so that of copies the best stays."""
+    kept, texts, grams = 0, set[bytes](), list[frozenset[int]]()
+    near = config.near_duplicates if len(fit) > 1 else 1.0
+    for one in sorted(fit, key=lambda one: (one.rank, one.place)):
+        if one.text in texts and config.drop_duplicates:
+            yield Verdict(one.place, "duplicate", "the same answer to the question is kept already")
             continue
         if config.most and kept >= config.most:
-            yield i, "surplus", f"{config.most} answers to the question are kept"
+            yield Verdict(one.place, "surplus", f"{config.most} answers to the question are kept")
             continue
-        if near < 1 and text not in texts:  # copies that are wanted are no near copies
-            mine = filters.shingles(text, config.near_n)
+        if near < 1 and one.text not in texts:  # copies that are wanted are no near copies
+            mine = filters.shingles(filters.same_text(answer(one.place)), config.near_n)
             alike = [other for other in grams if filters.most_similar(mine, other) >= near]
             close = max((filters.similarity(mine, other) for other in alike), default=0.0)
             if close >= near:
-                yield i, "near_duplicate", f"{close:.2f} of its {config.near_n}-grams are those of one that is kept"
+                why = f"{close:.2f} of its {config.near_n}-grams are those of one that is kept"
+                yield Verdict(one.place, "near_duplicate", why)
                 continue
             grams.append(mine)
-        texts.add(text)
+        texts.add(one.text)
         kept += 1
-        yield i, "", ""
+        yield Verdict(one.place)
 
 
-def _by_preference(question: str, answers: Sequence[str], choose: str, seed: int) -> Iterable[int]:
-    places = range(len(answers))
-    if choose == "shortest":
-        return sorted(places, key=lambda i: len(answers[i]))
-    if choose == "random":
-        return sorted(places, key=lambda i: (drawn(seed, question, answers[i]), i))
-    return places
-
-
-def drawn(*key: Any) -> bytes:
-    """A place in a random order that its key alone decides, in any process."""
+def digest(*key: Any) -> bytes:
+    """What tells keys apart, in any process the same; and a random order of them."""
     return blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -214,5 +212,5 @@ def draw(name: str, rows: int, wanted: int, seed: int, *, repeat: bool) -> list[
             f"reject.mix.{name}: its share is {wanted:,} rows, and its file has {rows:,} that can be taken; lower the "
             "share, give a larger file, or say repeat: true"
         )
-    order = sorted(range(rows), key=lambda place: drawn(seed, name, place))
+    order = sorted(range(rows), key=lambda place: digest(seed, name, place))
     return sorted(place for turn in range(-(-wanted // rows) if rows else 0) for place in order[: wanted - turn * rows])

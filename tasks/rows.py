@@ -2,20 +2,24 @@
 such files as `datasets` saves them and the hub holds them. What a file is, its first bytes say. All forms meet in one
 Row, so that they have the same checks and refusals.
 
-    tasks/jsonl.py, tasks/examples.py ─► read_rows ─► files_of (a folder's split) ─► lines.py, or pyarrow
+    tasks/jsonl.py, tasks/examples.py ─► rows_in ─► files_of (a folder's split) ─► lines.py, or pyarrow
+
+Rows come one by one: of a file no more is held than a piece.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.lines import Row, read_objects
@@ -37,16 +41,22 @@ PIECE = 1024
 
 
 def read_rows(path: Path, key: str) -> list[Row]:
+    """All of ``rows_in``."""
+    return list(rows_in(path, key))
+
+
+def rows_in(path: Path, key: str) -> Iterator[Row]:
     """The rows of a file, or of a folder's split, in the order of the files' names. Raises TaskError that opens with
     ``key=path`` and names file and row.
     """
     if not path.is_dir():
-        return _rows(path, key)
-    rows = list[Row]()
+        yield from _rows(path, key)
+        return
+    number = 0
     for file in files_of(path, key):
         for row in _rows(file, key):
-            rows.append(Row(len(rows) + 1, f"{file.relative_to(path)}, {row.place}", row.fields))
-    return rows
+            number += 1
+            yield Row(number, f"{file.relative_to(path)}, {row.place}", row.fields)
 
 
 def files_of(path: Path, key: str) -> list[Path]:
@@ -96,56 +106,74 @@ def _refuse_a_mixture(files: list[Path], path: Path, key: str) -> None:
             raise TaskError(f"{key}={path}: holds {len(shards)} of {int(total)} files {stem}-*-of-{total}; fetch all")
 
 
-def _rows(file: Path, key: str) -> list[Row]:
+def _rows(file: Path, key: str) -> Iterator[Row]:
     try:
         with file.open("rb") as data:
             begins = data.read(8)
-            if not begins.startswith((PARQUET, *ARROW)):
-                content = begins + data.read()
     except OSError as error:
         raise TaskError(f"{key}={file}: {error.strerror or error}; name a readable file of rows") from error
     if begins.startswith((PARQUET, *ARROW)):
-        return list(_table_rows(file, key, "Parquet" if begins.startswith(PARQUET) else "Arrow"))
-    if begins.startswith(GZIP):
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
-            raise TaskError(f"{key}={file}: is cut or damaged ({error}); fetch it again") from None
-    return read_objects(content, file, key)
+        yield from _table_rows(file, key, "Parquet" if begins.startswith(PARQUET) else "Arrow")
+        return
+    try:
+        yield from read_objects(partial(_opened, file, packed=begins.startswith(GZIP)), file, key)
+    except (EOFError, OSError, zlib.error) as error:
+        raise TaskError(f"{key}={file}: is cut or damaged ({error}); fetch it again") from None
+
+
+def _opened(file: Path, *, packed: bool) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(file)) if packed else file.open("rb")
 
 
 def _table_rows(file: Path, key: str, form: str) -> Iterator[Row]:
     """The rows of a Parquet or Arrow file."""
     import pyarrow  # slow to import, and needed by these forms alone
-    import pyarrow.parquet
 
+    number = 0
     try:
-        if form == "Parquet":
-            table = pyarrow.parquet.ParquetFile(file).read()
-        else:
-            with pyarrow.OSFile(str(file)) as data:
-                stream = data.read(6) != ARROW[0]
-                data.seek(0)
-                table = (pyarrow.ipc.open_stream if stream else pyarrow.ipc.open_file)(data).read_all()
+        with _batches(file, form) as (schema, batches):
+            if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
+                raise TaskError(f"{key}={file}: the column {twice!r} is given twice; keep one")
+            single = [field.name for field in schema if field.type in (pyarrow.float16(), pyarrow.float32())]
+            for batch in batches:
+                table = pyarrow.Table.from_batches([batch])
+                for name in single:  # as text they keep the digits that were written
+                    place = schema.get_field_index(name)
+                    table = table.set_column(place, name, table.column(place).cast(pyarrow.string()))
+                for values in _values(table, number, file, key):
+                    number += 1
+                    values |= {name: Decimal(values[name]) for name in single if values[name] is not None}
+                    yield Row(number, f"row {number}", {name: _plain(value) for name, value in values.items()})
     except (pyarrow.ArrowException, OSError) as error:
         why = " ".join(str(error).split())
         raise TaskError(f"{key}={file}: cannot be read as {form} ({why}); fetch or write it again") from None
-    names = table.column_names
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise TaskError(f"{key}={file}: the column {twice!r} is given twice; keep one")
-    if not table.num_rows:
+    if not number:
         raise TaskError(f"{key}={file}: the file holds no rows; name one that does")
-    single = [field.name for field in table.schema if field.type in (pyarrow.float16(), pyarrow.float32())]
-    for name in single:  # as text they keep the digits that were written
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, name, table.column(place).cast(pyarrow.string()))
-    for number, values in enumerate(_values(table, file, key), start=1):
-        values |= {name: Decimal(values[name]) for name in single if values[name] is not None}
-        yield Row(number, f"row {number}", {name: _plain(value) for name, value in values.items()})
 
 
-def _values(table: Any, file: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Each row as Python values."""
+@contextlib.contextmanager
+def _batches(file: Path, form: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The schema of a table and its record batches, one after another."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if form == "Parquet":
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield table.schema_arrow, table.iter_batches(PIECE)
+        return
+    with pyarrow.OSFile(str(file)) as data:
+        stream = data.read(6) != ARROW[0]
+        data.seek(0)
+        if stream:
+            reader = pyarrow.ipc.open_stream(data)
+            yield reader.schema, iter(reader)
+        else:
+            reader = pyarrow.ipc.open_file(data)
+            yield reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+
+
+def _values(table: Any, before: int, file: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Each row as Python values; ``before``: rows of the file that stand before them."""
     for start in range(0, table.num_rows, PIECE):
         piece = table.slice(start, PIECE)
         try:
@@ -156,7 +184,7 @@ def _values(table: Any, file: Path, key: str) -> Iterator[dict[str, Any]]:
                     piece.slice(number, 1).to_pylist()
                 except ValueError as error:
                     why = " ".join(str(error).split())
-                    raise TaskError(f"{key}={file}, row {start + number + 1}: {why}; mend the row") from None
+                    raise TaskError(f"{key}={file}, row {before + start + number + 1}: {why}; mend the row") from None
             raise
 
 

@@ -84,7 +84,7 @@ class XstestTask(FileTask[XstestConfig, Request]):
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
         """Raises TaskError: there is none."""
-        raise TaskError("task=xstest has no worked answers; imitate others' by sft.path, or begin with model.path")
+        raise TaskError("task=xstest has no worked answers")
 
     def verify(self, problem: Problem, answer_text: str) -> bool:
         """Whether it complies with a safe request, or does not simply comply with an unsafe one."""

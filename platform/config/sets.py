@@ -27,7 +27,6 @@ from offtrail.platform.config.validate import (
     programs_are_run,
 )
 from offtrail.tasks import shots
-from offtrail.tasks.base import TaskError
 from offtrail.tasks.mixture import MixtureConfig
 from offtrail.tasks.registry import from_outside, make_task
 

@@ -45,6 +45,8 @@ from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.tasks.base import TaskError
 
 ANSWERS = "answers"
+BEGUN_WITH = "begun_with.json"
+"""What the files held that a run began with, by their hashes."""
 PART = 64
 """Questions of a part: what an interruption costs at most, times the parts that are asked together."""
 AHEAD = 4
@@ -180,6 +182,7 @@ def ask(
     todo = [part for questions in sets for part in parts_of(run_dir, questions) if not part.file.exists()]
     if not todo:
         return
+    (run_dir / ANSWERS).mkdir(exist_ok=True)
     total = sum(len(questions.problems) for questions in sets)
     console, ahead = Console(stderr=True), AHEAD if isinstance(config.engine, SglangConfig) else 1
 
@@ -260,12 +263,11 @@ def check_same(config: Config, run_dir: Path, what: str) -> None:
     """Note what the model and the data of a new run hold; ValueError where one that goes on began with others. Other
     settings are refused before. ``what``: what is begun, in a word.
     """
-    file = run_dir / ANSWERS / "begun_with.json"
+    file = run_dir / BEGUN_WITH
     now = hashes(inputs_of(config, run_dir))
     if servers := {told["model_path"]: "served" for told in models_of_servers(config).values()}:
         now["engine.urls"] = servers
     if not file.exists():
-        file.parent.mkdir(exist_ok=True)
         write_atomic(file, json.dumps(now))
         return
     was = json.loads(file.read_text(encoding="utf-8"))

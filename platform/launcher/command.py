@@ -10,6 +10,7 @@ start, and whatever `launch` returns.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import io
@@ -17,8 +18,8 @@ import os
 import shutil
 import signal
 import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -36,8 +37,8 @@ from offtrail.platform.runtime.device import without_gpu
 from offtrail.platform.runtime.roles import roles_of
 
 FLAGS = ("--help", "--version", "--dry-run")
-Imitated = dict[tuple[str, str, str], list[Problem]]
-"""The examples of each (sft.path, sft.prompt_field, sft.answer_field)."""
+Imitated = dict[tuple[str, str, str, str], list[Problem]]
+"""The examples of each (sft.path, sft.prompt_field, sft.answer_field, task, which may leave some out)."""
 # What the roles import, checked here so that a missing one is one line and not five tracebacks.
 PACKAGES = (
     "accelerate aiohttp matplotlib msgspec numpy psutil pyarrow rich safetensors tensorboard torch transformers "
@@ -83,6 +84,10 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     config = compose(settings)
     if "--dry-run" in flags:
+        for where, one, handed in runs_of(config):
+            if one.job == "reject":
+                with named(where):
+                    require_rows(one, handed)
         show(to_yaml(config))
         return 0
     require_packages()
@@ -148,7 +153,7 @@ def require_inputs(config: Config) -> None:
             print(f"offtrail: note: {one_line(text)}", file=sys.stderr)
 
     for where, one, handed in runs_of(config):
-        try:
+        with named(where):
             require_devices(one)
             require_trackers(one)
             require_models(one, handed)
@@ -160,8 +165,15 @@ def require_inputs(config: Config) -> None:
                 require_problems(one, note)
             elif one.job == "reject":
                 require_rows(one, handed)
-        except ConfigError as error:
-            raise ConfigError(f"{where}{error}") from None
+
+
+@contextlib.contextmanager
+def named(where: str) -> Iterator[None]:
+    """An error of one run begins with ``where`` it is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
 
 
 def runs_of(config: Config) -> Iterator[tuple[str, Config, frozenset[str]]]:
@@ -316,19 +328,23 @@ def require_problems(config: Config, note: Callable[[str], None]) -> None:
 
 def require_rows(config: Config, handed: Collection[str]) -> None:
     """Raise ConfigError when a file of job=reject holds a row that cannot be used."""
+    from offtrail.core.plugins import PluginError
     from offtrail.tasks.base import TaskError
-    from offtrail.tasks.candidates import examples_of_mix, held_index, read_candidates
+    from offtrail.tasks.candidates import candidates_in, examples_of_mix, held_index
     from offtrail.tasks.registry import make_task
 
     given = config.reject
+    read: list[Iterable[object]] = []
+    if "reject.paths" not in handed:
+        read.append(candidates_in(given, config.reward.main, config.task))
+    if "reject.mix" not in handed:
+        read += (examples_of_mix(name, entry) for name, entry in given.mix.items())
     try:
-        if "reject.paths" not in handed:
-            read_candidates(given, config.reward.main)
+        for rows in read:
+            deque(rows, maxlen=0)  # one by one: there may be more than memory holds
         task = make_task(config.task, config.run.seed)
         held_index(given, config.task, task.held_out(config.eval.prompts) if given.held_out else [])
-        for name, entry in given.mix.items():
-            examples_of_mix(name, entry)
-    except TaskError as error:
+    except (PluginError, TaskError) as error:
         raise ConfigError(str(error)) from None
 
 
@@ -344,7 +360,15 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
     from offtrail.search.registry import check as check_driver
     from offtrail.tasks.base import TaskError
     from offtrail.tasks.examples import read_examples, remark_on_held_out
-    from offtrail.tasks.registry import check_promises, from_outside, make_task, remarks_on
+    from offtrail.tasks.registry import (
+        check_promises,
+        check_worked,
+        from_outside,
+        make_task,
+        overlaps_of_examples,
+        remarks_on,
+        without_overlaps,
+    )
 
     sft = config.sft
     try:
@@ -353,21 +377,28 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
             note(remark)
         count = None if config.run.resume else counter(config, handed)
         cold = not config.model.path and "model.path" not in handed
-        if sft.path and "sft.path" not in handed and (config.job == "sft" or cold):
-            given = (sft.path, sft.prompt_field, sft.answer_field)
-            if given not in examples:
-                examples[given] = read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
-            if count is not None:
-                check_examples(config, examples[given], count, note)
+        if (config.job == "sft" or cold) and "sft.path" not in handed:
+            if not sft.path:
+                start = ", or a model to start from in model.path" if config.job == "rl" else ""
+                check_worked(task, f"name a file of answers in sft.path{start}")
+            else:
+                given = (sft.path, sft.prompt_field, sft.answer_field, repr(config.task))
+                if given not in examples:
+                    read = read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
+                    overlaps = overlaps_of_examples(task, read)
+                    for overlap in overlaps:
+                        note(overlap.remark())
+                    examples[given] = without_overlaps(read, overlaps)
+                if count is not None:
+                    check_examples(config, examples[given], count, note)
         if config.job == "rl":
             sets = held_out_sets(config, note)
-            held_out = sets["eval.prompts"]
             for remark in remarks_on_trained(config, task, sets):
                 note(remark)
             for imitated in examples.values():
-                if remark := remark_on_held_out(imitated, held_out):
+                if remark := remark_on_held_out(imitated, [one for problems in sets.values() for one in problems]):
                     note(remark)
-            shares = Counter(problem.task for problem in held_out)
+            shares = Counter(problem.task for problem in sets["eval.prompts"])
             for one in from_outside(task):
                 check_promises(one, shares[one.name])
             check_driver(config.search)

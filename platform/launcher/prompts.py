@@ -22,8 +22,9 @@ from offtrail.platform.model.lengths import Asked, lengths
 from offtrail.tasks.base import Task, TaskError
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.examples import left_out, too_long
-from offtrail.tasks.jsonl import task_template
+from offtrail.tasks.overlap import question_of
 from offtrail.tasks.registry import sets_of
+from offtrail.tasks.templates import task_template
 
 LOOKED_AT = 10_000
 """Prompts of a set that are counted, evenly over it."""
@@ -158,8 +159,7 @@ def remarks_on_trained(config: Config, task: Task, sets: Mapping[str, list[Probl
 
 def bare(problem: Problem, config: TaskConfig) -> str:
     """A prompt without its task's template, and with single blanks."""
-    head, _, tail = task_template(config).partition("{prompt}")
-    return " ".join(problem.prompt.removeprefix(head).removesuffix(tail).split())
+    return " ".join(question_of(problem, [task_template(config)]).split())
 
 
 def told_of(counted: Sequence[int | str], config: Config) -> tuple[str, bool]:

@@ -41,7 +41,7 @@ from offtrail.platform.launcher.reaper import reaped
 from offtrail.platform.model.start import StartError, resolve
 from offtrail.platform.model.text import Text, saved_template
 from offtrail.platform.runtime.device import require_device
-from offtrail.tasks.jsonl import task_template
+from offtrail.tasks.templates import task_template
 
 LOOK_SECONDS = 0.2
 """Between two looks at the server, and for a signal of the user."""

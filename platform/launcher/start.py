@@ -35,7 +35,7 @@ TRAINING_STATE = shutil.ignore_patterns("trainer", "trainer.json", "window", MAN
 """What a checkpoint has beside the model."""
 RunJob = Callable[[Config, Path, list[int]], tuple[str, str]]
 """Runs a job in a run directory to its end, unless a signal is noted in the list: its status, and why."""
-RECIPE = 1
+RECIPE = 2
 """Raise it when the code of the cold start changes what it makes: it is part of the cache key."""
 
 

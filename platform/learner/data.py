@@ -24,7 +24,7 @@ from offtrail.platform.model.text import Text
 from offtrail.tasks.base import Task
 from offtrail.tasks.examples import left_out, read_examples, too_long
 from offtrail.tasks.files import permutation
-from offtrail.tasks.registry import make_task
+from offtrail.tasks.registry import make_task, overlaps_of_examples, policies_of, without_overlaps
 
 log = logging.getLogger("offtrail.learner")
 
@@ -56,10 +56,15 @@ class LocalSource:
 
 
 def make_examples(config: Config, text: Text) -> Examples:
-    """Those of job=sft: the lines of sft.path, or the task's worked answers."""
+    """Those of job=sft: the lines of sft.path, without what task.decontaminate=drop leaves out, or the task's worked
+    answers.
+    """
     sft, max_length = config.sft, config.model.max_length
     if sft.path:
         examples = read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)
+        if "drop" in policies_of(config.task):
+            overlaps = overlaps_of_examples(make_task(config.task, config.run.seed), examples)
+            examples = without_overlaps(examples, overlaps)
         return FileExamples(
             examples, text, batch_size=sft.batch_size, seed=sft.seed, max_length=max_length, drop=sft.long == "drop"
         )

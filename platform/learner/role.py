@@ -52,7 +52,7 @@ from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.weights.store import checksum as checksum_of
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
 from offtrail.platform.wire.sockets import RefusedError, WaitError
-from offtrail.tasks.jsonl import task_template
+from offtrail.tasks.templates import task_template
 
 log = logging.getLogger("offtrail.learner")
 

@@ -48,6 +48,9 @@ def test_a_sampling_that_is_killed_goes_on_and_makes_the_same_data(
     files = sorted((tmp_path / "whole" / "answers").glob("*.parquet"))
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     assert len(rows) == 450
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["tokens/generated"] == sum(len(row["tokens"]) for row in rows)
+    assert summary["compute/flops"] == summary["compute/generator_flops"] > 0
     about = json.loads((tmp_path / "whole" / "data.json").read_text())
     assert about["counts"]["answers"] == 450
     assert about["counts"]["right"] == sum(dict(row["rewards"])["accuracy"] for row in rows)
@@ -117,6 +120,11 @@ def test_a_model_learns_from_the_right_ones_of_its_own_samples(trained: Path, la
     assert {one["reason"] for one in rejected} == set(about["counts"]["rejected"])
     assert sum(about["counts"]["rejected"].values()) == len(made) - len(kept)
     assert done.summary["compute/generator_decoded_tokens"] > 160  # an answer has a token at least
+    stage = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in stages.iterdir()}
+    for name in ("compute/flops", "tokens/generated"):
+        counted = {folder: told[name] for folder, told in stage.items() if name in told}
+        assert {"1_asked", "4_judged"} <= counted.keys()
+        assert done.summary[name] == pytest.approx(sum(counted.values()))
     told = done.summary["stages"]
     assert (told["kept"]["data/kept"], told["student"]["steps"]) == (len(kept), 3)
     assert (stages / "4_judged" / "start").resolve() == (stages / "3_student" / "checkpoints" / "step_3").resolve()
@@ -150,7 +158,7 @@ def test_a_signal_is_heard_within_a_part(
     keys = ("job=sample", f"checkpoint={trained}", "sample.prompts=64", "sample.samples=512")
     process = warm.Popen(command("stopped", *keys), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
     limit = time.monotonic() + 240
-    while not (tmp_path / "stopped" / "answers" / "begun_with.json").exists():
+    while not (tmp_path / "stopped" / "begun_with.json").exists():
         assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.02)

@@ -136,7 +136,7 @@ def test_a_server_says_of_a_checkpoint_what_the_embedded_engine_says(
     ("keys", "words"),
     [
         ((), "checkpoint=: job=eval needs a run directory, a checkpoint or a Hugging Face directory"),
-        (("eval.sets={chain: {digits: 3}}",), "eval.sets.chain: "),
+        (("eval.sets={chain: {digits: 3}}",), "eval.sets.chain.digits=3: unknown key"),
         (("eval.sets={nobody: {}}",), "eval.sets.nobody"),
     ],
 )

@@ -74,7 +74,11 @@ def test_what_is_saved_needs_no_option_and_no_folder_to_stand_in(aime: Path, mon
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ("{chain: {digits: 3}}", r"eval\.sets\.chain\.digits=3: not a key of eval\.sets\.chain\.name=chain, but of"),
+        ("{chain: {digits: 3}}", r"eval\.sets\.chain\.digits=3: unknown key$"),
+        (
+            "{chain: {generator: gcd}}",
+            r"eval\.sets\.chain\.generator=gcd: not a key of eval\.sets\.chain\.name=chain, but of eval\.sets\.chain\.",
+        ),
         (
             "{chain: {max_operation: 3}}",
             r"eval\.sets\.chain\.max_operation=3: unknown key; nearest: eval\.sets\.chain\.max_operations",

@@ -93,6 +93,22 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: Any, complaint: str) ->
         read_examples(path, "prompt", "answer")
 
 
+@pytest.mark.parametrize("code", range(0x20))
+def test_what_json_can_hold_an_example_can(tmp_path: Path, code: int) -> None:
+    """Text out of PDFs, terminals and chats has such characters; refused is what LaTeX becomes."""
+    text = f"one{chr(code)}two{chr(code)}"
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    one, two = read_examples(
+        write(tmp_path / "f", {"prompt": text, "answer": text}, {"messages": turns}), "prompt", "answer"
+    )
+    assert (one.prompt, one.answer, two.messages[0]["content"], two.answer) == (text, text, text, text)
+    for command in ("beta", "binom{n}", "bar x", "boxed{1}", "bigl(", "bf x", "frac12", "forall"):
+        with pytest.raises(TaskError, match="holds a control character, which is what"):
+            read_examples(
+                write(tmp_path / "g", {"prompt": "1", "answer": json.loads(f'"$\\{command}$"')}), "prompt", "answer"
+            )
+
+
 def test_a_file_that_is_not_there_or_empty_and_text_that_the_tokenizer_lacks(tmp_path: Path, start_dir: Path) -> None:
     with pytest.raises(TaskError, match="No such file or directory; name a readable"):
         read_examples(tmp_path / "none", "prompt", "answer")

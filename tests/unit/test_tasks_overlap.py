@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.launcher.command import require_inputs
 from offtrail.platform.launcher.inputs import data_of
 from offtrail.platform.launcher.overlap import FILE, write_overlaps
+from offtrail.platform.learner.data import FileExamples, make_examples
+from offtrail.platform.model.text import Text
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.jsonl import JsonlConfig, JsonlTask, read_prompts
 from offtrail.tasks.mixture import MixtureConfig, MixtureTask
@@ -78,6 +81,42 @@ def test_a_problem_that_an_evaluation_set_holds_several_times_is_no_boilerplate(
 
 def test_a_chinese_character_is_a_word() -> None:
     assert words_of("小明有3个苹果, OK") == ["小", "明", "有", "3", "个", "苹", "果", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("3+4*2", "3-4*2"), ("3+4*2", "3 + 4 / 2"), ("x = -3", "x = 3"), ("What is -3+5?", "What is 3+5?"),
+        ("2^10", "2*10"), ("a<b", "a>b"), ("5;+1;%10=?", "5;-1;%10=?"), (r"3+\frac12", r"3-\frac12"),
+        ("sin x + cos y", "sin x - cos y"), (r"\pi - 3", r"\pi + 3"), ("x² + 1", "x² - 1"), ("x_1 + x_2", "x_1 - x_2"),
+        ("-7 and 2", "7 and 2"),
+    ],
+)  # fmt: skip
+def test_formulas_that_differ_by_a_sign_are_other_ones(one: str, other: str) -> None:
+    assert words_of(one) != words_of(other)
+    assert [word.strip("+-*/^%=<>") for word in words_of(one)] == [word.strip("+-*/^%=<>") for word in words_of(other)]
+    assert found(Index(items(one)), other) == []
+    assert found(Index(items(one)), f"So {one.upper()}!") == ["line 1"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("3+4*2", "3 + 4 * 2"), ("3 − 4 × 2 ÷ 5", "3-4*2/5"), ("a well-known fact", "a well known fact"),
+        ("COVID-19 in May", "COVID 19 in May"), ("Tom - a boy - ran", "Tom, a boy, ran"),
+        ("- 3 pens\n- 4 caps", "3 pens, 4 caps"), ("km/h and/or miles", "km h and or miles"),
+        ("20% of it", "20 of it"), ("3+4=?", "3+4"), ("so (3+4)", "so 3+4"),
+    ],
+)  # fmt: skip
+def test_how_a_text_is_set_makes_no_other_words(one: str, other: str) -> None:
+    assert words_of(one) == words_of(other)
+
+
+def test_a_sign_is_no_word() -> None:
+    assert words_of("3+4*2 = 11, so x-1 > 9") == ["3", "+4", "*2", "=11", "so", "x", "-1", ">9"]
+    index = Index(items("1+2+3+4+5+6+7+8+9+10+11"))
+    assert found(index, "0+1+2+3+4+5+6+7+8+9") == []  # 9 of its words
+    assert found(index, "1+2+3+4+5+6+7+8+9+10") == ["line 1"]
 
 
 @given(st.lists(st.text("ab ", max_size=30), max_size=6), st.text("ab ", max_size=60))
@@ -183,6 +222,51 @@ def test_the_report_lists_every_pair_with_its_rows(settings: dict[str, Any], tmp
     assert not (tmp_path / FILE).exists()
 
 
+SUM = "1+2+3+4+5+6+7+8+9+1+2"
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("report", 4), ("drop", 2), ("off", 4)])
+def test_examples_to_imitate_are_compared_as_training_problems_are(
+    policy: str, kept: int, tmp_path: Path, start_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines 2 and 3 hold the held-out problem, the first within the template; line 4 has other signs."""
+    template = "1;2;3;4;5;6;7;8;9;1;2;{prompt}=?"
+    asked = ["9-8=?", template.replace("{prompt}", SUM), f"{SUM}+5", SUM.replace("+", "-")]
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("".join(json.dumps({"prompt": one, "answer": "1"}) + "\n" for one in asked))
+    keys = [
+        f"task.path={write(tmp_path / 'train.jsonl', '1+1', '2+2')}", f"sft.path={examples}",
+        f"task.template={template}", f"task.eval_path={write(tmp_path / 'test.jsonl', SUM)}", "task=jsonl",
+        f"task.decontaminate={policy}", "eval.prompts=1", "sft.batch_size=1", "prompt.chat=never",
+    ]  # fmt: skip
+    for job, sets in (
+        ("sft", [f"sft.path={examples}"]),
+        ("rl", [f"task.path={tmp_path}/train.jsonl", f"sft.path={examples}"]),
+    ):
+        config = compose([*keys, f"job={job}"])
+        require_inputs(config)
+        told = capsys.readouterr().err
+        assert (f"sft.path={examples}: 2 of its 4 problems share 10 words in a row" in told) == (policy != "off")
+        assert ("examples answer held-out prompts" in told) == (job == "rl" and policy != "drop")
+        (tmp_path / FILE).unlink(missing_ok=True)
+        write_overlaps(config, tmp_path)
+        if policy == "off":
+            assert not (tmp_path / FILE).exists()
+            continue
+        found = json.loads((tmp_path / FILE).read_text())["sets"]
+        assert [one["training"]["set"] for one in found] == sets
+        assert [(pair["training"], pair["evaluation"]) for pair in found[-1]["pairs"]] == [
+            ("line 2", "line 1"), ("line 3", "line 1"),
+        ]  # fmt: skip
+    source = make_examples(compose([*keys, "job=sft"]), Text(start_dir))
+    assert isinstance(source, FileExamples)
+    assert len(source.pairs) == kept
+    examples.write_text(json.dumps({"prompt": SUM, "answer": "1"}))
+    if policy == "drop":
+        with pytest.raises(ConfigError, match=rf"^task.decontaminate=drop: leaves no example of sft.path={examples}"):
+            require_inputs(compose([*keys, "job=sft"]))
+
+
 def test_paths_of_further_sets_are_absolute_checked_and_of_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
@@ -205,9 +289,7 @@ def test_paths_of_further_sets_are_absolute_checked_and_of_use(
 def test_a_further_set_without_a_prompt_is_refused_by_its_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "q"}\n{"text_": "q"}\n')
-    with pytest.raises(
-        TaskError, match=r"task.decontaminate_against=.*a.jsonl, line 2: no prompt: no field 'question'"
-    ):
+    with pytest.raises(TaskError, match=r"task.decontaminate_against=.*a.jsonl, line 2: no field 'question'"):
         read_prompts(path, JsonlConfig())
 
 

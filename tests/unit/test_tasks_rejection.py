@@ -6,8 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +16,14 @@ import pytest
 
 from offtrail.core.problem import Problem
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.candidates import examples_of_mix, held_index, read_candidates
+from offtrail.tasks.candidates import candidates_in, examples_of_mix, held_index
 from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.data_config import RejectConfig
-from offtrail.tasks.overlap import Index, Item
-from offtrail.tasks.rejection import REASONS, Candidate, draw, mixed_in, sift
+from offtrail.tasks.jsonl import JsonlConfig
+from offtrail.tasks.mixture import MixtureConfig
+from offtrail.tasks.overlap import Held, Index, Item
+from offtrail.tasks.rejection import REASONS, Candidate, Sieve, Verdict, draw, mixed_in
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
@@ -28,13 +32,33 @@ def candidate(question: str, answer: str, reward: float | None = 1.0, finished: 
     return Candidate(Problem("file", 0, question, answer, {"place": "line 1"}), "reject.paths=file", reward, finished)
 
 
-def kept(candidates: list[Candidate], seed: int = 0, held: Index | None = None, **given: Any) -> list[str]:
-    found = sift(candidates, RejectConfig(**given), seed, held=held)
+class Sifted(NamedTuple):
+    """The places that are kept, and the verdicts on the others."""
+
+    kept: list[int]
+    rejected: list[Verdict]
+
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(one.reason for one in self.rejected))
+
+
+def sift(candidates: list[Candidate], config: RejectConfig, seed: int, held: Held | None = None) -> Sifted:
+    """All of them, the last one first: their order is that of their places."""
+    sieve = Sieve(config, seed, held)
+    verdicts = [sieve.judged(place, one) for place, one in reversed(list(enumerate(candidates)))]
+    chosen = [one for some in sieve.chosen(lambda place: candidates[place].problem.answer) for one in some]
+    assert {one.place for one in chosen} == {one.place for one in verdicts if not one.reason}
+    kept = sorted(one.place for one in chosen if not one.reason)
+    return Sifted(kept, [one for one in (*verdicts, *chosen) if one.reason])
+
+
+def kept(candidates: list[Candidate], seed: int = 0, **given: Any) -> list[str]:
+    found = sift(candidates, RejectConfig(**given), seed)
     return [candidates[place].problem.answer for place in found.kept]
 
 
 def test_each_candidate_counts_once_under_the_first_reason_it_meets() -> None:
-    held = Index([Item("set", "row 1", "what is three plus four times the square of nine minus six")])
+    held = Held(Index([Item("set", "row 1", "what is three plus four times the square of nine minus six")]), [])
     asked = {
         "unscored": candidate("a", "x", None),
         "wrong": candidate("a", "", 0.0, finished=False),  # it is empty and unfinished, too
@@ -88,6 +112,25 @@ def test_the_answers_to_a_question_are_chosen_as_asked() -> None:
     drawn = {kept(rows, seed, most=1, choose="random")[0] for seed in range(40)}
     assert drawn == {row.problem.answer for row in rows}
     assert kept(rows, 3, most=1, choose="random") == kept(rows[::-1], 3, most=1, choose="random")
+
+
+def test_answers_are_asked_for_where_near_copies_are_compared_alone() -> None:
+    """They stand on disk."""
+    rows = [candidate("q", text) for text in ("one", "one ", "two", "three")] + [candidate("alone", "four")]
+    asked = list[int]()
+
+    def answer(place: int) -> str:
+        asked.append(place)
+        return rows[place].problem.answer
+
+    for near, wanted in ((0.9, [0, 2]), (1.0, [])):
+        sieve = Sieve(RejectConfig(most=2, near_duplicates=near), 0)
+        for place, one in enumerate(rows):
+            sieve.judged(place, one)
+        verdicts = list(sieve.chosen(answer))
+        assert [[one.reason for one in some] for some in verdicts] == [["", "duplicate", "", "surplus"], [""]]
+        assert asked == wanted
+        asked.clear()
 
 
 def test_of_near_copies_the_better_one_stays_and_a_full_question_asks_no_more() -> None:
@@ -169,7 +212,7 @@ def test_rows_of_the_usual_forms_are_candidates(tmp_path: Path) -> None:
         {"prompt": turns, "answer": None, "rewards": {"format": 1}},
     )
     config = RejectConfig(paths=[path], unscored="keep")
-    one, two, three = read_candidates(config, "accuracy")
+    one, two, three = candidates_in(config, "accuracy", ChainConfig())
     assert (one.question, one.problem.answer, one.reward, one.finished) == ("1+1?", "2", 0.5, False)
     assert (two.problem.messages, two.problem.answer, two.reward) == (tuple(turns), "Ho.", -1.0)
     assert (three.problem.messages, three.problem.answer, three.reward) == (tuple(turns), "", None)
@@ -177,13 +220,52 @@ def test_rows_of_the_usual_forms_are_candidates(tmp_path: Path) -> None:
     table, nan, none = tmp_path / "rows.parquet", [float("nan"), 1.0], [None, None]
     pq.write_table(pa.table({"prompt": ["1+1?", "2?"], "answer": ["2", "2"], "reward": nan, "finish": none}), table)
     config = RejectConfig(paths=[str(table)], unscored="keep")
-    assert [(one.reward, one.finished) for one in read_candidates(config, "accuracy")] == [(None, True), (1.0, True)]
+    read = candidates_in(config, "accuracy", ChainConfig())
+    assert [(one.reward, one.finished) for one in read] == [(None, True), (1.0, True)]
     path = rows_in(tmp_path, {"problem": "1+1?"})
     compared = RejectConfig(decontaminate_against=[path])
     held = held_index(compared, ChainConfig(), [Problem("chain", 3, "5;+1;%10=?", "6")])
     assert held is not None
-    assert [item.place for item, _ in held.matches("so 1+1? or 5;+1;%10=?")] == ["held-out problem 3", "line 1"]
+    found = held.matches(Problem("x", 0, "so 1+1? or 5;+1;%10=?", ""))
+    assert [item.place for item, _ in found] == ["held-out problem 3", "line 1"]
+    assert held.matches(Problem("x", 0, "so 1-1? or 5;-1;%10=?", "")) == []
     assert held_index(RejectConfig(), ChainConfig(), []) is None
+
+
+LONG = (
+    "Below stands a problem of arithmetic, as they are asked in schools of all kinds. Read it with care, then answer: "
+    "{prompt} Write your answer on the last line, with nothing else on it, and no full stop behind it."
+)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_a_template_is_no_part_of_a_question_however_few_evaluation_problems_there_are(
+    tmp_path: Path, n: int, form: str
+) -> None:
+    """Below three evaluation problems nothing says that its words stand in all of them."""
+    asked = ["What is the sum of 3 and 4*2?", "How much is 17 less 9, and then 5 more?"]
+    path = rows_in(tmp_path, *({"problem": LONG.replace("{prompt}", question)} for question in asked[:n]))
+
+    def problem(question: str) -> Problem:
+        text = LONG.replace("{prompt}", question)
+        turns = ({"role": "system", "content": LONG}, {"role": "user", "content": text})
+        told = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return Problem("jsonl", 0, text, "") if form == "text" else Problem("jsonl", 0, told, "", messages=turns)
+
+    config: TaskConfig = JsonlConfig(template=LONG)
+    for given, task in (
+        (RejectConfig(decontaminate_against=[path]), config),
+        (RejectConfig(), config),
+        (RejectConfig(), MixtureConfig(weights={"jsonl": 1.0}, settings={"jsonl": {"template": LONG}})),
+    ):
+        held = held_index(given, task, [problem(question) for question in asked[:n]])
+        assert held is not None
+        assert held.matches(problem("Ann has 5 pens and buys 7; how many?")) == []
+        assert held.matches(problem("What is the sum of 3 and 4/2?")) == []
+        for question in asked[:n]:
+            assert held.matches(problem(f"So: {question.upper()} Say it.")) != []
+            assert held.matches(Problem("other", 0, f"{question} Be quick.", "")) != []
 
 
 @pytest.mark.parametrize(
@@ -199,7 +281,31 @@ def test_rows_of_the_usual_forms_are_candidates(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], says: str) -> None:
     path = rows_in(tmp_path, {"prompt": "1", "answer": "2", "reward": 1}, row)
     with pytest.raises(TaskError, match=rf"^reject.paths={path}, line 2: {re.escape(says)}"):
-        read_candidates(RejectConfig(paths=[path]), "accuracy")
+        list(candidates_in(RejectConfig(paths=[path]), "accuracy", ChainConfig()))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({}, "has no field 'task' that names one of the families chain, addition, by whose verifiers reject.unscored"),
+        ({"task": "gsm8k"}, "field 'task' is 'gsm8k', none of the families chain, addition, by whose verifiers"),
+        ({"task": ["chain"]}, "field 'task' is ['chain'], none of the families chain, addition"),
+        ({"task": "addition"}, ""),
+        ({"task": "gsm8k", "reward": 1}, ""),  # it is judged already
+    ],
+)
+def test_a_row_is_verified_by_its_own_family_of_a_mixture_or_refused(
+    tmp_path: Path, row: dict[str, Any], says: str
+) -> None:
+    given = {"prompt": "1", "answer": "2", "gold": "3"}
+    path = rows_in(tmp_path, {**given, "task": "chain"}, given | row)
+    read = candidates_in(RejectConfig(paths=[path], unscored="verify"), "accuracy", MixtureConfig())
+    if not says:
+        judged_by = ("", "") if "reward" in row else ("3", "addition")
+        assert [(one.gold, one.family) for one in read] == [("3", "chain"), judged_by]
+        return
+    with pytest.raises(TaskError, match=rf"^reject.paths={path}, line 2: {re.escape(says)}"):
+        list(read)
 
 
 def test_a_row_of_further_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -207,6 +313,6 @@ def test_a_row_of_further_data_that_cannot_be_read_is_named(tmp_path: Path) -> N
     with pytest.raises(
         TaskError, match=r"^reject.mix.more.path=\S+, line 1: field 'prompt' is missing .*set reject.mix"
     ):
-        examples_of_mix("more", {"path": path})
+        list(examples_of_mix("more", {"path": path}))
     [row] = examples_of_mix("more", {"path": path, "prompt_field": "question"})
     assert (row.prompt, row.answer) == ("1", "2")

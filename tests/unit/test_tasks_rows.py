@@ -15,10 +15,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from offtrail.tasks import lines as lines_of_json
+from offtrail.tasks import rows as rows_of_files
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.examples import read_examples
 from offtrail.tasks.jsonl import JsonlConfig, JsonlTask
-from offtrail.tasks.rows import files_of, read_rows
+from offtrail.tasks.rows import files_of, read_rows, rows_in
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [
@@ -142,6 +144,53 @@ DAMAGED: dict[str, tuple[Callable[[Path, Rows], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64, 1 << 20])
+def test_an_array_is_the_same_however_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """Pieces end within blanks, marks, escapes, numbers and characters of several bytes."""
+    monkeypatch.setattr(lines_of_json, "PIECE", piece)
+    made = [{"a": 'é“\\n\\"', "n": 12.5e3, "b": [1, {"c": None}]}, {"a": "x" * 50}, {}]
+    for text in (json.dumps(made), json.dumps(made, indent=3, ensure_ascii=False), "\ufeff \r\n" + json.dumps(made)):
+        path = tmp_path / "array.json"
+        path.write_text(text)
+        found = read_rows(path, "task.path")
+        assert [(row.number, row.place, row.fields) for row in found] == [
+            (i, f"row {i}", one) for i, one in enumerate(made, start=1)
+        ]
+    for text, complaint in (
+        ('[{"a": 1},\n {"é": 2}\n, {"b": x}]', ", row 3: not valid JSON (Expecting value, line 3 column 9)"),
+        ('[\n{"a": "1"}\n\n 3.5]', ", row 1: not valid JSON (Expecting ',' or ']' after it, line 4 column 2)"),
+        ('[{"a": 1}]\n\n  [', ", row 1: not valid JSON (Extra data after the array, line 3 column 3)"),
+        ('[{"a": 1}, {"é": "', ", row 2: not valid JSON (Unterminated string starting at, line 1 column 18)"),
+        ('[{"a": 1}, 17]', ", row 2: holds int, not an object"),
+    ):
+        path.write_text(text)
+        with pytest.raises(TaskError, match=re.escape(f"task.path={path}{complaint}")):
+            read_rows(path, "task.path")
+    path.write_bytes('[{"é": "'.encode() + b'\xff"}]')
+    with pytest.raises(TaskError, match=re.escape(f"task.path={path}: byte 10 is no UTF-8")):
+        read_rows(path, "task.path")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_come_before_the_file_is_read_to_its_end(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with the last row is found there."""
+    monkeypatch.setattr(lines_of_json, "PIECE", 64)
+    monkeypatch.setattr(rows_of_files, "PIECE", 2)
+    FORMS[form](tmp_path / form, ROWS)
+    rows = rows_in(tmp_path / form, "task.path")
+    assert next(rows).fields["question"] == "0+1=?"
+    assert [row.fields["question"] for row in rows] == [f"{i}+1=?" for i in (1, 2, 3)]
+    if form in ("lines.jsonl", "array.json"):
+        path = tmp_path / form
+        path.write_bytes(path.read_bytes()[:-20])
+        rows = rows_in(path, "task.path")
+        assert [next(rows).number for _ in range(3)] == [1, 2, 3]
+        with pytest.raises(TaskError, match="not valid JSON"):
+            next(rows)
+
+
 @pytest.mark.parametrize("name", DAMAGED)
 def test_what_cannot_be_read_is_one_line_with_the_file_and_the_row(tmp_path: Path, name: str) -> None:
     make, complaint = DAMAGED[name]
@@ -156,8 +205,8 @@ def test_what_cannot_be_read_is_one_line_with_the_file_and_the_row(tmp_path: Pat
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"question": None, "answer": "#### 4"}, "no prompt: field 'question' is null; fill it"),
-        ({"question": " ", "answer": "#### 4"}, "no prompt: field 'question' is empty"),
+        ({"question": None, "answer": "#### 4"}, "field 'question' is null; fill it"),
+        ({"question": " ", "answer": "#### 4"}, "field 'question' is empty"),
         ({"question": "\\frac", "answer": "it is 4"}, "no answer: 'answer' lacks the mark '####'"),
         ({"question": "\frac", "answer": "#### 4"}, "field 'question' holds a control character"),
     ],
