@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from offtrail.core.settings import setting
 from offtrail.rewards.config import COMPONENTS
-from offtrail.rewards.steps import Aggregate, Steps
+from offtrail.rewards.step_config import Aggregate, StepSettings
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "reads": ("outcome", "steps", "tokens"),
@@ -82,4 +82,4 @@ def _check_entry(key: str, entry: dict[str, Any]) -> None:
             raise ValueError(f"{key}.empty={value}: must be a number, the score of an answer without text")
     if not entry.get("path"):
         raise ValueError(f"{key}.path=: a model is needed: {key}.path=DIR, a Hugging Face folder or a run")
-    Steps.of(entry.get("steps", {}), f"{key}.steps")
+    StepSettings.of(entry.get("steps", {}), f"{key}.steps")
