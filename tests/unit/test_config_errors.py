@@ -311,7 +311,7 @@ def test_a_model_that_scores_is_named_where_it_is_weighed_and_served_where_it_is
     alone = message(rm, "reward.weights.rm=1", "reward.settings.rm.longest=3")
     assert alone == "reward.settings.rm: is a model that scores; its settings are scorer.models.rm"
     sets = message(rm, "reward.weights.rm=1", "eval.sets={addition: {reward: {weights: {acuracy: 1}}}}")
-    assert sets.startswith("eval.sets.addition: reward.weights.acuracy: unknown; must be one of accuracy")
+    assert sets.startswith("eval.sets.addition.reward.weights.acuracy: unknown; must be one of accuracy")
     monkeypatch.chdir(tmp_path)
     assert compose(["scorer.models.rm.path=."]).scorer.models == {"rm": {"path": str(tmp_path)}}
 
