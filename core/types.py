@@ -111,7 +111,7 @@ class Group:
     that none spans two samples, and what follows a sample's last step belongs to none. ``scored_by``: component or
     channel name → the model and version that made it. One model scores a whole group under one version.
 
-    ``counts``: what was counted in the answers, all together, by name (rewards/behaviour.py); mostly empty.
+    ``counts``: what was counted in the answers, all together, by name (rewards/total.py, Scored); mostly empty.
 
     ``queued_version`` and ``queued_at`` are the broker's stamp on arrival (−1 before).
     """

@@ -7,6 +7,8 @@ whose `__init__` takes the settings by keyword. It runs in a verifier process, s
     None     "does not apply to this answer": counted neither in the sum nor in the component's mean
 
 With `@whole_group` it is given all G answers of a prompt at once and gives G numbers back: pairwise judges need that.
+An instance with ``reasons``, a dict of counts, says there how often it had which reason for its scores: each becomes a
+metric.
 """
 
 from __future__ import annotations

@@ -27,12 +27,22 @@ class Reward:
 
     def __init__(self, config: RewardConfig, verify: Verify) -> None:
         self._config, self._verify = config, verify
-        self._components = {name: _component(name, config.settings.get(name, {})) for name in config.components}
+        self._components = dict[str, Ask]()
+        self._reasons = dict[str, dict[str, int]]()
+        for name in config.components:
+            self._components[name], reasons = _component(name, config.settings.get(name, {}))
+            if isinstance(reasons, dict):
+                self._reasons[name] = reasons
 
     @property
     def components(self) -> tuple[str, ...]:
         """Their names, in the order of reward.weights."""
         return tuple(self._components)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """NAME/REASON → how many of the answers that were judged last have it, of the components that have reasons."""
+        return {f"{name}/{why}": float(n) for name, reasons in self._reasons.items() for why, n in reasons.items()}
 
     def judge(self, problem: Problem, texts: Sequence[str], finished: Sequence[bool]) -> dict[str, list[float | None]]:
         """Name → [G] scores of a prompt's G answers, None where a component does not apply.
@@ -40,6 +50,8 @@ class Reward:
         ``texts`` are without their stop token; ``finished``: a stop token ended the answer. Raises RewardError that
         names the component which raised, gave no number, or when none applies to an answer.
         """
+        for reasons in self._reasons.values():
+            reasons.update(dict.fromkeys(reasons, 0))
         asked = [self._read(problem, text, ended) for text, ended in zip(texts, finished, strict=True)]
         nothing: list[float | None] = [None] * len(asked)
         scores = {
@@ -67,16 +79,17 @@ def make_reward(config: RewardConfig, verify: Verify) -> Reward:
 Ask = Callable[[Sequence[Answered]], list[float | None]]
 
 
-def _component(name: str, settings: dict[str, Any]) -> Ask:
-    """All answers of a prompt in, as many scores out."""
+def _component(name: str, settings: dict[str, Any]) -> tuple[Ask, Any]:
+    """All answers of a prompt in, as many scores out; and what its reasons are counted in, None where it has none."""
     source = name if is_plugin(name) else f"offtrail.rewards.components.{name}:score"
     target = load(source, what="reward.weights")
     if not callable(target):
         raise RewardError(f"reward.weights={name}: is {target!r}, which cannot be called; name a function or a class")
     if is_trl(target):
-        return partial(_ask, name, TrlFunction(target, settings, name=name), True)
+        return partial(_ask, name, TrlFunction(target, settings, name=name), True), None
     score = bind(target, settings, name=name, what=f"reward.settings.{name}")
-    return partial(_ask, name, score() if isinstance(target, type) else score, getattr(target, "whole_group", False))
+    made = score() if isinstance(target, type) else score
+    return partial(_ask, name, made, getattr(target, "whole_group", False)), getattr(made, "reasons", None)
 
 
 def _ask(name: str, score: Callable[..., Any], together: bool, asked: Sequence[Answered]) -> list[float | None]:

@@ -6,6 +6,7 @@ its weight with it; nothing else is scaled up for it. A reward in which nothing 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +16,9 @@ from offtrail.rewards.config import RewardConfig
 
 
 class Scored(dict[str, Float32]):
-    """Components of a group by name, and the ``counts`` of its answers (behaviour.py), where those were counted."""
+    """Components of a group by name, and the ``counts`` of its answers, where there are any: of behaviour.py, and of
+    components' reasons as NAME/REASON.
+    """
 
     counts: Mapping[str, float] = {}
 
@@ -55,3 +58,15 @@ def means(config: RewardConfig, area: str, components: Mapping[str, Float32]) ->
             found[f"{area}/{name}"] = float(np.mean(scores))
     main = found.get(f"{area}/{config.main}")
     return found if main is None else found | {f"{area}/accuracy": main}
+
+
+def reason_shares(area: str, counts: Mapping[str, float]) -> dict[str, float]:
+    """`area/NAME_REASON_share` of the answers for which the component NAME had a reason, from counts NAME/REASON."""
+    judged: Counter[str] = Counter()
+    for reason, n in counts.items():
+        judged[reason.rpartition("/")[0]] += n
+    return {
+        f"{area}/{name}_{why}_share": n / judged[name]
+        for (name, _, why), n in ((reason.rpartition("/"), n) for reason, n in counts.items())
+        if name and judged[name]
+    }

@@ -39,7 +39,7 @@ from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber, pin_anew
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
 from offtrail.rewards import behaviour
-from offtrail.rewards.total import means, nothing_earned
+from offtrail.rewards.total import means, nothing_earned, reason_shares
 
 log = logging.getLogger("offtrail.evaluator")
 
@@ -136,12 +136,14 @@ class Asked:
     def metrics(self, groups: Sequence[Group | None]) -> dict[str, float]:
         """Mean of each reward component over all answers, their lengths, and what was counted in them."""
         area, answered = self.set.area, [group for group in groups if group is not None]
+        counts = behaviour.added(group.counts for group in answered)
         return means(self.set.config.reward, area, self._components(groups)) | {
             f"{area}/length_mean": float(np.concatenate([group.lengths for group in answered]).mean()),
             f"{area}/truncated_share": float(np.mean(np.concatenate([group.finish != STOP for group in answered]))),
             f"{area}/prompts": float(len(self.problems)),
             f"{area}/prompts_without_room": float(len(groups) - len(answered)),
-            **behaviour.metrics(behaviour.added(group.counts for group in answered), f"{area}/behaviour"),
+            **reason_shares(area, counts),
+            **behaviour.metrics(counts, f"{area}/behaviour"),
         }
 
     def texts(self, groups: Sequence[Group | None], count: int) -> dict[str, str]:

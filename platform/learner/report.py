@@ -12,7 +12,7 @@ import numpy as np
 from offtrail.core.types import FINISH_REASONS, Batch, Group
 from offtrail.rewards import behaviour
 from offtrail.rewards.config import RewardConfig
-from offtrail.rewards.total import means
+from offtrail.rewards.total import means, reason_shares
 
 HISTOGRAM_POINTS = 200
 """A histogram travels as so many evenly spaced quantiles of its values."""
@@ -29,7 +29,8 @@ def batch_metrics(batch: Batch, reward: RewardConfig, vocabulary: int) -> dict[s
     mixed = [len(set(s.versions.tolist())) > 1 for g in groups for s in g.samples()]
     components = {name: np.concatenate([g.components[name] for g in groups]) for name in _names(groups, "components")}
     counts = behaviour.added(group.counts for group in groups)
-    metrics = means(reward, "reward", components) | _channel_means(groups) | behaviour.metrics(counts, "behaviour")
+    metrics = means(reward, "reward", components) | reason_shares("reward", counts) | _channel_means(groups)
+    metrics |= behaviour.metrics(counts, "behaviour")
     metrics |= {
         "reward/mean": float(np.mean(np.concatenate(rewards))),
         "reward/std_in_group": float(np.mean([r.std() for r in rewards])),

@@ -95,7 +95,7 @@ def judge(job: Job, reward: Reward, language: str = "") -> Verdict:
     start = time.process_time()
     try:
         scores = reward.judge(job.problem, job.texts, job.finished)
-        counts = counted(job.texts, job.finished, language) if language else {}
+        counts = (counted(job.texts, job.finished, language) if language else {}) | reward.counts
     except Exception as error:
         return Verdict(job.ticket, {}, said(error))
     return Verdict(job.ticket, scores, "", time.process_time() - start, counts)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import get_args
 
 from offtrail.rewards.base import Answered, RewardError
 from offtrail.rewards.program import program_in, whole
 from offtrail.rewards.sandbox.box import Box, Wall
-from offtrail.rewards.sandbox.judge import Judged, has_tests, judge
+from offtrail.rewards.sandbox.judge import REASONS, Judged, has_tests, judge
 from offtrail.rewards.sandbox.runs import Limits, SandboxError
-
-log = logging.getLogger("offtrail.code")
 
 
 class Code:
     """From 0 to 1: 1 where all tests pass; ``partial``: the share of them that does. None for a problem without tests.
+    ``reasons``: how many answers have failed first by which of REASONS, or are ok.
 
     ``wall``: auto, bwrap or landlock. ``seconds`` by the clock are for all tests of an answer, ``cpu_seconds`` for each
     of its processes, ``memory_mb`` for the program alone. Raises RewardError where no sandbox stands.
@@ -36,6 +34,7 @@ class Code:
         if not isinstance(memory_mb, int) or not 128 <= memory_mb <= 1 << 20:
             raise RewardError(f"{key}.memory_mb={memory_mb}: must be a whole number in [128, {1 << 20}]")
         self._share = partial
+        self.reasons = dict.fromkeys((*REASONS, "malformed"), 0)
         try:
             self._box = Box(wall, Limits(seconds, int(cpu_seconds), memory_mb << 20))
         except SandboxError as error:
@@ -46,7 +45,7 @@ class Code:
         if not has_tests(answered.problem.meta):
             return None
         judged = self.judged(answered)
-        log.debug("problem %d: %g, %s", answered.problem.index, judged.score, judged.reason)
+        self.reasons[judged.reason.partition(":")[0]] += 1
         return judged.score
 
     def judged(self, answered: Answered) -> Judged:

@@ -25,13 +25,12 @@ from offtrail.rewards.sandbox.box import Box
 from offtrail.rewards.sandbox.runs import Dead, Functions
 
 SHOWN = 120
+REASONS = ("ok", "wrong", "raised", "syntax", "timeout", "memory", "died", "reply")
 
 
 @dataclass(frozen=True)
 class Judged:
-    """``score``: from 0 to 1. ``reason``: `ok`, or of the first failure its kind and words: wrong, raised, syntax,
-    timeout, memory, died, reply.
-    """
+    """``score``: from 0 to 1. ``reason``: `ok`, or of the first failure its kind (REASONS) and words."""
 
     score: float
     reason: str

@@ -11,6 +11,7 @@ from offtrail.core.types import Batch, Group, Problem
 from offtrail.platform.learner.report import batch_metrics
 from offtrail.rewards.behaviour import REFLECTION, added, counted, metrics, of_answer
 from offtrail.rewards.config import RewardConfig
+from offtrail.rewards.total import reason_shares
 
 TEXT = "<think>Wait, 3 + 4 is 7. But wait: let me check it, however odd.</think><answer>7</answer>"
 
@@ -74,6 +75,15 @@ def group(counts: dict[str, float]) -> Group:
         np.zeros(1, np.int32), -ones, np.zeros(1, np.int32), np.zeros(1, np.uint8), ones, {"accuracy": ones},
         np.zeros((1, 3)), counts=counts,
     )  # fmt: skip
+
+
+def test_a_batch_tells_for_which_reasons_a_component_gave_its_scores() -> None:
+    """Also for those that no answer of this batch has, so that a curve of them comes down again."""
+    batch = Batch(0, (group({"answers": 2, "code/ok": 1, "code/wrong": 1, "code/died": 0}), group({"code/ok": 2})))
+    told = batch_metrics(batch, RewardConfig(), 10)
+    shares = {name: value for name, value in told.items() if name.startswith("reward/code")}
+    assert shares == {"reward/code_ok_share": 0.75, "reward/code_wrong_share": 0.25, "reward/code_died_share": 0}
+    assert reason_shares("eval", {"answers": 2.0, "code/ok": 0.0}) == {}  # nothing was judged
 
 
 def test_a_batch_tells_what_its_groups_counted() -> None:

@@ -30,6 +30,7 @@ from offtrail.rewards.sandbox.box import Box
 from offtrail.rewards.sandbox.judge import judge
 from offtrail.rewards.sandbox.runs import Limits
 from offtrail.rewards.sandbox.walls import landlock_abi
+from offtrail.rewards.total import Scored
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.programs import ProgramsConfig
 from offtrail.tasks.registry import make_task, remarks_on
@@ -168,6 +169,11 @@ def test_the_component(tmp_path: Path):
         "",
     ]
     assert reward.judge(first, texts, [True] * 6)["code"] == [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]
+    found = {"code/ok": 2, "code/wrong": 1, "code/malformed": 2, "code/syntax": 1}
+    others = ("raised", "timeout", "memory", "died", "reply")
+    assert reward.counts == found | {f"code/{why}": 0 for why in others}
+    reward.judge(first, texts[:1], [True])
+    assert (sum(reward.counts.values()), reward.counts["code/ok"]) == (1, 1)  # of the answers judged last
     code = Code(seconds=60)
     assert code(answered(Problem("chain", 0, "1+1", "2"), "<answer>2</answer>")) is None
     assert code.judged(answered(first, texts[3])).reason == "malformed: the answer tags are not one pair"
@@ -189,6 +195,9 @@ def test_verifier_workers_judge_programs_and_leave_nothing(tmp_path: Path):
         assert key == 7
         assert components is not None
         assert components["code"].tolist() == [1, 0, 0]
+        assert isinstance(components, Scored)
+        found = {name: n for name, n in components.counts.items() if name.startswith("code/") and n}
+        assert found == {"code/ok": 1, "code/wrong": 1, "code/timeout": 1}
         assert len(set(descendants(os.getpid())) - before) >= 3
     assert set(descendants(os.getpid())) <= before
 
