@@ -90,7 +90,7 @@ class Engine(Protocol):
     @property
     def counters(self) -> dict[str, float]:
         """Cumulative: ``decoded_tokens``, ``prefilled_tokens``, ``prefix_hit_tokens``, ``reprefilled_tokens``,
-        ``scored_tokens``, ``flops``.
+        ``scored_tokens``, ``flops``; ``lost_requests`` where there are servers that can lose them.
         """
 
     @property

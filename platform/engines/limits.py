@@ -9,6 +9,8 @@ from offtrail.core.types import Int32
 
 MOST_STOP_STRINGS = 32
 """What an SGLang server takes."""
+MOST_LOST = 20
+"""How often its holder asks anew what a server has lost."""
 
 
 def check_request(request: Request, *, vocab_size: int, max_length: int) -> None:

@@ -17,6 +17,7 @@ from typing import Protocol
 from offtrail.core.protocols import Engine, Request
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease, Problem, Sampling
 from offtrail.platform.config.schema import Config
+from offtrail.platform.engines.limits import MOST_LOST
 from offtrail.platform.model.text import Text
 from offtrail.rewards.registry import Reward
 from offtrail.rewards.total import Scored, columns, nothing_earned, total
@@ -25,8 +26,6 @@ from offtrail.search.sample import SampleDriver
 log = logging.getLogger("offtrail.answers")
 
 STOP = FINISH_REASONS.index("stop")
-MOST_LOST = 20
-"""How often a question may be asked anew because a server lost it."""
 WAIT_SECONDS = 0.05
 """For verdicts, while there is nothing to sample."""
 

@@ -17,6 +17,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from offtrail.core.protocols import Driver, Engine
 from offtrail.core.types import Int32, Lease
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.channels import Reader
+from offtrail.platform.engines.limits import MOST_LOST
 from offtrail.platform.generator.drivers import Drivers
 from offtrail.platform.generator.judges import Judges
 from offtrail.platform.runtime.context import Connection
@@ -68,6 +70,8 @@ class Rollout:
     _unacknowledged: dict[int, int] = field(default_factory=dict)
     _returned: set[int] = field(default_factory=set)
     _attempts: dict[int, int] = field(default_factory=dict)
+    _losses: Counter[int] = field(default_factory=Counter)
+    """By group, how often a server has lost what it asked."""
 
     def __post_init__(self) -> None:
         """No driver runs yet."""
@@ -183,8 +187,17 @@ class Rollout:
     # --- the rules behind them ---
 
     def _return_lost(self) -> None:
-        """Give the leases back whose samples died with a server: nothing is lost, another attempt makes them."""
-        returned = [(lease.group, self._attempts.pop(lease.group)) for lease in self._running.lost(self.engine.lost())]
+        """Give the leases back whose samples died with a server: nothing is lost, another attempt makes them. A group
+        that they die of again and again fails.
+        """
+        lost = self._running.lost(self.engine.lost())
+        self._losses.update(lease.group for lease in lost)
+        returned = list[tuple[int, int]]()
+        for lease in lost:
+            if (times := self._losses[lease.group]) > MOST_LOST:
+                self._give_up(lease, f"servers have lost it {times} times: they die of it or refuse it; see their logs")
+            else:
+                returned.append((lease.group, self._attempts.pop(lease.group)))
         if returned:
             detail = f"a server died or broke off: {self.engine.waiting_for or 'others go on'}"
             log.warning("%d leases go back: %s", len(returned), detail)

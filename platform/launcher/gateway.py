@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import aiohttp
 from aiohttp import web
 
-from offtrail.platform.engines.sglang.servers import Address
+from offtrail.platform.engines.sglang.servers import KEPT_SECONDS, Address
 from offtrail.platform.launcher.api_request import PATHS, Bounds, InvalidError, read_request
 
 log = logging.getLogger("offtrail.serve")
@@ -86,7 +86,7 @@ class Gateway:
         await runner.setup()
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=START_SECONDS),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS),
             auto_decompress=False,
         ) as self._session:
             await web.SockSite(runner, self._socket).start()

@@ -12,8 +12,9 @@ import pytest
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Problem, Sampling
 from offtrail.platform.config.schema import Config, LocalConfig
+from offtrail.platform.engines.limits import MOST_LOST
 from offtrail.platform.engines.local import LocalEngine
-from offtrail.platform.evaluator.answers import MOST_LOST, Answers, InProcess, Round
+from offtrail.platform.evaluator.answers import Answers, InProcess, Round
 from offtrail.platform.model.text import Text
 from offtrail.rewards.registry import make_reward
 from offtrail.tasks.chain import ChainConfig

@@ -15,6 +15,7 @@ import pytest
 from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import Lease, Problem, Sampling
 from offtrail.platform.config.schema import Config
+from offtrail.platform.engines.limits import MOST_LOST
 from offtrail.platform.generator.judges import Judges
 from offtrail.platform.generator.rollout import Rollout
 from offtrail.platform.runtime.activity import Activity
@@ -432,6 +433,21 @@ def test_leases_whose_server_died_go_back_and_may_come_again() -> None:
     turn(rollout)
     assert [(m.header.group, m.header.attempt) for m in sent(rollout, SubmitGroup)] == [(1, 2)]
     assert sent(rollout, FailGroup) == []
+
+
+def test_a_group_that_every_server_dies_of_fails_after_some_attempts() -> None:
+    rollout = make()
+    for attempt in range(1, MOST_LOST + 2):
+        assert sent(rollout, FailGroup) == []
+        grant(rollout, lease(1, attempt=attempt))
+        rollout.apply_weights()
+        rollout.start_ready()
+        rollout.engine.die()  # type: ignore[attr-defined]
+        rollout.decode()
+    [failed] = sent(rollout, FailGroup)
+    assert (failed.group, failed.attempt, failed.reason) == (1, MOST_LOST + 1, "failed")
+    assert f"servers have lost it {MOST_LOST + 1} times" in failed.detail
+    assert len(sent(rollout, ReturnLeases)) == MOST_LOST
 
 
 def test_an_answer_of_a_lost_group_counts_for_nothing() -> None:

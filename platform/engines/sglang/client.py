@@ -10,7 +10,8 @@ Invariants
 - A token's version is the server's own stamp (``weight_versions``, SGLang ≥ 0.5.19); an older server is only ever
   updated with nothing running, so that the version of a whole answer is the one it began with. Where versions are
   adapters, it is the one that the request named: the server answers with that or not at all.
-- Nothing is sent twice: a request that may have reached a server is never retried, it is lost, and its holder decides.
+- Nothing is sent twice: a request that may have reached a server is never retried, it is lost, and its holder decides
+  (it asks anew MOST_LOST times, and takes nothing of what was lost).
 - A token id is checked before it is sent: one outside the vocabulary kills the server.
 """
 
@@ -36,14 +37,16 @@ from offtrail.core.protocols import Completion, Request
 from offtrail.core.types import FinishReason, Int32
 from offtrail.platform.engines.sglang.adapters import name_of
 from offtrail.platform.engines.sglang.job import Job, LostError
-from offtrail.platform.engines.sglang.servers import Address
+from offtrail.platform.engines.sglang.servers import KEPT_SECONDS, Address
 from offtrail.platform.engines.stops import StopStrings
 
 log = logging.getLogger("offtrail.generator")
 
 RID_FORMAT = "{}{:08x}{:08x}{:08x}"
 """client, serial number of the request, sample, segment: rids of one length, since an abort matches by prefix."""
-COUNTERS = ("decoded_tokens", "prefilled_tokens", "prefix_hit_tokens", "reprefilled_tokens", "attended")
+COUNTERS = (
+    "decoded_tokens", "prefilled_tokens", "prefix_hit_tokens", "reprefilled_tokens", "attended", "lost_requests",
+)  # fmt: skip
 """``attended``: positions attended to, by all decoded and first prefilled tokens."""
 NOT_FINITE = "NaN happened"
 """What a server says to have matched when it drew no token of the vocabulary: such an answer would look whole."""
@@ -90,7 +93,7 @@ class Loop:
     async def _open(self) -> aiohttp.ClientSession:
         # No limit on connections: every running sample holds one open.
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_SECONDS),
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=LONGEST_LINE,
         )
@@ -355,6 +358,7 @@ class Client:
         if not lost:
             return
         log.warning("request %d is lost: %s", place.running[lost[0]].request.id, why)
+        self.counters["lost_requests"] += 1
         with self._lock:
             self._lost.append(place.running[lost[0]].request.id)
             self._done = deque(c for c in self._done if c.request != self._lost[-1])

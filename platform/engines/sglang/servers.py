@@ -49,6 +49,10 @@ ROUTER = "offtrail.platform.engines.sglang.router"
 
 ROUTER_PERIOD_S = 0.5
 """Between two attempts to let the router know who is ready."""
+KEPT_SECONDS = 2.0
+"""How long whoever talks to a server keeps a connection on which nothing is asked: the server hangs up after 5 s, and a
+request that is on its way at that moment is lost.
+"""
 
 
 @dataclass(frozen=True, slots=True)
