@@ -46,8 +46,12 @@ HINT_REQUEST_BYTES = 1024
 SHARED_BYTES = 96 * 1024
 """Letters that may wait leave together before they are more bytes, or at the next poll: few frames, however many."""
 LINGER_MS = 500
-"""How long what is unsent may still leave after a close. Trap: with 0, libzmq 4.3.5 aborts the process when the other
-end hangs up while a message of several frames is half sent (session_base.cpp, clean_pipes).
+"""How long what is unsent may still leave after a close."""
+CLIENT_PARTS_MS, SERVER_PARTS_MS = 60_000, 15_000
+"""The same where messages of several frames were sent. Trap: where it runs out while one is half sent, and the other
+end hangs up before the thread that closes sockets has had a core, libzmq 4.3.5 aborts the process (session_base.cpp,
+clean_pipes). So a client has longer than a role may take to end, and a server longer than a peer may take to read on:
+it hangs up when it ends, and only a host that has vanished does not.
 """
 CLOSE_SECONDS = 20.0
 """How long a server may take to close."""
@@ -217,14 +221,14 @@ class Server:
         _send(self._hints, encode(message))
 
     def close(self) -> None:
-        """Close the sockets; what is unsent has LINGER_MS to leave. WaitError after CLOSE_SECONDS: libzmq itself would
-        wait for a socket that is not closed for ever.
+        """Close the sockets; what is unsent has SERVER_PARTS_MS to leave, less where its reader hangs up. WaitError
+        after CLOSE_SECONDS: libzmq itself would wait for a socket that is not closed for ever.
         """
         since = time.time()
         try:
             self.flush()
         finally:
-            self._requests.close()
+            self._requests.close(SERVER_PARTS_MS)
             self._hints.close()
             ending = threading.Thread(target=self._context.term, name="wire-end", daemon=True)
             ending.start()
@@ -252,6 +256,8 @@ class Client:
         self._letters: list[Letter] = []
         self._bytes = 0
         self._newest: int | None = None
+        self._parts = False
+        """Whether a message of several frames was sent."""
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = _open(zmq.Context.instance(), kind)
@@ -294,8 +300,10 @@ class Client:
         """Send what waits to share a frame. RefusedError where the broker has refused the run's secret."""
         if not self._letters:
             return
+        frames = bundle(self._letters)
+        self._parts = self._parts or len(frames) > 1
         try:
-            _send(self._requests, bundle(self._letters))
+            _send(self._requests, frames)
         except zmq.Again:  # there is no mark to reach: libzmq has given the connection up
             raise RefusedError(
                 f"the broker at {self.endpoint.url} does not take this run's secret: runs/NAME/keys is of another start"
@@ -362,8 +370,10 @@ class Client:
         return self._newest
 
     def close(self) -> None:
-        """Close the sockets, without waiting: what is unsent has LINGER_MS to leave, if the process lives as long."""
-        self._requests.close()
+        """Close the sockets, without waiting: what is unsent has LINGER_MS to leave, or CLIENT_PARTS_MS, if the process
+        lives as long.
+        """
+        self._requests.close(CLIENT_PARTS_MS if self._parts else LINGER_MS)
         if self._hints is not None:
             self._hints.close()
 

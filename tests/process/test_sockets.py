@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -81,7 +83,7 @@ def serving(answer: Answer, address: str = "127.0.0.1", keys: ServerKeys = SERVE
 def dealer(endpoint: Endpoint, *, plain: tuple[bytes, bytes] | None = None) -> Iterator[zmq.Socket]:
     """A peer that is not a Client."""
     socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.linger = 500  # with 0 libzmq may abort the process: see sockets.LINGER_MS
+    socket.linger = 500  # with 0 libzmq may abort the process: see sockets.CLIENT_PARTS_MS
     if plain:
         socket.plain_username, socket.plain_password = plain
     socket.connect(endpoint.url)
@@ -529,6 +531,76 @@ def test_closing_while_the_other_end_hangs_up_does_not_abort_the_process():
         [sys.executable, "-c", CLOSES_HALF_SENT], env=os.environ | path, capture_output=True, text=True, timeout=250
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended well\n", "")
+
+
+GIVES_UP = """
+import os, subprocess, sys, time
+import numpy as np
+from offtrail.platform.wire.auth import new_keys
+from offtrail.platform.wire.messages import LeaseRequest
+from offtrail.platform.wire.sockets import Client, Endpoint
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+url, arrays = sys.argv[1], [np.zeros(40_000)] * 3
+clients = [Client(Endpoint(url, url), f"generator-{i}", new_keys("127.0.0.1")[1]) for i in range(int(sys.argv[2]))]
+for client in clients:
+    for room in range(4):
+        client.send(LeaseRequest(room=room), arrays)
+sys.stdin.readline()
+for client in clients:
+    client.close()
+print("closed", flush=True)
+sys.stdin.readline()
+for one in busy:
+    one.kill()
+print("ended well")
+"""
+
+
+def greeted(listener: socket.socket) -> socket.socket:
+    """A connection of a client whose handshake is answered, and nothing after it read."""
+    connection, _ = listener.accept()
+    connection.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"PLAIN".ljust(20, b"\0") + b"\x01" + bytes(31))
+    heard = connection.makefile("rb", buffering=0)
+
+    def read(size: int) -> bytes:
+        got = b""
+        while len(got) < size:
+            got += heard.read(size - len(got)) or pytest.fail("the client hung up")
+        return got
+
+    read(64)
+    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"ROUTER"
+    for answer in (b"\x07WELCOME", ready):
+        read(read(2)[1])
+        connection.sendall(bytes([4, len(answer)]) + answer)
+    heard.close()
+    return connection
+
+
+def test_hanging_up_when_a_closed_client_has_lingered_does_not_abort_its_process():
+    """It did on a machine without a free core: a client gave a half sent message up after half a second, and its peer
+    hung up before the thread that closes sockets had run.
+    """
+    path, count = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, 100
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(count)
+        script = [sys.executable, "-c", GIVES_UP, f"tcp://127.0.0.1:{listener.getsockname()[1]}", str(count)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(script, env=os.environ | path, text=True, bufsize=1, **pipes)
+        connections = [greeted(listener) for _ in range(count)]
+    process.stdin.write("close\n")
+    assert process.stdout.readline() == "closed\n"
+    given_up = time.monotonic() + sockets.LINGER_MS / 1000
+    for i, connection in enumerate(connections):
+        time.sleep(max(0.0, given_up - 0.04 + 0.0006 * i - time.monotonic()))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    time.sleep(0.5)
+    out, err = process.communicate("end\n", timeout=60)
+    assert (process.returncode, out, err) == (0, "ended well\n", "")
 
 
 def test_replies_are_not_dropped_when_they_pile_up():

@@ -152,7 +152,7 @@ def live(tmp_path: Path) -> Iterator[Live]:
 def dealer(live: Live) -> Iterator[zmq.Socket]:
     """A peer that has the secret and keeps to nothing else."""
     socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.linger = 500  # with 0 libzmq may abort the process: see sockets.LINGER_MS
+    socket.linger = 500  # with 0 libzmq may abort the process: see sockets.CLIENT_PARTS_MS
     socket.plain_username, socket.plain_password = b"role", CLIENT.password.encode()
     socket.connect(live.endpoint.url)
     try:
