@@ -487,8 +487,9 @@ class Broker:
             self.ledger.records.charge([(beat.role, beat.index, member.life, {**beat.compute, **seconds})])
         except LedgerError as error:  # the beat must still be answered: it is what says stop
             self.ending.broken(error)
-        stop, scorers = bool(self.ending.status), self.roster.serving()
-        return Beat(version=self.scheduler.version, stop=stop, scorers=scorers), NO_ARRAYS
+        version, stop = self.scheduler.version, bool(self.ending.status)
+        trained, scorers = version == self.ledger.last, self.roster.serving()
+        return Beat(version=version, stop=stop, trained=trained, scorers=scorers), NO_ARRAYS
 
     def on_failure(self, failure: Failure, envelope: Envelope) -> Answer:
         """A role dies. Where the launcher starts it again its leases go back now; else the run fails with its words.

@@ -374,7 +374,8 @@ class EvalConfig:
     threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of the evaluator."""
     nice: int = setting(19, "[0, 19]", resumable=True)
-    """What the evaluator adds to its CPU niceness: learner and generators come first where cores are few."""
+    """What the evaluator adds to its CPU niceness while the run trains: learner and generators come first where cores
+    are few."""
     waiting_mb: int = setting(1024, "[0, 1048576]", resumable=True)
     """Versions that wait for their score keep at most so many MiB of weights, or are one; then the learner waits."""
     max_restarts: int = setting(3, "[0, inf)", resumable=True)

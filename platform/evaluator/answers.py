@@ -19,6 +19,7 @@ from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease, Pr
 from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.limits import MOST_LOST
 from offtrail.platform.model.text import Text
+from offtrail.platform.runtime.nice import Runs, here
 from offtrail.rewards.registry import Reward
 from offtrail.rewards.total import Scored, columns, nothing_earned, total
 from offtrail.search.sample import SampleDriver
@@ -86,13 +87,16 @@ class _Open:
 
 @dataclass
 class Answers:
-    """An engine, a tokenizer and verifiers. Not thread-safe. ``maker`` names who made the groups."""
+    """An engine, a tokenizer and verifiers. Not thread-safe. ``maker`` names who made the groups, ``compute`` does the
+    engine's steps.
+    """
 
     config: Config
     engine: Engine
     text: Text
     verifiers: Verifiers
     maker: str
+    compute: Runs = here
     _too_long: int = field(init=False, default=0)
 
     def groups(
@@ -143,7 +147,7 @@ class Answers:
                     opened.append(self._open(round, some))
                     engine.generate(self._asked(opened[-1], opened[-1].fits, drivers, version))
             whole = 0
-            for completion in engine.step() if engine.unfinished else ():
+            for completion in self.compute(engine.step) if engine.unfinished else ():
                 driver = drivers[completion.request]
                 driver.answered(0, completion)
                 if driver.group is not None:

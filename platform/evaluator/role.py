@@ -3,9 +3,9 @@
 The loop consumes evaluation jobs (versions 0, every eval.every-th, the last) and yields one EvalResult each; it is
 unblocked by the broker. The learner has pinned the version's weights, so they outlive newer versions until read; one
 that still waited when an earlier launch ended is read from its checkpoint, or (version 0) the start model.
-It computes with what learner and generators leave (eval.nice), and holds the learner up only where the versions that
-wait for it keep as much memory as they may (eval.waiting_mb). An embedded engine has weights and cache only while it
-scores.
+While the run trains it computes with what learner and generators leave (eval.nice), and holds the learner up only where
+the versions that wait for it keep as much memory as they may (eval.waiting_mb). An embedded engine has weights and
+cache only while it scores.
 Every version is asked the same prompts with the same random numbers: versions are compared paired. The task's own
 held-out prompts come first, then the sets of eval.sets, under the one version; their scores travel in one result, so
 that a version is scored on all of them or on none.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,11 +31,12 @@ from offtrail.platform.config.sets import EvalSet, sets_of
 from offtrail.platform.engines.channels import engine_dtype
 from offtrail.platform.engines.decoder import read_weights
 from offtrail.platform.engines.make import make_engine
-from offtrail.platform.evaluator.answers import Answers
+from offtrail.platform.evaluator.answers import Answers, Verifiers
 from offtrail.platform.model import lora
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext, reuses_files
+from offtrail.platform.runtime.nice import Nice
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber, pin_anew
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
@@ -42,6 +44,7 @@ from offtrail.rewards import behaviour
 from offtrail.rewards.total import means, nothing_earned, reason_shares
 
 log = logging.getLogger("offtrail.evaluator")
+T = TypeVar("T")
 
 STOP = FINISH_REASONS.index("stop")
 EVAL_SEED = 0x0E7A1  # held-out sampling never shares its random numbers with training
@@ -51,7 +54,7 @@ def main(context: RoleContext) -> None:
     """Run until the broker says stop."""
     connection, deadline = context.connect(), context.config.broker.deadline_seconds
     weights = Subscriber(context.weights_folder, reuse=reuses_files(context.config))
-    evaluation = Evaluation(context, connection.activity)
+    evaluation = Evaluation(context, connection.activity, lambda: not connection.heartbeat.trained)
     log.info("loaded")
     waiting_for = "broker"
     try:
@@ -74,23 +77,27 @@ def main(context: RoleContext) -> None:
 
 def score(context: RoleContext, evaluation: Evaluation, weights: Subscriber, job: EvalJob) -> EvalResult:
     """The scores of one version, or why a stored one is to be had no more."""
-    if job.stored and (lost := pin_stored(context, evaluation.activity, job)):
+    if job.stored and (lost := pin_stored(context, evaluation, job)):
         return EvalResult(version=job.version, metrics={}, lost=lost)
-    load = partial(load_version, evaluation.engine, evaluation.activity, weights, job.version)
+    load = partial(load_version, evaluation, weights, job.version)
     load()
     metrics, texts = evaluation.run(load)
     return EvalResult(version=job.version, metrics=metrics, texts=texts)
 
 
-def pin_stored(context: RoleContext, activity: Activity, job: EvalJob) -> str:
+def pin_stored(context: RoleContext, evaluation: Evaluation, job: EvalJob) -> str:
     """Bring a version from before this launch into the weight channel, as the learner would pin it; why it cannot be,
     or "". Trap: a start model's files may name tensors otherwise than the learner does, so that only a checkpoint's
     checksum is compared; the launcher has compared the start model's files.
     """
     folder, dtype = context.model_of(job.version), engine_dtype(context.config) or torch.float32
+
+    def pin() -> str:
+        return pin_anew(context.weights_folder, job.version, stored(context, job.version), dtype)
+
     try:
-        with activity.busy("load_weights"):
-            checksum = pin_anew(context.weights_folder, job.version, stored(context, job.version), dtype)
+        with evaluation.activity.busy("load_weights"):
+            checksum = evaluation.compute(pin)
     except (OSError, ValueError, SafetensorError) as error:
         return " ".join(str(error).split())
     return f"{folder} holds another version" if job.version and checksum != job.stored else ""
@@ -104,13 +111,19 @@ def stored(context: RoleContext, version: int) -> dict[str, Tensor]:
     return lora.read(folder) if version else {}
 
 
-def load_version(engine: Engine, activity: Activity, weights: Subscriber, version: int) -> None:
+def load_version(evaluation: Evaluation, weights: Subscriber, version: int) -> None:
     """Bring the engine to a pinned version, as soon as it has a server."""
+    engine, activity = evaluation.engine, evaluation.activity
     while not engine.replicas:
         with activity.waiting("server", on=engine.waiting_for):
             time.sleep(0.05)
-    with activity.busy("load_weights"), weights.open(version) as opened:
-        engine.load_weights(version, opened)
+
+    def load() -> None:
+        with weights.open(version) as opened:
+            engine.load_weights(version, opened)
+
+    with activity.busy("load_weights"):
+        evaluation.compute(load)
 
 
 @dataclass(frozen=True)
@@ -166,28 +179,46 @@ class Asked:
 
 
 class Evaluation:
-    """Held-out problems and what answers them; ``run`` scores one published version."""
+    """Held-out problems and what answers them; ``run`` scores one published version. As long as the run is ``training``
+    its engine and its verifiers are nicer than this process by eval.nice; an SGLang server is so to its end.
+    """
 
-    def __init__(self, context: RoleContext, activity: Activity) -> None:
+    def __init__(
+        self, context: RoleContext, activity: Activity, training: Callable[[], bool] = lambda: False
+    ) -> None:
         config = self.config = context.config
         self.activity = activity
-        text, engine = Text(context.start_model, config.prompt), make_engine(context, loaded=False)
+        nice = config.eval.nice if training() else 0
+        self._nice = Nice(nice, lambda: not training(), self._alone)
         own, *others = sets_of(config)
-        pool = VerifierPool(config, sets={one.label: one.config for one in others})
-        self.answers = Answers(config, engine, text, pool, context.role)
+        self._pool = VerifierPool(config, sets={one.label: one.config for one in others}, nice=nice)
+        self._text, self._engine = self.compute(
+            lambda: (Text(context.start_model, config.prompt), make_engine(context, loaded=False))
+        )
+        self.answers = self._answers(own, self._pool)
         self.problems = own.problems()
         self.asked = [
             Asked(own, self.problems, self.answers),
-            *(
-                Asked(one, one.problems(), Answers(one.config, engine, text, pool.of(one.label), context.role))
-                for one in others
-            ),
+            *(Asked(one, one.problems(), self._answers(one, self._pool.of(one.label))) for one in others),
         ]
+
+    def _answers(self, one: EvalSet, verifiers: Verifiers) -> Answers:
+        return Answers(one.config, self._engine, self._text, verifiers, "evaluator", self.compute)
+
+    def compute(self, work: Callable[[], T], /) -> T:
+        """Have it done as nicely as the run's training asks for."""
+        return self._nice.run(work)
+
+    def _alone(self) -> None:
+        """Nothing trains any more. Trap: how many threads torch takes is a matter of the thread that calls it."""
+        log.info("training has ended: nice to nobody")
+        torch.set_num_threads(self.config.eval.threads)
+        self._pool.renew()
 
     @property
     def engine(self) -> Engine:
         """What answers, under the version that it holds."""
-        return self.answers.engine
+        return self._engine
 
     def run(self, reload: Callable[[], None] = lambda: None) -> tuple[dict[str, float], dict[str, str]]:
         """Of each set the mean of each reward component over its prompts × samples answers, lengths, and a few of them
@@ -209,5 +240,6 @@ class Evaluation:
         return metrics | {"eval/version": float(version)}, texts
 
     def close(self) -> None:
-        """End the verifiers and the engine."""
+        """End the verifiers and the engine, once nothing computes."""
+        self._nice.close()
         self.answers.close()

@@ -1,10 +1,10 @@
 """The heartbeat of a role: a thread with a socket of its own, so that a long computation never looks like a death.
 
     role ── Heartbeat (what it does, since when, counters) ──► broker      every period_s
-    role ◄── Beat (newest version, stop) ───────────────────── broker
+    role ◄── Beat (newest version, trained, stop) ──────────── broker
 
-Started by RoleContext.connect. The role's loop reads `version`, `stop`, `scorers` and `lost`; nobody writes them but
-the thread.
+Started by RoleContext.connect. The role's loop reads `version`, `trained`, `stop`, `scorers` and `lost`; nobody writes
+them but the thread.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class HeartbeatThread:
     """Beats until ``close``, which sends one last beat so that the final counters reach the broker. ``dial`` opens its
     line, in its thread.
 
-    ``version``: newest version the broker knows (−1 before the first reply). ``stop``: the run ends. ``lost``: seconds
-    since the last reply. ``scorers``: whom the broker knows to answer for scores.
+    ``version``: newest version the broker knows (−1 before the first reply). ``trained``: the last one is out. ``stop``:
+    the run ends. ``lost``: seconds since the last reply. ``scorers``: whom the broker knows to answer for scores.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class HeartbeatThread:
         period_s: float,
     ) -> None:
         self.version = -1
-        self.stop = False
+        self.trained = self.stop = False
         self.scorers: list[ScorerAt] = []
         self._role, self._index = role, index
         self._dial, self._activity, self._period_s = dial, activity, period_s
@@ -81,6 +81,7 @@ class HeartbeatThread:
             if isinstance(message, Beat):  # an Error says that the process is not in the run any more: it is lost
                 self._answered = time.monotonic()
                 self.version = max(self.version, message.version)
+                self.trained = self.trained or message.trained
                 self.stop = self.stop or message.stop
                 self.scorers = message.scorers
         return [ticket for ticket, _, _ in replies]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import signal
 import sys
 from operator import attrgetter
@@ -50,7 +49,6 @@ def main(argv: list[str]) -> int:
         signal.signal(signum, leave_it_to_the_launcher)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     context = RoleContext(load_config(run_dir / "config.yaml"), run_dir, role, index)
-    os.nice(role_of(context.config, role, index).nice)
     try:
         check_device(context)
         module = importlib.import_module(f"offtrail.platform.{role}.role")

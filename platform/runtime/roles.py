@@ -28,8 +28,6 @@ class RoleRow:
     """Where it computes; none is needed."""
     restarts: str = ""
     """How often one of its processes may be started again; never: its death ends the run."""
-    nice: str = ""
-    """What its processes add to their CPU niceness; 0."""
     world: bool = False
     """Whether its processes are the ranks of one torch.distributed world."""
 
@@ -49,7 +47,6 @@ ROLES = (
         threads="eval.threads",
         device="engine.device",
         restarts="eval.max_restarts",
-        nice="eval.nice",
     ),
 )
 JOBS = {"rl": ("broker", "learner", "generator", "evaluator"), "sft": ("broker", "learner")}
@@ -68,7 +65,6 @@ class RoleSpec:
     device: str = ""
     restarts: int = 0
     restarts_key: str = ""
-    nice: int = 0
     world: int = 0
     forks: bool = False
 
@@ -96,11 +92,11 @@ def role_of(config: Config, role: str, index: int) -> RoleSpec:
 
 def _specs(row: RoleRow, config: Config) -> list[RoleSpec]:
     count, threads = _number(config, row.count, 1), _number(config, row.threads, 1)
-    restarts, nice = _number(config, row.restarts, 0), _number(config, row.nice, 0)
+    restarts = _number(config, row.restarts, 0)
     forks = bool(row.device) and attrgetter(row.device)(config) == "cpu"
     world = count if row.world else 0
     return [
-        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, nice, world, forks)
+        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, world, forks)
         for index in range(count)
     ]
 

@@ -86,11 +86,16 @@ class VerifierPool:
 
     ``counters`` are cumulative: ``verified_groups``, ``verified_samples``, ``verifier_seconds`` (CPU),
     ``verifier_timeouts``, ``verifier_deaths``. ``command`` starts one worker. ``sets``: name → configuration of what
-    it judges beside the task (`of`), each by its own reward; workers and their memory are shared.
+    it judges beside the task (`of`), each by its own reward; workers and their memory are shared. ``nice``: what
+    workers add to this process's CPU niceness, until `renew`.
     """
 
     def __init__(
-        self, config: Config, command: Sequence[str] = COMMAND, sets: Mapping[str, Config] | None = None
+        self,
+        config: Config,
+        command: Sequence[str] = COMMAND,
+        sets: Mapping[str, Config] | None = None,
+        nice: int = 0,
     ) -> None:
         self._reward, sets = config.reward, sets or {}
         self._rewards = {"": config.reward} | {name: one.reward for name, one in sets.items()}
@@ -104,7 +109,7 @@ class VerifierPool:
         self.counters = dict.fromkeys(
             ("verified_groups", "verified_samples", "verifier_seconds", "verifier_timeouts", "verifier_deaths"), 0.0
         )
-        self._workers = [_Worker(command, frame_of(setup)) for _ in range(config.reward.workers)]
+        self._workers = [_Worker(command, frame_of(setup), nice) for _ in range(config.reward.workers)]
 
     @property
     def pending(self) -> int:
@@ -152,6 +157,15 @@ class VerifierPool:
     def reason(self, key: int) -> str:
         """Why ``poll`` returned None for ``key``; forgotten once asked."""
         return self._reasons.pop(key)
+
+    def renew(self) -> None:
+        """Other workers, which are not nice (nobody but root can lower a niceness); what has no verdict yet is judged
+        anew.
+        """
+        for worker in self._workers:
+            worker.nice = 0
+            self._restart(worker)
+        self._dispatch()
 
     def close(self) -> None:
         """Kill the workers and wait until they are gone; pending groups are given up."""
@@ -318,8 +332,8 @@ class _Worker:
 
     _excused = False
 
-    def __init__(self, command: Sequence[str], setup: bytes) -> None:
-        self._command, self._setup = command, setup
+    def __init__(self, command: Sequence[str], setup: bytes, nice: int) -> None:
+        self._command, self._setup, self.nice = command, setup, nice
         self.failed_starts = 0
         self.ready = False
         self.groups: deque[_Group] = deque()
@@ -344,6 +358,9 @@ class _Worker:
             env=environment,
             start_new_session=True,  # a process group to kill, and no Ctrl-C meant for the role
         )
+        if self.nice:  # all that it will start inherits it
+            own = os.getpriority(os.PRIO_PROCESS, os.getpid())
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, own + self.nice)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None

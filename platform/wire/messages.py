@@ -248,10 +248,13 @@ class ScorerAt(msgspec.Struct, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """Reply to a heartbeat. ``scorers``: those that can be asked, by name; but for one whose heartbeats are lost."""
+    """Reply to a heartbeat. ``trained``: the last version is out, what is left is to score and to archive. ``scorers``:
+    those that can be asked, by name; but for one whose heartbeats are lost.
+    """
 
     version: int
     stop: bool = False
+    trained: bool = False
     scorers: list[ScorerAt] = []
 
 

@@ -437,7 +437,7 @@ def test_a_heart_beats_learns_the_version_and_sends_its_last_counters():
     def answer(envelope: Envelope) -> tuple[Message, list[np.ndarray]]:
         assert isinstance(envelope.message, Heartbeat)
         beats.append(envelope.message)
-        return Beat(version=len(beats), stop=len(beats) > 2), []
+        return Beat(version=len(beats), stop=len(beats) > 2, trained=len(beats) == 2), []
 
     activity = Activity()
     with serving(answer) as server:
@@ -445,6 +445,7 @@ def test_a_heart_beats_learns_the_version_and_sends_its_last_counters():
         with activity.waiting("lease", on="broker"):
             assert eventually(lambda: heartbeat.stop)
         assert heartbeat.version >= 3
+        assert heartbeat.trained
         assert eventually(lambda: heartbeat.lost < 1)
         activity.charge("decoded_tokens", 41)
         heartbeat.close()

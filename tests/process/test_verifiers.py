@@ -150,6 +150,29 @@ def test_behaviour_is_counted_beside_the_scores_unless_it_is_turned_off() -> Non
         assert scored.counts == expected
 
 
+def niceness(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16])
+
+
+def test_workers_are_as_nice_as_asked_until_they_are_renewed_and_no_group_is_lost(command, tmp_path) -> None:
+    """One of two groups is being judged then: it is judged anew, by a worker that is not nice."""
+    own, flag = niceness(os.getpid()), tmp_path / "flag"
+    with VerifierPool(config(), command, nice=7) as pool:
+        put(pool, "warm", "right")
+        collect(pool)
+        assert {niceness(child.pid) for child in children(recursive=True)} == {own + 7}
+        put(pool, "a", "die once", flag=flag)  # a worker that takes another's place is nice, too
+        assert collect(pool).keys() == {"a"}
+        assert {niceness(child.pid) for child in children(recursive=True)} == {own + 7}
+        put(pool, "b", "slow", flag=tmp_path / "slow")
+        put(pool, "c", "wrong")
+        pool.renew()
+        found = collect(pool)
+        assert {niceness(child.pid) for child in children(recursive=True)} == {own}
+        assert {key: scored["accuracy"].tolist() for key, scored in found.items()} == {"b": [1], "c": [0]}
+        assert pool.counters["verifier_deaths"] == 1
+
+
 def test_sets_are_judged_by_their_own_task_and_reward_in_the_same_workers() -> None:
     """The same answer, as text and as a number; the set's reward looks for a box, and has one component."""
     reward = RewardConfig(answer="boxed", weights={"accuracy": 1.0})

@@ -694,6 +694,15 @@ def test_a_role_that_no_start_would_cure_or_that_has_none_ends_the_run_with_its_
 # ---------------------------------------------------------------------- a whole run
 
 
+def test_every_role_hears_when_the_last_version_is_out(start: Callable[..., Run]) -> None:
+    run = start()
+    run.everybody()
+    for _ in range(3):
+        assert not run.beat("evaluator").trained
+        run.train()
+    assert (run.beat("evaluator").trained, run.beat("evaluator").stop) == (True, False)  # three wait for their score
+
+
 def test_a_run_completes_when_its_last_version_is_trained_checkpointed_and_scored(start: Callable[..., Run]) -> None:
     run = start()
     run.everybody()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ PROMPTS, SAMPLES = 4, 2
 class AlwaysRight:
     """Every answer is right, and costs a tenth of a second."""
 
+    nice: int
     counters: dict[str, float] = field(default_factory=lambda: {"verified_groups": 0.0, "verifier_seconds": 0.0})
     pending: list[int] = field(default_factory=list)
 
@@ -45,6 +47,9 @@ class AlwaysRight:
         done, self.pending = self.pending, []
         return [(key, {name: np.ones(SAMPLES, np.float32) for name in ("accuracy", "format")}) for key in done]
 
+    def renew(self) -> None:
+        self.nice = 0
+
     def of(self, name: str) -> AlwaysRight:
         assert name == "sums"
         return self
@@ -55,7 +60,7 @@ class AlwaysRight:
 
 @pytest.fixture
 def evaluation(start_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Evaluation]:
-    monkeypatch.setattr(role, "VerifierPool", lambda config, sets: AlwaysRight())
+    monkeypatch.setattr(role, "VerifierPool", lambda config, sets, nice: AlwaysRight(nice))
     config = Config()
     config.eval.prompts, config.eval.samples = PROMPTS, SAMPLES
     config.sampling.max_new_tokens, config.model.max_length = 8, 64
@@ -127,7 +132,7 @@ def test_a_start_model_is_scored_as_the_version_0_that_was_pinned(
 ) -> None:
     reader = Subscriber(channel.weights_folder)
     scored = role.score(channel, evaluation, reader, EvalJob(version=0, stored="named otherwise"))
-    load_version(evaluation.engine, evaluation.activity, reader, 0)
+    load_version(evaluation, reader, 0)
     assert (scored.metrics, scored.texts) == evaluation.run()
     assert scored.metrics["eval/accuracy"] == 1.0
     with reader.open(0) as weights:
@@ -210,3 +215,30 @@ def test_sets_are_scored_under_the_same_version_beside_the_tasks_own_prompts(
     assert "eval/sums/format" not in of_set  # its own reward has no such component
     assert [*texts] == ["eval/samples", "eval/sums/samples"]
     assert "+" in texts["eval/sums/samples"]
+
+
+def test_it_is_nice_as_long_as_the_run_trains_and_from_then_on_no_more(
+    evaluation: Evaluation, start_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half-way through a version nobody else computes any more: the other half is not nice, and the scores are the
+    same.
+    """
+    alone = evaluation.run()
+    trains, found, own = [True] * 6, list[int](), os.getpriority(os.PRIO_PROCESS, 0)
+    nice = Evaluation(
+        RoleContext(evaluation.config, tmp_path, "evaluator", 0), Activity(), lambda: bool(trains) and trains.pop()
+    )
+    step = nice.engine.step
+
+    def seen() -> list[Any]:
+        found.append(os.getpriority(os.PRIO_PROCESS, 0))
+        return step()
+
+    monkeypatch.setattr(nice.engine, "step", seen)
+    assert nice._pool.nice == evaluation.config.eval.nice == 19
+    nice.compute(lambda: nice.engine.load_weights(0, read_weights(start_dir)))
+    assert nice.run() == alone
+    assert (found[0], found[-1], nice._pool.nice) == (19, own, 0)
+    assert found == sorted(found, reverse=True)
+    assert len(found) > found.count(19) > 0
+    nice.close()

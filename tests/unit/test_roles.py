@@ -29,19 +29,10 @@ def test_counts_threads_ranks_and_restarts_are_those_of_the_configuration() -> N
     }
 
 
-def test_only_the_evaluator_is_nice_and_by_its_key() -> None:
-    config = Config()
-    assert {spec.role: spec.nice for spec in roles_of(config)} == {
-        "broker": 0, "learner": 0, "generator": 0, "evaluator": 19,
-    }  # fmt: skip
-    config.eval.nice = 3
-    assert role_of(config, "evaluator", 0).nice == 3
-
-
 def test_every_key_of_the_table_is_a_key_and_every_role_has_a_module() -> None:
     keys = flatten(Config())
     for row in ROLES:
-        assert all(key in keys for key in (row.count, row.threads, row.device, row.restarts, row.nice) if key), row
+        assert all(key in keys for key in (row.count, row.threads, row.device, row.restarts) if key), row
         assert importlib.util.find_spec(f"offtrail.platform.{row.role}.role") is not None
 
 

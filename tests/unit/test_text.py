@@ -150,7 +150,7 @@ def rollout_of(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -
 def eval_tokens(config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     engine = FakeEngine()
     monkeypatch.setattr(evaluator, "make_engine", lambda context, loaded: engine)
-    monkeypatch.setattr(evaluator, "VerifierPool", lambda config, sets: SimpleNamespace(counters={}))
+    monkeypatch.setattr(evaluator, "VerifierPool", lambda config, sets, nice: SimpleNamespace(counters={}))
     evaluation = evaluator.Evaluation(RoleContext(config, run_dir, "evaluator", 0), Activity())
     with pytest.raises(AskedError):
         evaluation.answers.groups(evaluation.problems, 1, Sampling(max_new_tokens=1))
