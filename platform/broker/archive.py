@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offtrail.core.types import FINISH_REASONS, Channel, Group, Int32, Problem, ScoredBy
-from offtrail.platform.broker.database import LedgerError
-from offtrail.platform.broker.shards import names_standing, read_shard
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.shards import names_standing, read_shard
 from offtrail.platform.wire.groups import unpack_group
 
 SHARD_BYTES = 32 << 20

@@ -15,10 +15,10 @@ from typing import Any
 
 from offtrail.platform.broker.archive import SHARD_BYTES, Archive
 from offtrail.platform.broker.budget import Budget
-from offtrail.platform.broker.database import LedgerError, UnfitError
+from offtrail.platform.ledger.database import LedgerError, UnfitError
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.held import Held
-from offtrail.platform.broker.ledger import Ledger
+from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.broker.roster import Member
 from offtrail.platform.broker.run_metrics import Metrics, RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Scheduler

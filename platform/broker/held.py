@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 
-from offtrail.platform.broker.records import Records
+from offtrail.platform.ledger.records import Records
 from offtrail.platform.tracking.held import Launch, rows
 
 log = logging.getLogger("offtrail.broker")

@@ -7,16 +7,14 @@ every moment (I1), and a batch that another version un-logs is archived as what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from offtrail.platform.broker.archive import read_groups
-from offtrail.platform.broker.database import LedgerError
-from offtrail.platform.broker.ledger import Ledger
-from offtrail.platform.broker.records import put_remark
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.wire.groups import pack_group
 
 
@@ -27,24 +25,14 @@ def go_back(ledger: Ledger, archive: Path, step: int) -> None:
     Raises LedgerError, with nothing changed, where a batch after it is neither in the ledger nor in the archive.
     """
     if step != ledger.checkpoint:
-        touched = ledger.file.fetch(
-            "SELECT DISTINCT name, sealed FROM shards JOIN groups ON shard = name WHERE batch >= ?", step
-        )
-        names = [name for name, _ in touched]
-        with ledger.file.change() as db:
-            for name in [name for name, sealed in touched if sealed == 1]:
-                db.executemany("INSERT INTO payloads VALUES (?, ?)", _payloads(ledger, archive / name))
-            db.executemany("UPDATE groups SET shard = NULL WHERE shard = ?", [(name,) for name in names])
-            db.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in names])
-            put_remark(db, "given_up", json.dumps(names))
-            put_remark(db, "checkpoint", str(step))
-    _remove_given_up(ledger, archive)
+        ledger.shards.take_back(step, lambda name, groups: _payloads(archive / name, groups))
+    for name in ledger.shards.given_up():  # again after a crash in between
+        (archive / name).unlink(missing_ok=True)
+    ledger.records.put({"given_up": ""})
 
 
-def _payloads(ledger: Ledger, file: Path) -> Iterator[tuple[int, bytes]]:
-    """(group, payload) of every group that left the ledger for a sealed shard."""
-    left = "SELECT id FROM groups WHERE shard = ? AND id NOT IN (SELECT id FROM payloads)"
-    missing = {group for (group,) in ledger.file.fetch(left, file.name)}
+def _payloads(file: Path, missing: set[int]) -> Iterator[tuple[int, bytes]]:
+    """(group, payload) of the groups that left the ledger for a sealed shard."""
     try:
         for group in read_groups(file, missing):
             missing.remove(group.group)
@@ -54,12 +42,3 @@ def _payloads(ledger: Ledger, file: Path) -> Iterator[tuple[int, bytes]]:
         raise LedgerError(f"{file}: {words}; the batches that it holds cannot be trained again") from error
     if missing:
         raise LedgerError(f"{file}: lacks groups {sorted(missing)[:5]}; its batches cannot be trained again")
-
-
-def _remove_given_up(ledger: Ledger, archive: Path) -> None:
-    """The files of shards that were read back; again after a crash in between."""
-    standing = {name for (name,) in ledger.file.fetch("SELECT name FROM shards")}
-    for name in json.loads(ledger.records.get("given_up") or "[]"):
-        if name not in standing:
-            (archive / name).unlink(missing_ok=True)
-    ledger.records.put({"given_up": ""})

@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from offtrail.platform.broker.admission import REASONS, Tally
-from offtrail.platform.broker.ledger import Ledger
+from offtrail.platform.broker.admission import REASONS
+from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.broker.roster import Roster
-from offtrail.platform.broker.rows import Ages, Audit
+from offtrail.platform.ledger.rows import Ages, Audit, Tally
 from offtrail.platform.wire.messages import Heartbeat
 
 Metrics = dict[str, float]

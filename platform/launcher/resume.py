@@ -14,8 +14,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from offtrail.platform.broker.database import LedgerError
-from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.resume import check_settings
 from offtrail.platform.config.checkpoints import steps_of
 from offtrail.platform.config.errors import ConfigError, refuse
@@ -93,7 +93,7 @@ def refuse_without_ledger(run_dir: Path, steps: list[int]) -> None:
 
 def refuse_older_ledger(ledger: Ledger, run_dir: Path, steps: list[int]) -> None:
     """A ledger that knows nothing of the newest checkpoint's version, nor of the one before, is another's or a copy."""
-    newest = int(ledger.file.one("SELECT COALESCE(MAX(version), -1) FROM versions"))
+    newest = ledger.newest_ever
     if steps and steps[-1] > max(0, newest) + 1:
         raise refuse(
             "run.resume", True, f"{run_dir / FILE} ends at version {newest}, beside {_shown(steps)}: it was emptied, "

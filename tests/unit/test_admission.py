@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from offtrail.core.types import Group, Lease, Problem
-from offtrail.platform.broker.admission import AdmissionPolicy, Tally
-from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.broker.admission import AdmissionPolicy
+from offtrail.platform.ledger.rows import Tally
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.scheduler import RequestError, Scheduler
 from offtrail.platform.wire.groups import unpack_group
 

@@ -16,8 +16,8 @@ import pytest
 
 from fakes.run import B, G, Run, group, three_samples
 from offtrail.core.types import Channel, ScoredBy
-from offtrail.platform.broker.database import LedgerError
-from offtrail.platform.broker.ledger import FILE
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE
 from offtrail.platform.broker.polls import HOLD_SECONDS
 from offtrail.platform.broker.role import main
 from offtrail.platform.config.errors import ConfigError

@@ -19,8 +19,8 @@ import pytest
 from fakes.run import B, G, Run
 from offtrail.core.types import Channel, Problem
 from offtrail.platform.broker.archive import ArchiveError, read_archive
-from offtrail.platform.broker.database import LedgerError
-from offtrail.platform.broker.ledger import FILE
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.jobs import report
 from offtrail.platform.learner.role import BatchError

@@ -14,8 +14,8 @@ import pytest
 
 from fakes.run import B, G, Run, group
 from offtrail.core.types import Channel, Problem
-from offtrail.platform.broker.database import LedgerError, UnfitError
-from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.ledger.database import LedgerError, UnfitError
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.problems import ProblemError, Problems
 from offtrail.platform.config.schema import Config
 from offtrail.platform.wire.groups import group_frames

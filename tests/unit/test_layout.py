@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_launch_from_a_checkout_without_links_is_one_line(tmp_path):
 
 
 FLOORS = (
-    "config wire", "weights", "runtime", "tracking model verifier", "engines", "broker generator evaluator",
+    "config wire", "ledger weights", "runtime", "tracking model verifier", "engines", "broker generator evaluator",
     "learner", "launcher",
 )  # fmt: skip
 """The rooms of platform/, floor by floor: a room imports from its own floor's left, or from floors below."""
@@ -178,3 +179,18 @@ def test_only_the_platform_knows_processes_and_sockets():
         if name[0] == "offtrail" and len(name) > 1 and name[1] not in rooms
     ]
     assert wrong == []
+
+
+STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|CREATE|PRAGMA|BEGIN)\s")
+
+
+def test_sql_stands_in_one_room():
+    """What I1 says of the ledger's rows is read and changed in platform/ledger alone."""
+    found = [
+        f"{path.relative_to(ROOT)}: {node.value[:40]}"
+        for path in (ROOT / "platform").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and STATEMENT.match(node.value)
+    ]
+    assert len(found) > 20
+    assert [line for line in found if not line.startswith("platform/ledger/")] == []

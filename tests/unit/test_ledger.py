@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from offtrail.platform.broker.admission import Tally
-from offtrail.platform.broker.database import LedgerError
-from offtrail.platform.broker.ledger import FILE, Ledger
-from offtrail.platform.broker.rows import Arrival, Audit, Grant
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE, Ledger
+from offtrail.platform.ledger.rows import Arrival, Audit, Grant, Tally
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,8 +49,8 @@ def train(ledger: Ledger, step: int, checksum: str | None = None, **changes: obj
 CHILD = """
 import os, sys
 from pathlib import Path
-from offtrail.platform.broker.ledger import Ledger
-from offtrail.platform.broker.rows import Arrival, Grant
+from offtrail.platform.ledger.ledger import Ledger
+from offtrail.platform.ledger.rows import Arrival, Grant
 ledger = Ledger(Path(sys.argv[1]))
 for i in range(int(sys.argv[2])):
     [row] = ledger.grant("generator-0", [Grant(ledger.admitted, 0)], 0.0)

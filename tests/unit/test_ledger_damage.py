@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fakes.run import Run
-from offtrail.platform.broker.database import LedgerError
-from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.resume import check_settings
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config

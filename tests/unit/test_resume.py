@@ -10,7 +10,7 @@ import pytest
 
 from offtrail.algos.config import PpoConfig
 from offtrail.algos.correction_config import CorrectionConfig
-from offtrail.platform.broker.ledger import FILE, Ledger
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.inputs import inputs_of

@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from offtrail.core.types import Int32
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Groups by state, as the ledger counts them at one moment.
+
+    I1: admitted = leased + queued + training + trained + refused by reason. ``tokens`` are those of all groups
+    that arrived, ``discarded`` those of refused ones.
+    """
+
+    admitted: int = 0
+    leased: int = 0
+    queued: int = 0
+    training: int = 0
+    trained: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    discarded: int = 0
+
+    @property
+    def living(self) -> int:
+        """Groups that hold a slot: all but the refused ones, which gave theirs back."""
+        return self.leased + self.queued + self.training + self.trained
+
+    @property
+    def accounted(self) -> int:
+        """The right-hand side of I1."""
+        return self.living + sum(self.refused.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from offtrail.platform.broker.database import Database
-from offtrail.platform.broker.rows import Audit
+from offtrail.platform.ledger.database import Database
+from offtrail.platform.ledger.rows import Audit
 
 KEPT = "LEFT JOIN payloads p ON p.id = g.id LEFT JOIN shards s ON s.name = g.shard WHERE p.id IS NULL"
 

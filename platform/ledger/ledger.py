@@ -26,13 +26,12 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from offtrail.platform.broker.admission import Tally
-from offtrail.platform.broker.audit import Auditor
-from offtrail.platform.broker.database import Database, LedgerError, UnfitError
-from offtrail.platform.broker.mend import mend
-from offtrail.platform.broker.records import Records, put_aside, put_metrics, put_remark
-from offtrail.platform.broker.rows import Ages, Arrival, Audit, Grant, GroupRow
-from offtrail.platform.broker.shards import Shards
+from offtrail.platform.ledger.audit import Auditor
+from offtrail.platform.ledger.database import Database, LedgerError, UnfitError
+from offtrail.platform.ledger.mend import mend
+from offtrail.platform.ledger.records import Records, put_aside, put_metrics, put_remark
+from offtrail.platform.ledger.rows import Ages, Arrival, Audit, Grant, GroupRow, Tally
+from offtrail.platform.ledger.shards import Shards
 
 FILE = "ledger.sqlite"
 
@@ -308,6 +307,11 @@ class Ledger:
     def newest(self) -> int:
         """The newest version of the living lineage, logged in this life or before; −1 before the first."""
         return int(self.file.one("SELECT COALESCE(MAX(version), -1) FROM versions WHERE dead = 0"))
+
+    @property
+    def newest_ever(self) -> int:
+        """The newest version that was ever logged, one of a dead lineage too; −1 before the first."""
+        return int(self.file.one("SELECT COALESCE(MAX(version), -1) FROM versions"))
 
     def checksum(self, version: int) -> str | None:
         """The checksum of a living version; None where there is none."""

@@ -10,7 +10,7 @@ import math
 import sqlite3
 from collections.abc import Mapping, Sequence
 
-from offtrail.platform.broker.database import Database
+from offtrail.platform.ledger.database import Database
 
 SHOWN = 20
 """Of what was set aside, in the summary."""

@@ -12,9 +12,9 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any
 
-from offtrail.platform.broker.database import ADVICE, Database, LedgerError
-from offtrail.platform.broker.records import put_aside
-from offtrail.platform.broker.rows import counted
+from offtrail.platform.ledger.database import ADVICE, Database, LedgerError
+from offtrail.platform.ledger.records import put_aside
+from offtrail.platform.ledger.rows import counted
 from offtrail.platform.wire.groups import unpack_group
 
 LARGEST = 1 << 31

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from offtrail.platform.broker.tables import LEDGER_SCHEMA, TABLES
+from offtrail.platform.ledger.tables import LEDGER_SCHEMA, TABLES
 
 
 class LedgerError(RuntimeError):

@@ -8,13 +8,14 @@ file again. What no file can hold is set aside: its payload stays in the ledger,
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offtrail.platform.broker.database import Database, LedgerError
-from offtrail.platform.broker.records import put_aside, put_remark
+from offtrail.platform.ledger.database import Database, LedgerError
+from offtrail.platform.ledger.records import put_aside, put_remark
 
 GROWTH = 16
 """A shard is planned once what waits for it is this part of what was planned before, or a shard's full size: the files
@@ -76,6 +77,30 @@ class Shards:
         with self.file.change() as db:
             db.execute("UPDATE shards SET sealed = 2 WHERE name = ?", (name,))
             put_aside(db, name, why)
+
+    def take_back(self, step: int, payloads: Callable[[str, set[int]], Iterable[tuple[int, bytes]]]) -> None:
+        """Make ``step`` the version to restart from. Shards that hold batches from it on are given up, whole; of those
+        that were sealed, ``payloads`` gives what has left the spool, as (group, payload) of the groups of a file.
+        """
+        touched = self.file.fetch(
+            "SELECT DISTINCT name, sealed FROM shards JOIN groups ON shard = name WHERE batch >= ?", step
+        )
+        names = [name for name, _ in touched]
+        left = "SELECT id FROM groups WHERE shard = ? AND id NOT IN (SELECT id FROM payloads)"
+        with self.file.change() as db:
+            for name in [name for name, sealed in touched if sealed == 1]:
+                missing = {group for (group,) in self.file.fetch(left, name)}
+                db.executemany("INSERT INTO payloads VALUES (?, ?)", payloads(name, missing))
+            db.executemany("UPDATE groups SET shard = NULL WHERE shard = ?", [(name,) for name in names])
+            db.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in names])
+            put_remark(db, "given_up", json.dumps(names))
+            put_remark(db, "checkpoint", str(step))
+
+    def given_up(self) -> list[str]:
+        """Of the shards that were taken back, those whose file may stand still and means nothing."""
+        standing = {name for (name,) in self.file.fetch("SELECT name FROM shards")}
+        rows = self.file.rows("SELECT value FROM meta WHERE key = 'given_up'")
+        return [name for (names,) in rows for name in json.loads(names or "[]") if name not in standing]
 
     def name_missing(self, folder: Path) -> None:
         """Name the shards that were sealed and whose file is not in ``folder`` any more, for as long as it is not."""
