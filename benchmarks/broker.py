@@ -28,9 +28,9 @@ import numpy as np
 
 from offtrail.core.types import Group, Lease, Problem
 from offtrail.platform.broker.broker import Broker
+from offtrail.platform.config.schema import Config
 from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.ledger.records import put_metrics
-from offtrail.platform.config.schema import Config
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.wire.groups import group_frames, pack_group
 from offtrail.platform.wire.messages import (

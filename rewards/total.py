@@ -6,7 +6,6 @@ its weight with it; nothing else is scaled up for it. A reward in which nothing 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -62,9 +61,10 @@ def means(config: RewardConfig, area: str, components: Mapping[str, Float32]) ->
 
 def reason_shares(area: str, counts: Mapping[str, float]) -> dict[str, float]:
     """`area/NAME_REASON_share` of the answers for which the component NAME had a reason, from counts NAME/REASON."""
-    judged: Counter[str] = Counter()
+    judged = dict[str, float]()
     for reason, n in counts.items():
-        judged[reason.rpartition("/")[0]] += n
+        name = reason.rpartition("/")[0]
+        judged[name] = judged.get(name, 0.0) + n
     return {
         f"{area}/{name}_{why}_share": n / judged[name]
         for (name, _, why), n in ((reason.rpartition("/"), n) for reason, n in counts.items())

@@ -22,12 +22,10 @@ from offtrail.core.types import Group, Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
 from offtrail.platform.broker.archive import Archive, Sealed
 from offtrail.platform.broker.authority import check_hello, check_sender
-from offtrail.platform.ledger.database import LedgerError, UnfitError
 from offtrail.platform.broker.deadlines import TICK_SECONDS, Deadlines
 from offtrail.platform.broker.ending import Ending
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.held import Held
-from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.polls import NO_ARRAYS, Answer, LongPoll, Polls, Wire
 from offtrail.platform.broker.resume import check_settings, check_whole, cold_start_of, note_launch
 from offtrail.platform.broker.roster import Member, Roster
@@ -36,6 +34,8 @@ from offtrail.platform.broker.run_metrics import LARGEST, RunMetrics, plain
 from offtrail.platform.broker.scheduler import Outcome, RequestError, Scheduler
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
+from offtrail.platform.ledger.database import LedgerError, UnfitError
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.runtime.roles import JOBS, roles_of
 from offtrail.platform.tracking import compute
 from offtrail.platform.tracking.diagnosis import Diagnosis

@@ -15,14 +15,14 @@ from typing import Any
 
 from offtrail.platform.broker.archive import SHARD_BYTES, Archive
 from offtrail.platform.broker.budget import Budget
-from offtrail.platform.ledger.database import LedgerError, UnfitError
 from offtrail.platform.broker.evaluations import Evaluations
 from offtrail.platform.broker.held import Held
-from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.broker.roster import Member
 from offtrail.platform.broker.run_metrics import Metrics, RunMetrics, queue_row
 from offtrail.platform.broker.scheduler import Scheduler
 from offtrail.platform.config.schema import Config
+from offtrail.platform.ledger.database import LedgerError, UnfitError
+from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.tracking.cost import cost_of_summary
 from offtrail.platform.tracking.diagnosis import Diagnosis
 from offtrail.platform.tracking.sinks.worker import Sinks

@@ -10,8 +10,8 @@ before this life that has no score is read from where it was kept: its checkpoin
 
 from __future__ import annotations
 
-from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.broker.scheduler import RequestError
+from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.wire.messages import EvalJob
 
 

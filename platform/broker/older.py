@@ -26,9 +26,7 @@ def go_back(ledger: Ledger, archive: Path, step: int) -> None:
     """
     if step != ledger.checkpoint:
         ledger.shards.take_back(step, lambda name, groups: _payloads(archive / name, groups))
-    for name in ledger.shards.given_up():  # again after a crash in between
-        (archive / name).unlink(missing_ok=True)
-    ledger.records.put({"given_up": ""})
+    _remove_given_up(ledger, archive)
 
 
 def _payloads(file: Path, missing: set[int]) -> Iterator[tuple[int, bytes]]:
@@ -42,3 +40,10 @@ def _payloads(file: Path, missing: set[int]) -> Iterator[tuple[int, bytes]]:
         raise LedgerError(f"{file}: {words}; the batches that it holds cannot be trained again") from error
     if missing:
         raise LedgerError(f"{file}: lacks groups {sorted(missing)[:5]}; its batches cannot be trained again")
+
+
+def _remove_given_up(ledger: Ledger, archive: Path) -> None:
+    """The files of shards that were read back; again after a crash in between."""
+    for name in ledger.shards.given_up():
+        (archive / name).unlink(missing_ok=True)
+    ledger.records.put({"given_up": ""})

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.config.errors import refuse, show
 from offtrail.platform.config.keys import deciding_settings, noted_settings
 from offtrail.platform.config.schema import Config
+from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.runtime.roles import JOBS
 from offtrail.platform.tracking import compute
 

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from offtrail.platform.broker.admission import REASONS
-from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.broker.roster import Roster
+from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.ledger.rows import Ages, Audit, Tally
 from offtrail.platform.wire.messages import Heartbeat
 

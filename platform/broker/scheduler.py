@@ -22,10 +22,10 @@ from typing import Literal
 
 from offtrail.core.types import Group, Lease, Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
-from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.broker.problems import ProblemError, Problems
-from offtrail.platform.ledger.rows import Arrival, Grant, GroupRow, counted
 from offtrail.platform.broker.rules import GroupRules
+from offtrail.platform.ledger.ledger import Ledger
+from offtrail.platform.ledger.rows import Arrival, Grant, GroupRow, counted
 from offtrail.platform.wire.groups import pack_group, unpack_group
 
 log = logging.getLogger("offtrail.broker")

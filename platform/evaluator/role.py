@@ -183,9 +183,7 @@ class Evaluation:
     its engine and its verifiers are nicer than this process by eval.nice; an SGLang server is so to its end.
     """
 
-    def __init__(
-        self, context: RoleContext, activity: Activity, training: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, context: RoleContext, activity: Activity, training: Callable[[], bool] = lambda: False) -> None:
         config = self.config = context.config
         self.activity = activity
         nice = config.eval.nice if training() else 0

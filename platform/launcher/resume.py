@@ -14,13 +14,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from offtrail.platform.ledger.database import LedgerError
-from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.resume import check_settings
 from offtrail.platform.config.checkpoints import steps_of
 from offtrail.platform.config.errors import ConfigError, refuse
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.inputs import Input, hashes, inputs_of
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.runtime.contents import cut_short, damage_of
 
 SET_ASIDE = "set_aside"

@@ -96,8 +96,7 @@ def _specs(row: RoleRow, config: Config) -> list[RoleSpec]:
     forks = bool(row.device) and attrgetter(row.device)(config) == "cpu"
     world = count if row.world else 0
     return [
-        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, world, forks)
-        for index in range(count)
+        RoleSpec(row.role, index, threads, row.device, restarts, row.restarts, world, forks) for index in range(count)
     ]
 
 

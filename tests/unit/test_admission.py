@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from offtrail.core.types import Group, Lease, Problem
 from offtrail.platform.broker.admission import AdmissionPolicy
-from offtrail.platform.ledger.rows import Tally
-from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.scheduler import RequestError, Scheduler
+from offtrail.platform.ledger.ledger import FILE, Ledger
+from offtrail.platform.ledger.rows import Tally
 from offtrail.platform.wire.groups import unpack_group
 
 G, STEPS = 2, 7

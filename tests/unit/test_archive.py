@@ -14,9 +14,9 @@ import pytest
 from offtrail.core.types import Channel, Group, Problem, ScoredBy
 from offtrail.platform.broker import older
 from offtrail.platform.broker.archive import SCHEMA, Archive, Sealed, tables, write_shard
+from offtrail.platform.broker.older import go_back
 from offtrail.platform.ledger.database import LedgerError
 from offtrail.platform.ledger.ledger import FILE, Ledger
-from offtrail.platform.broker.older import go_back
 from offtrail.platform.ledger.rows import Arrival, Audit, Grant
 from offtrail.platform.wire.groups import pack_group
 

@@ -16,12 +16,12 @@ import pytest
 
 from fakes.run import B, G, Run, group, three_samples
 from offtrail.core.types import Channel, ScoredBy
-from offtrail.platform.ledger.database import LedgerError
-from offtrail.platform.ledger.ledger import FILE
 from offtrail.platform.broker.polls import HOLD_SECONDS
 from offtrail.platform.broker.role import main
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.tracking import compute
 from offtrail.platform.wire.auth import make_keys

@@ -19,11 +19,11 @@ import pytest
 from fakes.run import B, G, Run
 from offtrail.core.types import Channel, Problem
 from offtrail.platform.broker.archive import ArchiveError, read_archive
-from offtrail.platform.ledger.database import LedgerError
-from offtrail.platform.ledger.ledger import FILE
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.jobs import report
 from offtrail.platform.learner.role import BatchError
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.runtime.process import report_failure
 from offtrail.platform.wire import sockets

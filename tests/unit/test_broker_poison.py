@@ -14,10 +14,10 @@ import pytest
 
 from fakes.run import B, G, Run, group
 from offtrail.core.types import Channel, Problem
-from offtrail.platform.ledger.database import LedgerError, UnfitError
-from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.problems import ProblemError, Problems
 from offtrail.platform.config.schema import Config
+from offtrail.platform.ledger.database import LedgerError, UnfitError
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.wire.groups import group_frames
 from offtrail.platform.wire.messages import (
     Acknowledged,

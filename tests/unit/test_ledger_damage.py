@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from fakes.run import Run
-from offtrail.platform.ledger.database import LedgerError
-from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.broker.resume import check_settings
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
+from offtrail.platform.ledger.database import LedgerError
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.wire.codec import WireError
 from offtrail.platform.wire.groups import unpack_group
 

@@ -10,11 +10,11 @@ import pytest
 
 from offtrail.algos.config import PpoConfig
 from offtrail.algos.correction_config import CorrectionConfig
-from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.inputs import inputs_of
 from offtrail.platform.launcher.resume import check_what_is_there
+from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.runtime.contents import write_manifest
 from offtrail.tasks.jsonl import JsonlConfig
 from offtrail.tasks.mixture import MixtureConfig

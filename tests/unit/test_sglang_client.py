@@ -1,5 +1,5 @@
-"""The client by itself: weights that give no finite number, though the server calls the answer stopped, and servers that
-hang up on connections which are kept.
+"""The client by itself: weights that give no finite number, though the server calls the answer stopped, and servers
+that hang up on connections which are kept.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class HangsUp:
     def __init__(self, idle: float = 600.0, lost: int = 0) -> None:
         self.idle, self.lost = idle, lost
         self.connections, self.rids = 0, list[str]()
+        self._open = dict[asyncio.StreamWriter, asyncio.Event]()
 
     async def start(self) -> Address:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -103,12 +104,17 @@ class HangsUp:
 
     async def close(self) -> None:
         self._server.close()
+        for writer, ended in list(self._open.items()):
+            writer.transport.abort()
+            await ended.wait()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        ended = self._open[writer] = asyncio.Event()
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # the client has hung up
             await self._answer(reader, writer)
         writer.close()
+        ended.set()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         free = time.monotonic()
