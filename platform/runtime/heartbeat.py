@@ -22,8 +22,9 @@ class HeartbeatThread:
     """Beats until ``close``, which sends one last beat so that the final counters reach the broker. ``dial`` opens its
     line, in its thread.
 
-    ``version``: newest version the broker knows (−1 before the first reply). ``trained``: the last one is out. ``stop``:
-    the run ends. ``lost``: seconds since the last reply. ``scorers``: whom the broker knows to answer for scores.
+    ``version``: newest version the broker knows (−1 before the first reply). ``trained``: the last one is out.
+    ``stop``: the run ends. ``lost``: seconds since the last reply. ``scorers``: whom the broker knows to answer for
+    scores.
     """
 
     def __init__(

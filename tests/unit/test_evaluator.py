@@ -186,13 +186,13 @@ def test_of_adapters_alone_a_checkpoint_gives_back_the_version_that_was_publishe
     kept = channel.run_dir / "checkpoints" / "step_4" / "adapter"
     kept.mkdir(parents=True)
     save_file({f"base_model.model.{layer}.lora_{n}.weight": t for n, t in (("A", a), ("B", b))}, kept / WEIGHTS)
-    reader, activity = Subscriber(channel.weights_folder), evaluation.activity
+    reader = Subscriber(channel.weights_folder)
     for version, tensors, told in ((4, published, checksum(published)), (0, {}, "of the learner's zeros")):
-        assert role.pin_stored(channel, activity, EvalJob(version=version, stored=told)) == ""
+        assert role.pin_stored(channel, evaluation, EvalJob(version=version, stored=told)) == ""
         with reader.open(version) as opened:
             assert opened.keys() == tensors.keys()
             assert all(torch.equal(opened[name], tensors[name]) for name in tensors)
-    assert "holds another version" in role.pin_stored(channel, activity, EvalJob(version=4, stored="another"))
+    assert "holds another version" in role.pin_stored(channel, evaluation, EvalJob(version=4, stored="another"))
 
 
 def test_sets_are_scored_under_the_same_version_beside_the_tasks_own_prompts(
