@@ -155,6 +155,7 @@ def require_inputs(config: Config) -> None:
     for where, one, handed in runs_of(config):
         with named(where):
             require_devices(one)
+            require_scorers(one)
             require_trackers(one)
             require_models(one, handed)
             if one.job in ("rl", "sft"):
@@ -190,6 +191,15 @@ def require_devices(config: Config) -> None:
     for key in {spec.device: None for spec in roles_of(config) if spec.device}:
         if reason := without_gpu(key, attrgetter(key)(config)):
             raise ConfigError(reason)
+
+
+def require_scorers(config: Config) -> None:
+    """Raise ConfigError where models that score are named and the job has no role that serves them: every group would
+    be refused.
+    """
+    if config.scorer.models and not any(spec.role == "scorer" for spec in roles_of(config)):
+        names = ", ".join(config.scorer.models)
+        raise refuse("scorer.models", f"{{{names}}}", f"no role of job={config.job} serves them; leave it empty")
 
 
 def require_trackers(config: Config) -> None:

@@ -14,7 +14,7 @@ from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.help import help_text
 from offtrail.platform.config.keys import GROUPS, all_paths
-from offtrail.platform.launcher.command import require_devices
+from offtrail.platform.launcher.command import require_devices, require_scorers
 from offtrail.platform.runtime import device
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +133,14 @@ def test_a_device_that_this_machine_cannot_have(key, monkeypatch, tmp_path):
     require_devices(compose([]))
     (tmp_path / "nvidia0").touch()
     require_devices(config)
+
+
+def test_models_that_score_are_refused_where_no_role_serves_them(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = compose([f"scorer.models.rm.path={tmp_path}", "reward.weights.rm=0.1"])
+    with pytest.raises(ConfigError, match=r"^scorer\.models=\{rm\}: no role of job=rl serves them; leave it empty$"):
+        require_scorers(config)
+    require_scorers(compose([]))
 
 
 @pytest.mark.parametrize("package", ["omegaconf", "yaml", "msgspec", "torch"])
