@@ -44,7 +44,7 @@ def test_the_evaluator_is_nice_while_the_run_trains_and_no_longer(
     assert '"step": 3,' in rows.read_text()
     before = ticks(pid)
     wait_until(lambda: ticks(pid)[own] > before[own] + 20)
-    assert ticks(pid)[own + 11] == before[own + 11]
+    assert ticks(pid)[own + 11] <= before[own + 11]  # a thread that has ended takes its ticks with it
     assert process.wait(240) == 0
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["step"] for row in found if "eval/accuracy" in row] == [0, 1, 2, 3]
