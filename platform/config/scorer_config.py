@@ -25,8 +25,8 @@ NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 
 @dataclass
 class ScorerConfig:
-    """Neural scores: reward models and process reward models. They are asked about every group before it is submitted,
-    and served by processes of their own (docs/scorer.md).
+    """Neural scores: reward models and process reward models, asked about every group before it is submitted. No role
+    serves them yet: a run that names a model is refused before it starts (launcher/command.py).
     """
 
     models: dict[str, dict[str, Any]] = setting({})
