@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from offtrail.platform.model.attention import attend, check_supported
 from offtrail.platform.model.lean import MLPS, NORMS, again
@@ -67,20 +67,18 @@ class _SwiGlu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         gate, up = both.chunk(2, -1)
-        s = torch.sigmoid(gate)
         out = torch.empty_like(both)
         d_gate, d_up = out.chunk(2, -1)
-        silu = gate * s
-        torch.mul(grads[0], silu, out=d_up)
-        # silu' = s + silu·(1 − s) = s − silu·s + silu
-        slope = silu.addcmul(silu, s, value=-1).add_(s)
-        torch.mul(grads[0], slope.mul_(up), out=d_gate)
+        torch.mul(grads[0], up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        torch.ops.aten.silu.out(gate, out=d_up)
+        d_up.mul_(grads[0])
         return out
 
 
 def _swiglu(both: Tensor) -> Tensor:
     gate, up = both.chunk(2, -1)
-    return torch.sigmoid(gate).mul_(gate).mul_(up)
+    return silu(gate).mul_(up)
 
 
 class _Joint(torch.autograd.Function):
