@@ -54,12 +54,12 @@ class Run:
 
     def seconds(self, first: int, last: int) -> float:
         """From the commit of version ``first`` to that of version ``last``, by the broker's clock."""
-        return sum(row["time/step_seconds"] for row in self.rows()[first + 1 : last + 1])
+        return float(sum(row["time/step_seconds"] for row in self.rows()[first + 1 : last + 1]))
 
     def mean(self, name: str, first: int, last: int) -> float:
         """A metric's mean over the same steps, weighted by their seconds; absent counts as 0."""
         rows = self.rows()[first + 1 : last + 1]
-        return sum(row.get(name, 0.0) * row["time/step_seconds"] for row in rows) / self.seconds(first, last)
+        return float(sum(row.get(name, 0.0) * row["time/step_seconds"] for row in rows)) / self.seconds(first, last)
 
     def batches(self, first: int, last: int) -> list[Batch]:
         """The batches that trained version ``first`` into version ``last``, out of the archive."""

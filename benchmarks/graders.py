@@ -8,10 +8,11 @@ Prints a Markdown row for each reason for which a policy departs from its source
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from offtrail.rewards.grading import grade
 
 BRACKETS = re.compile(r"\[([^\[\]]*)\]\.?$")
 TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-DECIDED = {
+DECIDED: dict[str, Callable[[dict[str, Any]], bool]] = {
     "SkyRL: 0.5 for 1/2": lambda case: case["source"].startswith("NovaSky") and not case["expected"],
     "an extraction of LaTeX alone": lambda case: case.get("options", {}).get("match_types") == ["latex"],
     "rounded to 2 decimals": lambda case: case.get("options", {}).get("precision") == 2,
@@ -64,7 +65,10 @@ def undecided(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print the table."""
-    cases = judged([json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", type=Path, help="JSON Lines")
+    written = parser.parse_args().cases.read_text(encoding="utf-8")
+    cases = judged([json.loads(line) for line in written.splitlines()])
     table = {policy: departures(cases, policy) for policy in ("strict", "lenient")}
     for policy, reasons in table.items():
         for why, count in reasons.most_common():

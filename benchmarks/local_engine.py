@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Work:
     most: int = MAX_NEW
 
 
-class EndAt(StoppingCriteria):
+class EndAt(StoppingCriteria):  # type: ignore[misc]
     """Ends each sample of a batch at its own length."""
 
     def __init__(self, lengths: list[int], padded_prompt: int, device: str) -> None:
@@ -169,8 +170,7 @@ def compare(folder: Path, work: Work, in_flight: int, args: argparse.Namespace) 
     for attention, cache in SETTINGS:
         run_generate(models[attention], cache, trial, in_flight, 0)  # warm
         trials[attention, cache] = max(
-            rate(lambda a=attention, c=cache: run_generate(models[a], c, trial, in_flight, 0), args.device)
-            for _ in range(2)
+            rate(partial(run_generate, models[attention], cache, trial, in_flight, 0), args.device) for _ in range(2)
         )
     attention, cache = max(trials, key=trials.__getitem__)
     run_engine(engine, trial, 0)  # warm
@@ -181,7 +181,7 @@ def compare(folder: Path, work: Work, in_flight: int, args: argparse.Namespace) 
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(args.repeats):
         for name in list(runs) if repeat % 2 == 0 else reversed(runs):
-            rates[name].append(rate(lambda n=name, r=repeat: runs[n](r), args.device))
+            rates[name].append(rate(partial(runs[name], repeat), args.device))
     ratios = [ours / theirs for ours, theirs in zip(rates["engine"], rates["generate"], strict=True)]
     return {
         "engine": round(statistics.median(rates["engine"])),

@@ -43,7 +43,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -199,11 +199,12 @@ class TrlInParts(Trl):
 class Engines:
     """Tokens per CPU second of one thread, by the engine, by `generate` or by continuous batching."""
 
-    def __init__(self, folder: Path, samples: int, dtype: str) -> None:
+    def __init__(self, folder: Path, samples: int, dtype: Literal["float32", "bfloat16"]) -> None:
         torch.set_num_threads(1)
         logging.disable(logging.WARNING)
         text, task = Text(folder), make_task(ChainConfig(), 0)
-        self.folder, self.end, self.dtype = folder, text.stop_token_ids[0], dtype
+        self.folder, self.end = folder, text.stop_token_ids[0]
+        self.dtype: Literal["float32", "bfloat16"] = dtype
         self.prompts = text.encode_all([task.train(i) for i in range(samples)])
 
     def __call__(

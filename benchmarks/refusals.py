@@ -8,9 +8,9 @@ Markdown row a file: the share told as people do of three ways, and of complying
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
 from offtrail.rewards.refusal import judged
@@ -32,13 +32,15 @@ def agreement(path: Path) -> dict[str, int]:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="the answers of one model each, CSV")
     csv.field_size_limit(1 << 30)
-    rows = {path: agreement(Path(path)) for path in sys.argv[1:]}
-    rows["all"] = {key: sum(row[key] for row in rows.values()) for key in ("answers", "three", "two")}
-    for path, row in rows.items():
+    rows = [(path.stem, agreement(path)) for path in parser.parse_args().files]
+    whole = {key: sum(row[key] for _, row in rows) for key in ("answers", "three", "two")}
+    for name, row in [*rows, ("all", whole)]:
         shares = " | ".join(f"{row[key] / row['answers']:.3f}" for key in ("three", "two"))
-        print(f"| {Path(path).stem} | {row['answers']} | {shares} |")
-    print(json.dumps(rows["all"]))
+        print(f"| {name} | {row['answers']} | {shares} |")
+    print(json.dumps(whole))
 
 
 if __name__ == "__main__":

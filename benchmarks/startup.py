@@ -123,14 +123,9 @@ def asked(run_dir: Path) -> tuple[float, float]:
     with contextlib.suppress(sqlite3.Error):
         file = sqlite3.connect(f"file:{run_dir / 'ledger.sqlite'}?mode=ro", uri=True)
         with contextlib.closing(file):
-            return tuple(
-                map(
-                    float,
-                    file.execute(
-                        "SELECT coalesce(min(leased_at), 0), coalesce(min(queued_at), 0) FROM groups"
-                    ).fetchone(),
-                )
-            )
+            query = "SELECT coalesce(min(leased_at), 0), coalesce(min(queued_at), 0) FROM groups"
+            leased, whole = file.execute(query).fetchone()
+            return float(leased), float(whole)
     return 0.0, 0.0
 
 

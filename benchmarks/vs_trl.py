@@ -45,6 +45,7 @@ import torch
 from common import Arm, Run, cores, launch, machine, say
 from overlap import Training
 
+from offtrail.algos.config import GrpoConfig
 from offtrail.platform.config.schema import Config
 from offtrail.platform.evaluator.role import Evaluation
 from offtrail.platform.model.text import Text
@@ -55,7 +56,7 @@ from offtrail.rewards.total import columns, total
 from offtrail.tasks.registry import make_task
 
 WARM, TAIL = 5, 6
-SETTINGS = (("sdpa", None), ("eager", None), ("sdpa", "static"))
+SETTINGS: tuple[tuple[str, str | None], ...] = (("sdpa", None), ("eager", None), ("sdpa", "static"))
 """Attention and cache implementations of transformers that TRL can be given."""
 
 Measured = dict[str, Any]
@@ -100,14 +101,15 @@ class Trl:
         """GRPOConfig that does what our configuration does."""
         from trl import GRPOConfig
 
-        config = self.config
+        config, algo = self.config, self.config.algo
+        assert isinstance(algo, GrpoConfig)
         B, G, K, optim = config.batch.groups, config.batch.group_size, config.learner.minibatches, config.learner.optim
         return GRPOConfig(
             output_dir=str(self.run.folder / "trl"), seed=seed, max_steps=steps * K, use_cpu=True, bf16=self.mixed,
             per_device_train_batch_size=B * G // (K * self.parts), gradient_accumulation_steps=self.parts,
             steps_per_generation=K * self.parts, num_generations=G, num_iterations=1, shuffle_dataset=False,
             max_completion_length=config.sampling.max_new_tokens, temperature=config.sampling.temperature,
-            beta=0.0, epsilon=config.algo.clip_low, epsilon_high=config.algo.clip_high, loss_type="bnpo",
+            beta=0.0, epsilon=algo.clip_low, epsilon_high=algo.clip_high, loss_type="bnpo",
             scale_rewards="group", cache_implementation=cache,
             learning_rate=optim.lr, lr_scheduler_type="constant", warmup_steps=0, weight_decay=optim.weight_decay,
             adam_beta1=optim.betas[0], adam_beta2=optim.betas[1], adam_epsilon=optim.eps, optim="adamw_torch_fused",

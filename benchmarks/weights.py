@@ -69,6 +69,8 @@ WARM = 8
 class Channel(Protocol):
     """One way from a publisher's parameters to a reader's. Made in both processes, from the same ``place``."""
 
+    def __init__(self, place: Path) -> None: ...
+
     def push(self, version: int, parameters: Mapping[str, Tensor]) -> None:
         """In the publisher."""
 
@@ -132,7 +134,7 @@ class Memcpy:
             with self.place.open("a+b") as file:
                 file.truncate(size)
                 whole = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
-            parts = zip(whole.split([p.nbytes for p in parameters.values()]), parameters.items(), strict=True)
+            parts = zip(torch.split(whole, [p.nbytes for p in parameters.values()]), parameters.items(), strict=True)
             self.memory = {name: part.view(p.dtype).view(p.shape) for part, (name, p) in parts}
         return self.memory
 
@@ -222,7 +224,7 @@ def race(kinds: Mapping[str, type[Channel]], folder: Path, megabytes: int, repea
     marked = parameters[next(iter(parameters))].view(-1)
     try:
         for repeat in range(WARM + repeats):
-            for name in kinds if repeat % 2 else reversed(kinds):
+            for name in list(kinds)[:: 1 if repeat % 2 else -1]:
                 marked[0] = mark = float(2 * repeat + len(name) / 16)
                 began = time.perf_counter()
                 channels[name].push(repeat, parameters)

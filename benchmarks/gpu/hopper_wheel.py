@@ -9,10 +9,10 @@ for Blackwell, FlashAttention 3, FlashMLA and the models that need them.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import re
-import sys
 import zipfile
 from pathlib import Path
 
@@ -43,9 +43,12 @@ def cut(wheel: Path, folder: Path) -> Path:
 
 
 def main() -> None:
-    wheel, folder = map(Path, sys.argv[1:])
-    smaller = cut(wheel, folder)
-    print(f"{smaller.name}: {wheel.stat().st_size / 2**20:.1f} → {smaller.stat().st_size / 2**20:.1f} MiB")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    smaller = cut(args.wheel, args.folder)
+    print(f"{smaller.name}: {args.wheel.stat().st_size / 2**20:.1f} → {smaller.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def model_flops(policy: Policy, rows: SampleTable, packed: Packed) -> float:
     width = config.num_hidden_layers * config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
     F, M = packed.input_ids.numel(), len(packed.targets)
     squares = float((rows.inputs().astype(np.float64) ** 2).sum())
-    return 3 * (2 * layers * F + 2 * head * M + 2 * width * squares)
+    return float(3 * (2 * layers * F + 2 * head * M + 2 * width * squares))
 
 
 class Arm:

@@ -207,7 +207,7 @@ def roofline(setup: Setup, count: int) -> float:
     weights = sum(math.prod(shape) for shape in spec.tensors().values())
     length = setup.args.prompt + setup.args.new / 2
     cached = 2 * spec.layers * spec.kv_heads * spec.head_size * length * count
-    return count * bandwidth(setup.args.device) / (width * (weights + cached))
+    return float(count * bandwidth(setup.args.device) / (width * (weights + cached)))
 
 
 @functools.cache
@@ -258,7 +258,7 @@ class Reports:
             if len(job.tokens) > before:
                 self.heard[job.request.id].append((time.perf_counter(), len(job.tokens)))
 
-        Job.grow = listen  # type: ignore[method-assign]
+        Job.grow = listen  # type: ignore[method-assign, assignment]
 
     def least(self, samples: int) -> int:
         """Tokens of the sample that has the fewest."""
