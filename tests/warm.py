@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from offtrail.platform.launcher import forks
@@ -35,6 +36,8 @@ SERVE = "offtrail.platform.engines.sglang.serve"
 OF_SERVERS = ("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
 READY = b"ready"
 """What is said when the imports are done."""
+STARTER = ThreadPoolExecutor(1, thread_name_prefix="warm")
+"""The thread that starts them, for it lives as long as the worker: a child dies with its parent's thread (die_with)."""
 
 
 class Warm:
@@ -54,6 +57,16 @@ class Warm:
             self._ready = True
         return self.line
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    @property
+    def ended(self) -> int | None:
+        """Its exit status, once it has died; None while it lives."""
+        return self._process.poll()
+
     def close(self) -> None:
         """What it has started stays."""
         self.line.close()
@@ -65,9 +78,14 @@ RUNNING: dict[str, Warm] = {}
 
 
 def warm(kind: str = "launch") -> Warm:
-    """The first call starts it; whoever starts a run first waits for its imports."""
+    """The first call starts it; whoever starts a run first waits for its imports. AssertionError, once, for one that
+    has died: the next call starts another.
+    """
+    if kind in RUNNING and (status := RUNNING[kind].ended) is not None:
+        RUNNING.pop(kind).close()
+        raise AssertionError(f"the warm process `{kind}` has died with exit status {status}")
     if kind not in RUNNING:
-        RUNNING[kind] = Warm(kind)
+        RUNNING[kind] = STARTER.submit(Warm, kind).result()
     return RUNNING[kind]
 
 

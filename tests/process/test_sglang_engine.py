@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -423,6 +425,22 @@ def stop(engine: SglangEngine, signum: signal.Signals) -> None:
     main = psutil.Process(main_pid(engine))
     for process in [main, *main.children(recursive=True)]:
         process.send_signal(signum)
+
+
+def test_an_engine_whose_servers_cannot_be_started_leaves_nothing(
+    weights: tuple[Weights, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its loop's thread nor its connections, which would warn of themselves in another test."""
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise BlockingIOError("no room for another process")
+
+    monkeypatch.setattr("offtrail.platform.engines.sglang.child.subprocess.Popen", no_room)
+    before = set(threading.enumerate())
+    with pytest.raises(BlockingIOError, match="no room"):
+        make("fake", weights[0].path, tmp_path, SglangConfig())
+    assert set(threading.enumerate()) <= before
+    gc.collect()
 
 
 @pytest.mark.parametrize("kind", ["fake"])

@@ -48,19 +48,19 @@ def test_what_does_not_move_is_said_once_and_after_patience(name: str) -> None:
 
 
 def test_problems_that_always_fail_are_counted_with_the_reason_of_the_last() -> None:
-    """B = 16: after step 13 there are 16·13 = 208 trained groups, 4 that wait, and 12 refused: 12 of 224 are above .05.
-    A stale one is no failed one.
+    """B = 16: after step 13 there are 16·13 = 208 trained groups, 4 that wait, and 12 refused, 10 as failed and 2 as
+    unscored: 12 of 224 are above .05. A stale one is no failed one.
     """
     diagnosis = Diagnosis(compose([]), failure=lambda: "300 prompt tokens and 64 new ones are 364")
     for step in range(1, 4):
         assert diagnosis.take({"step": step, **FINE, "queue/refused": 30.0, "queue/refused_stale": 30.0}) == []
     few = {"queue/groups": 4.0, "queue/refused": 11.0, "queue/refused_failed": 11.0}
     assert [diagnosis.take({"step": 13, **FINE, **few}) for _ in range(PATIENCE)] == [[]] * PATIENCE
-    many = {"queue/groups": 4.0, "queue/refused": 12.0, "queue/refused_failed": 12.0}
+    many = {"queue/groups": 4.0, "queue/refused": 12.0, "queue/refused_failed": 10.0, "queue/refused_unscored": 2.0}
     [*_, [line]] = [diagnosis.take({"step": 13, **FINE, **many}) for _ in range(PATIENCE)]
     assert line.endswith(
-        "12 of 224 groups so far were refused as failed, and nothing is learned from their problems; the last: 300 "
-        "prompt tokens and 64 new ones are 364"
+        "12 of 224 groups so far were refused as failed or unscored, and nothing is learned from their problems; the "
+        "last: 300 prompt tokens and 64 new ones are 364"
     )
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +167,7 @@ IMPORTS = """
 import os, socket, sys, time
 sys.path[:0] = {paths}
 from offtrail.platform.runtime import forkserver
+forkserver.die_with(int(sys.argv[1]))
 line, parent = socket.socket(fileno=0), os.getpid()
 if not os.fork():
     middle = os.getpid()
@@ -186,19 +188,43 @@ line.send(b"%d" % pid)
 """
 
 
-def test_a_warm_process_is_imported_before_its_worker_adopts_anybody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who loses its parent meanwhile would be a child of the tests, and a zombie among them when it ends."""
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Warm processes that import next to nothing and become one that ends with status 7; what is asked of them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "imports.py").write_text(IMPORTS.format(paths=[path for path in sys.path if path]))
     monkeypatch.setattr(warm, "__file__", str(tmp_path / "imports.py"))
     monkeypatch.setattr(warm, "RUNNING", {})
-    try:
-        assert warm.Popen([sys.executable, "launch.py"]).wait(60) == 7
-    finally:
-        warm.RUNNING["launch"].close()
+    yield [sys.executable, "launch.py"]
+    for process in warm.RUNNING.values():
+        process.close()
+
+
+def test_a_warm_process_is_imported_before_its_worker_adopts_anybody(quick: list[str], tmp_path: Path) -> None:
+    """Who loses its parent meanwhile would be a child of the tests, and a zombie among them when it ends."""
+    assert warm.Popen(quick).wait(60) == 7
     assert int((tmp_path / "orphan").read_text()) != os.getpid()
+
+
+def test_a_warm_process_outlives_the_thread_that_was_first_to_want_it(quick: list[str]) -> None:
+    """As an engine's does: it starts its servers in a thread of its own, which ends with it."""
+    asking = threading.Thread(target=lambda: warm.warm().ready())
+    asking.start()
+    of_kernel = Path(f"/proc/self/task/{asking.native_id}")
+    asking.join()
+    while of_kernel.exists():  # Python says a little earlier that it has ended
+        time.sleep(0.001)
+    assert warm.Popen(quick).wait(60) == 7
+
+
+def test_a_warm_process_that_has_died_is_told_once_and_replaced(quick: list[str]) -> None:
+    died = warm.warm().ready() and warm.RUNNING["launch"]
+    os.kill(died.pid, signal.SIGKILL)
+    while died.ended is None:
+        time.sleep(0.001)
+    with pytest.raises(AssertionError, match="the warm process `launch` has died with exit status -9"):
+        warm.Popen(quick)
+    assert warm.Popen(quick).wait(60) == 7
 
 
 @pytest.mark.parametrize("module", ["launcher.jobs", "launcher.reaper", "broker.role", "verifier.worker"])

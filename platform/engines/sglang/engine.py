@@ -126,7 +126,12 @@ class SglangEngine:
         )
         self._stops = StopStrings(model_dir)
         self._loop = Loop(f"sglang-{owner}")
-        self._loop.run(self._start())  # the kernel kills servers when the thread ends that started them
+        try:
+            self._loop.run(self._start())  # the kernel kills servers when the thread ends that started them
+        except BaseException:
+            self._loop.close()
+            self.servers.close()
+            raise
         self._client = Client(
             self._loop,
             prefix_tokens=config.prefix_tokens,
