@@ -3,7 +3,7 @@ r"""Where the answer of a text is looked for: `reward.answer`. Each way is linea
     tags          the answer block of a well-formed text (format.py)
     boxed         what the last \boxed{…} or \fbox{…} holds; none where its braces do not close
     mark          the rest of the line after the last `reward.answer_mark`, or the line below where that is empty
-    last_number   the last number: 18, -3/4, 1,800.50, 1e-05
+    last_number   the last number: 18, -3/4, -$1,800.50, 1e-05, 3 \times 10^5, 2 million, and a time of day whole, 18:00
     text          all of it, cut off or not: what is judged as a whole, such as instructions that are followed
 
 But for tags, what stands before the last `</think>` is no answer, nor is a thought that was never closed; and of a text
@@ -19,10 +19,27 @@ from offtrail.rewards.format import Parts
 
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 LAST_NUMBER = re.compile(
-    r"(?:(?<![\w)])[-+−])?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?(?:[eE][-+]?\d{1,2}+(?!\d))?(?:/\d++)?", re.ASCII
+    r"""
+    # of a unit or a letter, and no number: cm^2, m3, x^{-1}
+    (?: (?<![A-Za-z])(?:[cdkm]?m|ft|in|yd)(?=[23](?!\d)) | \^\s*\{?\s*[-+]? ) \d++
+    |
+    (?P<number>
+        (?: (?<![\w)}])[-+−](?:\\?\$|[€£¥])? )?
+        (?:
+            \d{1,2}(?::\d\d)++(?![\d:])
+            | (?:\d++\s?)?\\[cdt]?frac\s?\{-?\d++\}\{\d++\}
+            | (?: \d{1,3}(?:(?:,|\{,\}|,?\\[,!]|[\u2009\u202f])\d{3})++(?!\d) | \d++ | (?<!\w)(?=\.\d) )
+              (?:\.\d++)? (?:[eE][-+]?\d{1,2}+(?!\d))? (?:/\d++)?
+              (?: (?:\s*(?:\\times|\\cdot|[*×x])\s*10)?\s?\^\s?(?:\{\s?[-+]?\d++\s?\}|[-+]?\d++) )?
+              (?: \s*\\text\s?\{\s?(?:SCALE)s?\s?\} | \s?(?:SCALE)s?\b )?
+        )
+    )
+    """.replace("SCALE", "hundred|thousand|million|billion|trillion"),
+    re.ASCII | re.VERBOSE,
 )
 
-WINDOW = 200
+WINDOW, BEHIND = 200, 24
+"""Characters before the end of the last digit, and after it, in which the last number is looked for."""
 
 
 def find_answer(text: str, parts: Parts | None, finished: bool, config: RewardConfig) -> str | None:
@@ -49,8 +66,9 @@ def last_number(text: str) -> str | None:
     grader reads.
     """
     end = max(text.rfind(digit) for digit in "0123456789") + 1
-    found = LAST_NUMBER.findall(text, max(0, end - WINDOW), end)
-    return found[-1].replace("−", "-") if found else None
+    found = [match["number"] for match in LAST_NUMBER.finditer(text, max(0, end - WINDOW), end + BEHIND)]
+    last = next(filter(None, reversed(found)), None)
+    return last and last.replace("−", "-")
 
 
 def boxed(text: str) -> str | None:

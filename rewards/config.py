@@ -16,6 +16,8 @@ COMPONENTS = tuple(sorted(p.stem for p in (Path(__file__).parent / "components")
 """The components of the tree, by name."""
 TRL_MARK = "completions"
 """The parameter by which a function of TRL's signature is known (trl.py)."""
+READ_THE_ANSWER = ("accuracy", "gym_score", "instructions")
+"""Components that judge what `answer` finds; others read the text."""
 LIMITS_OF_A_COMPONENT = ("from_step", "to_step", "tasks")
 
 
@@ -76,6 +78,11 @@ class RewardConfig:
     def components(self) -> tuple[str, ...]:
         """Those of rules, which verifiers score, by name, in order."""
         return tuple(name for name in self.weights if name in COMPONENTS or is_plugin(name))
+
+    @property
+    def looks_for_answers(self) -> bool:
+        """Whether a component judges what `answer` finds."""
+        return any(name in READ_THE_ANSWER for name in self.weights)
 
     @property
     def scored(self) -> tuple[str, ...]:

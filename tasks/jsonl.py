@@ -42,11 +42,11 @@ class JsonlConfig(FileConfig):
     answer_after: str = "####"
     """The gold answer is what follows this mark in the answer field; empty = the whole field."""
     compare: Literal["value", "text", "choice", "math"] = "value"
-    """How an answer is compared with the gold one. value: as a number where that is one (18 is $18.00), else as text;
+    """How an answer is compared with the gold one. value: as a number where that is one (18 is **$18**), else as text;
     text: always the same text, up to blanks; choice: a letter, A to E; math: as mathematics (docs/rewards.md)."""
     compare_policy: Literal["strict", "lenient"] = "strict"
-    """Of compare=choice and math. strict: an answer is worked out and stands alone; lenient: what can be read as the
-    gold answer (docs/rewards.md, case by case)."""
+    """Of all but compare=text. strict: an answer is worked out and stands alone; lenient: what can be read as the gold
+    answer (docs/rewards.md, case by case)."""
     template: str = "{prompt}"
     """How a prompt is put to the model: r1_zero, boxed, tags, or a text in which {prompt} is the problem's text, or its
     last message's (docs/sets.md)."""

@@ -22,6 +22,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from offtrail.core.plugins import is_plugin, load
 from offtrail.core.problem import Problem
+from offtrail.rewards.answer import find_answer
+from offtrail.rewards.config import RewardConfig
+from offtrail.rewards.format import parse
 from offtrail.tasks.base import Task, TaskError
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.overlap import Item, Overlap, question_of
@@ -195,6 +198,20 @@ def check_worked(task: Task, way: str) -> None:
             except TaskError as error:
                 where = f"task.settings.{name}: " if members else ""
                 raise TaskError(f"{where}{error}; {way}") from None
+
+
+def check_answered(task: Task, reward: RewardConfig) -> None:
+    """Raise TaskError where worked answers, which a cold start imitates, hold none in the place where it is looked for:
+    by the first training problems.
+    """
+    if reward.answer not in ("boxed", "mark") or not reward.looks_for_answers:
+        return
+    worked = [task.trace(task.train(i), random.Random(i)) for i in range(WORKED)]
+    if not any(find_answer(text, parse(text), True, reward) for text in worked):
+        raise TaskError(
+            f"reward.answer={reward.answer}: the cold start imitates worked answers of task={task.name}, which have "
+            "none there, so that every answer would be wrong; take reward.answer=tags, or a start model in model.path"
+        )
 
 
 def check_promises(task: Task, n: int) -> None:

@@ -25,6 +25,7 @@ from offtrail.platform.config.validate import (
     files_of_lines_are_here,
     numbers_are_in_range,
     programs_are_run,
+    the_answer_is_looked_for_where_the_template_asks_for_it,
 )
 from offtrail.tasks import shots
 from offtrail.tasks.mixture import MixtureConfig
@@ -41,6 +42,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     numbers_are_in_range,
     files_of_lines_are_here,
     programs_are_run,
+    the_answer_is_looked_for_where_the_template_asks_for_it,
     a_groups_programs_have_time_and_memory,
     code_from_outside_is_here,
 )

@@ -31,6 +31,7 @@ from offtrail.tasks.files import FileConfig
 from offtrail.tasks.jsonl import JsonlConfig
 from offtrail.tasks.mixture import MixtureConfig
 from offtrail.tasks.programs import ProgramsConfig
+from offtrail.tasks.templates import template_text
 
 
 def validate(config: Config, later: Collection[str] = ()) -> None:
@@ -172,6 +173,31 @@ def programs_are_run(config: Config) -> None:
     weights, runs = config.reward.weights, config.job in ("rl", "eval", "sample")
     if runs and isinstance(config.task, ProgramsConfig) and "code" not in weights and not any(map(is_plugin, weights)):
         raise ConfigError(f"reward.weights={weights}: task={config.task.name} is judged by running: reward=code")
+
+
+ASKED_PLACES = {"tags": "<answer>", "boxed": "\\boxed"}
+"""reward.answer → what a template that asks for it says."""
+
+
+def the_answer_is_looked_for_where_the_template_asks_for_it(config: Config) -> None:
+    """A model that does as it is told would else earn nothing, for ever. In a tag or a box a last number is found."""
+    reward, task = config.reward, config.task
+    if config.job not in ("rl", "eval", "sample") or (config.job == "eval" and config.eval.sets):
+        return
+    if reward.answer == "last_number" or not reward.looks_for_answers:
+        return
+    within = {name: task.settings.get(name, {}) for name in task.weights} if isinstance(task, MixtureConfig) else {}
+    templates = {f"task.settings.{name}.template": given.get("template", "") for name, given in within.items()}
+    for key, given in (templates or {"task.template": getattr(task, "template", "")}).items():
+        text = template_text(str(given))
+        asked = [place for place, words in ASKED_PLACES.items() if words in text]
+        if not asked or reward.answer in asked or (reward.answer == "mark" and reward.answer_mark in text):
+            continue
+        way = f"{key}={reward.answer}" if reward.answer in ASKED_PLACES else f"a {key} that asks for it there"
+        raise ConfigError(
+            f"reward.answer={reward.answer}: {key} asks for the answer in {ASKED_PLACES[asked[0]]}, where it is not "
+            f"looked for, so that every answer would be wrong; take reward.answer={asked[0]}, or {way}"
+        )
 
 
 JUDGED_BY_MORE = ("programs", "gym", "countdown", "ifeval", "xstest")
@@ -510,6 +536,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     files_of_lines_are_here,
     *scorers.RULES,
     programs_are_run,
+    the_answer_is_looked_for_where_the_template_asks_for_it,
     gold_answers_are_enough,
     a_groups_programs_have_time_and_memory,
     objective_and_correction_fit,

@@ -18,7 +18,7 @@ from offtrail.rewards import behaviour
 from offtrail.rewards.answer import find_answer
 from offtrail.rewards.format import parse
 from offtrail.rewards.grading.choice import letter
-from offtrail.rewards.grading.numeric import number
+from offtrail.rewards.grading.latex import said
 from offtrail.tasks.base import Measured
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.registry import make_task
@@ -110,9 +110,9 @@ def ballot(answer: str, config: TaskConfig) -> str:
     compare, lenient = getattr(config, "compare", ""), getattr(config, "compare_policy", "") == "lenient"
     if compare == "choice":
         return letter(answer, lenient=lenient) or answer
-    value = number(answer) if compare == "value" else None
+    number = said(answer, lenient=lenient) if compare == "value" else None
     try:
-        return answer if value is None else str(value)
+        return answer if number is None else str(number.value * number.factor)
     except ValueError:  # of more digits than Python writes
         return answer
 

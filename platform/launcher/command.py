@@ -371,6 +371,7 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
     from offtrail.tasks.base import TaskError
     from offtrail.tasks.examples import read_examples, remark_on_held_out
     from offtrail.tasks.registry import (
+        check_answered,
         check_promises,
         check_worked,
         from_outside,
@@ -391,6 +392,8 @@ def require_data(config: Config, handed: Collection[str], examples: Imitated, no
             if not sft.path:
                 start = ", or a model to start from in model.path" if config.job == "rl" else ""
                 check_worked(task, f"name a file of answers in sft.path{start}")
+                if config.job == "rl":
+                    check_answered(task, config.reward)
             else:
                 given = (sft.path, sft.prompt_field, sft.answer_field, repr(config.task))
                 if given not in examples:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from fractions import Fraction
 
 from offtrail.rewards.grading.base import Grade
-from offtrail.rewards.grading.latex import Quantity, boxes, one_box, plain, quantity
+from offtrail.rewards.grading.latex import ASSIGNED, LONGEST, SUPERSCRIPTS, plain, quantity, same, unboxed, without_name
 
-LONGEST, DEEPEST, MOST_DIGITS = 2000, 50, 300
+DEEPEST, MOST_DIGITS = 50, 300
 DECIMALS = {True: 6, False: 12}
 """Lenient → to how many decimals a float must agree, for math-verify."""
 MISSING = "task.compare=math needs math-verify: pip install offtrail[math]"
@@ -25,7 +24,6 @@ MISSING = "task.compare=math needs math-verify: pip install offtrail[math]"
 IN_TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm|textrm|operatorname) *\{([^{}]*)\}")
 WORDS = re.compile(r"[^\W\d_]{3,}(?:[ ,'-]+[^\W\d_]+)*")
 BASE = re.compile(r"[0-9A-F]+ *_ *\{? *\d+ *\}?")
-ASSIGNED = re.compile(r"(?:[A-Za-z](?:_\{?\w\}?)?|[a-zA-Z]\([a-z]\)|\([a-z](?:, ?[a-z])*\)) *(?:=|\\in(?![a-z])) *")
 TOWER = re.compile(r"(?:\^|\*\*)[ {(]*-?\d+[ )}]*(?:\^|\*\*)|[)}] *(?:\^|\*\*)[ {(]*\d{3}")
 HIGH_POWER = re.compile(r"(?:\^|\*\*)[ {(]*[-+]?\d{5}")
 FACTORIAL = re.compile(r"(?<!\d)(?:\d{1,3}|[a-z]) *!(?! *[!^])")
@@ -54,29 +52,30 @@ def grade(gold: str, answer: str, *, lenient: bool = False) -> Grade:
     """Whether ``answer`` is ``gold``. May take any time within math-verify, whatever the filter keeps from it."""
     if len(answer) > LONGEST:
         return Grade(False, f"more than {LONGEST} characters")
-    held = _unboxed(answer, lenient)
+    held = unboxed(answer, lenient=lenient)
     if held is None:
         return Grade(False, "no single box")
-    expected, given = plain(_unboxed(gold, True) or gold), plain(held)
+    expected, given = plain(unboxed(gold, lenient=True) or gold), plain(held)
     if not given:
         return Grade(False, "empty")
     if given.replace(" ", "") == expected.replace(" ", ""):
         return Grade(True, "text")
     if IN_TEXT.fullmatch(expected) or WORDS.fullmatch(expected):
         return Grade(_words(given) == _words(expected), "words")
-    if BASE.fullmatch(expected):  # math-verify drops the base
+    if BASE.fullmatch(expected) or BASE.fullmatch(given):  # math-verify drops the base
         return Grade(re.sub("[ {}]", "", given) == re.sub("[ {}]", "", expected), "base")
-    expected, given = _without_name(expected, given)
-    one, other = quantity(expected), quantity(given)
+    if bool(ASSIGNED.match(expected)) != bool(ASSIGNED.match(given)):
+        expected, given = without_name(expected), without_name(given)
+    one, other = quantity(expected), quantity(given, any_unit=True)
     if one is not None and other is not None:
-        return Grade(_equal(one, other, lenient), "number")
+        return Grade(same(one, other, lenient=lenient), "number")
     if one is not None and not lenient:
         return Grade(False, "no plain number")
     if why := hangs(given):
         return Grade(False, why)
     if not lenient and (why := _another_form(expected, given)):
         return Grade(False, why)
-    return Grade(_verified(gold, answer if lenient else given, lenient), "math-verify")
+    return Grade(_verified(gold, answer.translate(SUPERSCRIPTS) if lenient else given, lenient), "math-verify")
 
 
 def hangs(text: str) -> str:
@@ -98,33 +97,6 @@ def hangs(text: str) -> str:
 
 def _words(text: str) -> str:
     return " ".join(IN_TEXT.sub(r"\1", text).casefold().strip("() .").split())
-
-
-def _unboxed(text: str, lenient: bool) -> str | None:
-    if not lenient:
-        return one_box(text)
-    held = boxes(text)
-    return None if held is None else ", ".join(held) or text
-
-
-def _without_name(gold: str, answer: str) -> tuple[str, str]:
-    """Both without the `x =`, or the `x` that lies in a set, that only one of them has."""
-    named, names = ASSIGNED.match(gold), ASSIGNED.match(answer)
-    if named and not names:
-        return gold[named.end() :], answer
-    return (gold, answer[names.end() :]) if names and not named else (gold, answer)
-
-
-def _equal(gold: Quantity, answer: Quantity, lenient: bool) -> bool:
-    one, other = (q.value / 100 if q.percent else q.value for q in (gold, answer))
-    if one == other:
-        return lenient or not (gold.unit and answer.unit) or gold.unit == answer.unit
-    if not lenient:
-        return False
-    if gold.percent != answer.percent and gold.value == answer.value:
-        return True
-    close: bool = abs(one - other) <= min(Fraction(1, 2_000_000), abs(one) / 1_000_000)
-    return close
 
 
 def _another_form(gold: str, answer: str) -> str:

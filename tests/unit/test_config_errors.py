@@ -293,6 +293,63 @@ def test_mistake(argv, begins, says):
         assert part in text
 
 
+ELSEWHERE = "where it is not looked for, so that every answer would be wrong; take reward.answer"
+BOXED = "asks for the answer in \\boxed, " + ELSEWHERE
+TAGGED = "asks for the answer in <answer>, " + ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["task=gsm8k"], ""),
+        (["task=gsm8k", "reward.answer=last_number"], ""),
+        (["task=gsm8k", "reward.answer=boxed"], f"task.template {TAGGED}=tags, or task.template=boxed"),
+        (["task=math500", "reward.answer=boxed"], f"task.template {TAGGED}=tags, or task.template=boxed"),
+        (["task=aime", "reward.answer=mark"], f"task.template {TAGGED}=tags, or a task.template that asks"),
+        (["task=gpqa", "reward.answer=text"], f"task.template {TAGGED}=tags, or a task.template that asks"),
+        (["task=gsm8k", "task.template=r1_zero", "reward.answer=boxed"], f"task.template {TAGGED}=tags, or"),
+        (["task=gsm8k", "task.template=boxed"], f"task.template {BOXED}=boxed, or task.template=tags"),
+        (["task=gsm8k", "task.template=boxed", "reward.answer=boxed"], ""),
+        (["task=gsm8k", "task.template=boxed", "reward.answer=last_number"], ""),
+        (["task=gsm8k", "task.template={prompt} Put \\fbox or \\boxed in <answer>.", "reward.answer=boxed"], ""),
+        (["task=gsm8k", "task.template={prompt} No <answer>, end with Answer: N", "reward.answer=mark"], ""),
+        (["task=gsm8k", "task.template={prompt} No <answer>, end with Answer: N", "reward.answer=mark",
+          "reward.answer_mark=####"], f"task.template {TAGGED}=tags"),
+        (["task=jsonl", "reward.answer=boxed"], ""),  # what its prompts ask for is the file's
+        (["task=gsm8k", "task.template=boxed", "reward.weights={format: 1}"], ""),  # nothing reads an answer
+        (["task=gsm8k", "task.template=boxed", "reward.weights={trl.rewards:accuracy_reward: 1}"], ""),
+    ],
+)  # fmt: skip
+def test_the_answer_is_looked_for_where_the_template_asks_for_it(tmp_path, checkpoint, keys, says):
+    line = [f"task.path={write(tmp_path / 'problems.jsonl', '')}", *keys]
+    unread = ["job=sft"], ["job=reject", f"reject.paths=[{tmp_path / 'problems.jsonl'}]"]
+    for job in ([], ["job=sample", checkpoint], ["job=eval", checkpoint]):
+        if says:
+            assert f": {says}" in message(*job, *line)
+            assert message(*job, *line).startswith("reward.answer=")
+        else:
+            compose([*job, *line])
+    for job in unread:
+        compose([*job, *line])
+
+
+def test_a_set_of_an_evaluation_and_a_family_are_looked_at_as_well(tmp_path, checkpoint):
+    path = write(tmp_path / "problems.jsonl", "")
+    aime = f"eval.sets={{aime: {{eval_path: {path}}}}}"
+    for job in ([], ["job=eval", checkpoint]):
+        text = message(*job, "reward.answer=boxed", aime)
+        assert text.startswith(
+            "eval.sets.aime.reward.answer=boxed: eval.sets.aime.template asks for the answer in <answer>"
+        )
+        assert text.endswith("take eval.sets.aime.reward.answer=tags, or eval.sets.aime.template=boxed")
+        compose([*job, "reward.answer=boxed", aime.replace("}}", ", template: boxed}}")])
+    # the sets are asked, and not the task
+    compose(["job=eval", checkpoint, "eval.sets={chain: {}}", "task=gsm8k", f"task.path={path}", "reward.answer=boxed"])
+    within = f"task.settings={{jsonl: {{path: {path}, template: boxed}}}}"
+    text = message("task=mixture", "task.weights={jsonl: 1, chain: 1}", within)
+    assert text.startswith("reward.answer=tags: task.settings.jsonl.template asks for the answer in \\boxed")
+
+
 def test_a_model_folder_needs_its_config(tmp_path):
     assert "holds no config.json" in message(f"model.path={tmp_path}")
     (tmp_path / "small.gguf").write_bytes(b"GGUF")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,11 @@ CASES = [
     ("50", r"50\%", LENIENT),
     ("0.5", "50%", BOTH),
     ("0.5", "0.5%", LENIENT),
+    # words for powers of ten
+    ("18000000", r"18 \text{ million}", BOTH),
+    (r"18 \text{ million}", "18000000", BOTH),
+    (r"18 \text{ million}", "18 million dollars", BOTH),
+    ("18", r"18 \text{ million}", LENIENT),
     # units
     ("10", r"10 \text{ cm}", BOTH),
     (r"10 \text{ cm}", "10", BOTH),
@@ -61,7 +67,14 @@ CASES = [
     (r"90^\circ", "90", BOTH),
     ("90", "90 degrees", BOTH),
     ("90", "90°", BOTH),
+    ("10", "10 fewer apples", BOTH),
+    ("10", "10 cm²", BOTH),
+    ("2", r"2\pi", NEITHER),
+    ("2", "2 pi", NEITHER),
     # boxes, dollars, names, prose
+    ("18", "**18**", BOTH),
+    ("18", "18²", NEITHER),
+    ("18", "18_5", NEITHER),
     ("18", r"\boxed{18}", BOTH),
     ("18", r"$\boxed{18}$.", BOTH),
     ("18", r"\boxed{17} or \boxed{18}", NEITHER),
@@ -103,6 +116,103 @@ CASES = [
 @pytest.mark.parametrize(("gold", "answer", "expected"), CASES)
 def test_mathematics(gold: str, answer: str, expected: tuple[bool, bool]):
     assert tuple(grade(gold, answer, "math", lenient=lenient).right for lenient in (False, True)) == expected
+
+
+OF_18 = {
+    BOTH: [
+        "18", "18.0", " 18.", "$18", r"\$18", "$ 18.00", "€18", "18 €", "18€", "$18$", "$$18$$", r"\(18\)",
+        r"\[ 18 \]", "(18)", "**18**", "**$18**", "**18.**", "**18** dollars", "__18__", "`18`", "= 18", "=18",
+        "x = 18", r"\(x = 18\)", r"x = \$18", r"\boxed{18}", r"$\boxed{18}$.", r"**\boxed{18}**", r"= \boxed{18}",
+        r"\boxed{\$18}", r"\boxed{18 \text{ eggs}}", "18 dollars", "18 dollars.", "18 eggs", "18 USD",
+        "18 fewer apples", "18 miles per hour", "18 eggs per day", "18个", "18元", r"18 \text{ dollars}",
+        r"18\text{ cm}^2", "18 cm^2", "18 cm²", "36/2", r"\frac{36}{2}", r"1.8 \times 10^1",
+    ],
+    LENIENT: [
+        "18%", r"18\%", "18 percent", "18 million", r"18 \text{ million}", r"it is \boxed{18}",
+    ],
+    NEITHER: [
+        "", "18 or 19", "18 or nineteen", "18-20", "18, 19", "18; 19", "17, 18", r"\boxed{17} or \boxed{18}", "1.8",
+        "18/2", "180", "-18", "−18", "-$18", "0.18", "18!", "18^2", "18²", "18 squared", "18 and a half", "18 tenths",
+        "18 times two", "18 1/2", "18x", "18 x", "18 pi", "18π", "18:00", "18_5", "9 + 9", "9*2", "it is 18",
+        "18 is wrong", "eighteen", "18 $$ 19", r"\boxed{18", "٣",
+    ],
+}  # fmt: skip
+VALUES = [
+    *(("18", answer, expected) for expected, answers in OF_18.items() for answer in answers),
+    # separators
+    ("1800", "1,800", BOTH),
+    ("1800", "$1,800.00", BOTH),
+    ("1800", "1{,}800", BOTH),
+    ("1800", r"1,\!800", BOTH),
+    ("1800", r"1\,800", BOTH),
+    ("1800", "1 800", BOTH),
+    ("1800", "1\u202f800", BOTH),
+    ("1800", "18 00", NEITHER),
+    # signs
+    ("-7", "−7", BOTH),
+    ("-18", "-$18", BOTH),
+    ("-18", r"-\$18", BOTH),
+    ("-18", "$-18$", BOTH),
+    ("-18", "-€18", BOTH),
+    ("-18", "18", NEITHER),
+    # words for powers of ten
+    ("2000000", "2 million", BOTH),
+    ("2000000", r"\$2 \text{ million}", BOTH),
+    ("2500000", "2.5 million people", BOTH),
+    ("200000", "2 hundred thousand", BOTH),
+    ("2", "2 million", LENIENT),
+    ("2", "2 dozen", BOTH),
+    # percent, fractions, rounding
+    ("0.5", "50%", BOTH),
+    ("0.5", "0.5%", LENIENT),
+    ("50", "50%", LENIENT),
+    ("1.5", "1 1/2", BOTH),
+    ("-1.5", r"-1\frac12", BOTH),
+    ("1/3", "0.333333", LENIENT),
+    ("1/3", "0.33", NEITHER),
+    ("300000", r"3 \times 10^5", BOTH),
+    # a gold answer that is no plain number is a text
+    ("18:00", "18:00", BOTH),
+    ("18:00", "18", NEITHER),
+    ("18 eggs", "18", NEITHER),
+    ("Paris", " Paris", BOTH),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "expected"), VALUES)
+def test_values(gold: str, answer: str, expected: tuple[bool, bool]):
+    assert tuple(grade(gold, answer, "value", lenient=lenient).right for lenient in (False, True)) == expected
+
+
+PIECES = [
+    "18", "0.5", "%", "\\%", "$", "\\$", "€", "**", "`", "\\boxed{", "}", "{", "{,}", ",", "-", "−", "=", "x=",
+    "\\text{", "million", "dozen", "cm", "^2", "^", "/", "\\frac", "\\times", "10^", "(", ")", ":", "个", "π",
+    "²", "٣", "\0", " ",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | st.text(max_size=40))
+def test_any_answer_is_compared_with_a_number_and_lenient_takes_what_strict_takes(answer: str):
+    strict, lenient = (grade("18", answer, "value", lenient=policy) for policy in (False, True))
+    assert strict.right <= lenient.right
+    assert not (strict.right and grade("-18", answer, "value").right)
+
+
+DRESSES = ["{}", "**{}**", "$x = {}$", r"\boxed{{{} \text{{ cm}}}}", "= {} apples."]
+
+
+@given(st.fractions(max_denominator=999).filter(lambda x: abs(x) < 10**6), st.sampled_from(DRESSES))
+def test_a_value_is_right_however_it_is_dressed_and_another_is_not(value: Fraction, dress: str):
+    answer = dress.format(value)
+    assert grade(str(value), answer, "value").right
+    assert not grade(str(value + 1), answer, "value", lenient=True).right
+
+
+@pytest.mark.parametrize(
+    "answer", ["1" * 10_000_000, "18" + " a" * 5_000_000, "**" * 999, "18 " + "a" * 280 + "!", "18 million" * 30]
+)
+def test_long_answers_are_no_value(answer: str):
+    assert grade("18", answer, "value") == (False, "no plain number")
 
 
 @pytest.mark.parametrize(

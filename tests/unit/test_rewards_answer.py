@@ -75,6 +75,46 @@ def test_mark(text: str, answer: str | None):
         ("x = -3/4", "-3/4"),
         ("x = −7", "-7"),
         ("10-5", "5"),  # a difference, not a sign
+        ("it loses -$18", "-$18"),
+        ("it loses −$18.", "-$18"),
+        (r"it loses $-18$", "-18"),
+        (r"it loses -\$1,800", r"-\$1,800"),
+        ("$20-$18", "18"),
+        ("x = .5", ".5"),
+        ("1.2.3", "3"),
+        # separators
+        ("so 1{,}800 of them", "1{,}800"),
+        (r"so 1,\!800 of them", r"1,\!800"),
+        (r"so 1\,800\,000", r"1\,800\,000"),
+        ("in 2024 800 came", "800"),
+        ("box 1 800", "800"),  # a blank lies between numbers, too
+        # exponents
+        ("an area of 36 cm^2", "36"),
+        ("an area of 36 cm^{2}.", "36"),
+        ("an area of 36 m2", "36"),
+        (r"$36\text{ m}^2$", "36"),
+        ("9 m/s^2", "9"),
+        ("x^2 = 9", "9"),
+        ("x^{-1}", None),
+        (r"about 3 \times 10^5 of them", r"3 \times 10^5"),
+        (r"\boxed{3 \times 10^{-5}}", r"3 \times 10^{-5}"),
+        ("10^{5}", "10^{5}"),
+        ("2^10", "2^10"),  # not worked out: neither 2 nor 10
+        ("2 x 9", "9"),
+        (r"\frac{3}{4} of it", r"\frac{3}{4}"),
+        (r"$-1\frac{3}{4}$", r"-1\frac{3}{4}"),
+        # words
+        ("some 2 million people", "2 million"),
+        (r"\boxed{2 \text{ million}}", r"2 \text{ million}"),
+        (r"\boxed{2 million}", "2 million"),
+        ("2 millions", "2 millions"),
+        ("2 millionaires", "2"),
+        ("2 people", "2"),
+        # times of day
+        ("at 18:00.", "18:00"),
+        ("at 9:05:30", "9:05:30"),
+        ("18: 7", "7"),
+        ("1:800", "800"),
         ("(2)-3", "3"),
         ("1e-05", "1e-05"),
         ("50%", "50"),
@@ -90,7 +130,7 @@ def test_last_number(text: str, answer: str | None):
     assert found(text, "last_number", finished=False) is None
 
 
-@given(st.text(st.sampled_from("\\boxed{}fbox<think>/Answer:12,.-e \n\0"), max_size=60), st.booleans())
+@given(st.text(st.sampled_from("\\boxed{}fbox<think>/Answer:12,.-e$^×x million\n\0"), max_size=60), st.booleans())
 def test_any_text_is_read_and_an_answer_is_a_part_of_it(text: str, finished: bool):
     for how in ("tags", "boxed", "mark", "last_number"):
         answer = found(text, how, finished=finished)
@@ -98,7 +138,25 @@ def test_any_text_is_read_and_an_answer_is_a_part_of_it(text: str, finished: boo
 
 
 @pytest.mark.parametrize(
-    "piece", ["\\boxed{", "{", "}", "1", "1,", "1,111", "-", " ", "\n", "Answer:", "<think>", "1e"]
+    "piece",
+    [
+        "\\boxed{",
+        "{",
+        "}",
+        "1",
+        "1,",
+        "1,111",
+        "-",
+        " ",
+        "\n",
+        "Answer:",
+        "<think>",
+        "1e",
+        "^",
+        "1^{",
+        "1:11",
+        "\\frac{1}{",
+    ],
 )
 @pytest.mark.parametrize("how", ["boxed", "mark", "last_number"])
 def test_long_texts_are_read_in_one_pass(piece: str, how: str):

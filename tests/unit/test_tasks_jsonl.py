@@ -447,8 +447,8 @@ def test_other_public_sets_load_and_their_gold_answers_are_right(option: str, fi
 @pytest.mark.parametrize(("option", "file", "n"), [("gsm8k", "gsm8k_test", 1319), ("math500", "math500_test", 500)])
 def test_gold_answers_said_as_an_instruct_model_says_them_earn_the_whole_reward(option: str, file: str, n: int):
     """And the answer of another problem earns nothing, unless the two are equal."""
-    keys = [f"task={option}", f"task.path={DATA}/{file}.jsonl", "task.held_out_share=0", "reward.answer=boxed"]
-    config = compose([*keys, "reward.weights={accuracy: 1.0}"])
+    keys = [f"task={option}", f"task.path={DATA}/{file}.jsonl", "task.held_out_share=0", "task.template=boxed"]
+    config = compose([*keys, "reward.answer=boxed", "reward.weights={accuracy: 1.0}"])
     task = make_task(config.task, 0)
     problems = [task.train(i) for i in range(n)]
     reward = make_reward(config.reward, task.verify)

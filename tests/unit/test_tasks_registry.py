@@ -53,7 +53,7 @@ def keys_of(name: str, folder: Path) -> dict[str, str]:
 def test_a_task_without_worked_answers_is_refused_where_they_would_be_imitated(name: str, tmp_path: Path) -> None:
     given = keys_of(name, tmp_path)
     task = [f"task={name}", *(f"task.{key}={value}" for key, value in given.items()), "eval.prompts=1"]
-    task += ["reward=code"] if name == "programs" else ["reward.answer=text"]
+    task += [{"programs": "reward=code", "gym": "reward.answer=tags"}.get(name, "reward.answer=text")]
     inner = ", ".join(f"{key}: {value}" for key, value in given.items())
     mixed = [
         "task=mixture",
@@ -78,3 +78,16 @@ def test_a_task_without_worked_answers_is_refused_where_they_would_be_imitated(n
     require_inputs(
         compose([*task, f"recipe.stages={{a: {{job: sft, sft: {{path: {examples}}}}}, b: {{job: rl, start_from: a}}}}"])
     )
+
+
+def test_a_cold_start_that_answers_elsewhere_than_is_looked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "2;+2;%10=?", "answer": "4"}\n')
+    for answer in ("boxed", "mark"):
+        with pytest.raises(
+            ConfigError, match=rf"^reward\.answer={answer}: the cold start .* task=chain, which have none"
+        ):
+            require_inputs(compose([f"reward.answer={answer}"]))
+    for others in ("reward.weights={format: 1.0}", f"sft.path={tmp_path / 'sft.jsonl'}"):
+        require_inputs(compose(["reward.answer=boxed", others]))
+    for answer in ("tags", "last_number"):
+        require_inputs(compose([f"reward.answer={answer}"]))
