@@ -5,11 +5,12 @@ Types, paths and texts are checked here, rules between fields in validate.py.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -58,7 +59,7 @@ def build(values: Mapping[str, Raw]) -> Config:
             raise refuse(f"{group}.name", name, f"must be one of {', '.join(variants)}{near}")
         setattr(base, group, variant())
     keys = keys_of(base)
-    tree = OmegaConf.structured(base)
+    tree = _tree(base)
     for path, value in _with_entries(values, keys).items():
         if path not in keys:
             raise _unknown(path, value, keys, base)
@@ -67,6 +68,18 @@ def build(values: Mapping[str, Raw]) -> Config:
         return cast(Config, OmegaConf.to_object(tree))
     except (ValueError, OmegaConfBaseException) as error:  # a __post_init__ speaks in our form already
         raise ConfigError(str(error).split("\n", maxsplit=1)[0]) from None
+
+
+_TREES: dict[tuple[Any, ...], DictConfig] = {}
+"""By the variant of each group: to make one takes longer than all else here."""
+
+
+def _tree(base: Config) -> DictConfig:
+    """The keys of ``base``, whose values are all defaults, as OmegaConf holds them."""
+    chosen = (*(type(getattr(base, group)) for group in VARIANTS), base.task.name)
+    if chosen not in _TREES:
+        _TREES[chosen] = OmegaConf.structured(base)
+    return copy.deepcopy(_TREES[chosen])
 
 
 def _task_from_outside(name: str) -> TaskConfig:

@@ -100,17 +100,28 @@ def keys_of(instance: Any, prefix: str = "") -> dict[str, Key]:
 
 
 def _walk(instance: Any, prefix: str, resumable: Resumable = False) -> Iterator[Key]:
-    owner = type(instance)
-    kinds, lines = typing.get_type_hints(owner), attribute_lines(owner)
-    for field in dataclasses.fields(instance):
-        name, value, path = field.name, getattr(instance, field.name), f"{prefix}{field.name}"
-        may_change: Resumable = resumable or told(owner, name, "resumable") or False
+    owner: Any = type(instance)  # to mypy `type[Any]` is not hashable
+    for key in _fields_of(owner):
+        value, path = getattr(instance, key.path), f"{prefix}{key.path}"
+        may_change = resumable or key.resumable
         if dataclasses.is_dataclass(value):
             yield from _walk(value, f"{path}.", may_change)
         else:
-            limits: str = told(owner, name, "limits") or ""
-            path_kind: PathKind = told(owner, name, "path") or ""
-            yield Key(path, kinds[name], value, lines.get(name, ""), limits, path_kind, may_change)
+            yield Key(path, key.type, value, key.line, key.limits, key.path_kind, may_change)
+
+
+@functools.cache
+def _fields_of(owner: type[Any]) -> tuple[Key, ...]:
+    """What the class says of its fields: keys by their name alone, without a value."""
+    kinds, lines = typing.get_type_hints(owner), attribute_lines(owner)
+    limits, path_kind, resumable = (
+        {field.name: told(owner, field.name, what) for field in dataclasses.fields(owner)}
+        for what in ("limits", "path", "resumable")
+    )
+    return tuple(
+        Key(n, kinds[n], None, lines.get(n, ""), limits[n] or "", path_kind[n] or "", resumable[n] or False)
+        for n in limits
+    )
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -36,6 +36,15 @@ def test_nothing_given_is_the_dataclass_defaults():
     assert compose([]) == Config()
 
 
+def test_what_is_done_to_a_configuration_shows_in_no_other():
+    first = compose(["task=mixture"])
+    first.reward.weights["accuracy"] = 7.0
+    first.task.weights.clear()
+    first.learner.optim.lr = 9.0
+    first.eval.sets["more"] = {"name": "addition"}
+    assert compose(["task=mixture"]) == Config(task=MixtureConfig())
+
+
 def test_values_get_their_declared_type():
     config = compose(["learner.steps=12", "sft.lr=1e-4", "tracking.tensorboard=false", "sft.betas=[0.5, 0.25]"])
     assert config.learner.steps == 12
