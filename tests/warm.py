@@ -4,9 +4,10 @@ torch and transformers take four CPU seconds and sglang seven, which every run a
 again. Here a worker of pytest pays them once. `Popen` and `run` are subprocess's for a command line of launch.py, and
 what they start is a child of the caller, which runs launch.py from its first line. It has its fork server
 (runtime/forkserver.py) beside it from the start, forked too; all else is as in a process of its own. `ServerPopen` is
-subprocess's for what engines/sglang/child.py starts: a server is a child of the caller, too, and runs serve.py from its
-first line; anything else is started as ever. Whoever wants other imports than the worker's, or to see the command from
-nothing, takes subprocess (test_learning's demo, test_serving, tests/process/test_wheel.py); so do the servers of runs.
+subprocess's for what engines/sglang/child.py starts: a server is a child of the caller, too, and runs serve.py, or
+fake_sglang.py, from its first line; anything else is started as ever. Whoever wants other imports than the worker's, or
+to see the command from nothing, takes subprocess (test_learning's demo, test_serving's pipe, test_wheel); so do the
+servers of runs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from offtrail.platform.runtime.host import adopt_orphans, die_with, rename_proce
 
 ALSO = ("offtrail.platform.launcher.jobs", "rich.progress", "matplotlib.pyplot")
 """What launchers import, besides what roles do."""
-SERVE = "offtrail.platform.engines.sglang.serve"
+SERVERS = ("offtrail.platform.engines.sglang.serve", "fake_sglang")
+"""The modules that a server is, the real one and what stands in for it."""
 OF_SERVERS = ("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
 READY = b"ready"
 """What is said when the imports are done."""
@@ -127,17 +129,18 @@ class ServerPopen(Popen):
     kind = "serve"
 
     def _execute_child(self, args: Sequence[str], *rest: Any) -> None:
-        if SERVE in args:
+        if set(SERVERS) & set(args):
             super()._execute_child(args, *rest)
         else:
             subprocess.Popen._execute_child(self, args, *rest)  # type: ignore[attr-defined]
 
 
-def run(command: Sequence[str], timeout: float, **given: Any) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], timeout: float, input: str = "", **given: Any) -> subprocess.CompletedProcess[str]:
     """As subprocess.run(…, capture_output=True, text=True)."""
-    with Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **given) as process:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with Popen(command, text=True, **pipes, **given) as process:
         try:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(input, timeout=timeout)
         except BaseException:
             process.kill()
             raise
@@ -195,11 +198,11 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], stand
 
 
 def serve(arguments: list[str]) -> int:
-    """An SGLang server."""
+    """An SGLang server, or the fake one."""
     os.setpgid(0, 0)
     sys.argv = arguments[arguments.index("-m") + 1 :]
-    runpy.run_module(SERVE, run_name="__main__", alter_sys=True)
-    raise AssertionError(f"{SERVE} ends by sys.exit")
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    return 0
 
 
 def command(arguments: list[str]) -> int:

@@ -122,41 +122,30 @@ SMALL = (
 )
 
 
-def summary(tmp_path: Path) -> dict[str, object]:
-    return dict(json.loads((tmp_path / "runs" / "one" / "summary.json").read_text()))
-
-
-def test_a_reward_component_is_one_module_and_one_line_of_yaml(tree: Tree, tmp_path: Path) -> None:
+def test_a_component_and_a_task_are_a_module_and_a_line_of_yaml_and_a_role_is_a_row_and_its_module(
+    tree: Tree, tmp_path: Path
+) -> None:
+    """All three in one run."""
     tree.add("rewards/components/brief.py", BRIEF)
     tree.add("configs/reward/brief.yaml", "weights: {accuracy: 1.0, brief: 0.2}\n")
     assert tree.touched == ["new rewards/components/brief.py", "new configs/reward/brief.yaml"]
-    done = tree.offtrail(tmp_path, "reward=brief", "reward.settings.brief.longest=0", *SMALL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    [row] = [
-        json.loads(line)
-        for line in (tmp_path / "runs" / "one" / "metrics.jsonl").read_text().splitlines()
-        if '"step": 1,' in line
-    ]
-    assert row["reward/brief"] == 0.0  # its setting reached the worker: no answer has 0 characters
 
-
-def test_a_task_is_one_module_and_one_line_of_yaml(tree: Tree, tmp_path: Path) -> None:
     tree.add("tasks/parity.py", PARITY)
     tree.add("configs/task/parity.yaml", "# Parity: the defaults of ParityConfig.\n")
-    assert tree.touched == ["new tasks/parity.py", "new configs/task/parity.yaml"]
-    done = tree.offtrail(tmp_path, "task=parity", *SMALL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert summary(tmp_path)["status"] == "completed"
+    assert tree.touched[2:] == ["new tasks/parity.py", "new configs/task/parity.yaml"]
 
-
-def test_a_role_is_a_row_of_the_table_and_its_module(tree: Tree, tmp_path: Path) -> None:
     first = 'ROLES = (\n    RoleRow("broker"),'
     tree.edit("platform/runtime/roles.py", first, f'{first} RoleRow("watcher"),')
     tree.edit("platform/runtime/roles.py", '"rl": ("broker", ', '"rl": ("broker", "watcher", ')
     tree.add("platform/watcher/__init__.py", '"""Looks on."""\n')
     tree.add("platform/watcher/role.py", WATCHER)
-    assert len(tree.touched) == 4  # the row, its job, the module in its room
-    done = tree.offtrail(tmp_path, *SMALL)
+    assert len(tree.touched[4:]) == 4  # the row, its job, the module in its room
+
+    done = tree.offtrail(tmp_path, "task=parity", "reward=brief", "reward.settings.brief.longest=0", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "runs" / "one" / "watched.txt").read_text() == "1"
-    assert summary(tmp_path)["groups/lost"] == 0
+    run_dir = tmp_path / "runs" / "one"
+    [row] = [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"step": 1,' in line]
+    assert json.loads(row)["reward/brief"] == 0.0  # its setting reached the worker: no answer has 0 characters
+    assert (run_dir / "watched.txt").read_text() == "1"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["groups/lost"]) == ("completed", 0)

@@ -30,6 +30,7 @@ def run(*arguments: str, **environment: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.prove
 def test_parts_with_a_server_of_their_own(tmp_path: Path) -> None:
     """And one that fails is told, while the others go on."""
     status, found = run(

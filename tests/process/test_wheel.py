@@ -62,6 +62,7 @@ def test_the_command_composes_in_an_empty_folder(installed: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.prove
 def test_the_command_trains_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     done = offtrail(installed, tmp_path, "run.name=first", *SMALL.split())
     assert done.returncode == 0, done.stdout + done.stderr

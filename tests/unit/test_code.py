@@ -258,7 +258,8 @@ def test_sides_prompts_and_order(tmp_path: Path):
     assert len(held_out) == 20
     trained = [task.train(i) for i in range(170)]
     assert not held_out & {problem.prompt for problem in trained}
-    assert trained == [make_task(config, 3).train(i) for i in range(170)]
+    again = make_task(config, 3)
+    assert trained == [again.train(i) for i in reversed(range(170))][::-1]
     assert "assert back([1, 2]) == [2, 1]" in trained[0].prompt
     assert "```python block inside <answer>" in trained[0].prompt
     json.dumps(dict(trained[0].meta))
