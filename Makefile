@@ -3,9 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two busy processes on two cores want one thread each; the launcher sets its roles' own.
 export OMP_NUM_THREADS ?= 1
-# Tests on two cores, three at a time, for they wait for processes a quarter of their time; tests/conftest.py says how
-# they are handed out.
-WORKERS ?= 3
+# Tests on two cores, four at a time, for they wait for processes; tests/conftest.py says how they are handed out.
+WORKERS ?= 4
 PYTEST := $(BIN)/pytest -n $(WORKERS)
 
 .PHONY: demo test lint prove bench real real-model oracles sglang-cpu clean
@@ -21,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Long learning runs and long series of kills.
+# What takes long: learning runs, series of kills, more combinations (CONTRIBUTING.md).
 prove: .venv/installed .venv/sglang-installed
 	$(PYTEST) -m prove --timeout 3600 --durations 0
 

@@ -47,15 +47,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Hand out files, in their order: slow tests come first. Runs of the real command share nothing, and go one by one,
-    but for those that look at one run (xdist's own `loadgroup` is deaf under pytest 9.2).
+    """Hand out files, in their order: slow tests come first. Runs of the real command go one by one: what they share is
+    made once for all workers (xdist's own `loadgroup` is deaf under pytest 9.2).
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return nodeid if "/run/" in file and not file.endswith("test_sft.py") else file
+            return nodeid if "/run/" in file else file
 
     config.option.loadscopereorder = False
     return Files(config, log)

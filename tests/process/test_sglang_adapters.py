@@ -139,7 +139,6 @@ def only(engine: SglangEngine, version: int) -> None:
         assert time.monotonic() < limit, loaded(engine)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ends", [ALL, ("q_proj",), ("v_proj", "up_proj"), ("o_proj", "gate_proj")])
 def test_a_loaded_adapter_says_what_the_merged_weights_say(
     engine: SglangEngine, weights: tuple[Weights, Weights], channel: tuple[Publisher, Subscriber], ends: Sequence[str]
@@ -167,7 +166,6 @@ def test_a_loaded_adapter_says_what_the_merged_weights_say(
     assert np.abs(scored - expected).max() < CLOSE
 
 
-@pytest.mark.timeout(600)
 def test_version_0_is_the_start_model_and_one_can_go_back_to_it(
     engine: SglangEngine, weights: tuple[Weights, Weights], channel: tuple[Publisher, Subscriber]
 ) -> None:
@@ -181,7 +179,6 @@ def test_version_0_is_the_start_model_and_one_can_go_back_to_it(
     load(engine, channel, 101, tensors)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kept", ["recompute", "keep"])
 def test_a_version_comes_while_samples_run_and_the_one_before_goes_with_the_last_of_its_own(
     engine: SglangEngine, weights: tuple[Weights, Weights], channel: tuple[Publisher, Subscriber], kept: str,
@@ -214,7 +211,6 @@ def test_a_version_comes_while_samples_run_and_the_one_before_goes_with_the_last
     only(engine, second)
 
 
-@pytest.mark.timeout(600)
 def test_aborted_and_cancelled_samples_hold_no_adapter(
     engine: SglangEngine, weights: tuple[Weights, Weights], channel: tuple[Publisher, Subscriber]
 ) -> None:

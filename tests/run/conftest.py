@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,23 @@ class Finished:
     def rows(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
 
+
+PATIENCE_S = 240.0
+"""The longest wait for anything: a loaded machine is no failure."""
+TRAINED = (
+    "trained", "learner.steps=2", "sampling.max_new_tokens=40",
+    "eval.sets={sums: {name: addition, prompts: 6, samples: 2}, long: {name: chain, min_operations: 6}}",
+)  # fmt: skip
+"""A shared run and its settings, for whoever asks a checkpoint."""
+
+EXACT = ("staleness.mode=exact", "learner.steps=8")
+UNDISTURBED = (
+    "exact", *EXACT, "learner.checkpoint_every=2", "eval.every=2",
+    "eval.sets={sums: {name: addition, prompts: 8, samples: 2}}",
+)  # fmt: skip
+"""A shared run in exact mode and its settings: a run with EXACT that is disturbed makes the same versions, whenever it
+takes checkpoints and scores them.
+"""
 
 Command = Callable[..., list[str]]
 Launch = Callable[..., Finished]
@@ -74,7 +91,7 @@ def command_in(folder: Path) -> Command:
         small = [
             "sft.steps=150", "batch.groups=4", "batch.group_size=4", "learner.steps=4", "learner.checkpoint_every=3",
             "eval.prompts=16", "eval.every=0", "broker.deadline_seconds=60", "broker.lease_heartbeats=10",
-            "eval.nice=0",
+            "eval.nice=0", "tracking.tensorboard=false",
         ]  # fmt: skip
         given = {override.split("=")[0] for override in overrides}
         kept = [override for override in small if override.split("=")[0] not in given]
@@ -108,6 +125,22 @@ def launch(environment: dict[str, str], tmp_path: Path) -> Launch:
 
 
 @pytest.fixture(scope="session")
-def launch_in(environment: dict[str, str]) -> Callable[[Path], Launch]:
-    """The same for a run that several tests look at, by its folder."""
-    return partial(launcher, environment)
+def shared(environment: dict[str, str]) -> Launch:
+    """Called with a name of its own and its settings: a run to its end that nothing disturbs, made by the first of all
+    workers that asks for it. Whoever wants to change its folder copies it.
+    """
+    folder = Path(environment["OFFTRAIL_CACHE"]).with_name("shared")
+    folder.mkdir(exist_ok=True)
+
+    def run(name: str, *overrides: str, seconds: float = 280) -> Finished:
+        told = folder / f"{name}.json"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not told.exists():
+                made = launcher(environment, folder)(name, *overrides, seconds=seconds)
+                told.write_text(json.dumps([made.code, made.output, overrides]))
+        code, output, settings = json.loads(told.read_text())
+        assert (code, settings) == (0, list(overrides)), output
+        return Finished(code, output, folder / name)
+
+    return run

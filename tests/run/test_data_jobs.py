@@ -16,13 +16,13 @@ import warm
 
 from fake_sglang import FakeServer
 
+from .conftest import PATIENCE_S, TRAINED
 
-@pytest.fixture(scope="module")
-def trained(launch_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+@pytest.fixture
+def trained(shared: Any) -> Path:
     """A small run of the default task."""
-    run = launch_in(tmp_path_factory.mktemp("trained"))("trained", "learner.steps=1")
-    assert run.code == 0, run.output
-    return Path(run.run_dir)
+    return Path(shared(*TRAINED).run_dir)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def test_a_sampling_that_is_killed_goes_on_and_makes_the_same_data(
     assert min(len(row["prompt_tokens"]) - len(row["prompt"]) for row in rows) > 40  # … and what was asked is longer
 
     process = warm.Popen(line("cut"), env=environment, cwd=tmp_path)
-    limit = time.monotonic() + 240
+    limit = time.monotonic() + PATIENCE_S
     while not list((tmp_path / "cut" / "answers").glob("*.parquet")):
         assert process.poll() is None
         assert time.monotonic() < limit
@@ -157,13 +157,13 @@ def test_a_signal_is_heard_within_a_part(
 ) -> None:
     keys = ("job=sample", f"checkpoint={trained}", "sample.prompts=64", "sample.samples=512")
     process = warm.Popen(command("stopped", *keys), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
-    limit = time.monotonic() + 240
+    limit = time.monotonic() + PATIENCE_S
     while not (tmp_path / "stopped" / "begun_with.json").exists():
         assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130
+    assert process.wait(PATIENCE_S) == 130
     told = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert told["reason"] == f"stopped by signal {signal.SIGINT}; run.resume=true goes on"
     assert not list((tmp_path / "stopped" / "answers").glob("*.parquet"))

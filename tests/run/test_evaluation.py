@@ -18,19 +18,15 @@ import warm
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
 
-from .conftest import ROOT
+from .conftest import ROOT, TRAINED
 
 SETS = "eval.sets={chain: {}, sums: {name: addition}}"
 
 
-@pytest.fixture(scope="module")
-def trained(launch_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def trained(shared: Any) -> Path:
     """A small run of the default task, whose answers may be 40 tokens long, with two held-out sets beside its own."""
-    sets = "eval.sets={sums: {name: addition, prompts: 6, samples: 2}, long: {name: chain, min_operations: 6}}"
-    keys = ("learner.steps=2", "sampling.max_new_tokens=40", sets)
-    run = launch_in(tmp_path_factory.mktemp("trained"))("trained", *keys)
-    assert run.code == 0, run.output
-    return Path(run.run_dir)
+    return Path(shared(*TRAINED).run_dir)
 
 
 def asked(folder: Path, name: str) -> dict[str, Any]:

@@ -23,12 +23,11 @@ import pytest
 
 from leftovers import alive
 
-from .conftest import ROOT
+from .conftest import PATIENCE_S, ROOT
 from .test_invariants import ROLE_NAMES, checksums, pid_of
 
 B = 4
 BLOWS = ("one", "one", "several", "all", "launcher")
-PATIENCE_S = 120.0
 MORE = 40
 """Learner steps that a launch may take; if it ends before a blow, the next goes on."""
 
@@ -223,7 +222,7 @@ def show_that_it_loses_nothing(light: Any, tmp_path: Path, mode: str, kills: int
 
 @pytest.mark.parametrize("mode", ["bound", "exact"])
 def test_kills_lose_nothing_and_train_nothing_twice(mode: str, light: Any, tmp_path: Path) -> None:
-    show_that_it_loses_nothing(light, tmp_path, mode, kills=6)
+    show_that_it_loses_nothing(light, tmp_path, mode, kills=4)
 
 
 @pytest.mark.prove

@@ -5,7 +5,6 @@ they merged weights or the adapters alone.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,10 @@ LORA = (
 ALONE = "learner.lora.publish=adapter"
 
 
-@pytest.fixture(scope="module")
-def whole(launch_in: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture
+def whole(shared: Any) -> Any:
     """A run that nothing disturbs, of merged weights."""
-    done = launch_in(tmp_path_factory.mktemp("lora"))("whole", *LORA)
-    assert done.code == 0, done.output
-    return done
+    return shared("lora", *LORA)
 
 
 def killed(command: Any, launch: Any, environment: dict[str, str], folder: Path, *keys: str) -> Any:
@@ -50,7 +47,6 @@ def probes(run: Any) -> list[float]:
     return [row["mismatch/probe_abs_dlogp_max"] for row in run.rows if "mismatch/probe_abs_dlogp_max" in row]
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_run_goes_on_with_the_same_versions_and_its_checkpoint_is_what_was_published(
     whole: Any, launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -72,7 +68,6 @@ def test_a_killed_run_goes_on_with_the_same_versions_and_its_checkpoint_is_what_
     assert all(".lora_" in name for name in moments if name != "torch_random_state")
 
 
-@pytest.mark.timeout(600)
 def test_adapters_alone_come_to_the_same_bits_as_merged_weights_also_after_a_kill(
     whole: Any, launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -101,7 +96,8 @@ def test_adapters_learn_the_demo_from_stale_data(launch: Any) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kept", ["recompute", pytest.param("keep", marks=pytest.mark.prove)])
+@pytest.mark.prove
+@pytest.mark.parametrize("kept", ["recompute", "keep"])
 def test_a_server_takes_a_version_of_adapters_while_it_samples(launch: Any, kept: str) -> None:
     run = launch(
         "named", "engine=sglang", "eval.engine=local", "learner.lora.rank=8", ALONE, f"engine.kv_on_update={kept}",

@@ -11,6 +11,8 @@ from typing import Any
 
 import warm
 
+from .conftest import PATIENCE_S
+
 
 def ticks(pid: int) -> Counter[int]:
     """CPU time of a process by the niceness of its threads, as the kernel shows both."""
@@ -25,12 +27,12 @@ def ticks(pid: int) -> Counter[int]:
 def test_the_evaluator_is_nice_while_the_run_trains_and_no_longer(
     command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    keys = ("eval.nice=11", "eval.every=1", "learner.steps=3", "eval.prompts=512", "eval.samples=4")
+    keys = ("eval.nice=11", "eval.every=1", "learner.steps=3", "eval.prompts=512", "eval.samples=2")
     process = warm.Popen(command("nice", *keys), env=environment, cwd=tmp_path)
     log, rows = tmp_path / "nice" / "logs" / "evaluator-0.log", tmp_path / "nice" / "metrics.jsonl"
 
     def wait_until(condition: Any) -> None:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + PATIENCE_S
         while not condition():
             assert process.poll() is None
             assert time.monotonic() < limit
@@ -45,7 +47,7 @@ def test_the_evaluator_is_nice_while_the_run_trains_and_no_longer(
     before = ticks(pid)
     wait_until(lambda: ticks(pid)[own] > before[own] + 20)
     assert ticks(pid)[own + 11] <= before[own + 11]  # a thread that has ended takes its ticks with it
-    assert process.wait(240) == 0
+    assert process.wait(PATIENCE_S) == 0
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["step"] for row in found if "eval/accuracy" in row] == [0, 1, 2, 3]
     assert json.loads((tmp_path / "nice" / "summary.json").read_text())["restarts"] == {}

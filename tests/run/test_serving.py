@@ -15,6 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import warm
 from transformers import AutoTokenizer
 
 from leftovers import alive
@@ -36,6 +38,8 @@ from offtrail.platform.model.policy import load_model
 from offtrail.platform.runtime.attempt import shared_files
 from offtrail.platform.runtime.context import own_name
 
+from .conftest import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}q{% endif %}"
 """After a q the start model says some more of them, and then z, which ends an answer of `chat_model`."""
@@ -44,9 +48,14 @@ POSITIONS = 256
 Greedy = Callable[..., str]
 
 
-def chat(lines: str, *overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def chat(
+    lines: str, *overrides: str, cwd: Path, run: Callable[..., subprocess.CompletedProcess[str]] = warm.run
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launch.py"), "job=chat", *overrides]
-    return subprocess.run(command, input=lines, capture_output=True, text=True, timeout=280, cwd=cwd)
+    return run(command, input=lines, timeout=280, cwd=cwd)
+
+
+from_nothing = partial(subprocess.run, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +89,8 @@ def greedy(start_dir: Path) -> Greedy:
 
 
 def test_lines_of_a_pipe_are_prompts_by_themselves(start_dir: Path, greedy: Greedy, tmp_path: Path) -> None:
-    done = chat(
-        "1+1\n\nHELLO\n1+1\n7;+5;%10=?\n/quit\n1+1\n", f"checkpoint={start_dir}", "serve.temperature=0", cwd=tmp_path
-    )
+    lines = "1+1\n\nHELLO\n1+1\n7;+5;%10=?\n/quit\n1+1\n"
+    done = chat(lines, f"checkpoint={start_dir}", "serve.temperature=0", cwd=tmp_path, run=from_nothing)
     assert done.returncode == 0, done.stderr
     unreadable = "the tokenizer does not know all of 'HELLO'"
     same, other = greedy("1+1"), greedy("7;+5;%10=?")
@@ -122,6 +130,7 @@ def test_a_chat_format_makes_a_conversation(chat_model: Path, greedy: Greedy, tm
     assert done.stdout == f"{one}\n{two}\n{one}\n{full}\n"
 
 
+@pytest.mark.prove
 def test_a_server_gives_the_same_answers_as_the_embedded_engine(
     chat_model: Path, greedy: Greedy, tmp_path: Path
 ) -> None:
@@ -171,7 +180,7 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
             assert post(curl[1], "wrong", ask)[0] == 401
             family = psutil.Process(served.pid).children(recursive=True)
             served.send_signal(signal.SIGINT)
-            assert served.wait(60) == 130
+            assert served.wait(PATIENCE_S) == 130
         finally:
             served.kill()
     assert len(family) >= 3
@@ -198,7 +207,7 @@ def test_nothing_of_a_served_model_outlives_a_killed_launcher(start_dir: Path, t
         assert list(Path(tempfile.gettempdir()).glob(f"{temporary}/sglang_loads_*"))
         assert not shared_files(family)
         served.kill()
-    psutil.wait_procs(family, timeout=60)
+    psutil.wait_procs(family, timeout=PATIENCE_S)
     assert not any(alive(process) for process in family)
     assert not list(Path(tempfile.gettempdir()).glob(temporary))
 
@@ -219,9 +228,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_loads(start_dir: Path, tm
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "launch.py"), "job=serve", f"checkpoint={start_dir}", f"serve.port={port}"],
-            capture_output=True, text=True, timeout=120, cwd=tmp_path,
-        )  # fmt: skip
+        line = [sys.executable, str(ROOT / "launch.py"), "job=serve", f"checkpoint={start_dir}", f"serve.port={port}"]
+        done = warm.run(line, 120, cwd=tmp_path)
     assert done.returncode == 1
     assert f"can have no port {port} at 127.0.0.1 (Address already in use)" in done.stderr

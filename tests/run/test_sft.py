@@ -15,6 +15,8 @@ import pytest
 import warm
 from safetensors.torch import load_file
 
+from .conftest import PATIENCE_S
+
 SMALL = (
     "job=sft", "sft.steps=24", "sft.warmup_steps=4", "sft.lr=1e-3", "sft.batch_size=8", "learner.checkpoint_every=8",
     "model.hidden_size=32", "model.layers=2", "model.mlp_size=48", "tracking.tensorboard=false",
@@ -36,12 +38,10 @@ def charged(run_dir: Path, name: str) -> float:
         )
 
 
-@pytest.fixture(scope="module")
-def whole(launch_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One rank to the end; nothing changes it."""
-    run = launch_in(tmp_path_factory.mktemp("sft"))("whole", *SMALL)
-    assert run.code == 0, run.output
-    return run
+@pytest.fixture
+def whole(shared: Any) -> Any:
+    """One rank to the end."""
+    return shared("sft", *SMALL)
 
 
 def test_a_run_has_a_row_for_every_update_its_flops_and_a_checkpoint(whole: Any) -> None:
@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     process = warm.Popen(
         command("killed", *SMALL), env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + PATIENCE_S
     while not (run_dir / "checkpoints" / "step_8").is_dir():
         assert time.monotonic() < limit
         assert process.poll() is None

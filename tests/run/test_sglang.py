@@ -54,7 +54,6 @@ def test_the_demo_learns_with_an_sglang_server(environment: dict[str, str], tmp_
     assert servers_of(run_dir) == []
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("steps", [12, pytest.param(50, marks=pytest.mark.prove)])
 def test_two_ranks_push_to_two_servers_of_which_one_is_killed(
     steps: int, command: Any, environment: dict[str, str], tmp_path: Path
