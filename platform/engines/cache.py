@@ -85,7 +85,7 @@ class KVCache:
                 ) from error
             new[:, : self.slots, :, : self.columns] = old[:, :slots, :, :columns]
             self.layers[i] = new
-            self._rows[i] = []  # views that would keep the old one
+            self._rows[i] = self._empty  # not a view that would keep the old one
             del old
         self.slots, self.columns = slots, columns
         self._index()
@@ -99,9 +99,10 @@ class KVCache:
         return slots, max(columns, min(most_columns, room))
 
     def _index(self) -> None:
-        self._rows = [[side.flatten(0, 2) for side in layer] for layer in self.layers]
-        self._first_row = np.arange(self.slots * self._kv_heads).reshape(self.slots, self._kv_heads) * self.columns
-        self._column = torch.arange(self.columns, device=self._device, dtype=torch.int32)
+        self._rows = [layer.flatten(0, 3) for layer in self.layers]
+        first = np.arange(2 * self.slots * self._kv_heads).reshape(2, self.slots, self._kv_heads) * self.columns
+        self._first_row = np.concatenate(first, axis=1)
+        self._column = torch.arange(self.columns, device=self._device, dtype=torch.float32)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keys and values [m, K, T, D] into the first T columns of ``slots`` [m]."""
@@ -142,28 +143,29 @@ class KVCache:
         return DecodePlan(self, n, span, self.rows(np.arange(n), positions), bias)
 
     def rows(self, slots: Int64, columns: Int64) -> Tensor:
-        """Where a token's keys (or values) stand among all rows [D] of a layer: [N, K] for N (slot, column) pairs."""
+        """Where a token's keys and values stand among all rows [D] of a layer: [N, 2K] for N (slot, column) pairs."""
         self._check(int(slots.max()) + 1, int(columns.max()) + 1)
         return self.to_device(self._first_row[slots] + columns[:, None])
 
     def bias(self, positions: Int64, span: int) -> Tensor:
-        """What is added to the attention weights [N, span] of tokens at ``positions``: −inf on the columns after."""
-        last = self.to_device(positions.astype(np.int32))
-        bias = torch.zeros((len(positions), span), dtype=self._dtype, device=self._device)
-        return bias.masked_fill_(self._column[:span] > last[:, None], -torch.inf)
+        """What is added to the attention weights [N, span] of tokens at ``positions``: on the columns after, what no
+        weight makes up for, −3·10³⁸ or −inf.
+        """
+        last = self.to_device(positions.astype(np.float32))
+        behind = (last[:, None] - self._column[:span]).clamp_(max=0)
+        return behind.mul_(torch.finfo(self._dtype).max).to(self._dtype)
 
-    def put(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keys and values [N, K, D] into ``rows`` [N, K]."""
-        self._rows[layer][0].index_put_((rows,), keys)
-        self._rows[layer][1].index_put_((rows,), values)
+    def put(self, layer: int, rows: Tensor, kv: Tensor) -> None:
+        """Keys and then values [N, 2K, D] into ``rows`` [N, 2K]."""
+        self._rows[layer].index_put_((rows,), kv)
 
     def to_device(self, array: npt.NDArray[Any]) -> Tensor:
         """The array as a tensor beside the cache; on a CPU it shares the array's memory."""
         return torch.from_numpy(array).to(self._device)
 
-    def append_and_attend(self, plan: DecodePlan, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store one token's keys and values [n, K, D] a slot, and attend with q [n, H, D] → [n, H·D]."""
-        self.put(layer, plan.rows, k, v)
+    def append_and_attend(self, plan: DecodePlan, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """Store one token's keys and values [n, 2K, D] a slot, and attend with q [n, H, D] → [n, H·D]."""
+        self.put(layer, plan.rows, kv)
         n, span, K = plan.running, plan.span, self._kv_heads
         keys, values = self.layers[layer][:, :n, :, :span]
         queries = q.reshape(n * K, -1, q.shape[2])  # the R query heads of one key/value head as R queries
@@ -193,9 +195,9 @@ class DecodePlan:
     def __init__(self, cache: KVCache, running: int, span: int, rows: Tensor, bias: Tensor) -> None:
         self.cache, self.running, self.span, self.rows, self.bias = cache, running, span, rows, bias
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """``decoder.Attend``: [n, H·D] for the n running samples."""
-        return self.cache.append_and_attend(self, layer, q, k, v)
+        return self.cache.append_and_attend(self, layer, q, kv)
 
 
 class Sequences:
@@ -219,9 +221,9 @@ class Sequences:
         """[m·T, heads, D] → [m, heads, T, D]."""
         return x.view(self.count, self.width, *x.shape[1:]).transpose(1, 2)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """``decoder.Attend``: [m·T, H·D]."""
-        q, k, v = self.split(q), self.split(k), self.split(v)
+        q, (k, v) = self.split(q), self.split(kv).chunk(2, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2).reshape(self.count * self.width, -1)
 
@@ -239,11 +241,11 @@ class Prefill(Sequences):
         self._source = cache.to_device(np.repeat(np.arange(len(slots)), [len(rows) for rows in slots]))
         self._target = cache.to_device(np.concatenate(slots))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """``decoder.Attend``: [m·T, H·D], and [0, H·D] in the last layer."""
-        keys, values = self.split(k).index_select(0, self._source), self.split(v).index_select(0, self._source)
+        keys, values = self.split(kv).index_select(0, self._source).chunk(2, dim=1)
         self._cache.write(layer, self._target, keys, values)
-        return q[:0].flatten(1) if layer == self._layers - 1 else super().__call__(layer, q, k, v)
+        return q[:0].flatten(1) if layer == self._layers - 1 else super().__call__(layer, q, kv)
 
 
 class Continuation(Sequences):
@@ -262,9 +264,9 @@ class Continuation(Sequences):
         self._rows = cache.rows(np.repeat(slots, self.width), self.positions)
         self._bias = cache.bias(self.positions, self._span).view(self.count, 1, self.width, self._span)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         """``decoder.Attend``: [m·T, H·D], and [0, H·D] in the last layer."""
-        self._cache.put(layer, self._rows, k, v)
+        self._cache.put(layer, self._rows, kv)
         if layer == len(self._cache.layers) - 1:
             return q[:0].flatten(1)
         span = self._cache.layers[layer][:, :, :, : self._span]
@@ -279,8 +281,8 @@ def joined(first: Prefill | Continuation, decode: DecodePlan) -> Attend:
     """
     rows = len(first.tokens)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ahead = first(layer, q[:rows], k[:rows], v[:rows])
-        return torch.cat((ahead, decode(layer, q[rows:], k[rows:], v[rows:])))
+    def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        ahead = first(layer, q[:rows], kv[:rows])
+        return torch.cat((ahead, decode(layer, q[rows:], kv[rows:])))
 
     return attend

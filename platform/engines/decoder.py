@@ -3,7 +3,8 @@
 Invariant: on the same weights the log-probabilities equal those of transformers' modules to float32 rounding.
 How it differs from them, and why that changes nothing: q, k, v are one matrix and so are gate and up; the rows of q and
 k (and the q/k norms) are stored with each rotary pair side by side, so that a rotation is one complex product, and
-since q and k are permuted alike their inner products stay.
+since q and k are permuted alike their inner products stay. Rotated keys stand before their values, so that one write
+takes both to the cache.
 
 Legend of shapes: N tokens (of a decode step, or of a padded batch laid flat), C hidden size, H query heads, K key/value
 heads, D head size, V vocabulary.
@@ -85,8 +86,8 @@ class _Layer:
     down_bias: Tensor | None
 
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [N, H, D], k [N, K, D], v [N, K, D]) → [n, H·D] for the last n ≤ N tokens, the only ones that go on."""
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, q [N, H, D], keys and values [N, 2K, D]) → [n, H·D] for the last n ≤ N tokens, the only ones that go on."""
 
 
 class Decoder:
@@ -97,6 +98,8 @@ class Decoder:
         C, D, M = spec.hidden_size, spec.head_size, spec.mlp_size
         self._qk = (spec.heads + spec.kv_heads) * D
         self._qkv = self._qk + spec.kv_heads * D
+        self._eps = torch.tensor(spec.norm_eps, device=device)
+        self._plain_norm = device.type == "cpu" and dtype == torch.float32
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -170,28 +173,43 @@ class Decoder:
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [n, C] before the last norm, of ``tokens`` [N] at ``positions`` [N]; n is ``attend``'s."""
         spec = self.spec
-        shape = (len(tokens), spec.heads + spec.kv_heads, spec.head_size)
+        N, D = len(tokens), spec.head_size
         x = F.embedding(tokens, self.embed)
-        rotation = torch.view_as_complex(self._rotary.index_select(0, positions).view(shape[0], 1, -1, 2))
+        rotation = torch.view_as_complex(self._rotary.index_select(0, positions).view(N, 1, -1, 2))
         for i, layer in enumerate(self.layers):
-            h = F.rms_norm(x, x.shape[1:], layer.norm_1, spec.norm_eps)
-            qkv = F.linear(h, layer.qkv, layer.qkv_bias)
-            qk = qkv[:, : self._qk].view(shape)
-            if layer.qk_norm is not None:
-                qk = F.rms_norm(qk, shape[2:], None, spec.norm_eps).mul_(layer.qk_norm)
-            pairs = torch.view_as_complex(qk.float().view(*shape[:2], -1, 2))
-            qk = torch.view_as_real(pairs * rotation).flatten(2).to(self.dtype)
-            v = qkv[:, self._qk :].view(shape[0], spec.kv_heads, spec.head_size)
-            attended = attend(i, qk[:, : spec.heads], qk[:, spec.heads :], v)
+            h = self._norm(x, layer.norm_1)
+            qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(N, -1, D)
+            qk = qkv[:, : -spec.kv_heads]
+            normed = qk if layer.qk_norm is None else self._norm(qk, layer.qk_norm)
+            self._rotate(normed, rotation, qk)
+            attended = attend(i, qkv[:, : spec.heads], qkv[:, spec.heads :])
             x = _add_linear(x[len(x) - len(attended) :], attended, layer.o, layer.o_bias)
-            h = F.rms_norm(x, x.shape[1:], layer.norm_2, spec.norm_eps)
+            h = self._norm(x, layer.norm_2)
             gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=1)
             x = _add_linear(x, F.silu(gate).mul_(up), layer.down, layer.down_bias)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, C] → [N, V] float32."""
-        return F.linear(F.rms_norm(hidden, hidden.shape[1:], self.norm, self.spec.norm_eps), self.head).float()
+        return F.linear(self._norm(hidden, self.norm), self.head).float()
+
+    def _rotate(self, x: Tensor, rotation: Tensor, out: Tensor) -> None:
+        """Rotate each pair of x [N, heads, D] into ``out``."""
+        paired = (*x.shape[:2], -1, 2)
+        pairs = torch.view_as_complex(x.float().view(paired))
+        if self.dtype == torch.float32:
+            torch.mul(pairs, rotation, out=torch.view_as_complex(out.view(paired)))
+        else:
+            out.copy_(torch.view_as_real(pairs * rotation).flatten(2))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm (arXiv:1910.07467, eq. 4) over the last dimension, times ``weight``: x's shape but for the first."""
+        if not self._plain_norm:
+            shared = weight if weight.dim() == 1 else None
+            normed = F.rms_norm(x, x.shape[-1:], shared, self.spec.norm_eps)
+            return normed if shared is not None else normed.mul_(weight)
+        mean = torch.add(self._eps, (x * x).sum(-1, keepdim=True), alpha=1 / x.shape[-1])
+        return (x * mean.rsqrt_()).mul_(weight)
 
 
 def _add_linear(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

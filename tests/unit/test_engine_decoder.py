@@ -22,6 +22,8 @@ from transformers import (
 from offtrail.core.protocols import Request
 from offtrail.core.types import Sampling
 from offtrail.platform.config.schema import LocalConfig
+from offtrail.platform.engines.cache import KVCache
+from offtrail.platform.engines.decoder import Decoder
 from offtrail.platform.engines.local import LocalEngine
 from offtrail.platform.engines.spec import read_spec
 
@@ -106,6 +108,51 @@ def test_bfloat16_stays_near_float32(tmp_path):
         full = reference(model.to(torch.float32), prompt, completion.tokens)
         model.to(torch.bfloat16)
         assert np.abs(ours - full).mean() < 2 * np.abs(theirs - full).mean() + 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_a_row_is_normed_as_torch_does_it_whatever_stands_beside_it(name: str, dtype: torch.dtype, tmp_path: Path):
+    make(name, tmp_path)
+    decoder = Decoder(read_spec(tmp_path), 64, dtype, torch.device("cpu"))
+    x, weight = torch.randn(37, 48).to(dtype), torch.rand(48).to(dtype)
+    normed = decoder._norm(x, weight)
+    wanted = torch.nn.functional.rms_norm(x, (48,), weight, decoder.spec.norm_eps)
+    torch.testing.assert_close(normed, wanted, atol=0, rtol=2**-21 if dtype == torch.float32 else 0)
+    assert all(
+        torch.equal(decoder._norm(row, weight), one) for row, one in zip(x.split(1), normed.split(1), strict=True)
+    )
+    heads = torch.rand(6, 8).to(dtype)  # one weight a head
+    apart = torch.stack([decoder._norm(x[:, 8 * i : 8 * i + 8], heads[i]) for i in range(6)], 1)
+    together = decoder._norm(x.view(37, 6, 8), heads)
+    torch.testing.assert_close(together, apart, atol=0, rtol=2**-21 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_weight_is_left_on_the_columns_after_a_token(dtype: torch.dtype, tmp_path: Path):
+    make("llama", tmp_path)
+    cache = KVCache(read_spec(tmp_path), 4, 4096, 64, dtype, torch.device("cpu"))
+    cache.reserve(4, 4096)
+    positions = np.array([0, 300, 301, 4095])
+    bias = cache.bias(positions, 4096)
+    weights = torch.softmax(bias + 50 * torch.randn(4, 4096).to(dtype), -1)
+    for row, last in zip(weights, positions, strict=True):
+        assert not row[last + 1 :].any()
+        assert row.sum().item() == pytest.approx(1, abs=1e-2)
+    assert not any(row[: last + 1].any() for row, last in zip(bias, positions, strict=True))
+
+
+def test_keys_and_values_stand_where_attention_reads_them(tmp_path: Path):
+    make("qwen3", tmp_path)
+    cache = KVCache(read_spec(tmp_path), 4, 64, 64, torch.float32, torch.device("cpu"))
+    cache.reserve(4, 64)
+    slots, columns = np.array([2, 0, 2]), np.array([5, 63, 0])
+    kv = torch.randn(3, 4, 16)
+    cache.put(1, cache.rows(slots, columns), kv)
+    for slot, column, one in zip(slots, columns, kv, strict=True):
+        assert torch.equal(cache.layers[1][:, slot, :, column].flatten(0, 1), one)
+    assert cache.layers[1].count_nonzero() == kv.numel()
+    assert not cache.layers[0].any()
 
 
 def test_shards_are_read_through_their_index(tmp_path):
