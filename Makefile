@@ -61,11 +61,12 @@ oracles: .venv-oracles/installed
 	$(BIN)/pip install -q --no-deps -r requirements/sglang-cpu.txt
 	touch $@
 
-# verl and areal ask for other versions of torch and half a cluster, lm-eval for data sets: what is imported, no more.
+# verl and areal ask for other versions of torch and half a cluster, lm-eval for data sets, hydra for an older omegaconf,
+# without which pip takes a hydra of 2019: what is imported, no more.
 .venv-oracles/installed: tests/oracles/requirements.txt constraints.txt
 	test -x .venv-oracles/bin/python || $(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/pip install -q -c constraints.txt torch
-	.venv-oracles/bin/pip install -q --no-deps verl==0.9.1 areal==1.0.4 lm-eval==0.4.13
+	.venv-oracles/bin/pip install -q --no-deps verl==0.9.1 areal==1.0.4 lm-eval==0.4.13 hydra-core==1.3.8 antlr4-python3-runtime==4.9.3
 	.venv-oracles/bin/pip install -q -c constraints.txt -r tests/oracles/requirements.txt
 	touch $@
 
