@@ -96,8 +96,7 @@ class Decoder:
     def __init__(self, spec: Spec, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
         C, D, M = spec.hidden_size, spec.head_size, spec.mlp_size
-        self._qk = (spec.heads + spec.kv_heads) * D
-        self._qkv = self._qk + spec.kv_heads * D
+        qkv = (spec.heads + 2 * spec.kv_heads) * D
         self._eps = torch.tensor(spec.norm_eps, device=device)
         self._plain_norm = device.type == "cpu" and dtype == torch.float32
 
@@ -111,8 +110,8 @@ class Decoder:
             _Layer(
                 norm_1=empty(C),
                 norm_2=empty(C),
-                qkv=empty(self._qkv, C),
-                qkv_bias=empty(self._qkv) if spec.qkv_bias else None,
+                qkv=empty(qkv, C),
+                qkv_bias=empty(qkv) if spec.qkv_bias else None,
                 qk_norm=empty(spec.heads + spec.kv_heads, D) if spec.qk_norm else None,
                 o=empty(C, spec.heads * D),
                 o_bias=empty(C) if spec.o_bias else None,
