@@ -1,4 +1,5 @@
-"""Losses of learned rewards: preferences between answers (a reward model) and labels of steps (a process reward model).
+"""Losses of learned rewards: preferences between answers or labels of them (a reward model), and labels of steps (a
+process reward model).
 
 Invariant: everything is a sum over pairs or steps, with weights of the whole update, so micro-batches and ranks add up.
 """
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 PAIR_SUMS = ("pairs", "loss", "right", "margin")
-STEP_SUMS = ("steps", "loss", "right", "good")
+LABEL_SUMS = ("labels", "loss", "right", "good")
 
 
 @dataclass(slots=True)
@@ -76,7 +77,7 @@ def preference_loss(values: Tensor, scores: Tensor, group_of: Tensor, weights: T
 
 @dataclass(slots=True)
 class StepMetrics:
-    """``sums`` [len(STEP_SUMS)] float64, detached, on the loss's device."""
+    """``sums`` [len(LABEL_SUMS)] float64, detached, on the loss's device."""
 
     sums: Tensor
 
@@ -105,8 +106,49 @@ def step_loss(values: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, 
         weights: [N], of the whole update.
     """
     ends = ~labels.isnan()
-    at, y, w = values[ends], labels[ends], weights[ends]
-    loss = (w * binary_cross_entropy_with_logits(at, y, reduction="none")).sum()
-    good = y >= 0.5
-    counts = (torch.tensor(len(y)), loss.detach(), ((at.detach() >= 0) == good).sum(), good.sum())
-    return loss, StepMetrics(torch.stack([c.double().to(values.device) for c in counts]))
+    loss, sums = _label_loss(values[ends], labels[ends], weights[ends])
+    return loss, StepMetrics(sums)
+
+
+@dataclass(slots=True)
+class OutcomeMetrics:
+    """``sums`` [len(LABEL_SUMS)] float64, detached, on the loss's device."""
+
+    sums: Tensor
+
+    def __add__(self, other: OutcomeMetrics) -> OutcomeMetrics:
+        return OutcomeMetrics(self.sums + other.sums)
+
+    def means(self, updates: int = 1) -> dict[str, float]:
+        """The loss, the share of answers judged as labelled (σ(v) ≥ ½ against label ≥ ½), the share labelled good;
+        empty without answers.
+        """
+        answers, loss, right, good = self.sums.tolist()
+        if answers == 0:
+            return {}
+        return {
+            "loss/outcome": loss / updates,
+            "outcome/accuracy": right / answers,
+            "outcome/good_share": good / answers,
+        }
+
+
+def outcome_loss(values: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, OutcomeMetrics]:
+    """−Σ weight · (y log σ(v) + (1 − y) log(1 − σ(v))) over answers: a pointwise reward model, and with
+    v = β·log π/π_ref of the whole answer an implicit process reward (arXiv:2412.01981, eq. 5).
+
+    Args:
+        values: [N] logits, with gradient.
+        labels: [N] in [0, 1].
+        weights: [N], of the whole update.
+    """
+    loss, sums = _label_loss(values, labels, weights)
+    return loss, OutcomeMetrics(sums)
+
+
+def _label_loss(values: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and [len(LABEL_SUMS)]."""
+    loss = (weights * binary_cross_entropy_with_logits(values, labels, reduction="none")).sum()
+    good = labels >= 0.5
+    counts = (torch.tensor(len(labels)), loss.detach(), ((values.detach() >= 0) == good).sum(), good.sum())
+    return loss, torch.stack([c.double().to(values.device) for c in counts])

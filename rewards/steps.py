@@ -11,6 +11,7 @@ up to the last token that has something to read; a stop token, which has no text
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -120,6 +121,20 @@ class Steps(StepSettings):
         if self.rest == "step" and self._reads(text[begin:stop]):
             found.append(_last_read(text, stop))
         return found
+
+    def joined(self, steps: Sequence[str]) -> tuple[str, list[int]]:
+        """The text of steps that are given one by one, each up to its mark, and where they end in it. ValueError for
+        by=tokens.
+        """
+        if self.by == "tag":
+            parts = [f"<{self.tag}>{step.strip()}</{self.tag}>" for step in steps]
+        else:
+            behind = self._mark or " "
+            parts = [step.strip() + behind for step in steps[:-1]] + [step.strip() for step in steps[-1:]]
+        self._marks("", 0)
+        text = "".join(parts)
+        ends = itertools.accumulate(map(len, parts))
+        return text, [len(text[:end].rstrip()) if self.by == "sentence" else end for end in ends]
 
     def _marks(self, text: str, stop: int) -> list[int]:
         if self.by == "tokens":

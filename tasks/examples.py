@@ -75,20 +75,23 @@ def remark_on_held_out(examples: Sequence[Problem], held_out: Sequence[Problem])
 def _example(row: Row, name: str, prompt_field: str, answer_field: str) -> Problem:
     problem, answer = question_and_answer(row, name, prompt_field, answer_field)
     if answer_field in row.fields or answer is None:
-        answer = _text(row.fields, answer_field, f"{_group(name)}answer_field", f"{name}, {row.place}")
+        answer = text_of(row.fields, answer_field, f"{_group(name)}answer_field", f"{name}, {row.place}")
     return replace(problem, answer=answer)
 
 
-def question_and_answer(row: Row, name: str, prompt_field: str, answer_field: str) -> tuple[Problem, Any]:
+def question_and_answer(
+    row: Row, name: str, prompt_field: str, answer_field: str, key: str = ""
+) -> tuple[Problem, Any]:
     """What a row of the file ``name`` (key=path) asks, as a Problem without its answer; and what stands for the answer,
-    None where nothing does. Raises TaskError where the question is not to be read.
+    None where nothing does. Raises TaskError, which names ``key`` (else the key beside the path's), where the question
+    is not to be read.
     """
     fields, meta, where = row.fields, {"place": row.place}, f"{name}, {row.place}"
     given = fields.get(prompt_field, fields.get("messages"))
     if not isinstance(given, list):
-        prompt = _text(fields, prompt_field, f"{_group(name)}prompt_field", where)
+        prompt = text_of(fields, prompt_field, key or f"{_group(name)}prompt_field", where)
         return Problem(name, row.number, prompt, "", meta), fields.get(answer_field)
-    messages = _messages(given, where)
+    messages = messages_of(given, where)
     if answer_field not in fields and len(messages) > 1 and messages[-1]["role"] == "assistant":
         *before, last = messages
         return Problem(name, row.number, as_lines(tuple(before)), "", meta, tuple(before)), last["content"]
@@ -100,7 +103,8 @@ def _group(name: str) -> str:
     return name.partition("=")[0].removesuffix("s").removesuffix("path")
 
 
-def _messages(value: list[Any], where: str) -> tuple[dict[str, str], ...]:
+def messages_of(value: list[Any], where: str) -> tuple[dict[str, str], ...]:
+    """Messages as a row holds them. Raises TaskError that opens with ``where`` for what is none."""
     if not value or not all(
         isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value
     ):
@@ -112,7 +116,10 @@ def _messages(value: list[Any], where: str) -> tuple[dict[str, str], ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 
 
-def _text(row: dict[str, Any], name: str, key: str, where: str) -> str:
+def text_of(row: dict[str, Any], name: str, key: str, where: str) -> str:
+    """A field that is to be a text with something in it. Raises TaskError that opens with ``where`` and names ``key``,
+    which says what the field is called.
+    """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         known = ", ".join(map(repr, row)) or "none"

@@ -58,6 +58,7 @@ from offtrail.platform.wire.messages import (
     Failure,
     GroupAck,
     Heartbeat,
+    HeldOut,
     Hello,
     LeaseRequest,
     Leases,
@@ -148,6 +149,7 @@ class Broker:
             Checkpointed: self.on_checkpointed,
             NextEval: self.on_next_eval,
             EvalResult: self.on_eval_result,
+            HeldOut: self.on_held_out,
             Serving: self.on_serving,
             Heartbeat: self.on_heartbeat,
             Failure: self.on_failure,
@@ -438,12 +440,7 @@ class Broker:
 
     def on_eval_result(self, message: EvalResult, envelope: Envelope) -> Answer:
         """Scores of one version go to its row of metrics.jsonl; one that is to be had no more, to the summary."""
-        if not 0 <= message.version <= self.scheduler.version:
-            raise RequestError(
-                f"version {message.version} was scored, but the newest version is {self.scheduler.version}"
-            )
-        if strange := [name for name in message.metrics if not name.startswith("eval/")]:
-            raise RequestError(f"a score named {strange[0]!r}: the evaluator's are eval/…")
+        self._check_scores(message)
         if message.lost:
             self.evaluations.lose(message.version)
             log.warning("version %d cannot be scored any more: %s", message.version, message.lost)
@@ -454,6 +451,21 @@ class Broker:
         if not self.ending.status:
             self.ending.write_summary()
         return Acknowledged(), NO_ARRAYS
+
+    def on_held_out(self, message: HeldOut, envelope: Envelope) -> Answer:
+        """The same of a learner that measures its versions itself."""
+        self._check_scores(message)
+        self._note_scores(EvalResult(version=message.version, metrics=message.metrics))
+        self.deadlines.progress()
+        return Acknowledged(), NO_ARRAYS
+
+    def _check_scores(self, message: EvalResult | HeldOut) -> None:
+        if not 0 <= message.version <= self.scheduler.version:
+            raise RequestError(
+                f"version {message.version} was scored, but the newest version is {self.scheduler.version}"
+            )
+        if strange := [name for name in message.metrics if not name.startswith("eval/")]:
+            raise RequestError(f"a score named {strange[0]!r}: scores are eval/…")
 
     def _note_scores(self, message: EvalResult) -> None:
         scores = {name: value for name, value in message.metrics.items() if abs(value) <= LARGEST}

@@ -17,6 +17,7 @@ from offtrail.platform.broker.admission import REASONS
 from offtrail.platform.broker.roster import Roster
 from offtrail.platform.ledger.ledger import Ledger
 from offtrail.platform.ledger.rows import Ages, Audit, Tally
+from offtrail.platform.tracking.summary import LOSSES
 from offtrail.platform.wire.messages import Heartbeat
 
 Metrics = dict[str, float]
@@ -169,15 +170,12 @@ class RunMetrics:
     def summary(self, status: str, reason: str, seed: int, version: int, audit: Audit) -> dict[str, Any]:
         """The contents of summary.json (versions and git_commit are added where it is written)."""
         ledger, tally, ages = self.ledger, self.ledger.tally(), self.ledger.ages()
-        loss_first, loss_last = ledger.records.edge_metrics("loss/sft")
-        of_sft = {} if loss_first is None else {"loss/sft_first": loss_first, "loss/sft_last": loss_last}
         return {
             "status": status,
             **({"reason": reason} if reason else {}),
             "steps": max(0, version),
             "wall_seconds": self.wall_seconds,
-            **of_sft,
-            **(self._of_groups(tally, ages, audit) if self.of_groups else {}),
+            **(self._of_groups(tally, ages, audit) if self.of_groups else self._of_examples()),
             "tokens/trained": ages.tokens or int(ledger.records.charges().get("learner", {}).get("trained_tokens", 0)),
             "learner/busy_fraction": self.busy_fraction("learner"),
             **self.compute(),
@@ -187,6 +185,19 @@ class RunMetrics:
             "lineage": ledger.lineage,
             "changes": json.loads(ledger.records.get("changes") or "[]"),
             "seed": seed,
+        }
+
+    def _of_examples(self) -> dict[str, Any]:
+        """What a job that learns from examples has to say: its loss, and what its model is worth on held-out ones."""
+        records = self.ledger.records
+        edges = {name: records.edge_metrics(name) for name in LOSSES}
+        scored = [*records.evals().values()]
+        edges |= {name: (scored[0].get(name), scored[-1].get(name)) for name in (scored[-1] if scored else ())}
+        return {
+            f"{name}_{end}": value
+            for name, both in edges.items()
+            if both[1] is not None
+            for end, value in zip(("first", "last"), both, strict=True)
         }
 
     def _of_groups(self, tally: Tally, ages: Ages, audit: Audit) -> dict[str, Any]:

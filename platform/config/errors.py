@@ -10,6 +10,8 @@ LONGEST_ERROR = 1000
 """Characters of an error; of a longer one the middle is left out: front and end hold key and reason."""
 LONGEST_VALUE = 200
 """Characters of a value in it."""
+SELDOM_MEANT = ("prm.", "reward_model.")
+"""Sections that repeat keys of others, which are more often forgotten."""
 
 
 class ConfigError(Exception):
@@ -72,6 +74,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
     whole = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     last = name.rpartition(".")[2]
     by_last = [key for key in known if "." in key and key.rpartition(".")[2] == last]
+    by_last.sort(key=lambda key: key.startswith(SELDOM_MEANT))
     # The exact last part is the better evidence, unless the section is right and the last part is misspelt.
     ordered = by_last + whole if by_last else whole
     return list(dict.fromkeys(ordered))[:3]

@@ -138,6 +138,7 @@ def _options(group: str) -> list[str]:
 def _rows(keys: Iterable[Key], width: int) -> Iterator[str]:
     for key in keys:
         kind = f"{key.type_text} = {show(key.default) if key.default != '' else '(empty)'}"
+        kind = kind if len(kind) <= width - 34 else kind.replace("|", " | ")
         limit = f" ({limits_text(key.limits).replace(' ', UNBROKEN)})" if key.limits else ""
         yield from _wrapped(f"  {key.path:<30} {kind}", width, 33)
         yield from _wrapped(f"      {key.line}{limit}", width, 6)

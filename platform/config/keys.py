@@ -31,6 +31,8 @@ VARIANTS: dict[str, Mapping[str, type[Any]]] = {
     "engine": {"local": LocalConfig, "sglang": SglangConfig},
     "search": SEARCHES,
 }
+SUPERVISED = ("sft", "reward_model", "prm")
+"""The jobs that learn from examples; their settings have their names."""
 # Groups with options in configs/; `recipe`, `model`, `reward` and `eval` have one dataclass each and a free name.
 GROUPS = ("recipe", "model", "reward", "eval", *VARIANTS)
 
@@ -134,9 +136,10 @@ def noted_settings(config: Config) -> dict[str, Any]:
     so that a diverged run can be saved; the ledger notes each change.
     """
     several = config.recipe.stages or config.job == "distill"
-    idle = () if several else ("learner.optim.lr", "algo.") if config.job == "sft" else ("sft.",)
+    idle = [f"{job}." for job in SUPERVISED if job != config.job and not several]
+    idle += ["learner.optim.lr", "algo."] if config.job in SUPERVISED else []
     keys = keys_of(config).values()
-    return {key.path: key.default for key in keys if key.resumable == "noted" and not key.path.startswith(idle)}
+    return {key.path: key.default for key in keys if key.resumable == "noted" and not key.path.startswith(tuple(idle))}
 
 
 def deciding_settings(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from offtrail.algos.config import AlgoConfig, GrpoConfig
 from offtrail.algos.correction_config import CorrectionConfig, TisConfig
 from offtrail.core.settings import section, setting
+from offtrail.platform.config.head_config import HeadConfig, PrmConfig, RewardModelConfig, SupervisedConfig
 from offtrail.platform.config.scorer_config import ScorerConfig
 from offtrail.rewards.config import RewardConfig
 from offtrail.search.config import SearchConfig
@@ -43,7 +44,8 @@ class RunConfig:
     budget_flops: float = setting(0.0, "[0, 1e30]", resumable=True)
     """The run ends once all roles (and its cold start) have spent so many FLOPs; 0 = no limit."""
     budget_tokens: int = setting(0, "[0, 1e18]", resumable=True)
-    """The run ends once its generators (job=sft: its learner) have made (trained) so many tokens; 0 = no limit."""
+    """The run ends once its generators have made (without any: its learner has trained) so many tokens; 0 = no
+    limit."""
     budget_seconds: float = setting(0.0, "[0, 1e9]", resumable=True)
     """The run ends after so many seconds of its broker's lives, all launches together; 0 = no limit."""
 
@@ -70,7 +72,10 @@ class RecipeConfig:
 
 @dataclass
 class ModelConfig:
-    """The policy: `path`, or the small Qwen3-architecture model that offtrail makes and cold-starts itself."""
+    """The model: `path`, or a small one that offtrail makes itself.
+
+    It is of Qwen3's architecture, and cold-started by job=sft where answers are sampled.
+    """
 
     name: str = setting("tiny", path="name")
     """Label of the model; with path it is pretrained, and learning rates are a large model's (configs/model)."""
@@ -96,7 +101,10 @@ class ModelConfig:
 
 @dataclass
 class PromptConfig:
-    """How a problem is put to the model, the same in training, evaluation, chat and serving; saved with checkpoints."""
+    """How a problem is put to the model.
+
+    The same in training, evaluation, chat and serving; saved with checkpoints.
+    """
 
     chat: Literal["auto", "always", "never"] = "auto"
     """auto: through the tokenizer's chat template where it has one. never: the task's text as it stands."""
@@ -118,10 +126,8 @@ class PromptConfig:
 
 
 @dataclass
-class SftConfig:
-    """Supervised fine-tuning (job=sft; also the cold start of job=rl). What it shares with other jobs, such as ranks,
-    dtype, gradient norm and checkpoints, stands under learner.
-    """
+class SftConfig(SupervisedConfig):
+    """Supervised fine-tuning (job=sft; also the cold start of job=rl)."""
 
     path: str = setting("", path="file")
     """Rows to imitate (docs/sets.md), each a prompt or messages and an answer; empty = the task's worked answers."""
@@ -131,22 +137,6 @@ class SftConfig:
     """Field of its answer."""
     long: Literal["refuse", "drop"] = "refuse"
     """What becomes of examples above model.max_length: an error, or they are left out and counted."""
-
-    seed: int = setting(0, "[0, 4294967295]")
-    """Keys start weights and worked problems; it is not run.seed, so that runs of several seeds share a start."""
-
-    steps: int = setting(1000, "[1, inf)")
-    """Optimizer updates."""
-    batch_size: int = setting(32, "[1, inf)")
-    """Problems of an update, fresh in each."""
-    lr: float = setting(4e-3, "(0, 10]", resumable="noted")
-    """Peak learning rate of AdamW; with model.path 1e-5."""
-    betas: tuple[float, float] = setting((0.9, 0.98), "[0, 1)")
-    """Decay of AdamW's first and second moment."""
-    warmup_steps: int = setting(50, "[0, inf)")
-    """Updates of linear warm-up."""
-    final_lr_share: float = setting(0.1, "[0, 1]")
-    """Cosine decay ends at this share of lr."""
 
 
 @dataclass
@@ -435,7 +425,7 @@ class BrokerConfig:
 
 @dataclass
 class ServeConfig:
-    """job=serve and job=chat: a trained model behind SGLang's OpenAI-compatible API, or in the terminal."""
+    """job=serve, job=chat: a model behind an API, or in the terminal."""
 
     address: str = "127.0.0.1"
     """Address to listen at; the API key is printed, or taken from $OFFTRAIL_SGLANG_KEY."""
@@ -516,10 +506,12 @@ class Config:
 
     schema_version: int = SCHEMA_VERSION
     """Version of these keys; a configuration of another one is refused."""
-    job: Literal["rl", "sft", "eval", "sample", "reject", "distill", "serve", "chat"] = "rl"
-    """rl: the asynchronous loop. sft: supervised fine-tuning. eval, sample: a checkpoint answers held-out (training)
-    problems. reject: which answers are kept. distill: sample, reject, sft. serve, chat: a checkpoint behind an API, in
-    the terminal."""
+    job: Literal[
+        "rl", "sft", "reward_model", "prm", "eval", "sample", "reject", "distill", "serve", "chat"
+    ] = "rl"  # fmt: skip
+    """rl: the asynchronous loop. sft: supervised fine-tuning. reward_model, prm: models that score. eval, sample: a
+    checkpoint answers held-out (training) problems. reject: which answers are kept. distill: sample, reject, sft.
+    serve, chat: a checkpoint behind an API, in the terminal."""
     checkpoint: str = setting("", path="model")
     """job=eval, sample, serve, chat: a run directory (its newest checkpoint), a checkpoint, or a model's folder."""
     run: RunConfig = section(RunConfig)
@@ -533,6 +525,8 @@ class Config:
     engine: EngineConfig = section(LocalConfig)
     search: SearchConfig = section(SearchConfig)
     sft: SftConfig = section(SftConfig)
+    reward_model: RewardModelConfig = section(RewardModelConfig)
+    prm: PrmConfig = section(PrmConfig)
     batch: BatchConfig = section(BatchConfig)
     sampling: SamplingConfig = section(SamplingConfig)
     staleness: StalenessConfig = section(StalenessConfig)
@@ -550,14 +544,24 @@ class Config:
     cost: CostConfig = section(CostConfig, resumable=True)
 
     @property
+    def head(self) -> HeadConfig | None:
+        """The settings of a job that trains a model to score."""
+        return {"reward_model": self.reward_model, "prm": self.prm}.get(self.job)
+
+    @property
+    def supervised(self) -> SupervisedConfig | None:
+        """The settings of a job that learns from examples, under the job's name."""
+        return self.sft if self.job == "sft" else self.head
+
+    @property
     def steps_key(self) -> str:
         """The key that says how many learner steps the job has."""
-        return "sft.steps" if self.job == "sft" else "learner.steps"
+        return f"{self.job}.steps" if self.supervised else "learner.steps"
 
     @property
     def steps(self) -> int:
         """Learner steps of the job."""
-        return self.sft.steps if self.job == "sft" else self.learner.steps
+        return (self.supervised or self.learner).steps
 
     @property
     def publishes_adapters(self) -> bool:
@@ -568,4 +572,4 @@ class Config:
     @property
     def seed(self) -> int:
         """What keys the job's randomness: runs of several run.seed share one cold start."""
-        return self.sft.seed if self.job == "sft" else self.run.seed
+        return (self.supervised or self.run).seed

@@ -153,6 +153,8 @@ def files_of_lines_are_here(config: Config) -> None:
     task, reject = config.task, config.reject
     files = [("sft.path", config.sft.path), ("sample.shots_path", config.sample.shots_path)]
     files += [("eval.few_shot_path", config.eval.few_shot_path)]
+    heads = {"reward_model": config.reward_model, "prm": config.prm}
+    files += [(f"{job}.{end}path", getattr(one, f"{end}path")) for job, one in heads.items() for end in ("", "eval_")]
     files += [("reject.paths", path) for path in reject.paths]
     files += [(f"reject.mix.{name}.path", entry["path"]) for name, entry in reject.mix.items()]
     files += [("reject.decontaminate_against", path) for path in reject.decontaminate_against]
@@ -269,9 +271,9 @@ def groups_can_have_a_signal(config: Config) -> None:
 
 def every_rank_has_samples(config: Config) -> None:
     """Each of the K updates is split over the ranks, sample by sample."""
-    if config.job == "sft":
-        if config.learner.ranks > config.sft.batch_size:
-            only = f"an update has only sft.batch_size={config.sft.batch_size} samples to split"
+    if config.supervised is not None:
+        if config.learner.ranks > config.supervised.batch_size:
+            only = f"an update has only {config.job}.batch_size={config.supervised.batch_size} examples to split"
             raise refuse("learner.ranks", config.learner.ranks, only)
         return
     samples = config.batch.groups * config.batch.group_size // config.learner.minibatches
@@ -286,10 +288,11 @@ def every_rank_has_samples(config: Config) -> None:
 def answers_fit_the_model(config: Config) -> None:
     """Prompt and answer share model.max_length, and a microbatch holds the longest sample."""
     longest, new = config.model.max_length, config.sampling.max_new_tokens
-    if new >= longest:
+    samples = config.supervised is None
+    if samples and new >= longest:
         raise refuse("sampling.max_new_tokens", new, f"must be < model.max_length={longest}: the prompt needs room too")
     grown = config.sampling.longest_at(config.learner.steps - 1)
-    if grown >= longest:
+    if samples and grown >= longest:
         raise refuse(
             "sampling.growth_factor",
             config.sampling.growth_factor,
@@ -385,9 +388,10 @@ def reward_names_the_tasks_there_are(config: Config) -> None:
 
 
 def warmup_ends_before_training(config: Config) -> None:
-    """The cosine of the cold start begins after its warm-up."""
-    if config.sft.warmup_steps >= config.sft.steps:
-        raise refuse("sft.warmup_steps", config.sft.warmup_steps, f"must be < sft.steps={config.sft.steps}")
+    """The cosine of the cold start, and of the jobs that learn from examples, begins after its warm-up."""
+    job, one = (config.job, config.supervised) if config.supervised else ("sft", config.sft)
+    if one.warmup_steps >= one.steps:
+        raise refuse(f"{job}.warmup_steps", one.warmup_steps, f"must be < {job}.steps={one.steps}")
 
 
 def devices_are_known(config: Config) -> None:
@@ -409,6 +413,8 @@ def adapters_can_be_trained(config: Config) -> None:
     lora, key = config.learner.lora, "learner.lora.dropout"
     if lora.publish == "adapter" and not lora.rank:
         raise refuse("learner.lora.publish", "adapter", "needs learner.lora.rank, which is 0; or take merged")
+    if lora.rank and config.head is not None:
+        raise refuse("learner.lora.rank", lora.rank, f"is for job=rl and job=sft; take 0 in job={config.job}")
     if not lora.rank or config.job not in ("rl", "sft"):
         return
     if importlib.util.find_spec("peft") is None:
@@ -460,6 +466,12 @@ def what_the_job_reads_is_named(config: Config, later: Collection[str] = ()) -> 
         )
     if config.job == "reject" and not config.reject.paths and "reject.paths" not in later:
         raise ConfigError("reject.paths=: job=reject needs files of answers: reject.paths=[FILE, …] (docs/data.md)")
+    if config.head is not None and not config.head.path:
+        what = "pairs or judged answers" if config.job == "reward_model" else "labelled steps"
+        raise ConfigError(
+            f"{config.job}.path=: job={config.job} needs a file of {what}: {config.job}.path=FILE "
+            "(docs/reward_models.md)"
+        )
     if config.job == "distill" and not config.distill.teacher and not urls:
         raise ConfigError(
             "distill.teacher=: job=distill needs a model or a file of its answers: distill.teacher=DIR or FILE, or "

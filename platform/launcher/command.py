@@ -160,6 +160,8 @@ def require_inputs(config: Config) -> None:
             require_models(one, handed)
             if one.job in ("rl", "sft"):
                 require_data(one, handed, examples, note)
+            elif one.head is not None:
+                require_labels(one)
             elif one.job == "eval":
                 require_sets(one, note)
             elif one.job == "sample":
@@ -226,8 +228,21 @@ def require_models(config: Config, handed: Collection[str] = ()) -> None:
             check_model(key, given, folder, trained=not served)
         if key == ("checkpoint" if served else "model.path"):
             check_tokenizer(key, given, folder, config.prompt)
-            if config.job != "serve" and not elsewhere:
+            if config.job == "reward_model" or (config.job == "prm" and config.prm.objective == "steps"):
+                require_trained_head(key, given, folder)
+            elif config.job != "serve" and not elsewhere:
                 _require_architecture(config, key, given, folder)
+
+
+def require_trained_head(key: str, given: str, folder: Path) -> None:
+    """Raise ConfigError where the model has a score head that cannot be trained, or one of a wrong shape."""
+    from offtrail.platform.model.layouts import layout_of
+
+    if (head := layout_of(folder, key, given).head) not in ("none", "linear"):
+        raise refuse(
+            key, given, f"its score head ({head}) can be asked, but not trained and saved as transformers' classifiers "
+            "are; name the language model that it was made from, or a model with a linear head"
+        )  # fmt: skip
 
 
 def _require_architecture(config: Config, key: str, given: str, folder: Path) -> None:
@@ -355,6 +370,17 @@ def require_rows(config: Config, handed: Collection[str]) -> None:
         task = make_task(config.task, config.run.seed)
         held_index(given, config.task, task.held_out(config.eval.prompts) if given.held_out else [])
     except (PluginError, TaskError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def require_labels(config: Config) -> None:
+    """Raise ConfigError when a file of labelled answers holds a row that cannot be used, or too few."""
+    from offtrail.platform.learner.labelled_rows import read
+    from offtrail.tasks.base import TaskError
+
+    try:
+        read(config)
+    except TaskError as error:
         raise ConfigError(str(error)) from None
 
 

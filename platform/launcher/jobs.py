@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.keys import SUPERVISED
 from offtrail.platform.config.recipe import stages_of
 from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
@@ -38,7 +39,7 @@ from offtrail.platform.model.start import StartError
 from offtrail.platform.tracking import cost
 from offtrail.platform.tracking.cost import RunCost, cost_of
 from offtrail.platform.tracking.plot import learning_curve
-from offtrail.platform.tracking.summary import read_summary, write_summary
+from offtrail.platform.tracking.summary import LOSSES, read_summary, write_summary
 
 EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
 URGENT = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
@@ -89,7 +90,7 @@ def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[st
 
 JOBS = {
     "rl": run_roles,
-    "sft": run_roles,
+    **dict.fromkeys(SUPERVISED, run_roles),
     "eval": run_evaluation,
     "sample": run_sampling,
     "reject": run_rejection,
@@ -176,15 +177,19 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
         "status": summary["status"],
         "stages": _stages(summary),
         "learner steps": summary.get("steps"),
-        "loss": _between(summary, "loss/sft"),
+        "loss": next(filter(None, (_between(summary, name) for name in LOSSES)), None),
         "held-out accuracy": _between(summary, "eval/accuracy"),
+        "held-out AUC": _between(summary, "eval/auc"),
+        "first errors found, F1": _between(summary, "eval/first_error_f1"),
         **{f"held-out accuracy, {label}": _between(summary, f"eval/{label}/accuracy") for label in _sets(summary)},
         "training reward accuracy": _between(summary, "reward/accuracy"),
         "staleness mean / max": _pair(summary, "staleness/mean", "staleness/max"),
         "stale tokens": summary.get("staleness/stale_token_share"),
         "groups trained / lost / twice": _pair(summary, "groups/trained", "groups/lost", "groups/duplicated"),
         "groups refused": _refused(summary),
-        "tokens trained": f"{summary['tokens/trained']:,}" if "loss/sft_first" in summary else None,
+        "tokens trained": f"{summary['tokens/trained']:,}"
+        if any(f"{name}_first" in summary for name in LOSSES)
+        else None,
         "set aside": _set_aside(summary),
         "never scored": _unscored(summary),
         busy: _pair(summary, "learner/busy_fraction", *generator),

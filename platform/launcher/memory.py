@@ -215,11 +215,13 @@ def _nothing(config: Config, shape: Shape, count: int) -> Iterator[Part]:
 
 def _learner(config: Config, shape: Shape, ranks: int) -> Iterator[Part]:
     """Float32 parameters, gradients and AdamW's two moments, and what the backward pass needs of a micro-batch."""
-    learner, algo, sft = config.learner, config.algo, config.job == "sft"
+    learner, algo, examples = config.learner, config.algo, config.supervised
     if learner.device != "cpu":
         return
-    cosine, reference = config.tracking.gradient_cosine and not sft, algo.needs_ref and not sft
-    critic = 4 if isinstance(algo, PpoConfig) and not sft else 0
+    cosine = config.tracking.gradient_cosine and examples is None
+    implicit = config.job == "prm" and config.prm.objective == "implicit"
+    reference = implicit or (algo.needs_ref and examples is None)
+    critic = 4 if isinstance(algo, PpoConfig) and examples is None else 0
     if learner.lora.rank:
         # The base, and while a version is published or saved the merged one; of adapters the rest, a reference's too.
         adapters = shape.adapter_numbers(learner.lora) * (4 + cosine + 2 * reference)
@@ -229,12 +231,16 @@ def _learner(config: Config, shape: Shape, ranks: int) -> Iterator[Part]:
         copies = 4 + cosine + reference + critic
         yield Part("learner", "parameters, gradients and optimizer", copies * FLOAT32 * shape.parameters)
     longest = config.model.max_length
-    update = config.sft.batch_size if sft else config.batch.groups * config.batch.group_size // learner.minibatches
+    update = config.batch.groups * config.batch.group_size // learner.minibatches
+    if examples is not None:  # of pairs, two samples each
+        update = examples.batch_size * (2 if config.job == "reward_model" else 1)
     tokens = max(longest, min(learner.tokens_per_microbatch, update * longest // ranks))
     kept = shape.layers * shape.hidden + shape.kept_numbers // shape.layers
     kept = tokens * (kept if learner.activation_checkpointing else shape.kept_numbers)
     width = FLOAT32 if learner.dtype == "float32" else 3  # under autocast some stay float32
     yield Part("learner", f"activations of {tokens} tokens", ranks * width * kept, TOKEN_KEYS)
+    if config.head is not None and not implicit:
+        return
     logits = min(max(HEAD_LOGITS, shape.vocabulary * shape.hidden // 2), update * longest * shape.vocabulary)
     table = shape.vocabulary * shape.hidden
     yield Part("learner", "the head", ranks * FLOAT32 * (logits + 2 * table))

@@ -20,7 +20,7 @@ FILE = "decontamination.json"
 def write_overlaps(config: Config, run_dir: Path) -> None:
     """Write the report where one was asked for. A resumed run has its own: it reads the same files."""
     path = run_dir / FILE
-    if path.exists() or not policies_of(config.task):
+    if path.exists() or config.head is not None or not policies_of(config.task):
         return
     if found := [overlap.report() for overlap in _overlaps(config)]:
         unfinished = path.with_name(f".{FILE}")

@@ -41,7 +41,7 @@ RECIPE = 2
 
 def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int], run: RunJob) -> None:
     """Make runs/NAME/start, with a cold start where the cache has none, which ``run`` runs. A resumed run keeps its
-    link. job=sft without a model.path needs none: its learner makes random weights.
+    link. A job that learns from examples, without a model.path, needs none: its learner makes random weights.
 
     Raises StartError when the model cannot be found or made, or is damaged in the cache, and KeyboardInterrupt when a
     signal is noted meanwhile.
@@ -51,9 +51,9 @@ def prepare_start_model(config: Config, run_dir: Path, interrupted: list[int], r
         link.unlink(missing_ok=True)  # it may dangle: the cache was emptied
         if config.model.path:
             link.symlink_to(resolve(config.model.path))
-        elif config.job != "sft":
+        elif config.supervised is None:
             link.symlink_to(cold_start(config, run_dir, interrupted, run))
-    if not config.model.path and config.job != "sft":
+    if not config.model.path and config.supervised is None:
         refuse_damaged(link.resolve())
 
 

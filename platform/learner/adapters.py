@@ -38,6 +38,10 @@ class AdaptedReference(nn.Module):
         with self._worn() as policy:
             return policy(packed)
 
+    def tokens_of(self, packed: Packed) -> Tensor:
+        """As Policy's."""
+        return packed.tokens
+
     def reference(self, packed: Packed) -> Reference:
         """As Policy's."""
         with self._worn() as policy:

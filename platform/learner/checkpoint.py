@@ -4,6 +4,7 @@
                                                  ForSequenceClassification or ForTokenClassification
     adapter/adapter_model.safetensors, …         learner.lora: the adapters alone, which PeftModel.from_pretrained opens
                                                  over the start model; model.safetensors is then the merged model
+    scores.json                                  of a model that scores: how it is read (model/scores.py)
     trainer.json                                 step, updates, …
     trainer/optimizer.safetensors                AdamW's moments by parameter name, and torch's random state
     trainer/value.safetensors, value_optim…      of each further trained module (algo=ppo's critic) the same
@@ -39,6 +40,8 @@ from offtrail.platform.config.schema import LoraConfig
 from offtrail.platform.learner.train import Trainer
 from offtrail.platform.learner.world import World, full, local, resharded, shard_like
 from offtrail.platform.model import lora
+from offtrail.platform.model.scores import ScoreSpec
+from offtrail.platform.model.scores import write as write_scores
 from offtrail.platform.runtime.contents import write_manifest
 from offtrail.platform.weights import store
 
@@ -125,10 +128,11 @@ def write(
     window: Mapping[int, Path],
     beside: Mapping[str, Mapping[str, Tensor]] | None = None,
     adapters: tuple[Mapping[str, Tensor], LoraConfig] | None = None,
+    scores: ScoreSpec | None = None,
 ) -> Path:
     """Write and seal one checkpoint; rank 0 only. ``window``: published version → its file, copied as a whole;
     ``beside``: further safetensors files by their stem; ``adapters`` that stand merged in ``parameters``, and their
-    settings.
+    settings; ``scores``: how a model that scores is to be read.
 
     Raises CheckpointError: not enough room, or the file system's own word; older checkpoints stay as they are.
     """
@@ -144,6 +148,8 @@ def write(
         _check_room(target, versions + sum(t.numel() * t.element_size() for t in everything))
         temporary.mkdir()
         write_model(temporary, model, tokenizer, parameters)
+        if scores is not None:
+            write_scores(temporary, scores)
         if settings is not None:
             base = str(Path(model.name_or_path).resolve())
             lora.save(temporary / lora.FOLDER, alone, settings, base)
@@ -268,7 +274,7 @@ def save(
     if not world.main:
         return None
     adapters = (alone, settings) if alone and settings is not None else None
-    return write(run_dir, state, model, tokenizer, parameters, moments, window, beside, adapters)
+    return write(run_dir, state, model, tokenizer, parameters, moments, window, beside, adapters, trainer.scores)
 
 
 def restore(path: Path, trainer: Trainer[Any]) -> None:

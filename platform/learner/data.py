@@ -1,4 +1,5 @@
-"""Data that the learner has itself: examples to imitate, from the task's worked answers or from a file (job=sft).
+"""Data that the learner has itself: examples to imitate, from the task's worked answers or from a file (job=sft), or
+labelled answers (labelled.py).
 
     role.py ──► LocalSource.next(step) ──► broker: is there such a step? ──► Examples.table(step)
 
@@ -13,10 +14,11 @@ import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from offtrail.core.types import Problem
 from offtrail.platform.config.schema import Config
+from offtrail.platform.learner.labelled import Labelled
 from offtrail.platform.learner.objectives import rows_of_pairs
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.model.packing import SampleTable
@@ -33,10 +35,10 @@ SFT_SEED = 0x5F7
 
 
 class Examples(Protocol):
-    """Prompts and the answers to imitate."""
+    """Prompts and answers, to imitate or with labels."""
 
-    def table(self, step: int) -> SampleTable:
-        """The examples of one update."""
+    def table(self, step: int) -> Any:
+        """The examples of one update, as the job's objective takes them."""
 
 
 class LocalSource:
@@ -50,15 +52,17 @@ class LocalSource:
         """See BrokerSource."""
         return self.broker.finished
 
-    def next(self, step: int) -> SampleTable | None:
+    def next(self, step: int) -> Any:
         """The table of ``step``; None when the run stops, or is ``finished``."""
         return None if self.broker.next(step) is None else self.examples.table(step)
 
 
 def make_examples(config: Config, text: Text) -> Examples:
     """Those of job=sft: the lines of sft.path, without what task.decontaminate=drop leaves out, or the task's worked
-    answers.
+    answers. Of the jobs that train a model to score: labelled answers.
     """
+    if config.head is not None:
+        return Labelled(config, text)
     sft, max_length = config.sft, config.model.max_length
     if sft.path:
         examples = read_examples(Path(sft.path), sft.prompt_field, sft.answer_field)

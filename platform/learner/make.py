@@ -8,19 +8,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from offtrail.algos.config import CriticConfig, PpoConfig
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, OptimConfig
 from offtrail.platform.learner.adapters import AdaptedReference
 from offtrail.platform.learner.gradients import GradientBlock
-from offtrail.platform.learner.objectives import Likelihood, Loss, PolicyGradient, ValueRegression
+from offtrail.platform.learner.objectives import Likelihood, Loss, Objective, PolicyGradient, ValueRegression
+from offtrail.platform.learner.reward_objectives import BradleyTerry, ImplicitReward, ProcessReward, YesNo
 from offtrail.platform.learner.train import Schedule, Trained, Trainer, adamw, cosine, warmup
 from offtrail.platform.learner.world import World
 from offtrail.platform.model import lora
 from offtrail.platform.model.check import checked
 from offtrail.platform.model.packing import SampleTable
 from offtrail.platform.model.policy import PackedModel, Policy, load_model
-from offtrail.platform.model.scalar import ScalarModel, load_scalar
+from offtrail.platform.model.scalar import Reads, ScalarModel, load_scalar
+from offtrail.platform.model.scores import ScoreSpec
+from offtrail.platform.model.start import resolve
 from offtrail.platform.runtime.activity import Activity
 
 
@@ -65,12 +70,86 @@ def make_sft_trainer(config: Config, world: World, model: Any, activity: Activit
     return Trainer(world, objective, [policy], activity, budget=settings.tokens_per_microbatch)
 
 
+def make_head_trainer(config: Config, world: World, model: Any, start: Path, activity: Activity) -> Trainer[Any]:
+    """job=reward_model, job=prm: ``model`` with a scalar head; or, of an implicit process reward, a policy beside its
+    reference.
+    """
+    head, settings = config.head, config.learner
+    assert head is not None
+    optim = OptimConfig(lr=head.lr, betas=head.betas, grad_clip=settings.optim.grad_clip)
+    objective: Objective[Any, Any]
+    module: PackedModel[Any]
+    reference, reads = None, head_reads(config)
+    if reads is None:
+        objective, module = ImplicitReward(config.prm.beta), make_policy(config, model)
+        origin = reference_of(config, start)
+        check_same_tokenizer(config, start, origin)
+        again = load_model(origin, given=config.prm.reference, device=settings.device)
+        reference = world.shard(make_policy(config, again).requires_grad_(False))
+    else:
+        pairwise = config.reward_model.objective == "pairwise"
+        objective = ProcessReward() if reads == "after" else BradleyTerry() if pairwise else YesNo()
+        module = checked(
+            lambda: ScalarModel(
+                model, reads, dtype=settings.dtype, activation_checkpointing=settings.activation_checkpointing,
+                liger=settings.liger,
+            ),
+            model, what=f"model.path={config.model.path or start}", longest=config.model.max_length, feed_last=True,
+        )  # fmt: skip
+    one = trained(world, config.job, module, objective, optim, cosine(head))
+    one.lr_key = f"{config.job}.lr"
+    return Trainer(
+        world,
+        objective,
+        [one],
+        activity,
+        budget=settings.tokens_per_microbatch,
+        reference=reference,
+        scores=score_spec(config, start),
+    )
+
+
+def head_reads(config: Config) -> Reads | None:
+    """Where the scalar head of a job that trains a model to score is read; None where it has none."""
+    if config.job == "reward_model":
+        return "end"
+    return "after" if config.job == "prm" and config.prm.objective == "steps" else None
+
+
+def reference_of(config: Config, start: Path) -> Path:
+    """The folder of π_ref of an implicit process reward."""
+    return resolve(config.prm.reference) if config.prm.reference else start.resolve()
+
+
+def check_same_tokenizer(config: Config, start: Path, reference: Path) -> None:
+    """Raise ValueError where π and π_ref do not speak of the same tokens."""
+    if AutoTokenizer.from_pretrained(reference).get_vocab() != AutoTokenizer.from_pretrained(start).get_vocab():
+        raise ValueError(
+            f"prm.reference={config.prm.reference}: its tokenizer is not that of "
+            f"model.path={config.model.path or start}, and they would speak of other tokens; name a model with "
+            "the same one, or leave it empty"
+        )
+
+
+def score_spec(config: Config, start: Path) -> ScoreSpec:
+    """How what a job has trained to score is to be read (scores.json)."""
+    model, prm = config.reward_model, config.prm
+    if config.job == "reward_model":
+        return ScoreSpec("outcome", model.reads, squash="none" if model.objective == "pairwise" else "sigmoid")
+    steps = {"by": "newline", **prm.cut}
+    if prm.objective == "steps":
+        return ScoreSpec("steps", steps=steps, squash="sigmoid")
+    return ScoreSpec("steps", steps=steps, beta=prm.beta, reference=str(reference_of(config, start)))
+
+
 def load_trained(config: Config, checkpoint: Path | None, start: Path) -> Any:
     """The model that is trained, as it is in a checkpoint or (None) at the start. With learner.lora it is the start
     model in either case, with adapters, which checkpoint.restore gives their values.
     """
     settings = config.learner
     given, origin = ("", checkpoint) if checkpoint is not None else (config.model.path, start)
+    if (reads := head_reads(config)) is not None:
+        return load_scalar(origin, reads, device=settings.device, key="model.path")
     if not settings.lora.rank:
         return load_model(origin, given=given, device=settings.device)
     model = load_model(start, given=config.model.path, device=settings.device)

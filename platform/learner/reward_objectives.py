@@ -1,7 +1,11 @@
-"""Objectives of learned rewards: a reward model on preferences, a process reward model on labelled steps.
+"""Objectives of learned rewards: a reward model on preferences or on judged answers, a process reward model on labelled
+steps, or on outcomes alone.
 
-Both train a ScalarModel (model/scalar.py) in the same loop as the policy (train.py); the losses are
-algos/preference.py's.
+    BradleyTerry, YesNo   a ScalarModel (model/scalar.py), read at the end of each answer
+    ProcessReward         a ScalarModel, read at each token that ends a step
+    ImplicitReward        a Policy beside its reference
+
+They train in the same loop as the policy (train.py); the losses are algos/preference.py's.
 """
 
 from __future__ import annotations
@@ -12,24 +16,28 @@ import torch
 from torch import Tensor
 
 from offtrail.algos.preference import (
+    LABEL_SUMS,
     PAIR_SUMS,
-    STEP_SUMS,
+    OutcomeMetrics,
     PairMetrics,
     StepMetrics,
+    outcome_loss,
     pair_weights,
     preference_loss,
     step_loss,
 )
 from offtrail.platform.learner.objectives import Needs, PlainLoss, StepData, UpdatePlan
+from offtrail.platform.model.head import TokenOutputs
 from offtrail.platform.model.packing import Packed, SampleTable, minibatches
 from offtrail.platform.model.scalar import ScalarOutputs
 
 
 @dataclass(frozen=True)
-class Preferences:
-    """Answers in groups of one prompt, and how good each is: ``scores`` [N], of which only the order in a group counts.
+class ScoredAnswers:
+    """Answers in groups of one prompt, and how good each is: ``scores`` [N].
 
-    A pair of a chosen and a rejected answer is a group of two, with scores 1 and 0.
+    To BradleyTerry only their order in a group counts: a pair of a chosen and a rejected answer is a group of two, with
+    scores 1 and 0. To the others they are labels in [0, 1].
     """
 
     rows: SampleTable
@@ -44,7 +52,7 @@ class BradleyTerry(PlainLoss):
 
     needs = Needs(feed_last=True, together="group")
 
-    def prepare(self, step: int, batch: Preferences) -> StepData:
+    def prepare(self, step: int, batch: ScoredAnswers) -> StepData:
         """One update of all groups."""
         rows = batch.rows
         weights = pair_weights(batch.scores, torch.from_numpy(rows.group_of))
@@ -62,6 +70,56 @@ class BradleyTerry(PlainLoss):
         samples = packed.samples[packed.ends][rows]
         group_of = torch.from_numpy(work.rows.group_of).to(samples.device)[samples]
         return preference_loss(out.values, work.rewards[samples], group_of, work.weights[samples])
+
+
+class OutcomeLabels(PlainLoss):
+    """What the objectives on labelled answers share: every answer of the update weighs the same."""
+
+    def prepare(self, step: int, batch: ScoredAnswers) -> StepData:
+        """One update of all groups."""
+        rows = batch.rows
+        weights = torch.full((rows.size,), 1 / rows.size)
+        return StepData(rows=rows, updates=minibatches(len(rows.prompts), 1), weights=weights, rewards=batch.scores)
+
+    def no_metrics(self, device: torch.device) -> OutcomeMetrics:
+        """Zeros."""
+        return OutcomeMetrics(torch.zeros(len(LABEL_SUMS), dtype=torch.float64, device=device))
+
+
+class YesNo(OutcomeLabels):
+    """A pointwise reward model, read at each answer's final token: σ(v) is the probability that it is good."""
+
+    needs = Needs(feed_last=True)
+
+    def loss(
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, out: ScalarOutputs
+    ) -> tuple[Tensor, OutcomeMetrics]:
+        """The answers of these rows, one each."""
+        assert work.rewards is not None
+        samples = packed.samples[packed.ends][rows]
+        return outcome_loss(out.values, work.rewards[samples], work.weights[samples])
+
+
+class ImplicitReward(OutcomeLabels):
+    """A process reward learned from outcomes: r = β Σ_t log π(y_t)/π_ref(y_t) of an answer is the logit of its being
+    good, and the same sum over a step its reward (arXiv:2412.01981, eq. 3 and 5).
+    """
+
+    needs = Needs(ref=True)
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def loss(
+        self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, out: TokenOutputs
+    ) -> tuple[Tensor, OutcomeMetrics]:
+        """The answers whose tokens these rows are, which are whole here."""
+        assert work.rewards is not None
+        assert work.ref is not None
+        samples, place = torch.unique_consecutive(packed.samples[rows], return_inverse=True)
+        ratios = out.logprobs - work.ref[packed.tokens[rows]]
+        values = self.beta * ratios.new_zeros(len(samples)).index_add(0, place, ratios)
+        return outcome_loss(values, work.rewards[samples], work.weights[samples])
 
 
 @dataclass(frozen=True)
@@ -90,7 +148,7 @@ class ProcessReward(PlainLoss):
 
     def no_metrics(self, device: torch.device) -> StepMetrics:
         """Zeros."""
-        return StepMetrics(torch.zeros(len(STEP_SUMS), dtype=torch.float64, device=device))
+        return StepMetrics(torch.zeros(len(LABEL_SUMS), dtype=torch.float64, device=device))
 
     def loss(
         self, work: StepData, update: int, plan: UpdatePlan, packed: Packed, rows: slice, out: ScalarOutputs

@@ -8,8 +8,9 @@ generators and evaluator (a version is out). The broker says which step was the 
 kept for the evaluator. After the last step it waits for the broker's stop, because a run is complete only when its last
 version is checkpointed and scored.
 
-A job without generators (job=sft) has data of its own (data.py), which the broker's empty batches pace, and nobody
-reads its versions: what is committed of them is the checksum, where a checkpoint is due.
+A job without generators (job=sft, reward_model, prm) has data of its own (data.py), which the broker's empty batches
+pace, and nobody reads its versions: what is committed of them is the checksum, where a checkpoint is due. A model that
+scores is measured on held-out answers at its start and before each of its checkpoints (held_out.py).
 
 Invariants: a version is published before it is committed, so that whoever hears of it can read it; nothing is published
 of a step that failed; a restart is the checkpoint plus a replay of the batches logged after it (I1).
@@ -32,17 +33,18 @@ import torch
 from offtrail.core.types import Batch
 from offtrail.platform.config.schema import Config, LocalConfig
 from offtrail.platform.engines.channels import Channel, open_channel
-from offtrail.platform.learner import checkpoint
+from offtrail.platform.learner import checkpoint, held_out
 from offtrail.platform.learner.checkpoint import TrainerState
 from offtrail.platform.learner.data import LocalSource, make_examples
-from offtrail.platform.learner.make import load_trained, make_sft_trainer, make_trainer
+from offtrail.platform.learner.labelled import Labelled
+from offtrail.platform.learner.make import load_trained, make_head_trainer, make_sft_trainer, make_trainer
 from offtrail.platform.learner.objectives import StalenessError, rows_of_pairs
 from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import DivergedError, Report, Trainer
 from offtrail.platform.learner.world import World, join
 from offtrail.platform.model.check import ModelError
-from offtrail.platform.model.packing import SampleTable, lay_out
+from offtrail.platform.model.packing import lay_out
 from offtrail.platform.model.text import Text
 from offtrail.platform.model.tiny import save_start
 from offtrail.platform.runtime.activity import Activity
@@ -50,7 +52,7 @@ from offtrail.platform.runtime.context import Connection, RoleContext
 from offtrail.platform.runtime.roles import JOBS
 from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.weights.store import checksum as checksum_of
-from offtrail.platform.wire.messages import Checkpointed, Commit, Committed
+from offtrail.platform.wire.messages import Checkpointed, Commit, Committed, HeldOut
 from offtrail.platform.wire.sockets import RefusedError, WaitError
 from offtrail.tasks.templates import task_template
 
@@ -135,7 +137,8 @@ class Learner:
             trainer = make_job_trainer(config, world, model, start, connection.activity)
             if origin is not None:
                 checkpoint.restore(origin, trainer)
-            text = Text(start, config.prompt, task_template=task_template(config.task))
+            asks = {} if config.head is not None else {"task_template": task_template(config.task)}
+            text = Text(start, config.prompt, **asks)
             if world.main:
                 checkpoint.rehearse(context.run_dir, model, text, trainer)
         publisher = None
@@ -148,7 +151,7 @@ class Learner:
             connection=connection,
             world=world,
             trainer=trainer,
-            source=LocalSource(source, make_examples(config, text)) if config.job == "sft" else source,
+            source=LocalSource(source, make_examples(config, text)) if config.supervised else source,
             model=model,
             text=text,
             publisher=publisher,
@@ -164,8 +167,10 @@ class Learner:
                 self.publisher.publish(version, tensors)
         checksum = self._publish()
         self._commit(Commit(step=-1, version=self.step, checksum=checksum, pinned_bytes=self.pinned_bytes))
+        if not self.step:
+            self._measure()
 
-    def train(self, batch: Batch | SampleTable) -> Report:
+    def train(self, batch: Any) -> Report:
         """One step. Raises BatchError where it fails for what the broker's batch holds; the next launch goes on without
         it.
         """
@@ -176,7 +181,7 @@ class Learner:
                 raise
             raise BatchError(self.step, error) from error
 
-    def publish(self, batch: Batch | SampleTable, report: Report) -> None:
+    def publish(self, batch: Any, report: Report) -> None:
         """Publish the new version, then commit the batch with its metrics. The acknowledgement comes while the next
         batch trains.
         """
@@ -217,6 +222,7 @@ class Learner:
     def checkpoint(self) -> None:
         """Write one of this version, tell the broker, let old ones go."""
         self.saved = self.step
+        self._measure()
         with self.connection.activity.busy("checkpoint"):
             state = TrainerState.of(self.step, self.trainer)
             path = checkpoint.save(
@@ -239,6 +245,17 @@ class Learner:
             self._settle()
         if self.saved != self.step:
             self.checkpoint()
+
+    def _measure(self) -> None:
+        """Tell the broker what this version is worth on held-out answers, where the job has some (a collective)."""
+        examples = self.source.examples if isinstance(self.source, LocalSource) else None
+        if not isinstance(examples, Labelled) or not examples.held:
+            return
+        metrics = held_out.scores(self.context.config, self.trainer, examples.held)
+        if self.world.main:
+            self._settle()
+            ticket = self.connection.client.send(HeldOut(version=self.step, metrics=metrics))
+            self._reply(ticket, f"acknowledged scores of version {self.step}")
 
     def _checkpoint_is_due(self) -> bool:
         """By the schedule, or because it should be the last version."""
@@ -330,7 +347,8 @@ class Learner:
 def start_model(config: Config, run_dir: Path) -> Path:
     """The Hugging Face directory that version 0 comes from: runs/NAME/start, or model.path where there is none.
 
-    job=sft without a model.path begins from random weights, which the first of its ranks to come makes.
+    A job that learns from examples, without a model.path, begins from random weights, which the first of its ranks to
+    come makes.
     """
     link = run_dir / "start"
     if link.exists() or config.model.path:
@@ -344,6 +362,8 @@ def start_model(config: Config, run_dir: Path) -> Path:
 
 def make_job_trainer(config: Config, world: World, model: Any, start: Path, activity: Activity) -> Trainer[Any]:
     """The trainer of the configuration's job."""
+    if config.head is not None:
+        return make_head_trainer(config, world, model, start, activity)
     if config.job == "sft":
         return make_sft_trainer(config, world, model, activity)
     return make_trainer(config, world, model, start, activity)

@@ -29,15 +29,17 @@ import torch
 from torch import Tensor, nn
 
 from offtrail.algos.config import CriticConfig
-from offtrail.platform.config.schema import OptimConfig, SftConfig
+from offtrail.platform.config.head_config import SupervisedConfig
+from offtrail.platform.config.schema import OptimConfig
 from offtrail.platform.learner.adapters import AdaptedReference
 from offtrail.platform.learner.gradients import GradientBlock
 from offtrail.platform.learner.objectives import B, Loss, Metrics, Objective, StepData, UpdatePlan
 from offtrail.platform.learner.world import World, full, local, resharded
 from offtrail.platform.model.head import Reference
 from offtrail.platform.model.lora import adapters_of
-from offtrail.platform.model.packing import Packed, lay_out, microbatches
+from offtrail.platform.model.packing import Packed, SampleTable, lay_out, microbatches
 from offtrail.platform.model.policy import PackedModel, Policy
+from offtrail.platform.model.scores import ScoreSpec
 from offtrail.platform.runtime.activity import Activity
 
 Schedule = Callable[[int], float]
@@ -74,14 +76,15 @@ def warmup(optim: OptimConfig | CriticConfig) -> Schedule:
     return lambda update: optim.lr * min(1.0, (update + 1) / max(1, optim.warmup_updates))
 
 
-def cosine(sft: SftConfig) -> Schedule:
+def cosine(settings: SupervisedConfig) -> Schedule:
     """Linear warm-up, then a half cosine from lr to final_lr_share·lr at the last update."""
 
     def lr(update: int) -> float:
-        if update < sft.warmup_steps:
-            return sft.lr * (update + 1) / sft.warmup_steps
-        done = (update - sft.warmup_steps) / max(1, sft.steps - 1 - sft.warmup_steps)
-        return sft.lr * (sft.final_lr_share + (1 - sft.final_lr_share) * 0.5 * (1 + math.cos(math.pi * done)))
+        if update < settings.warmup_steps:
+            return settings.lr * (update + 1) / settings.warmup_steps
+        done = (update - settings.warmup_steps) / max(1, settings.steps - 1 - settings.warmup_steps)
+        last = settings.final_lr_share
+        return settings.lr * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * done)))
 
     return lr
 
@@ -133,7 +136,8 @@ class Trainer(Generic[B]):
 
     ``trained``: the first is the one that the job is about, whose module is published and saved; PPO's critic comes
     behind it, under the name "value". ``refreshed``: of the first's updates, when the reference became it last (0: it
-    is the start model). ``ref_refresh``: see algo.ref_refresh.
+    is the start model). ``ref_refresh``: see algo.ref_refresh. ``scores``: what stands beside the saved model, where it
+    is one that scores.
     """
 
     def __init__(
@@ -146,11 +150,13 @@ class Trainer(Generic[B]):
         budget: int,
         reference: Policy | AdaptedReference | None = None,
         ref_refresh: int = 0,
+        scores: ScoreSpec | None = None,
     ) -> None:
         self.world, self.objective, self.activity, self.budget = world, objective, activity, budget
         self.trained = {t.name: t for t in trained}
         self.main = trained[0]
         self.reference, self.ref_refresh, self.refreshed = reference, ref_refresh, 0
+        self.scores = scores
 
     @property
     def module(self) -> PackedModel[Any]:
@@ -164,7 +170,7 @@ class Trainer(Generic[B]):
         with self.activity.busy("train"):
             self._refresh_reference()
             work = self.objective.prepare(step, batch).to(self.world.device)
-            packs = [self._lay_out(work, groups) for groups in work.updates]
+            packs = [self._lay_out(work.rows, groups) for groups in work.updates]
             trained = [t for t in self.trained.values() if step >= t.first_step]
             work = self.objective.advance(self._scored(work, packs, trains_main=self.main in trained))
             done: dict[str, list[UpdateReport]] = {t.name: [] for t in trained}
@@ -192,16 +198,28 @@ class Trainer(Generic[B]):
             row[f"{name}/ref_age_updates"] = float(trained.updates - self.refreshed)
         return row, trained.objective.histograms(totals)
 
-    def _lay_out(self, work: StepData, groups: range) -> list[Packed]:
-        """Micro-batches of this rank of one update; every rank has as many."""
+    def _lay_out(self, rows: SampleTable, groups: range) -> list[Packed]:
+        """Micro-batches of this rank of some groups; every rank has as many."""
         needs, module = self.objective.needs, self.module
         fed = needs.feed_last
         parts = microbatches(
-            work.rows, groups, self.world.size, self.budget,
+            rows, groups, self.world.size, self.budget,
             quadratic=module.quadratic, feed_last=fed, together=needs.together,
         )[self.world.rank]  # fmt: skip
         share = module.share_up_to
-        return [lay_out(work.rows, part, share_up_to=share, feed_last=fed).to(self.world.device) for part in parts]
+        return [lay_out(rows, part, share_up_to=share, feed_last=fed).to(self.world.device) for part in parts]
+
+    def ask(self, rows: SampleTable) -> Tensor:
+        """What the module that the job is about says of samples, less what the reference says where there is one: [T]
+        on every rank, a number for each token that it is read at, NaN for all others. A collective.
+        """
+        said, ref = (torch.full((len(rows.tokens),), math.nan, device=self.world.device) for _ in range(2))
+        packs = self._lay_out(rows, range(len(rows.prompts)))
+        self._score(self.module, packs, said, "held_out", "held_out_flops")
+        if self.reference is not None:
+            self._score(self.reference, packs, ref, "held_out", "held_out_flops")
+            said -= ref
+        return self._merged(said) if self.world.size > 1 else said
 
     # --- before the first update
 
@@ -255,7 +273,7 @@ class Trainer(Generic[B]):
         """Write the first of what a head says of each token."""
         with self.activity.busy(what):
             for packed in packs:
-                into[packed.tokens] = module(packed)[0]
+                into[module.tokens_of(packed)] = module(packed)[0]
                 self.activity.charge("scored_tokens", float(len(packed.targets)))
                 self.activity.charge(charge, module.forward_flops(packed))
 

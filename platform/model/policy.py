@@ -181,6 +181,10 @@ class PackedModel(nn.Module, ABC, Generic[Out]):
     def samples_of(self, packed: Packed) -> Tensor:
         """The sample of each row."""
 
+    def tokens_of(self, packed: Packed) -> Tensor:
+        """The place in the table's tokens of what each row is of."""
+        return packed.tokens
+
     def hidden(self, packed: Packed, places: Tensor) -> Tensor:
         """The decoder's hidden states [M, H] at flat ``places`` [M]; within ``forward`` only."""
         if self.keeps_less:

@@ -136,6 +136,10 @@ class ScalarModel(PackedModel[ScalarOutputs]):
         """The sample of each row."""
         return packed.samples.index_select(0, packed.ends) if self.reads == "end" else packed.samples
 
+    def tokens_of(self, packed: Packed) -> Tensor:
+        """The place in the table's tokens of what each row is of: of a sample its final token."""
+        return packed.tokens.index_select(0, packed.ends) if self.reads == "end" else packed.tokens
+
     def forward(self, packed: Packed) -> ScalarOutputs:
         """The number of each row, with gradient."""
         head, hidden = self.model.score, self.hidden(packed, self._places(packed)).float()

@@ -49,7 +49,10 @@ ROLES = (
         restarts="eval.max_restarts",
     ),
 )
-JOBS = {"rl": ("broker", "learner", "generator", "evaluator"), "sft": ("broker", "learner")}
+JOBS = {
+    "rl": ("broker", "learner", "generator", "evaluator"),
+    **dict.fromkeys(("sft", "reward_model", "prm"), ("broker", "learner")),
+}
 """Job → its roles in the order in which they start: the broker first, for every other one dials it."""
 
 

@@ -1,5 +1,5 @@
-"""runs/NAME/learning.png out of metrics.jsonl: accuracy, answer length, staleness, importance ratio; of job=sft its
-loss.
+"""runs/NAME/learning.png out of metrics.jsonl: accuracy, answer length, staleness, importance ratio; of a job that
+learns from examples its loss, and what held-out ones say.
 
 The launcher calls it at the end of a run, and after a failed one too: it draws whatever rows there are.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offtrail.platform.tracking.recorder import Row, read_rows
+from offtrail.platform.tracking.summary import LOSSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
+HELD_OUT = {"eval/accuracy": "accuracy", "eval/auc": "AUC", "eval/first_error_f1": "first error, F1"}
+"""Of a model that scores."""
 Curve = tuple[list[int], list[float]]
 
 
@@ -27,12 +30,12 @@ def learning_curve(run_dir: Path) -> Path:
     from matplotlib.figure import Figure
 
     rows = read_rows(run_dir)
-    supervised = bool(curve(rows, "loss/sft")[0])
-    figure = Figure(figsize=(11, 3.8 if supervised else 7.2), dpi=130, layout="constrained")
+    loss = next((name for name in LOSSES if curve(rows, name)[0]), "")
+    figure = Figure(figsize=(11, 3.8 if loss else 7.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(run_dir.resolve().name, fontsize=12, fontweight="bold", x=0.01, ha="left")
-    if supervised:
-        _supervised(figure, rows)
+    if loss:
+        _supervised(figure, rows, loss)
     else:
         _reinforced(figure, rows)
     path = run_dir / "learning.png"
@@ -42,15 +45,23 @@ def learning_curve(run_dir: Path) -> Path:
     return path
 
 
-def _supervised(figure: Figure, rows: list[Row]) -> None:
-    """The one curve of job=sft."""
-    axes = figure.subplots()
-    _frame(axes, rows[-1]["step"])
-    _title(axes, "Loss", "nats per token of the worked answers")
-    _draw(axes, curve(rows, "loss/sft"), "training batches", BLUE)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("optimizer update")
-    _legend(axes)
+def _supervised(figure: Figure, rows: list[Row], loss: str) -> None:
+    """The loss of a job that learns from examples, and beside it what held-out ones say, where some are measured."""
+    scores = {name: label for name, label in HELD_OUT.items() if curve(rows, name)[0]}
+    left, *right = figure.subplots(1, 1 + bool(scores), squeeze=False)[0]
+    for axes in (left, *right):
+        _frame(axes, rows[-1]["step"])
+        axes.set_xlabel("optimizer update")
+    _title(left, "Loss", "nats per token of the worked answers" if loss == "loss/sft" else "nats")
+    _draw(left, curve(rows, loss), "training batches", BLUE)
+    left.set_ylim(bottom=0)
+    _legend(left)
+    for axes in right:
+        _title(axes, "Held-out answers", "")
+        for (name, label), colour in zip(scores.items(), (ORANGE, BLUE, GREEN), strict=False):
+            _draw(axes, curve(rows, name), label, colour, "o-")
+        axes.set_ylim(0, 1.02)
+        _legend(axes)
 
 
 def _reinforced(figure: Figure, rows: list[Row]) -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking.summary import LOSSES
 from offtrail.platform.wire.messages import Heartbeat, Status
 
 PLACE: ContextVar[str] = ContextVar("place", default="")
@@ -88,10 +89,11 @@ class Progress:
     def line(self, status: Status) -> str:
         """One learner step in one line."""
         show = _Shown(status)
-        if self._config.job == "sft":
+        if self._config.supervised is not None:
+            tokens = show("throughput/trained_tokens_per_second", ",.0f")
             return (
                 f"step {self._step:>{len(str(self._config.steps))}}/{self._config.steps} · loss "
-                f"{show('loss/sft', '.3f')} · {show('throughput/trained_tokens_per_second', ',.0f')} tokens/s"
+                f"{show.loss()} · {tokens} tokens/s{_held_out(show)}"
                 f" · {_duration(time.monotonic() - self._began)}"
             )
         return (
@@ -136,8 +138,10 @@ class Progress:
     def _metrics(self, show: _Shown) -> RenderableType:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
-        if self._config.job == "sft":
-            grid.add_row("loss", show("loss/sft", ".3f"))
+        if self._config.supervised is not None:
+            grid.add_row("loss", show.loss())
+            if self._config.head is not None:
+                grid.add_row("held-out accuracy", _evaluation(show))
             grid.add_row("tokens per second", show("throughput/trained_tokens_per_second", ",.0f"))
             return grid
         for name, shown in (
@@ -180,6 +184,16 @@ class _Shown:
     def __call__(self, name: str, form: str) -> str:
         value = self.value(name)
         return "–" if value is None else format(value, form)
+
+    def loss(self) -> str:
+        """Of a job that learns from examples."""
+        return next((self(name, ".3f") for name in LOSSES if self.value(name) is not None), "–")
+
+
+def _held_out(show: _Shown) -> str:
+    """Where a job measures some."""
+    last = _evaluation(show)
+    return "" if last == "–" else f" · held-out accuracy {last}"
 
 
 def _evaluation(show: _Shown) -> str:

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+LOSSES = ("loss/sft", "loss/preference", "loss/outcome", "loss/process")
+"""Of the jobs that learn from examples, each has one."""
 PACKAGES = ("offtrail", "torch", "transformers", "accelerate", "pyzmq", "omegaconf", "msgspec")
 
 

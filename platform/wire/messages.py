@@ -1,7 +1,7 @@
 """Every message of the wire. A request is answered by exactly one reply; hints (PUB) may be lost.
 
     generator ── Hello, LeaseRequest, SubmitGroup, FailGroup, ReturnLeases ──► broker
-    learner 0 ── Hello, NextBatch, Commit, Checkpointed ─────────────────────► broker
+    learner 0 ── Hello, NextBatch, Commit, Checkpointed, HeldOut ────────────► broker
     evaluator ── Hello, NextEval, EvalResult ────────────────────────────────► broker
     scorer ── Hello, Serving ────────────────────────────────────────────────► broker
     generator ── ScoreRequest ───────────────────────────────────────────────► scorer
@@ -25,7 +25,7 @@ from msgspec import Meta
 
 from offtrail.core.types import Axis, Lease, Problem, ScoredBy
 
-PROTOCOL = 6
+PROTOCOL = 7
 
 Index = Annotated[int, Meta(ge=0, lt=1 << 16)]
 """Of a process among those of its role."""
@@ -190,6 +190,15 @@ class Checkpointed(Message, frozen=True):
     path: Text
 
 
+class HeldOut(Message, frozen=True):
+    """What the learner of a job without an evaluator has measured of a version, names as in docs/metrics.md (eval/…).
+    It is sent before the version's Checkpointed.
+    """
+
+    version: Version
+    metrics: dict[Name, float]
+
+
 class NextEval(Message, frozen=True):
     """Ask for a version to evaluate."""
 
@@ -340,13 +349,13 @@ class VersionHint(Message, frozen=True):
 
 
 RequestMessage = (
-    Hello | LeaseRequest | SubmitGroup | FailGroup | ReturnLeases | NextBatch | Commit | Checkpointed | NextEval
-    | EvalResult | Heartbeat | Failure | StatusRequest | StopRun | Serving | ScoreRequest
+    Hello | LeaseRequest | SubmitGroup | FailGroup | ReturnLeases | NextBatch | Commit | Checkpointed | HeldOut
+    | NextEval | EvalResult | Heartbeat | Failure | StatusRequest | StopRun | Serving | ScoreRequest
 )  # fmt: skip
 LAUNCHER = "launcher"
 SENDERS: dict[type[Message], str] = {
     **dict.fromkeys((LeaseRequest, SubmitGroup, FailGroup, ReturnLeases), "generator"),
-    **dict.fromkeys((NextBatch, Commit, Checkpointed), "learner"),
+    **dict.fromkeys((NextBatch, Commit, Checkpointed, HeldOut), "learner"),
     **dict.fromkeys((NextEval, EvalResult), "evaluator"),
     Serving: "scorer",
     StopRun: LAUNCHER,

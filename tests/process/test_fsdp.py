@@ -46,7 +46,7 @@ def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
         for rank in range(ranks)
     ]
     try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        said = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -95,11 +95,35 @@ def results(
     sft_half = job("sft_two_from_one", folder / "sft_one" / halfway, range(2, STEPS), algo="sft")
     lora_one, lora_two = (job(f"lora_{r}", start_dir, range(STEPS), algo="lora", save=3) for r in ("one", "two"))
     lora_half = job("lora_two_from_one", folder / "lora_one" / "checkpoints" / "step_3", range(3, STEPS), algo="lora")
-    worker.main([{**first, "ranks": 1} for first in (one, ppo_one, full_one, sft_one, lora_one)])
+    labels = {"reward_model": folder / "pairs.jsonl", "prm": folder / "steps.jsonl", "implicit": folder / "steps.jsonl"}
+    write_labels(labels["reward_model"], labels["prm"])
+    heads = [
+        [
+            job(f"{name}_{r}", start_dir, range(STEPS), algo=name, labels=str(path), save=2)
+            for name, path in labels.items()
+        ]
+        for r in ("one", "two")
+    ]
+    prm_half = job(
+        "prm_two_from_one", folder / "prm_one" / halfway, range(2, STEPS), algo="prm", labels=str(labels["prm"])
+    )
+    worker.main([{**first, "ranks": 1} for first in (one, ppo_one, full_one, sft_one, lora_one, *heads[0])])
     two_ranks = [two, two_from_one, ppo_two, ppo_two_from_one, full_two, sft_two, sft_half, lora_two, lora_half]
+    two_ranks += [*heads[1], prm_half]
     launch(2, two_ranks, folder)
     worker.main([{**one_from_two, "ranks": 1}])
     return lambda name: folder / name
+
+
+def write_labels(pairs: Path, steps: Path) -> None:
+    """Pairs, and steps of which every other is wrong."""
+    words = ["a", "bc", "def", "ghij", "klmno", "pq"]
+    rows = [{"prompt": f"{i}=?", "chosen": words[i % 6], "rejected": words[(i + 1) % 6] * 2} for i in range(20)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"{i}=?", "steps": words[i % 3 : 3 + i % 4], "labels": [1, 0, 1, 0, 1, 0]} for i in range(20)]
+    for row in rows:
+        row["labels"] = row["labels"][: len(row["steps"])]
+    steps.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:
@@ -181,6 +205,19 @@ def test_adapters_on_two_ranks_are_those_of_one(results: Callable[[str], Path], 
     assert max(float((saved[0][n] - saved[1][n]).abs().max()) for n in saved[0]) < 5e-6
 
 
+@pytest.mark.parametrize("name", ["reward_model", "prm", "implicit"])
+def test_models_that_score_are_sharded_and_equal_one_rank(results: Callable[[str], Path], name: str) -> None:
+    """In their weights, and in what held-out answers say of them on either rank."""
+    one, two = results(f"{name}_one"), results(f"{name}_two")
+    assert all(told(two, rank)["dtensor"] for rank in range(2))
+    assert told(one)["plain"]
+    assert distance(one, two) < 1e-5
+    metrics = told(one)["metrics"]
+    assert "eval/accuracy" in metrics
+    assert metrics == pytest.approx(told(two)["metrics"], rel=1e-3, abs=1e-5)
+    assert told(two, 1)["metrics"] == told(two)["metrics"]
+
+
 @pytest.mark.parametrize(
     ("whole", "resumed"),
     [
@@ -189,6 +226,7 @@ def test_adapters_on_two_ranks_are_those_of_one(results: Callable[[str], Path], 
         ("ppo_one", "ppo_two_from_one"),
         ("sft_one", "sft_two_from_one"),
         ("lora_one", "lora_two_from_one"),
+        ("prm_one", "prm_two_from_one"),
     ],
 )
 def test_a_checkpoint_fits_another_number_of_ranks(results: Callable[[str], Path], whole: str, resumed: str) -> None:

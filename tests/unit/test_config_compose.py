@@ -349,7 +349,7 @@ def test_rules_are_documented():
 
 def test_nearest_knows_forgotten_sections_and_misspellings():
     paths = all_paths()
-    assert nearest("steps", paths) == ["learner.steps", "sft.steps"]
+    assert nearest("steps", paths) == ["learner.steps", "sft.steps", "prm.steps"]
     assert nearest("batch.grups", paths)[0] == "batch.groups"
     assert nearest("learner.seed", paths)[0] == "run.seed"
     assert nearest("qqqqqq", paths) == []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,10 +20,17 @@ from transformers import (
     AutoTokenizer,
 )
 
-from offtrail.algos.preference import pair_weights, preference_loss, step_loss
+from offtrail.algos.preference import outcome_loss, pair_weights, preference_loss, step_loss
 from offtrail.platform.learner import checkpoint
 from offtrail.platform.learner.checkpoint import TrainerState
-from offtrail.platform.learner.reward_objectives import BradleyTerry, LabelledSteps, Preferences, ProcessReward
+from offtrail.platform.learner.reward_objectives import (
+    BradleyTerry,
+    ImplicitReward,
+    LabelledSteps,
+    ProcessReward,
+    ScoredAnswers,
+    YesNo,
+)
 from offtrail.platform.learner.train import Trained, Trainer, adamw
 from offtrail.platform.learner.world import World
 from offtrail.platform.model.packing import SampleTable, lay_out
@@ -138,6 +145,20 @@ def test_the_step_loss_by_hand() -> None:
     )
 
 
+def test_the_outcome_loss_by_hand() -> None:
+    """Logits 0, −log 3 (σ = ½, ¼) with labels 1 and ½, at weights of ½; dL/dv = ½(σ(v) − y)."""
+    values = torch.tensor([0.0, -math.log(3)], requires_grad=True)
+    loss, metrics = outcome_loss(values, torch.tensor([1.0, 0.5]), torch.full((2,), 0.5))
+    soft = -0.5 * (math.log(1 / 4) + math.log(3 / 4))
+    assert loss.item() == pytest.approx((math.log(2) + soft) / 2)
+    loss.backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == pytest.approx([-0.25, -0.125])
+    assert metrics.means() == pytest.approx(
+        {"loss/outcome": loss.item(), "outcome/accuracy": 0.5, "outcome/good_share": 1.0}
+    )
+
+
 # --- against transformers on padded batches
 
 
@@ -149,13 +170,58 @@ def test_a_reward_model_has_the_gradient_of_the_padded_classifier(start_dir: Pat
     module = scalar(start_dir, "end")
     module.share_up_to = share
     model = plain(AutoModelForSequenceClassification, module, start_dir)
-    loss, found = gradients(trainer_of(module, BradleyTerry(), budget), Preferences(rows, scores))
+    loss, found = gradients(trainer_of(module, BradleyTerry(), budget), ScoredAnswers(rows, scores))
     ids, mask = padded(rows, model.config.pad_token_id)
     values = model(input_ids=ids, attention_mask=mask).logits[:, 0]
     expected = -logsigmoid(values[0::2] - values[1::2]).mean()
     expected.backward()
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     assert_same(found, model)
+
+
+@pytest.mark.parametrize("budget", [16_384, 60])
+def test_a_pointwise_model_has_the_gradient_of_the_padded_classifier(start_dir: Path, budget: int) -> None:
+    rows, labels = answers(groups=3, size=3), torch.rand(9, generator=torch.Generator().manual_seed(3))
+    module = scalar(start_dir, "end")
+    model = plain(AutoModelForSequenceClassification, module, start_dir)
+    loss, found = gradients(trainer_of(module, YesNo(), budget), ScoredAnswers(rows, labels))
+    ids, mask = padded(rows, model.config.pad_token_id)
+    expected = binary_cross_entropy_with_logits(model(input_ids=ids, attention_mask=mask).logits[:, 0], labels)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert_same(found, model)
+
+
+@pytest.mark.parametrize("budget", [16_384, 60])
+def test_an_implicit_process_reward_has_the_gradient_of_two_padded_language_models(
+    start_dir: Path, budget: int
+) -> None:
+    rows, labels, beta = answers(groups=3, size=3), torch.tensor([1.0, 0, 0.5] * 3), 0.7
+    module, reference = (Policy(load_model(start_dir)) for _ in range(2))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) / 50)
+    policy, other = (AutoModelForCausalLM.from_pretrained(start_dir, dtype=torch.float32).eval() for _ in range(2))
+    policy.load_state_dict({n: p.detach().clone() for n, p in module.model.named_parameters()}, strict=False)
+    trainer = trainer_of(module, ImplicitReward(beta), budget)
+    trainer.reference = reference.requires_grad_(False)
+    loss, found = gradients(trainer, ScoredAnswers(rows, labels))
+    ids, mask = padded(rows, 0)
+
+    def told(model: Any) -> list[Tensor]:
+        """Log p of each answer's tokens, by sample."""
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        chosen = torch.log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
+        at = [len(rows.prompts[g]) - 1 for g in rows.group_of]
+        return [chosen[i, a : a + n] for i, (a, n) in enumerate(zip(at, rows.lengths, strict=True))]
+
+    with torch.no_grad():
+        theirs = told(other)
+    ratios = [mine - ref for mine, ref in zip(told(policy), theirs, strict=True)]
+    expected = binary_cross_entropy_with_logits(beta * torch.stack([r.sum() for r in ratios]), labels)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert_same(found, policy)
 
 
 @pytest.mark.parametrize("share", [0, 100], ids=["whole", "shared prompts"])
@@ -176,7 +242,7 @@ def test_a_process_reward_model_has_the_gradient_of_the_padded_classifier(
     at = torch.tensor([len(rows.prompts[g]) for g in rows.group_of])
     said = torch.cat([logits[i, p : p + n] for i, (p, n) in enumerate(zip(at, rows.lengths, strict=True))])
     told = ~labels.isnan()
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(said[told], labels[told])
+    expected = binary_cross_entropy_with_logits(said[told], labels[told])
     expected.backward()
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     assert_same(found, model)
@@ -194,7 +260,7 @@ def test_a_head_that_reads_final_tokens_names_what_its_objective_lacks(start_dir
 def test_pair_accuracy_rises_until_all_pairs_are_ordered(start_dir: Path) -> None:
     rows, scores = answers(groups=12, size=3, seed=4), torch.tensor([2.0, 0.0, 1.0] * 12)
     trainer = trainer_of(ScalarModel(load_scalar(start_dir, "end"), "end"), BradleyTerry())
-    rows_of = [trainer.step(step, Preferences(rows, scores)).metrics for step in range(40)]
+    rows_of = [trainer.step(step, ScoredAnswers(rows, scores)).metrics for step in range(40)]
     assert rows_of[0]["loss/preference"] == pytest.approx(math.log(2))  # the head begins at 0
     assert rows_of[0]["preference/accuracy"] == 0
     assert rows_of[-1]["preference/accuracy"] == 1
