@@ -178,6 +178,32 @@ def test_a_critic_and_what_is_served_are_looked_at_too(model: Path) -> None:
         require_models(compose(["job=chat", f"checkpoint={model}"]))
 
 
+@pytest.mark.parametrize(
+    ("head", "shape", "words"),
+    [
+        ("score.weight", (1, 64), ""),
+        ("score.weight", (2, 64), ""),
+        ("score.weight", (3, 64), "its score head is of the wrong shape: score.weight is [3, 64], must be [1, 64]"),
+        ("score.weight", (1, 32), "its score head is of the wrong shape: score.weight is [1, 32]"),
+        ("score.2.weight", (1, 64), "its score head (two layers) can be asked, but not trained"),
+        ("v_head.summary.weight", (1, 64), "its score head (value) can be asked, but not trained"),
+    ],
+)
+def test_a_score_head_is_trained_on_where_it_is_linear(
+    head: str, shape: tuple[int, ...], words: str, model: Path, tmp_path: Path
+) -> None:
+    file = model / "model.safetensors"
+    save_file(load_file(file) | {head: torch.ones(shape)}, file, metadata={"format": "pt"})
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b", "labels": [1]}')
+    config = compose(["job=prm", f"prm.path={tmp_path / 'rows.jsonl'}", f"model.path={model}"])
+    if not words:
+        require_models(config)
+        return
+    with pytest.raises(ConfigError) as refused:
+        require_models(config)
+    assert str(refused.value).startswith(f"model.path={model}: {words}")
+
+
 def test_other_engines_compute_other_architectures(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets("config.json", model_type="granite")(model)
     require_models(compose(["job=sft", f"model.path={model}"]))
