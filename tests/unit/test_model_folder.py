@@ -181,12 +181,12 @@ def test_a_critic_and_what_is_served_are_looked_at_too(model: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "shape", "words"),
     [
-        ("score.weight", (1, 64), ""),
-        ("score.weight", (2, 64), ""),
-        ("score.weight", (3, 64), "its score head is of the wrong shape: score.weight is [3, 64], must be [1, 64]"),
-        ("score.weight", (1, 32), "its score head is of the wrong shape: score.weight is [1, 32]"),
-        ("score.2.weight", (1, 64), "its score head (two layers) can be asked, but not trained"),
-        ("v_head.summary.weight", (1, 64), "its score head (value) can be asked, but not trained"),
+        ("score.weight", (1, 32), ""),
+        ("score.weight", (2, 32), ""),
+        ("score.weight", (3, 32), "its score head is of the wrong shape: score.weight is [3, 32], must be [1, 32]"),
+        ("score.weight", (1, 64), "its score head is of the wrong shape: score.weight is [1, 64]"),
+        ("score.2.weight", (1, 32), "its score head (two layers) can be asked, but not trained"),
+        ("v_head.summary.weight", (1, 32), "its score head (value) can be asked, but not trained"),
     ],
 )
 def test_a_score_head_is_trained_on_where_it_is_linear(
