@@ -119,7 +119,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
         begun = origin if (origin / "trainer.json").is_file() else None
         model = load_trained(config_of(ranks, job["algo"], job.get("labels", "")), begun, Path(job["start"]))
         if world is None:
-            world = join(config_of(ranks).learner, layer_classes(model), deadline_s=60.0)
+            world = join(config_of(ranks).learner, layer_classes(model), deadline_s=240.0)
             check_broadcast(world)
         run(world, model, job)
     assert world is not None

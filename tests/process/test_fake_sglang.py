@@ -172,10 +172,10 @@ def test_a_process_can_be_stopped_go_on_be_killed_and_asked_to_leave(
 
     with process(weights[0], tmp_path) as (server, child):
         asyncio.run(stop_and_go(server, child.pid))
-        assert child.wait(10) == 0
+        assert child.wait(240) == 0
     with process(weights[0], tmp_path) as (server, child):
         asyncio.run(killed(server, child.pid))
-        assert child.wait(10) == -signal.SIGKILL
+        assert child.wait(240) == -signal.SIGKILL
 
 
 @coroutine_test

@@ -95,7 +95,7 @@ def ask(count: int, samples: int, new: int, temperature: float = 0.7) -> list[Re
 
 
 def drain(engine: Engine) -> list[Completion]:
-    done, limit = list[Completion](), time.monotonic() + 120
+    done, limit = list[Completion](), time.monotonic() + 240
     while engine.unfinished:
         done += engine.step()
         assert time.monotonic() < limit, f"{engine.unfinished} samples never came"
@@ -109,7 +109,7 @@ def answers(engine: Engine, requests: list[Request]) -> list[Completion]:
 
 def run_until_tokens(engine: SglangEngine, requests: list[Request]) -> None:
     engine.generate(requests)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 240
     while not any(len(job.tokens) > 30 for p in engine._client.places.values() for job in p.running.values()):
         engine._raise_failure()
         time.sleep(0.002)
@@ -133,7 +133,7 @@ def loaded(engine: SglangEngine) -> set[str]:
 
 def only(engine: SglangEngine, version: int) -> None:
     """Wait until it has no other one."""
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + 240
     while loaded(engine) != {f"v{version}"}:
         time.sleep(0.1)
         assert time.monotonic() < limit, loaded(engine)
@@ -249,7 +249,7 @@ def test_a_server_that_was_killed_is_given_the_adapters_again(
         os.kill(engine.servers._places[0]._child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         drain(engine)
         assert sorted(engine.lost()) == [0, 1]
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 240
         while not engine.replicas or engine.version:
             engine._raise_failure()
             time.sleep(0.05)

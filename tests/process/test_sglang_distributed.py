@@ -33,7 +33,7 @@ def pair(
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
     settings = SglangConfig(
-        max_running=8, servers=2, start_seconds=60.0, hang_seconds=8.0, pause_mode=getattr(request, "param", "retract")
+        max_running=8, servers=2, start_seconds=240.0, hang_seconds=8.0, pause_mode=getattr(request, "param", "retract")
     )
     config = Config(engine=settings)
     config.weights.channel, config.weights.bucket_mb = "distributed", 1
@@ -53,7 +53,7 @@ def pair(
 
 
 def wait(engine: SglangEngine, servers: int) -> None:
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 240
     while engine.replicas < servers:
         engine._raise_failure()
         time.sleep(0.05)
@@ -108,7 +108,7 @@ def test_versions_reach_all_servers_in_flight(
 
 def come_back(engine: SglangEngine, place: int) -> None:
     """Until the server at ``place`` has been started a second time and is up."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 240
     while engine.servers.address(place).incarnation < 2 or engine.servers.address(place) not in engine._held:
         engine._raise_failure()
         time.sleep(0.05)
@@ -116,7 +116,7 @@ def come_back(engine: SglangEngine, place: int) -> None:
 
 
 def all_hold(engine: SglangEngine, version: int) -> bool:
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 240
     while set(engine._held.values()) != {version} and time.monotonic() < limit:
         time.sleep(0.05)
     return list(engine._held.values()) == [version] * 2

@@ -42,7 +42,7 @@ def engine(
 ) -> Iterator[SglangEngine]:
     """One engine with one server, which every test leaves at some version, idle."""
     folder = tmp_path_factory.mktemp(f"engine-{request.param}")
-    made = make(request.param, weights[0].path, folder, SglangConfig(max_running=32, start_seconds=120.0))
+    made = make(request.param, weights[0].path, folder, SglangConfig(max_running=32, start_seconds=240.0))
     yield made
     made.close()
 
@@ -70,7 +70,7 @@ def ask(
     return [Request(i, rng.integers(3, VOCAB, prompt).astype(np.int32), samples, sampling) for i in range(count)]
 
 
-def drain(engine: SglangEngine, seconds: float = 60.0) -> list[Completion]:
+def drain(engine: SglangEngine, seconds: float = 240.0) -> list[Completion]:
     done, limit = list[Completion](), time.monotonic() + seconds
     while engine.unfinished:
         done += engine.step()
@@ -81,7 +81,7 @@ def drain(engine: SglangEngine, seconds: float = 60.0) -> list[Completion]:
 def run_until_tokens(engine: SglangEngine, requests: list[Request], tokens: int) -> None:
     """Start long answers, and wait until the server has reported some of their tokens."""
     engine.generate(requests)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 240
     while not any(len(job.tokens) > tokens for p in engine._client.places.values() for job in p.running.values()):
         engine._raise_failure()
         time.sleep(0.002)
@@ -95,7 +95,7 @@ def gap(weights: Weights, request: Request, completion: Completion, version: int
     return float(np.abs(theirs - completion.logprobs)[chosen].max(initial=0.0))
 
 
-def up(engine: SglangEngine, seconds: float = 120.0) -> None:
+def up(engine: SglangEngine, seconds: float = 240.0) -> None:
     limit = time.monotonic() + seconds
     while engine.waiting_for:
         time.sleep(0.05)
@@ -221,7 +221,7 @@ def test_a_server_with_a_tokenizer_stops_at_strings_itself_and_leaves_the_tokens
 
 
 def collect(engine: Engine, requests: list[Request]) -> list[Completion]:
-    done, limit = list[Completion](), time.monotonic() + 60
+    done, limit = list[Completion](), time.monotonic() + 240
     engine.generate(requests)
     while engine.unfinished:
         done += engine.step()
@@ -363,7 +363,7 @@ def main_pid(engine: SglangEngine, place: int = 0) -> int:
 @pytest.fixture(params=["fake", "real"])
 def mortal(request: pytest.FixtureRequest, weights: tuple[Weights, Weights], tmp_path: Path) -> Iterator[SglangEngine]:
     """An engine of its own, to be ill-treated."""
-    config = SglangConfig(max_running=32, start_seconds=120.0, hang_seconds=6.0)
+    config = SglangConfig(max_running=32, start_seconds=240.0, hang_seconds=6.0)
     made = make(request.param, weights[0].path, tmp_path, config)
     up(made)
     yield made
@@ -407,7 +407,7 @@ def test_a_killed_and_a_hung_server_lose_their_requests_once_and_come_back(
 
 def up_again(engine: SglangEngine) -> None:
     """Until a server is up that was started anew, from the start's weights, and waits for a version."""
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 240
     while not engine.replicas or engine.version:
         engine._raise_failure()
         time.sleep(0.05)
@@ -447,7 +447,7 @@ def test_an_engine_whose_servers_cannot_be_started_leaves_nothing(
 
 @pytest.mark.parametrize("kind", ["fake"])
 def test_unfinished_samples_come_back_as_they_are(kind: str, weights: tuple[Weights, Weights], tmp_path: Path) -> None:
-    engine = make(kind, weights[0].path, tmp_path, SglangConfig(max_running=4, start_seconds=120.0))
+    engine = make(kind, weights[0].path, tmp_path, SglangConfig(max_running=4, start_seconds=240.0))
     try:
         up(engine)
         run_until_tokens(engine, ask(3, 4, new=LONG), 1)
@@ -480,7 +480,7 @@ def test_cancelled_requests_are_not_heard_of_again_and_the_others_finish(
 
 
 def test_cancel_before_a_server_is_up_and_after_it_is_gone(weights: tuple[Weights, Weights], tmp_path: Path) -> None:
-    engine = make("fake", weights[0].path, tmp_path, SglangConfig(max_running=32, start_seconds=120.0))
+    engine = make("fake", weights[0].path, tmp_path, SglangConfig(max_running=32, start_seconds=240.0))
     try:
         engine.generate(ask(2, 2))
         engine.cancel([0])
