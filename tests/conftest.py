@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from cover import leave_a_cover
 from leftovers import Session
 from offtrail.core.types import Batch, Group, Problem
 from offtrail.platform.config.schema import ModelConfig, SglangConfig
@@ -59,6 +60,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     config.option.loadscopereorder = False
     return Files(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before `-m` chooses among them."""
+    leave_a_cover(items)
 
 
 @pytest.hookimpl(trylast=True)

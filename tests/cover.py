@@ -1,9 +1,15 @@
-"""Which combinations of options `make test` tries: a few, in which every two values meet; `make prove` has the rest."""
+"""Which combinations of options `make test` tries: a few, in which every two values meet; `make prove` has the rest.
+
+    @pytest.mark.pairs("engine", "kind", "mode")
+
+says so of a test whose parameters (fixtures' too) have these names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations, product
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -11,24 +17,31 @@ import pytest
 Case = tuple[Any, ...]
 
 
-def pairs(*axes: Sequence[Any]) -> list[Any]:
-    """Every combination of the axes' values (two axes at least), as pytest.mark.parametrize takes them. Those beyond a
-    cover of all pairs of two axes' values, chosen greedily in the order of the product, have the mark `prove`.
-    """
-    cases = list(product(*(range(len(axis)) for axis in axes)))
+def leave_a_cover(items: Iterable[pytest.Item]) -> None:
+    """Mark as `prove` what is beyond the cover of each test with the mark `pairs`."""
+    tests = defaultdict[str, list[tuple[pytest.Item, Case]]](list)
+    for item in items:
+        if (mark := item.get_closest_marker("pairs")) is not None:
+            case = tuple(item.callspec.params[name] for name in mark.args)  # type: ignore[attr-defined]
+            tests[item.nodeid.partition("[")[0]].append((item, case))
+    for found in tests.values():
+        kept = cover([case for _, case in found])
+        for item, case in found:
+            if case not in kept:
+                item.add_marker(pytest.mark.prove)
+
+
+def cover(cases: Sequence[Case]) -> set[Case]:
+    """Some of the cases, chosen greedily, in which every two values meet that meet in any."""
     unmet = {pair for case in cases for pair in pairs_of(case)}
-    cover = set[Case]()
+    kept = set[Case]()
     while unmet:
         best = max(cases, key=lambda case: len(unmet & pairs_of(case)))  # the first of several
-        cover.add(best)
+        kept.add(best)
         unmet -= pairs_of(best)
-    marks = {True: (), False: pytest.mark.prove}
-    return [
-        pytest.param(*(axis[i] for axis, i in zip(axes, case, strict=True)), marks=marks[case in cover])
-        for case in cases
-    ]
+    return kept
 
 
 def pairs_of(case: Case) -> set[Case]:
-    """((axis, value), (another axis, its value)), by number."""
+    """((place, value), (another place, its value))."""
     return set(combinations(enumerate(case), 2))

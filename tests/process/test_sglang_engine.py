@@ -20,7 +20,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from cover import pairs
 from fakes.client import PROMPT, VOCAB, Server, Weights
 from fakes.text import first_with, strings_of
 from offtrail.core.protocols import Completion, Engine, Request
@@ -262,9 +261,9 @@ def test_of_a_long_prompt_one_sample_goes_ahead_and_the_others_hit_the_cache(eng
 MODES = ["retract", "abort", "in_place"]
 
 
-@pytest.mark.parametrize(
-    ("engine", "kind", "mode"), pairs(("fake", "real"), ("shm", "disk", "ipc"), MODES), indirect=["engine"]
-)
+@pytest.mark.pairs("engine", "kind", "mode")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["shm", "disk", "ipc"])
 def test_a_version_reaches_the_server_in_flight_and_its_tokens_say_so(
     engine: SglangEngine, weights: tuple[Weights, Weights], start: int, tmp_path: Path, kind: str, mode: str,
     monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None],

@@ -7,19 +7,36 @@ from typing import Any
 
 import pytest
 
-from cover import pairs
+from cover import cover, leave_a_cover
 
 
 @pytest.mark.parametrize("axes", [("ab", "cd"), ("ab", "cde", "fgh"), ("abcd", "ef", "ghi", "jk")])
-def test_every_two_values_meet_in_make_test_and_every_combination_in_one_of_both(axes: tuple[str, ...]) -> None:
-    found = pairs(*axes)
-    assert [case.values for case in found] == list(product(*axes))
-    kept: list[Any] = [case.values for case in found if not case.marks]
+def test_every_two_values_meet_in_a_cover(axes: tuple[str, ...]) -> None:
+    kept = cover(list(product(*axes)))
     for (i, one), (j, other) in combinations(enumerate(axes), 2):
         assert {(case[i], case[j]) for case in kept} == set(product(one, other))
-    assert all([mark.name for mark in case.marks] == ["prove"] for case in found if case.values not in kept)
 
 
 def test_a_cover_is_small() -> None:
     """3 · 3 of 2 · 3 · 3: each case has one pair of the two long axes."""
-    assert sum(not case.marks for case in pairs("ab", "cde", "fgh")) == 9
+    assert len(cover(list(product("ab", "cde", "fgh")))) == 9
+
+
+@pytest.mark.pairs("one", "other", "third")
+@pytest.mark.parametrize("one", "ab")
+@pytest.mark.parametrize("other", "cd")
+@pytest.mark.parametrize("third", "ef")
+def test_what_is_beyond_the_cover_has_the_mark_prove(
+    request: pytest.FixtureRequest, one: str, other: str, third: str
+) -> None:
+    """Of this test itself, whose cases come in the order of the product, the last name first: 4 of 8."""
+    kept = cover([(one, other, third) for third, other, one in product("ef", "cd", "ab")])
+    assert len(kept) == 4
+    marked = request.node.get_closest_marker("prove") is not None
+    assert marked == ((one, other, third) not in kept)
+
+
+def test_what_has_no_such_mark_is_left_alone(request: pytest.FixtureRequest) -> None:
+    items: list[Any] = [request.node]
+    leave_a_cover(items)
+    assert request.node.get_closest_marker("prove") is None
