@@ -41,23 +41,23 @@ def fake(weights: Weights, *flags: str) -> Iterator[tuple[FakeServer, Server]]:
 
 @contextlib.contextmanager
 def process(weights: Weights, folder: Path) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
-    """The fake as a program."""
-    port = free_port()
-    flags = f"--port {port} --api-key {Server.key} --incremental-streaming-output --step-seconds 0.002 --device cpu"
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "fake_sglang.py"),
-        "--model-path",
-        str(weights.path),
-        *flags.split(),
-    ]
-    with (folder / "log").open("ab") as log:
-        child = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE, stderr=log
-        )
-    try:
+    """The fake as a program; at another port where somebody has taken the free one meanwhile."""
+    script, log = str(ROOT / "tests" / "fake_sglang.py"), folder / "log"
+    flags = f"--api-key {Server.key} --incremental-streaming-output --step-seconds 0.002 --device cpu"
+    words = "address already in use"
+    while "address already in use" in words:
+        port = free_port()
+        command = [sys.executable, script, "--model-path", str(weights.path), "--port", str(port), *flags.split()]
+        with log.open("wb") as errors:
+            child = subprocess.Popen(
+                command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE, stderr=errors
+            )
         assert child.stdout is not None
-        assert b"fired up" in child.stdout.readline(), (folder / "log").read_text()
+        if not (up := b"fired up" in child.stdout.readline()):
+            child.communicate()
+        words = log.read_text()
+    try:
+        assert up, words
         yield Server("fake", f"http://127.0.0.1:{port}"), child
     finally:
         child.kill()
