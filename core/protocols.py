@@ -275,7 +275,13 @@ class Verifier(Protocol):
 class Scorer(Protocol):
     """Neural scores beside generation (reward model, PRM, search value), under the rules of a Verifier."""
 
-    counters: dict[str, float]
+    @property
+    def counters(self) -> dict[str, float]:
+        """Cumulative, by name."""
+
+    @property
+    def waiting_on(self) -> str:
+        """Who has not answered yet, such as `rm of scorer-0` (I4)."""
 
     def applies(self, group: Group) -> bool:
         """Whether it must score this whole group before the group is submitted; drivers may ask it at any time."""

@@ -23,11 +23,14 @@ class Scored(dict[str, Float32]):
 
 
 def total(config: RewardConfig, components: Mapping[str, Float32], *, task: str, step: int) -> Float32:
-    """The weighted sum [G] of name → [G] scores, for a problem of ``task`` in the batch of learner step ``step``."""
+    """The weighted sum [G] of name → [G] scores, for a problem of ``task`` in the batch of learner step ``step``. A
+    model's score that is not there is left out: an evaluation, and a driver's verdict, are of rules alone.
+    """
     size = len(next(iter(components.values())))
     rewards = np.zeros(size, np.float64)
     for name, weight in config.weights.items():
-        if config.applies(name, task) and config.counts(name, step):
+        by_rules_alone = name in config.scored and name not in components
+        if not by_rules_alone and config.applies(name, task) and config.counts(name, step):
             scores = components[name].astype(np.float64)
             rewards += weight * np.where(np.isnan(scores), 0.0, scores)
     return rewards.astype(np.float32)

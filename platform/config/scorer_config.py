@@ -25,8 +25,8 @@ NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 
 @dataclass
 class ScorerConfig:
-    """Neural scores: reward models and process reward models, asked about every group before it is submitted. No role
-    serves them yet: a run that names a model is refused before it starts (launcher/command.py).
+    """Neural scores: reward models and process reward models, which generators ask about every group before it is
+    submitted (docs/scorer.md).
     """
 
     models: dict[str, dict[str, Any]] = setting({})
@@ -37,11 +37,12 @@ class ScorerConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the models' weights."""
+    """Precision of the models' products; weights are kept in float32."""
     threads: int = setting(1, "[1, 1024]", resumable=True)
     """torch threads of each scorer."""
     tokens_per_batch: int = setting(16_384, "[1, inf)", resumable=True)
-    """Tokens of one forward pass, of the requests of all generators together."""
+    """Tokens of one forward pass, of the requests of all generators together; with staleness.mode=exact each request is
+    by itself."""
     refresh_every: int = setting(0, "[0, inf)")
     """Learner steps between two versions of a model that is trained in the run; 0 = never."""
     on_refresh: Literal["finish", "again"] = "finish"

@@ -52,7 +52,7 @@ class Drivers:
         self._held: list[tuple[_Flight, int, Answer]] = []
         self._held_back: list[tuple[_Flight, list[Request]]] = []
         self._numbers = itertools.count()
-        self.ended: list[tuple[Lease, Group | str]] = []
+        self.ended: list[tuple[Lease, Group | Refused]] = []
 
     def __len__(self) -> int:
         """Drivers that run."""
@@ -82,7 +82,7 @@ class Drivers:
             try:
                 self._generate(flight, [request for request in requests if request.id in self._requests])
             except ValueError as error:
-                self._end(flight, str(error))
+                self._end(flight, Refused(str(error)))
 
     def start(self, driver: Driver, prompt_tokens: Int32) -> None:
         """Put the driver's first asks."""
@@ -109,7 +109,7 @@ class Drivers:
                 continue
             flight, ask = owner
             if isinstance(answer, Refused):
-                self._end(flight, answer.reason)
+                self._end(flight, answer)
             else:
                 self._held.append((flight, ask, answer))
         if self._rounds and (self._engine.unfinished or self._questions):
@@ -139,7 +139,7 @@ class Drivers:
             if driver.group is None and not flight.requests and not flight.questions:
                 raise ValueError(f"driver {driver.lease.driver} has nothing in flight and no group")
         except ValueError as error:
-            self._end(flight, str(error))
+            self._end(flight, Refused(str(error)))
         else:
             if driver.group is not None:
                 self._end(flight, driver.group)
@@ -184,7 +184,7 @@ class Drivers:
         if (question := flight.questions.pop(ask, None)) is not None:
             self._questions.pop(question, None)
 
-    def _end(self, flight: _Flight, outcome: Group | str) -> None:
+    def _end(self, flight: _Flight, outcome: Group | Refused) -> None:
         self._drop(flight)
         self.ended.append((flight.driver.lease, outcome))
 

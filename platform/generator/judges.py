@@ -18,12 +18,21 @@ from offtrail.core.protocols import Score, Scorer, Scores, Verdict, Verifier, Ve
 from offtrail.core.types import Float32, Group, Int32, Lease, Problem
 from offtrail.rewards.total import Scored
 
+FAILED, UNSCORED = "failed", "unscored"
+"""What a group is refused as that no verifier, or no scorer, has an answer for."""
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """No answer, and why: the group of the question fails."""
 
-    reason: str
+class Refused(str):
+    """Why there is no answer; the group of the question is refused as ``kind`` (broker/admission.py)."""
+
+    __slots__ = ("kind",)
+    kind: str
+
+    def __new__(cls, why: str, kind: str = FAILED) -> Refused:
+        """``why``: one line for a person."""
+        made = super().__new__(cls, why)
+        made.kind = kind
+        return made
 
 
 @dataclass(eq=False)
@@ -32,7 +41,7 @@ class _Judged:
 
     group: Group
     open: set[int] = field(default_factory=set)
-    refused: str = ""
+    refused: Refused | None = None
 
 
 Components = dict[str, Float32]
@@ -55,7 +64,7 @@ class Judges:
         self._asked: dict[int, Lease] = {}
         self._groups: dict[int, _Judged] = {}
         self._open: dict[int, str] = {}
-        """Question → the scorer that it was put to, or "verifiers"."""
+        """Question → the scorer that it was put to, or "" for the verifiers."""
         self._numbers = itertools.count()
         self._ready: list[_Judged] = []
 
@@ -65,9 +74,13 @@ class Judges:
         return {k: v for judge in self._all for k, v in judge.counters.items()}
 
     @property
-    def waiting_on(self) -> str:
-        """Whose answers are open (I4); empty while nobody is asked."""
-        return ", ".join(sorted(set(self._open.values())))
+    def waiting_for(self) -> tuple[str, str]:
+        """For what and on whom those wait who have asked (I4): scores, as long as one is open, or verdicts; ("", "")
+        while nobody is asked.
+        """
+        asked = sorted(set(self._open.values()))
+        scores = ", ".join(self._scorers[name].waiting_on for name in asked if name)
+        return ("scores", scores) if scores else ("verdicts", "verifiers") if asked else ("", "")
 
     @property
     def groups(self) -> int:
@@ -101,9 +114,9 @@ class Judges:
                 self._score(judged, name, outputs)
         self._settle(judged)
 
-    def poll(self) -> tuple[list[tuple[int, Verdict | Scores | Refused]], list[tuple[Group, str]]]:
+    def poll(self) -> tuple[list[tuple[int, Verdict | Scores | Refused]], list[tuple[Group, Refused | None]]]:
         """What was decided since the last call: answers to drivers' questions by number, and the groups that all have
-        judged, each with why it is refused, or "".
+        judged, each with why it is refused, or None.
         """
         answers: list[tuple[int, Verdict | Scores | Refused]] = []
         for number, answer in self._decided():
@@ -126,7 +139,7 @@ class Judges:
     def _verify(self, number: int, problem: Problem, outputs: Sequence[Int32], finished: Sequence[bool]) -> None:
         texts = [self._answer_text(problem, output) for output in outputs]
         self._verifiers.submit(number, problem, texts, list(finished))
-        self._open[number] = "verifiers"
+        self._open[number] = ""
 
     def _score(self, judged: _Judged, name: str, outputs: Sequence[Int32]) -> None:
         number, group = self._of(judged), judged.group
@@ -134,7 +147,7 @@ class Judges:
             self._scorers[name].submit(number, group.problem, group.prompt_tokens, outputs)
             self._open[number] = name
         except ValueError as error:
-            self._take(judged, number, Refused(str(error)))
+            self._take(judged, number, Refused(str(error), UNSCORED))
 
     def _of(self, judged: _Judged) -> int:
         number = next(self._numbers)
@@ -145,8 +158,9 @@ class Judges:
     def _decided(self) -> list[tuple[int, Components | Scores | Refused]]:
         decided: list[tuple[int, Components | Scores | Refused]] = []
         for judge in self._all:
+            kind = FAILED if judge is self._verifiers else UNSCORED
             for number, answer in judge.poll():
-                decided.append((number, Refused(judge.reason(number)) if answer is None else answer))
+                decided.append((number, Refused(judge.reason(number), kind) if answer is None else answer))
         return decided
 
     def _answer(self, lease: Lease, answer: Components | Scores | Refused) -> Verdict | Scores | Refused:
@@ -158,23 +172,23 @@ class Judges:
         """One of the answers about a whole group."""
         del self._groups[number]
         judged.open.remove(number)
-        try:
-            if isinstance(answer, Refused):
-                raise ValueError(answer.reason)
-            if isinstance(answer, Scores):
+        if isinstance(answer, Refused):
+            judged.refused = judged.refused or answer
+        elif isinstance(answer, Scores):
+            try:
                 _add(judged.group, answer)
-            else:
-                judged.group.components |= answer
-                judged.group.counts = dict(answer.counts) if isinstance(answer, Scored) else {}
-        except ValueError as error:
-            judged.refused = judged.refused or str(error)
+            except ValueError as error:
+                judged.refused = judged.refused or Refused(str(error), UNSCORED)
+        else:
+            judged.group.components |= answer
+            judged.group.counts = dict(answer.counts) if isinstance(answer, Scored) else {}
 
     def _settle(self, judged: _Judged) -> None:
         """Once all have answered, the group has its rewards."""
         if judged.open:
             return
         group = judged.group
-        if not judged.refused:
+        if judged.refused is None:
             group.rewards = self._total(group.components, group.problem.task, group.slot)
         self._ready.append(judged)
 

@@ -16,6 +16,7 @@ from offtrail.platform.engines.channels import open_reader
 from offtrail.platform.engines.make import make_engine
 from offtrail.platform.generator.judges import Judges
 from offtrail.platform.generator.rollout import Rollout
+from offtrail.platform.generator.scorers import open_scorers
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import Connection, RoleContext
 from offtrail.platform.verifier.pool import VerifierPool
@@ -71,7 +72,7 @@ def open_rollout(context: RoleContext, connection: Connection) -> Rollout:
         connection=connection,
         engine=make_engine(context),
         weights=open_reader(config, context.weights_folder),
-        judges=Judges(VerifierPool(config), {}, text.answer_text, rewards),
+        judges=Judges(VerifierPool(config), open_scorers(context, connection, text), text.answer_text, rewards),
         make_driver=driver,
         encode=encode,
     )

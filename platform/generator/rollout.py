@@ -27,7 +27,7 @@ from offtrail.platform.config.schema import Config
 from offtrail.platform.engines.channels import Reader
 from offtrail.platform.engines.limits import MOST_LOST
 from offtrail.platform.generator.drivers import Drivers
-from offtrail.platform.generator.judges import Judges
+from offtrail.platform.generator.judges import Judges, Refused
 from offtrail.platform.runtime.context import Connection
 from offtrail.platform.weights.probe import compare, probe_text
 from offtrail.platform.wire.groups import group_frames
@@ -125,7 +125,7 @@ class Rollout:
             try:
                 prompt_tokens = self.encode(driver.lease)
             except ValueError as error:
-                self._give_up(driver.lease, str(error))
+                self._give_up(driver.lease, Refused(str(error)))
             else:
                 self._running.start(driver, prompt_tokens)
         self._take_ended()
@@ -149,7 +149,7 @@ class Rollout:
         for group, refused in groups:
             self._judging.remove(group.group)
             group.attempt = self._attempts.pop(group.group)
-            if refused:
+            if refused is not None:
                 self._fail(group.group, group.attempt, refused)
                 continue
             header, arrays = group_frames(group)
@@ -170,10 +170,12 @@ class Rollout:
         Raises WaitError (I4) when the broker has answered no heartbeat for broker.deadline_seconds.
         """
         heartbeat, server = self.connection.heartbeat, self.engine.waiting_for
-        judges = self.judges.waiting_on
-        what, on = ("verdicts", judges) if judges else ("server", server) if server else ("leases", self.waiting_for)
+        what, on = self.judges.waiting_for
+        patience = {"verdicts": 0.001, "scores": 0.005}.get(what, 0.02)
+        if not what:
+            what, on = ("server", server) if server else ("leases", self.waiting_for)
         with self.connection.activity.waiting(what, on=on):
-            self.take_replies(timeout_s=0.001 if judges else 0.02)
+            self.take_replies(timeout_s=patience)
         self.stopping = self.stopping or heartbeat.stop
         if heartbeat.lost > self.config.broker.deadline_seconds:
             raise WaitError.passed(what, f"the broker ({on})", time.time() - heartbeat.lost, heartbeat.lost)
@@ -195,7 +197,8 @@ class Rollout:
         returned = list[tuple[int, int]]()
         for lease in lost:
             if (times := self._losses[lease.group]) > MOST_LOST:
-                self._give_up(lease, f"servers have lost it {times} times: they die of it or refuse it; see their logs")
+                why = f"servers have lost it {times} times: they die of it or refuse it; see their logs"
+                self._give_up(lease, Refused(why))
             else:
                 returned.append((lease.group, self._attempts.pop(lease.group)))
         if returned:
@@ -255,7 +258,7 @@ class Rollout:
         try:
             driver = self.make_driver(lease)
         except ValueError as error:
-            self._give_up(lease, str(error))
+            self._give_up(lease, Refused(str(error)))
         else:
             self._waiting.append(driver)
             self._width = driver.width
@@ -264,7 +267,7 @@ class Rollout:
         """What drivers came to: a whole group goes to the judges, anything else fails its group."""
         ended, self._running.ended = self._running.ended, []
         for lease, outcome in ended:
-            if isinstance(outcome, str):
+            if isinstance(outcome, Refused):
                 self._give_up(lease, outcome)
             else:
                 self._judging.add(lease.group)
@@ -311,11 +314,11 @@ class Rollout:
                 samples += driver.width
         return fitting
 
-    def _give_up(self, lease: Lease, detail: str) -> None:
+    def _give_up(self, lease: Lease, why: Refused) -> None:
         """The group's fault, not the generator's: a prompt that does not fit, a driver that is not there."""
-        log.warning("group %d failed: %s", lease.group, detail)
-        self._fail(lease.group, self._attempts.pop(lease.group), detail)
+        log.warning("group %d %s: %s", lease.group, why.kind, why)
+        self._fail(lease.group, self._attempts.pop(lease.group), why)
 
-    def _fail(self, group: int, attempt: int, detail: str) -> None:
-        ticket = self.connection.client.send(FailGroup(group=group, attempt=attempt, reason="failed", detail=detail))
+    def _fail(self, group: int, attempt: int, why: Refused) -> None:
+        ticket = self.connection.client.send(FailGroup(group=group, attempt=attempt, reason=why.kind, detail=str(why)))
         self._unacknowledged[ticket] = group

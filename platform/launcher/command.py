@@ -33,6 +33,8 @@ from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import SINKS, Config
 from offtrail.platform.config.validate import ASKING
 from offtrail.platform.launcher.forks import fork_server
+from offtrail.platform.model.folder import folder_of
+from offtrail.platform.model.scoring import check_tokenizers, scorings
 from offtrail.platform.runtime.device import without_gpu
 from offtrail.platform.runtime.roles import roles_of
 
@@ -155,7 +157,7 @@ def require_inputs(config: Config) -> None:
     for where, one, handed in runs_of(config):
         with named(where):
             require_devices(one)
-            require_scorers(one)
+            require_scorers(one, handed, note)
             require_trackers(one)
             require_models(one, handed)
             if one.job in ("rl", "sft"):
@@ -195,13 +197,19 @@ def require_devices(config: Config) -> None:
             raise ConfigError(reason)
 
 
-def require_scorers(config: Config) -> None:
-    """Raise ConfigError where models that score are named and the job has no role that serves them: every group would
-    be refused.
+def require_scorers(config: Config, handed: Collection[str], note: Callable[[str], None]) -> None:
+    """Raise ConfigError where a model that scores cannot be read, does not read the start model's tokens, or is served
+    by no role of the job. ``note`` hears of what is not scored.
     """
-    if config.scorer.models and not any(spec.role == "scorer" for spec in roles_of(config)):
-        names = ", ".join(config.scorer.models)
+    models = scorings(config)
+    if not models:
+        return
+    names = ", ".join(models)
+    if not any(spec.role == "scorer" for spec in roles_of(config)):
         raise refuse("scorer.models", f"{{{names}}}", f"no role of job={config.job} serves them; leave it empty")
+    note(f"scorer.models={{{names}}}: score what is trained on; held-out answers (eval/…) are scored by rules alone")
+    if config.model.path and "model.path" not in handed and (folder := folder_of(config.model.path)) is not None:
+        check_tokenizers(models.values(), folder)
 
 
 def require_trackers(config: Config) -> None:

@@ -35,6 +35,7 @@ from offtrail.platform.launcher.run import Run, watch
 from offtrail.platform.launcher.sample import run_sampling
 from offtrail.platform.launcher.serve import run_serve
 from offtrail.platform.launcher.start import prepare_start_model
+from offtrail.platform.model.scoring import check_tokenizers, scorings
 from offtrail.platform.model.start import StartError
 from offtrail.platform.tracking import cost
 from offtrail.platform.tracking.cost import RunCost, cost_of
@@ -75,6 +76,7 @@ def run_roles(config: Config, run_dir: Path, interrupted: list[int]) -> tuple[st
     """A training job: the start model, then every role until the end; how it ended, and why."""
     write_overlaps(config, run_dir)
     prepare_start_model(config, run_dir, interrupted, run_roles)
+    check_tokenizers(scorings(config).values(), run_dir / "start")
     check_what_is_there(config, run_dir)
     check_memory(config, run_dir)
     save(run_dir)

@@ -26,6 +26,7 @@ from offtrail.algos.config import PpoConfig
 from offtrail.platform.config.schema import Config, LoraConfig, SglangConfig
 from offtrail.platform.config.sets import sets_of
 from offtrail.platform.engines.make import local_config
+from offtrail.platform.model.scoring import scorings
 from offtrail.platform.model.start import StartError
 from offtrail.platform.runtime.context import reuses_files
 from offtrail.platform.runtime.host_memory import FreeMemory, free_memory, kills, resident
@@ -54,7 +55,8 @@ SAMPLE_KEYS = {
     "generator": "engine.kv_cache_mb, engine.max_running, batch.group_size or staleness.max",
     "evaluator": "engine.kv_cache_mb, engine.max_running or eval.prompts",
 }
-LOWER = {"learner": TOKEN_KEYS, **SAMPLE_KEYS}
+SCORER_KEYS = "scorer.tokens_per_batch"
+LOWER = {"learner": TOKEN_KEYS, "scorer": SCORER_KEYS, **SAMPLE_KEYS}
 """Role → the keys that lower its memory."""
 
 
@@ -188,9 +190,8 @@ def estimate(config: Config, start: Path) -> Iterator[Part]:
     yield Part("launcher", "Python", BASE)
     for role, count in counts.items():
         yield Part(role, "Python", count * BASES.get(role, OTHER_ROLE))
-        yield from {"learner": _learner, "generator": _generators, "evaluator": _evaluator}.get(role, _nothing)(
-            config, shape, count
-        )
+        parts = {"learner": _learner, "generator": _generators, "evaluator": _evaluator, "scorer": _scorers}
+        yield from parts.get(role, _nothing)(config, shape, count)
     if "generator" in counts and config.weights.channel == "shm":
         alone = config.publishes_adapters
         size = (
@@ -257,6 +258,19 @@ def _evaluator(config: Config, shape: Shape, count: int) -> Iterator[Part]:
     asked = max(one.prompts * one.samples for one in sets_of(config))  # one set after another
     samples = min(_running(config, shape), asked)
     yield from _engines("evaluator", config, shape, count, samples)
+
+
+def _scorers(config: Config, shape: Shape, count: int) -> Iterator[Part]:
+    """Of each scorer every model in float32, and the forward pass of a batch: nothing is kept for a backward."""
+    settings = config.scorer
+    if settings.device != "cpu":
+        return
+    folders = [one.folder for one in scorings(config).values()]
+    shapes = [found for folder in folders if (found := read_shape(folder)) is not None]
+    yield Part("scorer", "weights", count * sum(one.parameters for one in shapes) * FLOAT32)
+    tokens = max(settings.tokens_per_batch, config.model.max_length)
+    widest = max((2 * one.mlp + 2 * one.hidden + 2 * one.qkv_size for one in shapes), default=0)
+    yield Part("scorer", f"activations of {tokens} tokens", count * tokens * widest * FLOAT32, SCORER_KEYS)
 
 
 def _engines(role: str, config: Config, shape: Shape, count: int, samples: int) -> Iterator[Part]:

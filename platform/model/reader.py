@@ -50,6 +50,9 @@ class Reader:
     reference: Policy | None = None
     inserted: int | None = None
     closing: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+    tokens: int = 0
+    """That went through the model so far; ``flops``: of all forward passes."""
+    flops: float = 0.0
 
     @classmethod
     def open(
@@ -133,6 +136,8 @@ class Reader:
 
     def _numbers(self, packed: Packed) -> Tensor:
         numbers: Tensor = self.module(packed)[0]
+        self.tokens += packed.input_ids.numel()
+        self.flops += sum(one.forward_flops(packed) for one in (self.module, self.reference) if one is not None)
         if self.reference is not None:
             numbers = self.spec.beta * (numbers - self.reference(packed)[0])
         return numbers

@@ -27,6 +27,8 @@ from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint, new_pro
 
 log = logging.getLogger("offtrail")
 
+SCORES = "scores-"
+"""How the folders of models that score begin, in the weights folder."""
 OWN_NAMES = re.compile(r"v\d{8,}\.(safetensors|json)|lock|handles\.sock|verdict-\w+\.\d+(\.writing)?")
 
 
@@ -112,6 +114,11 @@ def weights_folder(config: Config, run_dir: Path, attempt: str = "") -> Path:
     return Path(config.weights.dir or "/dev/shm") / (stem if disk or not attempt else f"{stem}-{attempt}")
 
 
+def score_weights_folder(config: Config, run_dir: Path, model: str) -> Path:
+    """Where new versions of a model of scorer.models are published, in the attempt's weights folder."""
+    return weights_folder(config, run_dir) / f"{SCORES}{model}"
+
+
 def own_name(run_dir: Path) -> str:
     """offtrail-USER-TAG: how the names of all begin that the processes of a run make elsewhere."""
     tag = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
@@ -179,6 +186,8 @@ def _remove_own(config: Config, folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
     if config.weights.channel == "disk":
         return
+    for scores in folder.glob(f"{SCORES}*"):
+        _remove_own(config, scores)
     with contextlib.suppress(OSError):
         for path in [*folder.glob("pinned/*"), *folder.glob("*")]:
             if OWN_NAMES.fullmatch(path.name) and not path.is_dir():

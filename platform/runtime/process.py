@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from offtrail.platform.config.compose import load_config
-from offtrail.platform.config.errors import FinalError
+from offtrail.platform.config.errors import ConfigError, FinalError
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.runtime.device import require_device
 from offtrail.platform.runtime.host import die_with
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 def is_final(error: Exception) -> bool:
     """Whether another start would fail in the same way: a mistake in the settings, the data or the installation."""
-    return isinstance(error, FinalError | ValueError | ImportError)
+    return isinstance(error, ConfigError | FinalError | ValueError | ImportError)
 
 
 def check_device(context: RoleContext) -> None:

@@ -30,11 +30,21 @@ class RoleRow:
     """How often one of its processes may be started again; never: its death ends the run."""
     world: bool = False
     """Whether its processes are the ranks of one torch.distributed world."""
+    needed: str = ""
+    """There is none where this is empty; always."""
 
 
 ROLES = (
     RoleRow("broker"),
     RoleRow("learner", count="learner.ranks", threads="learner.threads", device="learner.device", world=True),
+    RoleRow(
+        "scorer",
+        count="scorer.count",
+        threads="scorer.threads",
+        device="scorer.device",
+        restarts="scorer.max_restarts",
+        needed="scorer.models",
+    ),
     RoleRow(
         "generator",
         count="generator.count",
@@ -50,7 +60,7 @@ ROLES = (
     ),
 )
 JOBS = {
-    "rl": ("broker", "learner", "generator", "evaluator"),
+    "rl": ("broker", "learner", "scorer", "generator", "evaluator"),
     **dict.fromkeys(("sft", "reward_model", "prm"), ("broker", "learner")),
 }
 """Job → its roles in the order in which they start: the broker first, for every other one dials it."""
@@ -94,6 +104,8 @@ def role_of(config: Config, role: str, index: int) -> RoleSpec:
 
 
 def _specs(row: RoleRow, config: Config) -> list[RoleSpec]:
+    if row.needed and not attrgetter(row.needed)(config):
+        return []
     count, threads = _number(config, row.count, 1), _number(config, row.threads, 1)
     restarts = _number(config, row.restarts, 0)
     forks = bool(row.device) and attrgetter(row.device)(config) == "cpu"

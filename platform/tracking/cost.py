@@ -195,7 +195,8 @@ def _role(
     if made:
         tokens = {"trained": charges.get("tokens", 0.0)}
     seconds = sum(spent for spent, _ in held.values())
-    could = _capacity(held, config.learner.dtype if made or role == "learner" else config.engine.dtype, settings)
+    dtypes = {"learner": config.learner.dtype, COLD_START: config.learner.dtype, "scorer": config.scorer.dtype}
+    could = _capacity(held, dtypes.get(role, config.engine.dtype), settings)
     priced = settings.prices and all(entry_of(name, settings.prices) for name in held)
     return RoleCost(
         role=role,

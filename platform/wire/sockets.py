@@ -1,4 +1,4 @@
-"""Server (the broker's end, the only one that binds) and Client (every other role's end, dials).
+"""Server (the end of the broker, and of a scorer: they bind) and Client (every other role's end, dials).
 
     Client DEALER ── bundle of requests ──► ROUTER Server      a request is answered by exactly one reply
     Client DEALER ◄── bundle of replies ─── ROUTER Server      under the same ticket; several may be open
@@ -137,16 +137,17 @@ class Envelope:
 class Server:
     """Binds two ports (requests and hints) on ``address``; ``port`` 0 takes any free one.
 
-    Raises ValueError when the address can be reached from other hosts and ``keys`` are not CURVE's, or cannot be bound.
+    Raises ValueError, naming ``key``, when the address can be reached from other hosts and ``keys`` are not CURVE's, or
+    cannot be bound.
     """
 
-    def __init__(self, address: str, port: int, keys: ServerKeys) -> None:
+    def __init__(self, address: str, port: int, keys: ServerKeys, key: str = "broker.address") -> None:
         if not keys.public and is_remote(address):
             raise ValueError(
-                f"broker.address={address} can be reached from other hosts and needs CURVE keys: "
-                "make them with make_keys(run_dir, address), or set broker.address=127.0.0.1"
+                f"{key}={address} can be reached from other hosts and needs CURVE keys, which a run has whose "
+                f"broker.address can be too; or set {key}=127.0.0.1"
             )
-        host = _numeric(address)
+        host = _numeric(address, key)
         # A context of its own: the gate answers for all sockets of a context.
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gate = Gate(self._context, keys)
@@ -166,7 +167,8 @@ class Server:
             url, hints_url = _bind(self._requests, host, port), _bind(self._hints, host, 0)
         except zmq.ZMQError as error:
             self.close()
-            raise ValueError(f"broker.address={address}, broker.port={port} cannot be bound: {error}") from None
+            named = f"{key}={address}" + (f", broker.port={port}" if port else "")
+            raise ValueError(f"{named} cannot be bound: {error}") from None
         self.endpoint = Endpoint(url, hints_url, keys.public)
 
     def poll(self, timeout_s: float) -> list[Envelope]:
@@ -427,13 +429,13 @@ def _bind(socket: zmq.Socket[Any], host: str, port: int) -> str:
     return f"tcp://{_bracket(reachable)}:{bound.rsplit(':', 1)[1]}"
 
 
-def _numeric(address: str) -> str:
+def _numeric(address: str, key: str) -> str:
     """The address as a number, the only form that libzmq binds."""
     plain = address.strip("[]")
     try:
         return str(net.getaddrinfo(plain, None, type=net.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise ValueError(f"broker.address={address} is not an address of this host: {error}") from None
+        raise ValueError(f"{key}={address} is not an address of this host: {error}") from None
 
 
 def _own_address() -> str:

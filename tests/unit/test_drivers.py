@@ -16,7 +16,7 @@ from offtrail.core.types import Channel, Float32, Group, Int32, Lease, Problem, 
 from offtrail.platform.config.compose import compose, to_yaml
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.generator.drivers import Drivers
-from offtrail.platform.generator.judges import Judges
+from offtrail.platform.generator.judges import Judges, Refused
 from offtrail.search.config import OutsideConfig, SearchConfig
 from offtrail.search.registry import SearchError, check, make_driver
 from offtrail.search.sample import SampleDriver
@@ -97,6 +97,10 @@ class Slow:
     def applies(self, group: Group) -> bool:
         return self.every_group
 
+    @property
+    def waiting_on(self) -> str:
+        return self.name
+
     def answer(self, *, refuse: bool = False) -> None:
         self.decided += [(key, None if refuse else self.say(outputs)) for key, outputs in reversed(self.asked)]
         self.asked.clear()
@@ -142,7 +146,7 @@ class House:
     def decode(self) -> None:
         self.drivers.completed(self.engine.step())
 
-    def listen(self) -> list[tuple[Group, str]]:
+    def listen(self) -> list[tuple[Group, Refused | None]]:
         answers, groups = self.judges.poll()
         self.drivers.judged(answers)
         return groups
@@ -202,7 +206,7 @@ def test_a_second_round_goes_on_from_half_of_the_best_answer_under_the_newest_we
     driver = two_rounds()
     start(house, driver)
     house.decode()
-    assert house.judges.waiting_on == "verifiers"
+    assert house.judges.waiting_for == ("verdicts", "verifiers")
     house.verifier.answer()
     house.engine.version = 1  # applied while the verdict was out
     house.listen()
@@ -447,7 +451,7 @@ def test_a_driver_is_told_scores_with_model_and_version():
     house = House(scorers={"value": Slow("value")})
     driver = Scripted([[Score(0, "value", (PROMPT, PROMPT[:1]))]])
     start(house, driver)
-    assert house.judges.waiting_on == "value"
+    assert house.judges.waiting_for == ("scores", "value")
     house.scorers["value"].answer()
     house.listen()
     [(ask, scores)] = driver.heard
@@ -461,11 +465,11 @@ def test_a_driver_is_told_scores_with_model_and_version():
 def test_a_group_is_judged_when_the_verifiers_and_every_scorer_that_applies_have_answered():
     house = House(scorers={"prm": Slow("prm"), "value": Slow("value", every_group=False)})
     group = scored(house)
-    assert house.judges.waiting_on == "prm, verifiers"
+    assert house.judges.waiting_for == ("scores", "prm")
     house.verifier.answer()
     assert house.listen() == []
     house.scorers["prm"].answer()
-    assert house.listen() == [(group, "")]
+    assert house.listen() == [(group, None)]
     first = [float(sample.tokens[0]) for sample in group.samples()]
     assert {name: column.tolist() for name, column in group.components.items()} == {"first": first, "length": [8, 8]}
     assert group.rewards.tolist() == [value + 8 for value in first]
@@ -489,7 +493,9 @@ def test_scores_that_are_refused_or_do_not_fit_refuse_the_group(scorer: Slow, re
     house.verifier.answer()
     [(judged, refused)] = house.listen()
     assert judged is group
+    assert refused is not None
     assert reason in refused
+    assert refused.kind == "unscored"
 
 
 def test_components_that_the_driver_filled_are_not_asked_for_again():
@@ -499,7 +505,7 @@ def test_components_that_the_driver_filled_are_not_asked_for_again():
     [(_, group)] = house.drivers.ended
     group.components = {"first": np.array([1, 2], np.float32)}
     house.judges.judge(group)
-    assert house.listen() == [(group, "")]
+    assert house.listen() == [(group, None)]
     assert group.rewards.tolist() == [1, 2]
 
 

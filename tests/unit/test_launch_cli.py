@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import offtrail
+from fakes import scores
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.help import help_text
@@ -136,11 +137,20 @@ def test_a_device_that_this_machine_cannot_have(key, monkeypatch, tmp_path):
 
 
 def test_models_that_score_are_refused_where_no_role_serves_them(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    config = compose([f"scorer.models.rm.path={tmp_path}", "reward.weights.rm=0.1"])
-    with pytest.raises(ConfigError, match=r"^scorer\.models=\{rm\}: no role of job=rl serves them; leave it empty$"):
-        require_scorers(config)
-    require_scorers(compose([]))
+    said = list[str]()
+    named = [f"scorer.models.rm.path={scores.made(tmp_path / 'rm', 'outcome')}", "reward.weights.rm=0.1"]
+    require_scorers(compose(named), (), said.append)
+    assert [line.startswith("scorer.models={rm}: score what is trained on; held-out answers") for line in said] == [
+        True
+    ]
+    (tmp_path / "rows.jsonl").write_text("{}")
+    config = compose([*named, "job=reject", f"reject.paths=[{tmp_path / 'rows.jsonl'}]"])
+    with pytest.raises(
+        ConfigError, match=r"^scorer\.models=\{rm\}: no role of job=reject serves them; leave it empty$"
+    ):
+        require_scorers(config, (), said.append)
+    require_scorers(compose([]), (), said.append)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("package", ["omegaconf", "yaml", "msgspec", "torch"])

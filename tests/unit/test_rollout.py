@@ -260,7 +260,7 @@ def test_rewards_are_the_weighted_total_of_the_verdict() -> None:
     rollout.start_ready()
     rollout.decode()
     [(group, refused)] = rollout.judges.poll()[1]
-    assert refused == ""
+    assert refused is None
     assert group.rewards.tolist() == pytest.approx([1.1, 0.1])  # 1.0·accuracy + 0.1·format
     assert group.tokens.tolist() == [7, 8, 9, 7, 8, 9]
     assert group.versions.tolist() == [0] * 6
