@@ -34,8 +34,14 @@ from offtrail.platform.config.schema import Config
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.registry import family
 
-IMPLIED: dict[str, dict[str, Raw]] = {"serve": {"engine.name": "sglang"}}
-"""Job → what it cannot do without, unless a layer says otherwise."""
+IMPLIED: dict[str, dict[str, Raw]] = {
+    "serve": {"engine.name": "sglang"},
+    "reward_model": {"learner.checkpoint_every": 100},
+    "prm": {"learner.checkpoint_every": 100},
+}
+"""Job → what it takes in place of a default, unless a layer says otherwise: a model that scores is measured on held-out
+answers at every checkpoint.
+"""
 
 
 MIX = "reject.mix"

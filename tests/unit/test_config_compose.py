@@ -426,3 +426,11 @@ def test_where_the_next_run_goes_and_a_models_name_stay_as_typed(tmp_path, monke
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     config = compose(["run.dir=elsewhere", "model.path=some/model"])
     assert (config.run.dir, config.model.path, config.weights.dir) == ("elsewhere", "some/model", "")
+
+
+def test_a_model_that_scores_is_saved_and_measured_less_often_unless_a_layer_says_otherwise(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    given = ["job=prm", f"prm.path={tmp_path / 'rows.jsonl'}"]
+    assert compose(given).learner.checkpoint_every == 100
+    assert compose([*given, "learner.checkpoint_every=7"]).learner.checkpoint_every == 7
+    assert compose([]).learner.checkpoint_every == 10
