@@ -438,6 +438,7 @@ def test_a_dead_broker_ends_the_run_though_a_generator_could_be_started_again(ru
         (MismatchError("the probe alarms"), True),
         (ServerError("a server does not start"), True),
         (ImportError("no module named sglang"), True),
+        (ConfigError("scorer.models.rm.path=DIR: holds no tokenizer"), True),
         (RuntimeError("out of memory"), False),
         (OSError("a disk that went away"), False),
     ],

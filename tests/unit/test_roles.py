@@ -29,10 +29,19 @@ def test_counts_threads_ranks_and_restarts_are_those_of_the_configuration() -> N
     }
 
 
+def test_scorers_are_started_where_a_model_scores() -> None:
+    config = Config()
+    config.scorer.count, config.scorer.threads, config.scorer.max_restarts = 2, 3, 1
+    assert "scorer" not in {spec.role for spec in roles_of(config)}
+    config.scorer.models = {"rm": {"path": "DIR"}}
+    found = [(spec.name, spec.threads, spec.device, spec.restarts) for spec in roles_of(config)]
+    assert found[2:4] == [(f"scorer-{i}", 3, "scorer.device", 1) for i in range(2)]
+
+
 def test_every_key_of_the_table_is_a_key_and_every_role_has_a_module() -> None:
     keys = flatten(Config())
     for row in ROLES:
-        assert all(key in keys for key in (row.count, row.threads, row.device, row.restarts) if key), row
+        assert all(key in keys for key in (row.count, row.threads, row.device, row.restarts, row.needed) if key), row
         assert importlib.util.find_spec(f"offtrail.platform.{row.role}.role") is not None
 
 
