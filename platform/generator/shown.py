@@ -2,8 +2,8 @@
 
     problem, prompt, outputs ── show ──► Shown: arrays of a ScoreRequest ──► scores(numbers) ──► component, channel
 
-Nothing is tokenised again: of an answer alone the tokens behind the thought go to the model, after the prompt without
-the thought that it had opened; steps end with tokens (rewards/steps.py).
+Nothing is tokenised again: of an answer alone the tokens behind the thought go to the model, after the prompt as it is,
+as in job=reward_model; steps end with tokens (rewards/steps.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from offtrail.core.protocols import Scores
 from offtrail.core.types import Channel, Float32, Int32, Problem, ScoredBy
 from offtrail.platform.model.scoring import Scoring
 from offtrail.platform.model.text import Text
-from offtrail.rewards.steps import Pieces, Steps, aggregate, answer_from, token_ends
+from offtrail.rewards.steps import Pieces, Steps, aggregate, answer_from
 
 _NOTHING = np.zeros(0, np.int32)
 
@@ -99,7 +99,7 @@ class Show:
             return str(text.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
         self._scoring, self._text = scoring, text
-        self._pieces, self._whole = Pieces(decode, text.stop_token_ids), Pieces(decode)
+        self._pieces = Pieces(decode, text.stop_token_ids)
         self._steps = Steps.of(scoring.spec.steps) if scoring.spec.reads == "steps" else None
 
     def __call__(self, problem: Problem, prompt: Int32, outputs: Sequence[Int32]) -> Shown:
@@ -121,11 +121,4 @@ class Show:
             begins.append(begin)
             parts.append(_NOTHING if empty else output[begin:])
             ends.append(_NOTHING if empty else cut)
-        shown = self._without(opened, prompt) if of_answer and opened else prompt
-        return Shown(self._scoring, shown, [len(output) for output in outputs], begins, parts, ends)
-
-    def _without(self, opened: str, prompt: Int32) -> Int32:
-        """A prompt up to the thought that it has begun: without the tokens that hold a part of that."""
-        pieces = self._whole.of(prompt)
-        stop = len("".join(pieces)) - len(opened)
-        return prompt[: int(token_ends(pieces, [stop])[0]) if stop > 0 else 1]
+        return Shown(self._scoring, prompt, [len(output) for output in outputs], begins, parts, ends)

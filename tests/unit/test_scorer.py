@@ -292,12 +292,10 @@ def test_steps_stand_in_the_group_where_their_tokens_do(folder: Path) -> None:
     assert scores.components["m"].tolist() == [0.25, 0.5]  # the least of each answer's steps
 
 
-def test_of_an_answer_the_part_behind_the_thought_is_shown_and_the_prompt_without_the_thought_it_opened(
-    folder: Path,
-) -> None:
+def test_of_an_answer_the_part_behind_the_thought_is_shown_also_where_the_prompt_has_opened_that(folder: Path) -> None:
     text, one = shown(folder, "1\n2</think>3\n4", of="answer")
     prompt, _, tokens, ends = one.arrays()
-    assert text.tokenizer.decode(prompt) == "1+1="
+    assert text.tokenizer.decode(prompt) == "1+1=<think>"  # as job=reward_model has it
     assert text.decode(tokens) == "3\n4"
     assert ends.tolist() == [2, 3]
     assert one.scores(0, np.ones(2, np.float32)).step_ends.tolist() == [6, 7]
