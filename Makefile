@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two busy processes on two cores want one thread each; the launcher sets its roles' own.
 export OMP_NUM_THREADS ?= 1
-# Tests on two cores, four at a time, for they wait for processes; tests/conftest.py says how they are handed out.
-WORKERS ?= 4
+# Tests on two cores, three at a time, for they wait for processes; tests/conftest.py says how they are handed out.
+WORKERS ?= 3
 PYTEST := $(BIN)/pytest -n $(WORKERS)
 
 .PHONY: demo test lint prove bench real real-model oracles sglang-cpu clean

@@ -64,7 +64,7 @@ def engine(weights: tuple[Weights, Weights], tmp_path_factory: pytest.TempPathFa
 
 
 def make(model: Path, folder: Path, **settings: int) -> SglangEngine:
-    config = SglangConfig(start_seconds=300.0, hang_seconds=20.0, **settings)  # type: ignore[arg-type]
+    config = SglangConfig(start_seconds=300.0, hang_seconds=120.0, **settings)  # type: ignore[arg-type]
     made = SglangEngine(
         model, config, max_length=512, threads=1, owner="generator-0", count=1, run_dir=folder, adapters=LORA
     )
