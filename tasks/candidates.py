@@ -49,8 +49,8 @@ def candidates_in(config: RejectConfig, main: str, task: TaskConfig) -> Iterator
                     "sample with a reward, or say reject.unscored=verify, keep or drop"
                 )
             if reward is None and config.unscored == "verify":
-                gold = gold_of(row.fields, config.gold_field, where)
-                family = family_of(row.fields, task, where)
+                gold = gold_of(row.fields, config.gold_field, where, "reject")
+                family = family_of(row.fields, task, where, "reject")
             finished, problem = row.fields.get("finish") in (None, "stop"), replace(problem, answer=answer or "")
             yield Candidate(problem, name, reward, finished, row.fields, gold, family)
 
@@ -68,19 +68,23 @@ def reward_of(fields: Mapping[str, Any], main: str, where: str) -> float | None:
     return None if math.isnan(given) else float(given)
 
 
-def gold_of(fields: Mapping[str, Any], name: str, where: str) -> str:
+JUDGES = {"reject": ("neither a reward nor a", "reject.unscored=verify"), "label": ("no", "job=label")}
+"""Section of the settings → what a row lacks without a gold answer, and what judges by it."""
+
+
+def gold_of(fields: Mapping[str, Any], name: str, where: str, section: str) -> str:
     """A row's gold answer as text. Raises TaskError where there is none."""
     given = fields.get(name)
     if isinstance(given, bool) or not isinstance(given, str | int | Decimal) or not str(given).strip():
-        known = ", ".join(map(repr, fields)) or "none"
+        known, (lacks, judge) = ", ".join(map(repr, fields)) or "none", JUDGES[section]
         raise TaskError(
-            f"{where}: has neither a reward nor a gold answer in field {name!r} (fields: {known}), by which "
-            "reject.unscored=verify judges; add one, or set reject.gold_field"
+            f"{where}: has {lacks} gold answer in field {name!r} (fields: {known}), by which {judge} judges; add one, "
+            f"or set {section}.gold_field"
         )
     return format(given, "f") if isinstance(given, Decimal) else str(given)
 
 
-def family_of(fields: Mapping[str, Any], task: TaskConfig, where: str) -> str:
+def family_of(fields: Mapping[str, Any], task: TaskConfig, where: str, section: str) -> str:
     """The family of a mixture by whose verifier a row is judged; empty where the task is none. Raises TaskError where
     the row names none of the families.
     """
@@ -91,8 +95,8 @@ def family_of(fields: Mapping[str, Any], task: TaskConfig, where: str) -> str:
         return named
     what = f"field 'task' is {named!r}, none of" if "task" in fields else "has no field 'task' that names one of"
     raise TaskError(
-        f"{where}: {what} the families {', '.join(task.weights)}, by whose verifiers reject.unscored=verify judges; "
-        "add it, or sift each family's rows by themselves, with task=FAMILY"
+        f"{where}: {what} the families {', '.join(task.weights)}, by whose verifiers {JUDGES[section][1]} judges; "
+        "add it, or take each family's rows by themselves, with task=FAMILY"
     )
 
 

@@ -13,6 +13,10 @@ def check(allowed: bool, key: str, value: object, rule: str) -> None:
         raise ValueError(f"task.{key}={value}: must be {rule}")
 
 
+JUDGED_BY_MORE = ("programs", "gym", "countdown", "ifeval", "xstest")
+"""Tasks whose verifier asks more of a problem than its gold answer."""
+
+
 @dataclass
 class TaskConfig:
     """What every task has."""

@@ -1,5 +1,5 @@
-"""Settings of the jobs that make data: what is asked and how (sample), and which answers are kept (reject). No torch
-and no numpy: `launch.py --help` imports this.
+"""Settings of the jobs that make data: what is asked and how (sample), which answers are kept (reject), and how their
+steps are labelled (label). No torch and no numpy: `launch.py --help` imports this.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from offtrail.core.settings import check_limits, setting
+from offtrail.rewards.step_config import StepSettings
 
 INSTRUCTION = (
     "{prompt}\n\nWork it out in detail, one step after another. After every step reflect on it: verify its result in "
@@ -135,6 +136,47 @@ class RejectConfig:
             _check_mix(f"reject.mix.{name}", entry)
         if (total := sum(entry["share"] for entry in self.mix.values())) >= 1:
             raise ValueError(f"reject.mix={list(self.mix)}: their shares make {total:g}; must stay below 1")
+
+
+@dataclass
+class LabelConfig:
+    """job=label: how the steps of such answers are labelled. See docs/data.md."""
+
+    paths: list[str] = setting([], path="file")
+    """Files or folders of rows: data.jsonl of job=sample, or any with a prompt (or messages), an answer and the gold
+    answer."""
+    prompt_field: str = "prompt"
+    """Field of a row's prompt; a row without it may have `messages`."""
+    answer_field: str = "answer"
+    """Field of its answer."""
+    gold_field: str = "gold"
+    """Field of the answer by which it, and what is said from its steps on, is judged."""
+    cut: dict[str, Any] = setting({})
+    """How an answer is cut into steps, as prm.cut: {by: separator, separator: ";", within: thought}; empty = {by:
+    newline}."""
+    method: Literal["rollouts", "search", "exact"] = "rollouts"
+    """rollouts: the model goes on from the end of each step. search: of a wrong answer the first step from which
+    nothing right comes, by bisection. exact: the task's own checker, without a model."""
+    rollouts: int = setting(8, "[1, 65536]")
+    """Answers drawn from the end of a step."""
+    temperature: float = setting(1.0, "[0, 100]")
+    """Of these; 0 = greedy."""
+    top_p: float = setting(1.0, "(0, 1]")
+    """Their tokens are drawn from the smallest set of the likeliest that holds this share; 1 = all."""
+    labels: Literal["soft", "hard"] = "soft"
+    """rollouts: the share of them that is right, or whether any is."""
+    noise: float = setting(0.0, "[0, 1]")
+    """Chance that a label x becomes 1 − x, drawn by run.seed."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds, or cannot go with another."""
+        check_limits(self, "label")
+        if "" in self.paths:
+            raise ValueError(f"label.paths={self.paths}: an empty path names no file; leave it out")
+        if StepSettings.of(self.cut, "label.cut").by == "tokens" and self.method == "exact":
+            raise ValueError("label.cut.by=tokens: label.method=exact reads the text alone; cut it by a mark")
+        if self.labels == "hard" and self.method != "rollouts":
+            raise ValueError(f"label.labels=hard: label.method={self.method} has no others; leave it out")
 
 
 MIX_KEYS = {"path": str, "share": float, "prompt_field": str, "answer_field": str, "repeat": bool}

@@ -38,6 +38,7 @@ from offtrail.platform.config.families import check_families
 from offtrail.platform.config.files import MAX_DEPTH, Raw, read_file, read_text
 from offtrail.platform.config.keys import (
     GROUPS,
+    QUESTIONING,
     VARIANTS,
     all_paths,
     flatten,
@@ -56,7 +57,7 @@ OPTIONS_DIR = Path(offtrail.__file__).parent / "configs"
 UNSAVED = ("run.name", "run.resume", "run.resume_from")
 """What a saved configuration leaves out, so that it can be run again."""
 TRAINED = ("task", "reward", "prompt", "sampling", "model")
-"""Sections that job=eval and job=sample take from the run whose checkpoint they ask."""
+"""Sections that the jobs of QUESTIONING take from the run whose checkpoint they ask."""
 PRETRAINED = "pretrained"
 """The option of `model` that a given model.path stands for."""
 
@@ -101,14 +102,14 @@ def compose(argv: Sequence[str]) -> Config:
 
 
 def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
-    """For job=eval and job=sample with a run's checkpoint: how it was trained, below all that is given. A section whose
+    """For a job of QUESTIONING with a run's checkpoint: how it was trained, below all that is given. A section whose
     variant is given is the command's own, and so is what a given option says of other sections. For job=distill the
     same of its teacher, but for the model, which is the student's.
     """
     given = file.values | line.values
     distils = given.get("job") == "distill"
     checkpoint = given.get("distill.teacher" if distils else "checkpoint")
-    if not (distils or given.get("job") in ("eval", "sample")) or not isinstance(checkpoint, str):
+    if not (distils or given.get("job") in QUESTIONING) or not isinstance(checkpoint, str):
         return []
     model = model_folder(checkpoint)
     run = (run_folder(str(model)) if model is not None else None) or run_folder(checkpoint)

@@ -33,6 +33,8 @@ VARIANTS: dict[str, Mapping[str, type[Any]]] = {
 }
 SUPERVISED = ("sft", "reward_model", "prm")
 """The jobs that learn from examples; their settings have their names."""
+QUESTIONING = ("eval", "sample", "label")
+"""The jobs that ask a checkpoint through the engines of a run, in the way that it was trained."""
 # Groups with options in configs/; `recipe`, `model`, `reward` and `eval` have one dataclass each and a free name.
 GROUPS = ("recipe", "model", "reward", "eval", *VARIANTS)
 

@@ -63,7 +63,7 @@ def default_name(config: Config) -> str:
     A task from outside the tree, `my_code:Reverse`, becomes my_code.Reverse.
     """
     parts: list[str] = [config.job]
-    parts += [config.task.name] if config.job in ("rl", "sft", "eval", "sample", "distill") else []
+    parts += [config.task.name] if config.job in ("rl", "sft", "eval", "sample", "label", "distill") else []
     parts += [config.algo.name] if config.job == "rl" else []
     return "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")]).replace(":", ".")
 

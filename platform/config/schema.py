@@ -19,7 +19,7 @@ from offtrail.rewards.config import RewardConfig
 from offtrail.search.config import SearchConfig
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.config import TaskConfig
-from offtrail.tasks.data_config import RejectConfig, SampleConfig
+from offtrail.tasks.data_config import LabelConfig, RejectConfig, SampleConfig
 
 SCHEMA_VERSION = 1
 
@@ -507,13 +507,14 @@ class Config:
     schema_version: int = SCHEMA_VERSION
     """Version of these keys; a configuration of another one is refused."""
     job: Literal[
-        "rl", "sft", "reward_model", "prm", "eval", "sample", "reject", "distill", "serve", "chat"
+        "rl", "sft", "reward_model", "prm", "eval", "sample", "label", "reject", "distill", "serve", "chat"
     ] = "rl"  # fmt: skip
     """rl: the asynchronous loop. sft: supervised fine-tuning. reward_model, prm: models that score. eval, sample: a
-    checkpoint answers held-out (training) problems. reject: which answers are kept. distill: sample, reject, sft.
+    checkpoint answers held-out (training) problems. label: steps, judged. reject: which answers are kept. distill:
+    sample, reject, sft.
     serve, chat: a checkpoint behind an API, in the terminal."""
     checkpoint: str = setting("", path="model")
-    """job=eval, sample, serve, chat: a run directory (its newest checkpoint), a checkpoint, or a model's folder."""
+    """job=eval, sample, label, serve, chat: a run directory (its newest checkpoint), a checkpoint, a model's folder."""
     run: RunConfig = section(RunConfig)
     recipe: RecipeConfig = section(RecipeConfig)
     model: ModelConfig = section(ModelConfig)
@@ -535,6 +536,7 @@ class Config:
     scorer: ScorerConfig = section(ScorerConfig)
     eval: EvalConfig = section(EvalConfig)
     sample: SampleConfig = section(SampleConfig)
+    label: LabelConfig = section(LabelConfig)
     reject: RejectConfig = section(RejectConfig)
     distill: DistillConfig = section(DistillConfig)
     weights: WeightsConfig = section(WeightsConfig, resumable=True)

@@ -22,11 +22,12 @@ from offtrail.core.settings import out_of_limits
 from offtrail.platform.config import learnable, scorers
 from offtrail.platform.config.checkpoints import model_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse
-from offtrail.platform.config.keys import flatten, keys_of
+from offtrail.platform.config.keys import QUESTIONING, flatten, keys_of
 from offtrail.platform.config.paths import check_name
 from offtrail.platform.config.schema import SCHEMA_VERSION, SINKS, Config, SglangConfig
 from offtrail.rewards.config import TRL_MARK
 from offtrail.search.config import OutsideConfig
+from offtrail.tasks.config import JUDGED_BY_MORE
 from offtrail.tasks.files import FileConfig
 from offtrail.tasks.jsonl import JsonlConfig
 from offtrail.tasks.mixture import MixtureConfig
@@ -156,6 +157,7 @@ def files_of_lines_are_here(config: Config) -> None:
     heads = {"reward_model": config.reward_model, "prm": config.prm}
     files += [(f"{job}.{end}path", getattr(one, f"{end}path")) for job, one in heads.items() for end in ("", "eval_")]
     files += [("reject.paths", path) for path in reject.paths]
+    files += [("label.paths", path) for path in config.label.paths]
     files += [(f"reject.mix.{name}.path", entry["path"]) for name, entry in reject.mix.items()]
     files += [("reject.decontaminate_against", path) for path in reject.decontaminate_against]
     if isinstance(task, JsonlConfig):
@@ -172,7 +174,7 @@ def files_of_lines_are_here(config: Config) -> None:
 
 def programs_are_run(config: Config) -> None:
     """A program is right when it passes its tests; a verifier that runs nothing would call nearly all of them wrong."""
-    weights, runs = config.reward.weights, config.job in ("rl", "eval", "sample")
+    weights, runs = config.reward.weights, config.job in ("rl", *QUESTIONING)
     if runs and isinstance(config.task, ProgramsConfig) and "code" not in weights and not any(map(is_plugin, weights)):
         raise ConfigError(f"reward.weights={weights}: task={config.task.name} is judged by running: reward=code")
 
@@ -184,7 +186,7 @@ ASKED_PLACES = {"tags": "<answer>", "boxed": "\\boxed"}
 def the_answer_is_looked_for_where_the_template_asks_for_it(config: Config) -> None:
     """A model that does as it is told would else earn nothing, for ever. In a tag or a box a last number is found."""
     reward, task = config.reward, config.task
-    if config.job not in ("rl", "eval", "sample") or (config.job == "eval" and config.eval.sets):
+    if config.job not in ("rl", *QUESTIONING) or (config.job == "eval" and config.eval.sets):
         return
     if reward.answer == "last_number" or not reward.looks_for_answers:
         return
@@ -202,10 +204,6 @@ def the_answer_is_looked_for_where_the_template_asks_for_it(config: Config) -> N
         )
 
 
-JUDGED_BY_MORE = ("programs", "gym", "countdown", "ifeval", "xstest")
-"""Tasks whose verifier asks more of a problem than its gold answer."""
-
-
 def gold_answers_are_enough(config: Config) -> None:
     """Rows of a file have a question and an answer; what else a verifier would ask of its problem, they have not."""
     task = config.task
@@ -221,7 +219,8 @@ def a_groups_programs_have_time_and_memory(config: Config) -> None:
     """One after another in one verifier, each with an address space of its own that the verifier's bounds."""
     reward, sizes = config.reward, {"eval.samples": config.eval.samples}
     sizes |= {} if config.job == "eval" else {"batch.group_size": config.batch.group_size}
-    sizes = {"sample.samples": config.sample.samples} if config.job == "sample" else sizes
+    drawn = {"sample": ("sample.samples", config.sample.samples), "label": ("label.rollouts", config.label.rollouts)}
+    sizes = dict([drawn[config.job]]) if config.job in drawn else sizes
     key, size = max(sizes.items(), key=lambda item: item[1])
     given = reward.settings.get("code", {})
     seconds, memory = given.get("seconds", 10.0), given.get("memory_mb", 512)
@@ -450,20 +449,23 @@ def examples_are_put_before_questions_of_an_evaluation(config: Config) -> None:
         raise refuse("eval.few_shot_path", held.few_shot_path, "needs eval.few_shot=k, how many examples are shown")
 
 
-ASKING = ("eval", "sample", "serve", "chat")
+ASKING = (*QUESTIONING, "serve", "chat")
 """The jobs that load `checkpoint`."""
 
 
 def what_the_job_reads_is_named(config: Config, later: Collection[str] = ()) -> None:
     """A job that asks a model, or sifts data, has some."""
     urls = isinstance(config.engine, SglangConfig) and config.engine.urls
-    served = urls and config.job in ("eval", "sample")
-    if config.job in ASKING and not config.checkpoint and not served and "checkpoint" not in later:
+    served = urls and config.job in QUESTIONING
+    needless = served or (config.job == "label" and config.label.method == "exact")
+    if config.job in ASKING and not config.checkpoint and not needless and "checkpoint" not in later:
         raise refuse(
             "checkpoint",
             "",
             f"job={config.job} needs a run directory, a checkpoint or a Hugging Face directory: checkpoint=DIR",
         )
+    if config.job == "label" and not config.label.paths:
+        raise ConfigError("label.paths=: job=label needs files of answers: label.paths=[FILE, …] (docs/data.md)")
     if config.job == "reject" and not config.reject.paths and "reject.paths" not in later:
         raise ConfigError("reject.paths=: job=reject needs files of answers: reject.paths=[FILE, …] (docs/data.md)")
     if config.head is not None and not config.head.path:
@@ -480,7 +482,7 @@ def what_the_job_reads_is_named(config: Config, later: Collection[str] = ()) -> 
 
 
 def a_checkpoint_is_served(config: Config) -> None:
-    """job=eval, sample, serve and chat load `checkpoint`, and no other job reads it."""
+    """job=eval, sample, label, serve and chat load `checkpoint`, and no other job reads it."""
     served = config.job in ASKING
     if config.checkpoint and not served:
         raise refuse(

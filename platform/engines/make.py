@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 from offtrail.core.protocols import Engine
+from offtrail.platform.config.keys import QUESTIONING
 from offtrail.platform.config.schema import EngineConfig, LocalConfig, SglangConfig
 from offtrail.platform.runtime.context import RoleContext
 
@@ -27,7 +28,7 @@ def make_engine(context: RoleContext, *, loaded: bool = True) -> Engine:
             owner=f"{context.role}-{context.index}",
             count=1 if evaluates else config.engine.servers,
             run_dir=context.run_dir,
-            as_it_is=config.job in ("eval", "sample"),
+            as_it_is=config.job in QUESTIONING,
             adapters=config.learner.lora if config.publishes_adapters else None,
         )
     start, local = context.start_model, local_config(config.engine)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+import numpy as np
 
 from offtrail.core.protocols import Engine, Request
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Int32, Lease, Problem, Sampling
@@ -55,7 +57,8 @@ class Verifiers(Protocol):
 class Round:
     """Problems that are asked together: one group of ``samples`` answers for each, numbered from ``first``. The number
     keys a group's randomness (I3). ``put``: what the model is asked in place of each problem, which stays what is
-    verified; empty = the problem.
+    verified; empty = the problem. ``begun``: tokens of an answer to each that the model is to go on with: they count
+    among its new tokens, and what is verified is the whole of it; empty = answers from their beginning.
     """
 
     problems: Sequence[Problem]
@@ -63,11 +66,20 @@ class Round:
     sampling: Sampling
     first: int = 0
     put: Sequence[Problem] = ()
+    begun: Sequence[Int32] = ()
+
+    def sampling_at(self, place: int) -> Sampling:
+        """How the answer to the problem at a place is drawn, or the rest of it."""
+        if not self.begun:
+            return self.sampling
+        return replace(self.sampling, max_new_tokens=self.sampling.max_new_tokens - len(self.begun[place]))
 
 
 @dataclass
 class _Open:
-    """A round that is being asked: its prompts, its groups by place, and those that have no verdict yet."""
+    """A round that is being asked: its prompts, with what is begun of the answers, its groups by place, and those that
+    have no verdict yet.
+    """
 
     round: Round
     prompts: Sequence[Int32]
@@ -177,7 +189,11 @@ class Answers:
 
     def _open(self, round: Round, some: bool) -> _Open:
         prompts = self.text.encode_all(round.put or round.problems)
-        return _Open(round, prompts, self._fitting(prompts, round.sampling, some))
+        fits = self._fitting(prompts, round.sampling, some)
+        if round.begun:
+            prompts = [np.concatenate(both) for both in zip(prompts, round.begun, strict=True)]
+            fits = [place for place in fits if round.sampling_at(place).max_new_tokens > 0]
+        return _Open(round, prompts, fits)
 
     def _asked(
         self, one: _Open, places: Sequence[int], drivers: dict[int, SampleDriver], version: int
@@ -187,15 +203,18 @@ class Answers:
         for place in places:
             number = round.first + place
             lease = Lease(number, number, 1, round.problems[place], round.samples, min_version=version)
-            drivers[number] = driver = SampleDriver(lease, round.sampling, self.maker)
+            drivers[number] = driver = SampleDriver(lease, round.sampling_at(place), self.maker)
             requests += [ask.request(number, number) for ask in driver.start(one.prompts[place])]
         return requests
 
     def _submit(self, one: _Open, group: Group | None) -> None:
         """A group is made, and goes to the verifiers."""
         assert group is not None
-        place, asked = group.group - one.round.first, one.round.put or one.round.problems
-        texts = [self.text.answer_text(asked[place], sample.tokens) for sample in group.samples()]
+        place, asked, begun = group.group - one.round.first, one.round.put or one.round.problems, one.round.begun
+        answers = [sample.tokens for sample in group.samples()]
+        if begun:
+            answers = [np.concatenate((begun[place], rest)) for rest in answers]
+        texts = [self.text.answer_text(asked[place], answer) for answer in answers]
         self.verifiers.submit(group.group, group.problem, texts, (group.finish == STOP).tolist())
         one.made[place], one.unjudged = group, one.unjudged + 1
 

@@ -1,4 +1,4 @@
-"""Problems put to a model, and every answer kept: what job=eval and job=sample have in common.
+"""Problems put to a model, and every answer kept: what job=eval, job=sample and job=label have in common.
 
     Questions ─► Part (64 of them) ─► Answers.rounds (engine, verifiers) ─► answers/NAME-K.parquet ─► groups_of
 
@@ -11,11 +11,12 @@ of the engine.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from offtrail.core.protocols import Engine
-from offtrail.core.types import Group, Problem, Sampling
+from offtrail.core.types import Group, Int32, Problem, Sampling
 from offtrail.platform.broker.archive import SCHEMA, read_groups, tables
 from offtrail.platform.config.errors import ConfigError, FinalError
 from offtrail.platform.config.rundir import save
@@ -74,7 +75,7 @@ class StoppedError(Exception):
 class Questions:
     """Problems of one name, which its files are named by, each asked ``samples`` times; ``config`` has the task and the
     reward that judge the answers. ``put``: what the model is asked in place of each problem; empty = the problem.
-    ``first``: the number of the first question.
+    ``first``: the number of the first question. ``begun``: see Round.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Questions:
     samples: int
     put: Sequence[Problem] = ()
     first: int = 0
+    begun: Sequence[Int32] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Part:
         """What is asked."""
         asked, first = self.questions, self.questions.first + self.first
         put = asked.put[self.first : self.first + PART]
-        return Round(self.problems, asked.samples, sampling, first, put)
+        begun = asked.begun[self.first : self.first + PART]
+        return Round(self.problems, asked.samples, sampling, first, put, begun)
 
     def seal(self, run: str, made: Sequence[Group | None]) -> None:
         """Write its answers: the file stands with all of them, or not at all. Questions that left no room for one are
@@ -169,21 +172,24 @@ def ask(
     config: Config,
     run_dir: Path,
     text: Text,
-    sets: Sequence[Questions],
+    sets: Iterable[Questions],
     manner: Manner,
     interrupted: list[int],
     meter: Meter,
+    total: int,
 ) -> None:
-    """Seal every part that is not sealed yet. Raises StoppedError when a signal came in between.
+    """Seal every part that is not sealed yet. Raises StoppedError when a signal came in between. A set is asked for
+    when those before it are sealed, so that it may follow from their answers; ``total`` questions are looked for in
+    all.
 
     The embedded engine is asked part by part, so that a job that was cut makes the very same batches; SGLang, whose
     answers depend on what runs beside them anyway, begins a part while the last answers of others are made.
     """
-    todo = [part for questions in sets for part in parts_of(run_dir, questions) if not part.file.exists()]
-    if not todo:
+    sealed = list[int]()
+    coming = unsealed(run_dir, sets, sealed)
+    if (first := next(coming, None)) is None:
         return
     (run_dir / ANSWERS).mkdir(exist_ok=True)
-    total = sum(len(questions.problems) for questions in sets)
     console, ahead = Console(stderr=True), AHEAD if isinstance(config.engine, SglangConfig) else 1
 
     def look() -> None:
@@ -206,13 +212,11 @@ def ask(
                 note()
             bar.answered(made)
 
-        bar = Bar(shown, total, total - sum(len(part.problems) for part in todo), look, quiet=console.is_terminal)
+        bar = Bar(shown, total, sum(sealed), look, quiet=console.is_terminal)
         wait_for(engine, bar, look)
         waited = time.monotonic() - began
-        for questions in sets:
-            parts = {questions.first + part.first: part for part in todo if part.questions is questions}
-            if not parts:
-                continue
+        for questions, todo in itertools.chain([first], coming):
+            parts = {questions.first + part.first: part for part in todo}
             version = version_of(run_dir)
             sampling = manner.sampling(questions.config, text, version)
             with VerifierPool(questions.config) as verifiers:
@@ -224,6 +228,15 @@ def ask(
                     note()
                     bar.answered(groups.count(None))
     look()
+
+
+def unsealed(run_dir: Path, sets: Iterable[Questions], sealed: list[int]) -> Iterator[tuple[Questions, list[Part]]]:
+    """Each set that has parts which are not sealed yet, and those; ``sealed`` is told how many questions are."""
+    for questions in sets:
+        todo = [part for part in parts_of(run_dir, questions) if not part.file.exists()]
+        sealed.append(len(questions.problems) - sum(len(part.problems) for part in todo))
+        if todo:
+            yield questions, todo
 
 
 def wait_for(engine: Engine, bar: Bar, look: Callable[[], None]) -> None:

@@ -27,7 +27,7 @@ import offtrail
 from offtrail.core.problem import Problem
 from offtrail.platform.config.compose import compose, stage_config, to_yaml
 from offtrail.platform.config.errors import ConfigError, one_line, refuse
-from offtrail.platform.config.keys import keys_of
+from offtrail.platform.config.keys import QUESTIONING, keys_of
 from offtrail.platform.config.recipe import handed_keys, stages_of
 from offtrail.platform.config.rundir import prepare
 from offtrail.platform.config.schema import SINKS, Config
@@ -168,6 +168,8 @@ def require_inputs(config: Config) -> None:
                 require_sets(one, note)
             elif one.job == "sample":
                 require_problems(one, note)
+            elif one.job == "label":
+                require_answers(one, note)
             elif one.job == "reject":
                 require_rows(one, handed)
 
@@ -227,7 +229,7 @@ def require_models(config: Config, handed: Collection[str] = ()) -> None:
     from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of
 
     served = config.job in ASKING
-    elsewhere = bool(getattr(config.engine, "urls", [])) and config.job in ("eval", "sample")  # its weights are
+    elsewhere = bool(getattr(config.engine, "urls", [])) and config.job in QUESTIONING  # its weights are
     for key, given in ((key.path, key.default) for key in keys_of(config).values() if key.path_kind == "model"):
         folder = (model_folder(given, key) or folder_of(given)) if given and key not in handed else None
         if folder is None:  # there is none to make, or it is refused by name already
@@ -261,7 +263,7 @@ def _require_architecture(config: Config, key: str, given: str, folder: Path) ->
     from offtrail.platform.model.folder import tensors_of
 
     rl = config.job == "rl"
-    local = config.job in ("rl", "eval", "sample", "chat") and (
+    local = config.job in ("rl", *QUESTIONING, "chat") and (
         config.engine.name == "local" or (rl and config.eval.engine == "local")
     )
     try:
@@ -355,6 +357,27 @@ def require_problems(config: Config, note: Callable[[str], None]) -> None:
         count = None if config.run.resume else counter_of_checkpoint(config)
         if count is not None:
             check_asked(config, put, count, note)
+    except (PluginError, RewardError, TaskError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def require_answers(config: Config, note: Callable[[str], None]) -> None:
+    """Raise ConfigError when a file of job=label holds a row that cannot be labelled, or none that has steps, or a
+    component of the reward cannot be made.
+    """
+    from offtrail.core.plugins import PluginError
+    from offtrail.rewards.base import RewardError
+    from offtrail.rewards.registry import make_reward
+    from offtrail.tasks.base import TaskError
+    from offtrail.tasks.registry import make_task, remarks_on
+    from offtrail.tasks.step_labels import require_steps
+
+    try:
+        task = make_task(config.task, config.run.seed)
+        for remark in remarks_on(task):
+            note(remark)
+        make_reward(config.reward, task.verify)
+        require_steps(config.label, task, config.task)
     except (PluginError, RewardError, TaskError) as error:
         raise ConfigError(str(error)) from None
 

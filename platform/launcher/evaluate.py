@@ -50,7 +50,8 @@ def evaluate(config: Config, run_dir: Path, interrupted: list[int], meter: Meter
     text, held = text_of(config, model), config.eval
     manner = Manner("evaluator", held.temperature, held.top_p, config.run.seed ^ EVAL_SEED)
     sets = [(one, questions_of(one, text)) for one in sets_of(config)]
-    ask(config, run_dir, text, [questions for _, questions in sets], manner, interrupted, meter)
+    questions, total = [asked for _, asked in sets], sum(len(asked.problems) for _, asked in sets)
+    ask(config, run_dir, text, questions, manner, interrupted, meter, total)
     found = [asked_of(one, asked.problems, dict(groups_of(run_dir, asked)), text) for one, asked in sets]
     longest = config.sampling.longest_at(version_of(run_dir))
     Console().print(write_results(config, run_dir, model, found, longest))

@@ -26,6 +26,7 @@ from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
 from offtrail.platform.launcher.evaluate import run_evaluation
 from offtrail.platform.launcher.hosts import LocalHosts
+from offtrail.platform.launcher.label import run_labelling
 from offtrail.platform.launcher.memory import check as check_memory
 from offtrail.platform.launcher.overlap import write_overlaps
 from offtrail.platform.launcher.recipe import Outcome, run_recipe
@@ -95,6 +96,7 @@ JOBS = {
     **dict.fromkeys(SUPERVISED, run_roles),
     "eval": run_evaluation,
     "sample": run_sampling,
+    "label": run_labelling,
     "reject": run_rejection,
     "serve": run_serve,
 }

@@ -14,6 +14,7 @@ from offtrail.core.problem import Problem
 from offtrail.platform.config.checkpoints import model_folder, run_folder, step_of
 from offtrail.platform.config.compose import load_config
 from offtrail.platform.config.errors import ConfigError
+from offtrail.platform.config.keys import QUESTIONING
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.sets import sets_of as sets_of_run
 from offtrail.platform.model import characters
@@ -48,7 +49,7 @@ def counter(config: Config, handed: Collection[str]) -> Count | None:
 
 
 def counter_of_checkpoint(config: Config) -> Count | None:
-    """The same for the model that job=eval or job=sample asks."""
+    """The same for the model that job=eval, sample or label asks."""
     if (folder := asked_folder(config)) is None:
         return None
     run = run_folder(str(folder)) or run_folder(config.checkpoint)
@@ -60,7 +61,7 @@ def counter_of_checkpoint(config: Config) -> Count | None:
 
 
 def asked_folder(config: Config) -> Path | None:
-    """Where the model of job=eval and job=sample is; None where it is only known to servers, or not made yet."""
+    """Where the model of job=eval, sample and label is; None where it is only known to servers, or not made yet."""
     return (model_folder(config.checkpoint) or folder_of(config.checkpoint)) if config.checkpoint else None
 
 
@@ -164,7 +165,7 @@ def bare(problem: Problem, config: TaskConfig) -> str:
 
 def told_of(counted: Sequence[int | str], config: Config) -> tuple[str, bool]:
     """What is to be said of prompts of these lengths, and whether none of them can be answered."""
-    step = step_of(config.checkpoint) if config.job in ("eval", "sample") else config.learner.steps
+    step = step_of(config.checkpoint) if config.job in QUESTIONING else config.learner.steps
     new, longest = config.sampling.longest_at(step), config.model.max_length
     asked = f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
     if new > config.sampling.max_new_tokens:

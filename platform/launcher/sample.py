@@ -69,7 +69,7 @@ def sample(config: Config, run_dir: Path, interrupted: list[int], meter: Meter) 
     problems, told = asked_questions(task, given, config.reward, config.run.seed, chats=text.chats)
     questions = Questions("training", config, problems, given.samples, told, given.first)
     manner = Manner("generator", given.temperature, given.top_p, config.run.seed ^ SAMPLE_SEED)
-    ask(config, run_dir, text, [questions], manner, interrupted, meter)
+    ask(config, run_dir, text, [questions], manner, interrupted, meter, len(problems))
     found = Found(len(problems), given.samples)
     data = write_data(run_dir, lines_of(run_dir, questions, text, found))
     if not data["lines"]:
