@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 import warm
 
 from fake_sglang import FakeServer
+from offtrail.tasks.chain import ChainConfig
+from offtrail.tasks.registry import make_task
 
 from .conftest import PATIENCE_S, TRAINED
 
@@ -74,6 +77,63 @@ def test_a_sampling_that_is_killed_goes_on_and_makes_the_same_data(
 
     other = warm.run(line("cut", "run.resume=true", "sample.temperature=0.5"), 280, env=environment, cwd=tmp_path)
     assert (other.returncode, "keeps what decides its numbers" in other.stderr) == (2, True), other.stderr
+
+
+def test_a_labelling_that_is_killed_goes_on_and_makes_the_same_data(
+    trained: Path, environment: dict[str, str], command: Any, tmp_path: Path
+) -> None:
+    """A search, whose later questions follow from the answers to the first ones."""
+    task = make_task(ChainConfig(worked_share=1.0, noise=0.3), 0)
+    problems = [task.train(i) for i in range(120)]
+    rows = [
+        {
+            "prompt": one.prompt,
+            "answer": task.trace(one, random.Random(one.index)),
+            "gold": one.answer,
+            "index": one.index,
+        }
+        for one in problems
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cut = 'label.cut={by: separator, separator: ";", within: thought}'
+    given = (f"label.paths=[{tmp_path / 'rows.jsonl'}]", cut, "label.rollouts=3", "label.noise=0.1")
+
+    def line(name: str, *more: str) -> list[str]:
+        asked: list[str] = command(name, "job=label", f"checkpoint={trained}", "label.method=search", *given, *more)
+        return [word for word in asked if word.partition("=")[0] not in SHARED]
+
+    whole = warm.run(line("whole"), 280, env=environment, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    made = lines(tmp_path / "whole" / "data.jsonl")
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert len(made) == summary["label/answers"] == 120
+    assert summary["label/phases"] > 1
+    answers = (tmp_path / "whole" / "answers").glob("*.parquet")
+    rollouts = [row for file in answers for row in pq.read_table(file).to_pylist()]
+    assert len(rollouts) == summary["label/rollouts"] > 0
+    assert summary["label/tokens"] == summary["tokens/generated"] == sum(len(row["tokens"]) for row in rollouts)
+    assert summary["label/flipped"] == sum(len(one.get("turned", [])) for one in made) > 0
+    about = json.loads((tmp_path / "whole" / "data.json").read_text())
+    assert (about["settings"]["label"]["noise"], about["model"]["run"]) == (0.1, str(trained))
+
+    process = warm.Popen(line("cut"), env=environment, cwd=tmp_path)
+    limit = time.monotonic() + 240
+    while not list((tmp_path / "cut" / "answers").glob("*.parquet")):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "data.jsonl").exists()
+    again = warm.run(line("cut", "run.resume=true"), 280, env=environment, cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / "cut" / "data.jsonl").read_bytes() == (tmp_path / "whole" / "data.jsonl").read_bytes()
+
+    learnt = [f"prm.path={tmp_path / 'whole' / 'data.jsonl'}", cut.replace("label.", "prm."), "prm.held_out_share=0"]
+    prm = command("prm", "job=prm", *learnt, "prm.steps=2", "prm.warmup_steps=1", "prm.batch_size=4")
+    prm = [word for word in prm if word.partition("=")[0] not in SHARED and not word.startswith("learner.")]
+    done = warm.run(prm, 280, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_server_that_runs_already_is_asked_as_it_is(
@@ -180,6 +240,11 @@ def test_a_signal_is_heard_within_a_part(
             ("job=reject", "reject.paths=[ROWS]", "reject.unscored=verify"),
             "line 2: has neither a reward nor a gold answer in field 'gold'",
         ),
+        (("job=label", "checkpoint=TRAINED"), "label.paths=: job=label needs files of answers"),
+        (("job=label", "checkpoint=TRAINED", "label.paths=[/no/such]"), "label.paths=/no/such: no such file or folder"),
+        (("job=label", "label.paths=[ROWS]"), "checkpoint=: job=label needs a run directory"),
+        (("job=label", "checkpoint=TRAINED", "label.paths=[ROWS]"), "line 1: has no gold answer in field 'gold'"),
+        (("job=label", "label.paths=[ROWS]", "label.method=exact", "label.gold_field=answer"), "none of 2 answers has"),
         (("job=reject",), "reject.paths=: job=reject needs files of answers"),
         (("job=reject", "reject.paths=[ROWS]"), "line 2: has no reward ('accuracy' in `rewards`, or `reward`)"),
         (("job=reject", "reject.paths=[ROWS]", "reject.language=xx"), "reject.language_settings: xx is not known"),

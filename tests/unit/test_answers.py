@@ -185,6 +185,26 @@ def test_what_is_put_to_the_model_is_not_what_is_verified(start_dir: Path) -> No
     assert seen[0][1].startswith("<think>")  # what its prompt has opened counts as the answer's
 
 
+def test_an_answer_that_has_begun_is_gone_on_with_and_judged_whole(start_dir: Path) -> None:
+    engine, problems = OneAtATime(), [TASK.train(i) for i in range(3)]
+    made, seen = answers(start_dir, engine), dict[int, str]()
+    begun = [np.array(made.text.tokenizer.encode(words), np.int32) for words in ("<think>1+", "2", "123456")]
+    judged = made.verifiers.submit
+
+    def submit(key: int, problem: Problem, texts: list[str], finished: list[bool]) -> None:
+        seen[key] = texts[0]
+        judged(key, problem, texts, finished)
+
+    made.verifiers.submit = submit  # type: ignore[method-assign]
+    [(_, groups)] = made.rounds([Round(problems, 1, SAMPLING, first=5, begun=begun)])
+    assert [group is None for group in groups] == [False, False, True]  # the third is as long as an answer may be
+    said = made.text.decode(np.array([11], np.int32))
+    assert seen == {5: f"<think>1+{said}", 6: f"2{said}"}
+    for request, problem, own in zip(engine.asked, problems, begun, strict=False):
+        assert request.prompt_tokens.tolist() == [*made.text.encode(problem), *own]
+        assert request.sampling.max_new_tokens == SAMPLING.max_new_tokens - len(own)
+
+
 def test_whoever_looks_in_between_can_end_it(start_dir: Path) -> None:
     def look(groups: int) -> None:
         if groups:
