@@ -510,9 +510,8 @@ class Config:
         "rl", "sft", "reward_model", "prm", "eval", "sample", "label", "reject", "distill", "serve", "chat"
     ] = "rl"  # fmt: skip
     """rl: the asynchronous loop. sft: supervised fine-tuning. reward_model, prm: models that score. eval, sample: a
-    checkpoint answers held-out (training) problems. label: steps, judged. reject: which answers are kept. distill:
-    sample, reject, sft.
-    serve, chat: a checkpoint behind an API, in the terminal."""
+    checkpoint's answers. label: their steps. reject: which are kept. distill: sample, reject, sft. serve, chat: a
+    checkpoint behind an API, in the terminal."""
     checkpoint: str = setting("", path="model")
     """job=eval, sample, label, serve, chat: a run directory (its newest checkpoint), a checkpoint, a model's folder."""
     run: RunConfig = section(RunConfig)

@@ -59,14 +59,21 @@ def placeholders(folder: Path) -> None:
     for _, code in blocks("python"):
         if name := re.match(r"# (\w+\.py)\n", code):
             (folder / name[1]).write_text(code, encoding="utf-8")
-    for model in ("models/Qwen2.5-0.5B-Instruct", "models/smollm2-135m-instruct", "runs/NAME/checkpoints/step_40"):
+    for model in (
+        "models/Qwen2.5-0.5B-Instruct",
+        "models/smollm2-135m-instruct",
+        "runs/NAME/checkpoints/step_40",
+        "runs/NAME/start",
+    ):
         (folder / model).mkdir(parents=True)
         (folder / model / "config.json").write_text("{}", encoding="utf-8")
     (folder / "runs" / "NAME" / "config.yaml").write_text(to_yaml(compose([])), encoding="utf-8")
     for name in ("gsm8k_train", "gsm8k_test", "math500", "aime24", "gpqa_diamond"):
         (folder / f"{name}.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
     for name in ("samples", "general"):
-        (folder / f"{name}.jsonl").write_text('{"prompt": "1+1?", "answer": "2", "reward": 1}\n', encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            '{"prompt": "1+1?", "answer": "2", "gold": "2", "reward": 1}\n', encoding="utf-8"
+        )
     row = '{"text": "Double.", "code": "def f(x):\\n return 2*x", "test_list": ["assert f(1) == 2"]}\n'
     (folder / "mbpp.jsonl").write_text(row, encoding="utf-8")
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
@@ -78,6 +85,10 @@ def placeholders(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n', encoding="utf-8")
     for name in ("pairs", "steps"):
         (folder / f"{name}.jsonl").write_text('{"prompt": "1+1?"}\n', encoding="utf-8")
+    for run in ("asked", "warm", "labelled"):
+        (folder / "runs" / run).mkdir()
+        row = '{"prompt": "1+1?", "answer": "<think>1+1=2</think>", "gold": "2", "labels": [true]}\n'
+        (folder / "runs" / run / "data.jsonl").write_text(row, encoding="utf-8")
     (folder / "settings.yaml").write_text("learner: {steps: 9}\n", encoding="utf-8")
 
 
