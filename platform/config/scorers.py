@@ -34,13 +34,13 @@ def scorers_have_a_device(config: Config) -> None:
         raise refuse("scorer.device", config.scorer.device, "must be cpu, cuda or cuda:N")
 
 
-def scores_repeat_in_exact_mode(config: Config) -> None:
-    """When a new version comes, timing decides."""
-    if config.staleness.mode == "exact" and config.scorer.refresh_every:
+def scorers_are_not_refreshed(config: Config) -> None:
+    """A key that does nothing would be taken for one that does."""
+    if config.scorer.refresh_every:
         raise refuse(
             "scorer.refresh_every",
             config.scorer.refresh_every,
-            "must be 0 with staleness.mode=exact: which version scores a group, timing would decide",
+            "nothing trains a model of scorer.models beside the policy yet, so that none would be new; leave it 0",
         )
 
 
@@ -48,5 +48,5 @@ RULES: tuple[Callable[[Config], None], ...] = (
     reward_names_what_scores,
     somebody_serves_the_models,
     scorers_have_a_device,
-    scores_repeat_in_exact_mode,
+    scorers_are_not_refreshed,
 )

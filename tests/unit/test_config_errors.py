@@ -186,11 +186,7 @@ MISTAKES = [
     (["scorer.device=tpu"], "scorer.device=tpu: must be cpu, cuda or cuda:N", []),
     (["scorer.address=myhost"], "scorer.address=myhost: must be an IP address", []),
     (["scorer.on_deadline=zero"], "scorer.on_deadline=zero: must be one of fail, refuse", []),
-    (
-        ["staleness.mode=exact", "scorer.refresh_every=2"],
-        "scorer.refresh_every=2: must be 0 with staleness.mode=exact",
-        [],
-    ),
+    (["scorer.refresh_every=2"], "scorer.refresh_every=2: nothing trains a model of scorer.models", []),
     (["reward.weights.my_code:brevity=1"], "reward.weights=my_code:brevity: no module my_code", []),
     (["reward.weights.json:dunps=1"], "reward.weights=json:dunps: json has no dunps", ["dumps"]),
     (["reward.settings.brevity.longest=3"], "reward.settings.brevity: unknown; must be one of accuracy, format", []),
