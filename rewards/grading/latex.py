@@ -31,21 +31,33 @@ UNITS = (
     r"mm|cm|k?m|m?g|kg|m?s|ml|sec|second|min(?:ute)?|hour|hr|day|week|month|year|deg(?:ree)?|inche?|feet|foot|ft|yard|mile|"
     r"mph|dollar|cent|unit|square|cubic|lit(?:er|re)|met(?:er|re)|gram|rad(?:ian)?|point|oz|ounce|lb|pound"
 )
-PERCENT = re.compile(r" *(?:\\?%|(?:\\text *\{ *)?(?:percent|pct)\.? *\}?)$", re.IGNORECASE)
+PERCENT = re.compile(r" *(?:\\?%|(?:\\text *\{ *)?(?:per ?cent(?:age points?)?|pct)\.? *\}?)$", re.IGNORECASE)
 DEGREES = re.compile(r"\^\{\\circ\}$")
-TEXT = re.compile(r" *\\(?:text|mbox|mathrm|textrm) *\{[^{}]*\}(?: *\^ *\{? *\d *\}?)?$")
+TEXT = re.compile(r" *\\(?:text|mbox|mathrm|textrm) *\{([^{}]*)\}(?: *\^ *\{? *\d *\}?)?$")
 WORDS = re.compile(rf"(?<=[\d}})]) *\b((?:(?:{UNITS})s?\b[ /.]*(?:\^ *\{{? *\d *\}}?)?)+)$", re.IGNORECASE)
 NOUN = re.compile(
     r"(?:(?<=[\d}]) +(?=[^\W\d_]{3})|(?<=\d)(?=[\u3040-\u9fff\uac00-\ud7af]))((?:[^\W\d_]++[.'’/ -]*+){1,5})$"
 )
 """Up to five words after a number."""
-NO_UNIT = frozenset(
-    ["or", "and", "but", "to", "by", "of", "over", "plus", "minus", "times", "divided", "not", "is", "half",
-    "squared", "cubed", "factorial", "mod", "modulo", "choose", "root", "below", "tenths", "hundredths",
-    "thousandths", "halves", "thirds", "fourths", "fifths", "sixths", "sevenths", "eighths", "ninths", "sin",
-    "cos", "tan", "log", "exp", "sqrt", "pi"]
+NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty",
+    "fifty", "sixty", "seventy", "eighty", "ninety",
 )  # fmt: skip
+NO_UNIT = frozenset((
+    *NUMBERS,
+    *(number.removesuffix("y") + ending for number in NUMBERS for ending in ("th", "ths", "ieth", "ieths")),
+    "half", "halves", "third", "thirds", "quarter", "quarters", "fifth", "fifths", "eighth", "eighths", "ninth",
+    "ninths", "twelfth", "twelfths", "hundredth", "hundredths", "thousandth", "thousandths", "millionth",
+    "millionths", "lakh", "lakhs", "crore", "crores", "or", "and", "but", "nor", "to", "by", "of", "over", "plus",
+    "minus", "times", "divided", "multiplied", "add", "added", "subtract", "subtracted", "than", "not", "is",
+    "negative", "point", "remainder", "base", "squared", "cubed", "halved", "doubled", "tripled", "factorial",
+    "mod", "modulo", "choose", "root", "below", "sin", "cos", "tan", "log", "exp", "sqrt", "pi", "i", "e", "oder",
+    "und", "et", "ou",
+))  # fmt: skip
 """Words that make another number of the one before them, or leave it open."""
+ANOTHER = re.compile(r"(?<!\^)(?<!\^\{)\d|%|\bper ?cent|[十百千万萬億亿兆割半一二三四五六七八九]")
+"""The same in figures, signs and Chinese characters; an exponent belongs to its unit."""
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALE = re.compile(
     rf"(?<=[\d}}])( *(?:\\(?:text|mbox|mathrm|textrm) *\{{ *)?)({'|'.join(SCALES)})s?(?![^\W\d_])", re.IGNORECASE
@@ -117,10 +129,16 @@ def plain(text: str) -> str:
 def split_unit(text: str) -> tuple[str, str]:
     """A plain text without the unit at its end, and that unit in lower case and the singular; empty for none."""
     for pattern in (DEGREES, TEXT, WORDS):
-        if (match := pattern.search(text)) and match.start():
+        if (match := pattern.search(text)) and match.start() and (pattern is not TEXT or _is_unit(match[1])):
             unit = re.sub(r"\\(?:text|mbox|mathrm|textrm)|[^a-z0-9/]", "", match[0].lower().replace("\\circ", "degree"))
             return text[: match.start()].strip(), unit.removesuffix("s")
     return text, ""
+
+
+def _is_unit(words: str) -> bool:
+    """Whether words behind a number leave it what it is."""
+    listed = re.findall(r"[^\W\d_]+", words.lower())
+    return NO_UNIT.isdisjoint(listed) and not ANOTHER.search(words.lower())
 
 
 def said(answer: str, *, lenient: bool) -> Quantity | None:
@@ -144,7 +162,7 @@ def quantity(text: str, *, any_unit: bool = False) -> Quantity | None:
         rest, unit, factor = bare, "", factor / 100
     else:
         rest, unit = split_unit(text)
-        if not unit and any_unit and (match := NOUN.search(rest)) and NO_UNIT.isdisjoint(match[1].lower().split()):
+        if not unit and any_unit and (match := NOUN.search(rest)) and _is_unit(match[1]):
             rest, unit = rest[: match.start()], "".join(match[1].lower().split()).removesuffix("s")
     value = _value(CURRENCY.sub(r"\1", rest.strip()))
     return None if value is None else Quantity(value, factor, unit)

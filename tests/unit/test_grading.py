@@ -128,13 +128,19 @@ OF_18 = {
         r"18\text{ cm}^2", "18 cm^2", "18 cm²", "36/2", r"\frac{36}{2}", r"1.8 \times 10^1",
     ],
     LENIENT: [
-        "18%", r"18\%", "18 percent", "18 million", r"18 \text{ million}", r"it is \boxed{18}",
+        "18%", r"18\%", "18 percent", "18 per cent", "18 percentage points", "18 million",
+        r"18 \text{ million}", r"it is \boxed{18}",
     ],
     NEITHER: [
         "", "18 or 19", "18 or nineteen", "18-20", "18, 19", "18; 19", "17, 18", r"\boxed{17} or \boxed{18}", "1.8",
         "18/2", "180", "-18", "−18", "-$18", "0.18", "18!", "18^2", "18²", "18 squared", "18 and a half", "18 tenths",
         "18 times two", "18 1/2", "18x", "18 x", "18 pi", "18π", "18:00", "18_5", "9 + 9", "9*2", "it is 18",
-        "18 is wrong", "eighteen", "18 $$ 19", r"\boxed{18", "٣",
+        "18 is wrong", "eighteen", "18 $$ 19", r"\boxed{18", "٣", "18 nineteen", "18 oder neunzehn", "18 point five",
+        "18 third", "18 quarters", "18 twelfths", "18 twentieths", "18 crore", "18 lakh", "18 less than twenty",
+        "18 add two", "18 remainder three", "18 base eight", "18 halved", "18 doubled", "18 negative",
+        "18 feet six inches", "18 dollars fifty cents", "18万", "18亿", "18百", "18千", "18半", "18割", "18万个",
+        r"18\text{ or 19}", r"18 \text{ squared}", r"18 \text{ minus 1}", r"18 \text{ thirds}", r"18\mathrm{i}",
+        r"18 \text{ \%}",
     ],
 }  # fmt: skip
 VALUES = [
