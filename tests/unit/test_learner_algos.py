@@ -59,7 +59,7 @@ def near_policy(batch: Batch, trainer: Trainer[Batch], spread: float = 0.2) -> B
     config = settings("correction=none", f"batch.groups={len(batch.groups)}", "learner.minibatches=1")
     probe = trainer_of(config, Path(trainer.module.model.config._name_or_path))
     work = probe.objective.prepare(batch.step, batch)
-    packs = [probe._lay_out(work, groups) for groups in work.updates]
+    packs = [probe._lay_out(work.rows, groups) for groups in work.updates]
     scores = torch.zeros(len(work.rows.tokens))
     probe._score(trainer.module, [packed for micro in packs for packed in micro], scores, "prox", "prox_flops")
     rng = np.random.default_rng(7)
@@ -164,7 +164,7 @@ def ppo(*argv: str) -> Config:
 
 def scored(trainer: Trainer[Batch], step: int, batch: Batch) -> Any:
     work = trainer.objective.prepare(step, batch)
-    packs = [trainer._lay_out(work, groups) for groups in work.updates]
+    packs = [trainer._lay_out(work.rows, groups) for groups in work.updates]
     return trainer.objective.advance(trainer._scored(work, packs, trains_main=True))
 
 

@@ -49,7 +49,7 @@ def group(scores: Any, ends: Any, lengths: Any, rewards: Any, logprobs: torch.Te
 def objective_of(trainer: Trainer[Batch], made: Group, logprobs: torch.Tensor) -> torch.Tensor:
     """The loss of one group where the policy says ``logprobs`` [T] of its tokens."""
     work = trainer.objective.prepare(0, Batch(0, (made,)))
-    (packs,) = [trainer._lay_out(work, groups) for groups in work.updates]
+    (packs,) = [trainer._lay_out(work.rows, groups) for groups in work.updates]
     work = trainer.objective.advance(trainer._scored(work, [packs], trains_main=True))
     plan = trainer.objective.plan_update(work, 0)
     total = torch.zeros(())
