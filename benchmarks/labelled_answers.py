@@ -1,6 +1,7 @@
 """Labelled answers out of a task's worked ones, some of them spoiled, for job=prm and job=reward_model.
 
     python benchmarks/labelled_answers.py steps --rows 4000 --out steps.jsonl task=chain task.noise=0.1
+    python launch.py job=prm prm.path=steps.jsonl 'prm.cut={by: separator, separator: ";", within: thought}'
 
 ``steps``: {prompt, answer, labels}, each step judged by the task's exact step checker; ``pairs``: {prompt, chosen,
 rejected}, a right answer before a wrong one; ``judged``: {prompt, answer, label}, right or not. An answer is spoiled by

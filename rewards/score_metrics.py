@@ -73,15 +73,19 @@ def accuracy(p: npt.ArrayLike, good: npt.ArrayLike) -> float:
 
 
 def pair_accuracy(better: npt.ArrayLike, worse: npt.ArrayLike) -> float:
-    """Share of pairs whose better answer has the higher score; equal scores order nothing."""
-    first, second = np.asarray(better, np.float64), np.asarray(worse, np.float64)
-    return float(np.mean(first > second)) if first.size else math.nan
+    """Share of pairs whose better answer has the higher score; equal scores count half, as in an AUC: a head that
+    begins at 0 orders nothing, and is at chance.
+    """
+    _, right = pair_confidence(better, worse)
+    return float(np.mean(right)) if right.size else math.nan
 
 
-def pair_confidence(better: npt.ArrayLike, worse: npt.ArrayLike) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """How sure a Bradley–Terry model is of its own order of each pair, σ|margin|, and whether that order is right."""
+def pair_confidence(better: npt.ArrayLike, worse: npt.ArrayLike) -> tuple[Array, Array]:
+    """How sure a Bradley–Terry model is of its own order of each pair, σ|margin|, and whether that order is right: 1,
+    0, or ½ of a tie.
+    """
     margin = np.asarray(better, np.float64) - np.asarray(worse, np.float64)
-    return sigmoid(np.abs(margin)), margin > 0
+    return sigmoid(np.abs(margin)), (np.sign(margin) + 1) / 2
 
 
 def auc(scores: npt.ArrayLike, good: npt.ArrayLike) -> float:
@@ -124,11 +128,14 @@ class FirstErrors:
 
 def first_errors(p: Sequence[npt.ArrayLike], good: Sequence[npt.ArrayLike], threshold: float = 0.5) -> FirstErrors:
     """ProcessBench's measure (arXiv:2412.06559, §3.4). ``p`` and ``good``: of each answer those of its steps, in order;
-    a label may be NaN behind the first wrong step. A step with p below ``threshold`` is called wrong.
+    a label may be NaN behind the first wrong step. A step with p below ``threshold`` is called wrong. Answers without a
+    label are left out.
     """
     found: dict[bool, list[bool]] = {True: [], False: []}
     for chances, labels in zip(p, good, strict=True):
         label = np.asarray(labels, np.float64)
+        if np.isnan(label).all():
+            continue
         true, told = _first(label < 0.5), _first(np.asarray(chances, np.float64) < threshold)
         found[true < 0].append(told == true)
     shares = {kind: float(np.mean(hits)) if hits else math.nan for kind, hits in found.items()}

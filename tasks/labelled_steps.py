@@ -56,7 +56,7 @@ def labelled_in(path: Path, fields: Mapping[str, str], key: str, cut: Steps) -> 
 
     Raises TaskError with file and row, also where labels are not one a step.
     """
-    return (_labelled(named(row, fields), f"{key}={path}", cut) for row in rows_in(path, key))
+    return (_labelled(named(row, fields, f"{key}={path}", FIELDS), f"{key}={path}", cut) for row in rows_in(path, key))
 
 
 def _labelled(row: Row, name: str, cut: Steps) -> LabelledAnswer:
@@ -84,7 +84,8 @@ def _own(row: Row, name: str, cut: Steps, where: str) -> LabelledAnswer:
 def _answer(row: Row, name: str, cut: Steps, where: str) -> LabelledAnswer:
     problem, answer = question_and_answer(row, name, "prompt", "answer", FIELDS)
     answer = text_of(row.fields, "answer", FIELDS, where) if "answer" in row.fields or answer is None else answer
-    labels = _labels(row.fields["labels"], where) if "labels" in row.fields else ()
+    given = row.fields.get("labels")
+    labels = () if given is None else _labels(given, where)
     if labels and cut.by != "tokens":
         check_count(len(labels), len(cut.cut(answer)), cut, where)
     return LabelledAnswer(problem, answer, labels, None, _outcome(row, labels, where))
@@ -177,8 +178,12 @@ def _of_steps(
     problem: Problem, steps: Any, labels: tuple[float, ...], outcome: float, cut: Steps, where: str
 ) -> LabelledAnswer:
     """Steps laid end to end, each with the mark of ``cut`` behind it."""
-    if not isinstance(steps, Sequence) or not all(isinstance(step, str) and step.strip() for step in steps):
-        raise TaskError(f"{where}: each of its steps must be a text with something in it; mend the line")
+    if (
+        not isinstance(steps, Sequence)
+        or isinstance(steps, str)
+        or not all(isinstance(step, str) and step.strip() for step in steps)
+    ):
+        raise TaskError(f"{where}: its steps must be a list of texts with something in them; mend the line")
     if not labels or len(labels) != len(steps):
         raise TaskError(f"{where}: has {len(labels)} labels and {len(steps)} steps; give each step one, null for none")
     if cut.by == "tokens":

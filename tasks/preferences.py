@@ -51,18 +51,24 @@ def pairs_in(path: Path, fields: Mapping[str, str], key: str, of: Of) -> Iterato
 
     Raises TaskError with file and row; for a pair whose texts are equal, and for an empty answer, too.
     """
-    return (_pair(named(row, fields), f"{key}={path}", of) for row in rows_in(path, key))
+    return (_pair(named(row, fields, f"{key}={path}", FIELDS), f"{key}={path}", of) for row in rows_in(path, key))
 
 
 def judged_in(path: Path, fields: Mapping[str, str], key: str, of: Of) -> Iterator[Judged]:
     """The same of judged answers."""
-    return (_judged(named(row, fields), f"{key}={path}", of) for row in rows_in(path, key))
+    return (_judged(named(row, fields, f"{key}={path}", FIELDS), f"{key}={path}", of) for row in rows_in(path, key))
 
 
-def named(row: Row, fields: Mapping[str, str]) -> Row:
-    """The row with its fields under our names."""
-    found = {ours: row.fields[theirs] for ours, theirs in fields.items() if theirs in row.fields}
-    return replace(row, fields=row.fields | found)
+def named(row: Row, fields: Mapping[str, str], name: str, key: str) -> Row:
+    """The row with its fields under our names; ``key`` says which these are. Raises TaskError where one is missing."""
+    for ours, theirs in fields.items():
+        if theirs not in row.fields:
+            known = ", ".join(map(repr, row.fields)) or "none"
+            raise TaskError(
+                f"{name}, {row.place}: has no field {theirs!r} (fields: {known}), which {key}.{ours} names; mend the "
+                "line, or the key"
+            )
+    return replace(row, fields=row.fields | {ours: row.fields[theirs] for ours, theirs in fields.items()})
 
 
 def share_of(value: Any, where: str) -> float:

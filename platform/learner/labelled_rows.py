@@ -58,6 +58,8 @@ def rows_of(config: Config, which: str) -> list[Row]:
             raise lacking(one, "has no 'labels' of its steps; give them, or set prm.objective=implicit")
         if prm.objective == "implicit" and math.isnan(one.outcome):
             raise lacking(one, "says neither 'label' nor 'labels', so that its outcome is not known; mend the line")
+    if prm.objective == "steps" and answers and all(math.isnan(label) for one in answers for label in one.labels):
+        raise TaskError(f"{key}={path}: no step of its answers has a label, each is null; label some (job=label)")
     return [hard(one) if prm.labels == "hard" else one for one in answers]
 
 

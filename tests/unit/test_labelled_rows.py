@@ -123,6 +123,8 @@ def test_an_answer_is_cut_as_it_says_and_may_have_an_outcome_of_its_own(tmp_path
     assert (found.ends, found.labels, found.outcome) == (None, (1.0, 0.5, 0.0), 0.0)
     (alone,) = labelled(write(tmp_path, {"prompt": "q", "answer": "a", "label": True}))
     assert (alone.labels, alone.outcome) == ((), 1.0)
+    (null,) = labelled(write(tmp_path, {"prompt": "q", "answer": "a", "labels": None, "label": 1}))
+    assert (null.labels, null.outcome) == ((), 1.0)
     (trl,) = labelled(write(tmp_path, {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}))
     assert (trl.text, trl.labels) == ("a\nb", (1.0, 0.0))
 
@@ -140,7 +142,8 @@ SHEPHERD = {"input": "q Step 1: a ки\nStep 2: b ки", "label": "q Step 1: a +
         ({**GOOD, "labels": [1, "good"]}, NEWLINE, "line 2: label 2 is 'good': must be"),
         ({**GOOD, "answer": "  "}, NEWLINE, "line 2: field 'answer' is empty"),
         ({"prompt": "q", "steps": ["a", "b"], "labels": [1]}, NEWLINE, "line 2: has 1 labels and 2 steps; give each"),
-        ({"prompt": "q", "steps": ["a", " "], "labels": [1, 1]}, NEWLINE, "line 2: each of its steps must be a text"),
+        ({"prompt": "q", "steps": ["a", " "], "labels": [1, 1]}, NEWLINE, "line 2: its steps must be a list of texts"),
+        ({"prompt": "q", "steps": "ab", "labels": [1, 0]}, NEWLINE, "line 2: its steps must be a list of texts"),
         ({"prompt": "q", "steps": ["a"], "labels": [1]}, Steps(within="thought"), "a list of steps has no prm.cut.wit"),
         ({"prompt": "q", "steps": ["a"], "labels": [1]}, Steps(by="tokens"), "a list of steps has no prm.cut.by=toke"),
         ({"prompt": "q", "text": "a"}, NEWLINE, "line 2: neither 'steps' and 'labels', nor 'answer' and 'labels'"),
@@ -193,6 +196,10 @@ def test_judged_answers_take_the_names_of_their_file(tmp_path: Path) -> None:
     row = {"prompt": "q", "response": "a", "is_safe": False, "label": 1}
     (found,) = judged(write(tmp_path, row), answer="response", label="is_safe")
     assert (found.answer, found.label) == ("a", 0.0)
+    with pytest.raises(
+        TaskError, match=r"line 1: has no field 'good' .*, which reward_model.fields.answer names; mend"
+    ):
+        judged(write(tmp_path, row), answer="good")
 
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -266,3 +273,11 @@ def test_each_objective_asks_for_the_labels_that_it_learns_from(tmp_path: Path) 
     unknown = write(tmp_path, {"prompt": "q", "answer": "a", "label": None})
     with pytest.raises(TaskError, match="line 1: says neither 'label' nor 'labels'"):
         read(compose(["job=prm", f"prm.path={unknown}", "prm.objective=implicit"]))
+
+
+def test_steps_of_which_none_has_a_label_are_nothing_to_learn_from(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "answer": "a\nb", "labels": [None, None]} for i in range(3)]
+    path = write(tmp_path, *rows)
+    with pytest.raises(TaskError, match=rf"^prm.path={path}: no step of its answers has a label, each is null"):
+        read(compose(["job=prm", f"prm.path={path}"]))
+    assert len(read(compose(["job=prm", f"prm.path={write(tmp_path, *rows, GOOD)}", "prm.held_out_share=0"]))[0]) == 4

@@ -46,10 +46,12 @@ def test_an_empty_bin_adds_nothing_and_soft_labels_are_shares() -> None:
 
 def test_pairs_by_hand() -> None:
     better, worse = [2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 1.0, -1.0]
-    assert pair_accuracy(better, worse) == 0.5  # the tie orders nothing
+    assert pair_accuracy(better, worse) == 0.625  # (1 + ½ + 0 + 1) / 4: a tie counts half
     sure, right = pair_confidence(better, worse)
     assert sure == pytest.approx([1 / (1 + math.exp(-1)), 0.5, 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-4))])
-    assert right.tolist() == [True, False, False, True]
+    assert right.tolist() == [1, 0.5, 0, 1]
+    zeros = [0.0] * 4
+    assert (pair_accuracy(zeros, zeros), calibration_error(*pair_confidence(zeros, zeros))) == (0.5, 0.0)
 
 
 scored = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30)
@@ -84,6 +86,8 @@ def test_first_errors_as_processbench_counts_them() -> None:
     assert first_errors(p, good, threshold=0.3) == FirstErrors(wrong=pytest.approx(2 / 3), right=1.0)
     assert FirstErrors(0.0, 0.0).f1 == 0
     assert math.isnan(first_errors([[0.9]], [[1]]).f1)
+    nothing = first_errors([*p, [0.9, 0.9], []], [*good, [math.nan, math.nan], []])
+    assert nothing == found  # answers without a label are neither right nor wrong
 
 
 def test_nothing_to_measure_is_nan_and_lengths_must_agree() -> None:
