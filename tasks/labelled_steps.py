@@ -74,8 +74,14 @@ def _labelled(row: Row, name: str, cut: Steps) -> LabelledAnswer:
 # --- the forms
 
 
+def steps_in(fields: Mapping[str, Any]) -> Any:
+    """A list of steps; None where a row has none, or a table's column says nothing of this one."""
+    steps = fields.get("steps")
+    return fields.get("completions") if steps is None else steps
+
+
 def _own(row: Row, name: str, cut: Steps, where: str) -> LabelledAnswer:
-    steps = row.fields.get("steps", row.fields.get("completions"))
+    steps = steps_in(row.fields)
     problem, _ = question_and_answer(row, name, "prompt", "answer", FIELDS)
     labels = _labels(row.fields["labels"], where)
     return _of_steps(problem, steps, labels, _outcome(row, labels, where), cut, where)
@@ -153,7 +159,7 @@ def _is_outcome(fields: Mapping[str, Any]) -> bool:
 
 Form = Callable[[Row, str, Steps, str], LabelledAnswer]
 FORMS: tuple[tuple[Form, Callable[[Mapping[str, Any]], bool]], ...] = (
-    (_own, lambda f: ("steps" in f or "completions" in f) and isinstance(f.get("labels"), list)),
+    (_own, lambda f: steps_in(f) is not None and isinstance(f.get("labels"), list)),
     (_process_bench, lambda f: "problem" in f and isinstance(f.get("steps"), list) and "label" in f),
     (_prm800k, lambda f: isinstance(f.get("question"), dict) and isinstance(f.get("label"), dict)),
     (_math_shepherd, lambda f: isinstance(f.get("label"), str) and MARK in str(f.get("input"))),
@@ -212,8 +218,8 @@ def _outcome(row: Row, labels: Sequence[float], where: str) -> float:
 
 
 def _all_good(labels: Sequence[float]) -> float:
-    """Of an answer whose steps are labelled: 1 where none is wrong."""
-    return float(not any(label < 0.5 for label in labels)) if labels else NO_LABEL
+    """Of an answer whose steps are labelled: 1 where none is wrong, NaN where none has a label."""
+    return NO_LABEL if all(map(math.isnan, labels)) else float(not any(label < 0.5 for label in labels))
 
 
 def hard(answer: LabelledAnswer) -> LabelledAnswer:

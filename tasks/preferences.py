@@ -2,7 +2,7 @@
 answers of which each is good or not.
 
     pairs    {prompt, chosen, rejected}, prompt a text or messages; or chosen and rejected as messages that differ in
-             the last one, which is the assistant's
+             the last one, which is the assistant's; or, behind a prompt, as that one message each (TRL)
     judged   {prompt, answer, label}, label true, false, or the share of judges who call it good
 
 The command reads them before anything starts, the learner when it begins: what is wrong with a row is said at once.
@@ -106,12 +106,16 @@ def _texts(row: Row, name: str, where: str) -> tuple[Problem, str, str]:
         better, worse = (text_of(row.fields, field, FIELDS, where) for field in ("chosen", "rejected"))
         return problem, better, worse
     first, second = messages_of(chosen, where), messages_of(rejected, where)
-    before = first[:-1]
-    if before != second[:-1] or not before or {first[-1]["role"], second[-1]["role"]} != {"assistant"}:
+    before, behind_prompt = first[:-1], len(first) == 1 and row.fields.get("prompt") is not None
+    same = before == second[:-1] and {first[-1]["role"], second[-1]["role"]} == {"assistant"}
+    if not same or not (before or behind_prompt):
         raise TaskError(
             f"{where}: the messages of 'chosen' and 'rejected' must be the same but for the last one, the assistant's; "
             "mend the line"
         )
+    if behind_prompt:
+        problem, _ = question_and_answer(row, name, "prompt", "chosen", FIELDS)
+        return problem, first[-1]["content"], second[-1]["content"]
     problem = Problem(name, row.number, as_lines(before), "", {"place": row.place}, before)
     return problem, first[-1]["content"], second[-1]["content"]
 

@@ -22,6 +22,8 @@ def leave_a_cover(items: Iterable[pytest.Item]) -> None:
     tests = defaultdict[str, list[tuple[pytest.Item, Case]]](list)
     for item in items:
         if (mark := item.get_closest_marker("pairs")) is not None:
+            if len(mark.args) < 2:
+                raise pytest.UsageError(f"{item.nodeid}: pairs{mark.args} names no pair; nothing would be kept")
             case = tuple(item.callspec.params[name] for name in mark.args)  # type: ignore[attr-defined]
             tests[item.nodeid.partition("[")[0]].append((item, case))
     for found in tests.values():

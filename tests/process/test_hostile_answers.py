@@ -39,7 +39,7 @@ def test_each_gets_a_score_or_a_reason_and_the_next_answer_is_judged(where: str,
     """HANGS passes the filter: where math-verify is asked, its worker is killed at the deadline and replaced."""
     config = Config(
         task=JsonlConfig(compare="math", compare_policy=policy),  # type: ignore[arg-type]
-        reward=RewardConfig(answer=where, deadline_seconds=10.0, on_timeout="refuse"),  # type: ignore[arg-type]
+        reward=RewardConfig(answer=where, deadline_seconds=5.0, on_timeout="refuse"),  # type: ignore[arg-type]
     )
     form = "<think></think><answer>{}</answer>" if where == "tags" else "\\boxed{{{}}}"
     answers = [*HOSTILE, HANGS, r"\frac{2}{4}"]
@@ -55,5 +55,5 @@ def test_each_gets_a_score_or_a_reason_and_the_next_answer_is_judged(where: str,
     late = [len(HOSTILE)] if policy == "lenient" else []
     assert sorted(found) == list(range(len(answers)))
     assert list(reasons) == late
-    assert all("ran past reward.deadline_seconds=10" in reason for reason in reasons.values())
+    assert all("ran past reward.deadline_seconds=5" in reason for reason in reasons.values())
     assert [key for key, c in found.items() if c is not None and c["accuracy"].tolist() == [1.0]] == [len(answers) - 1]

@@ -164,3 +164,8 @@ def test_what_is_wrong_with_the_labels_is_said_before_anything_starts(launch: An
     assert run.code == 2
     assert run.output.count("\n") == 1
     assert "bad.jsonl, line 1: 'chosen' and 'rejected' are equal" in run.output
+    path = write(tmp_path / "null.jsonl", [{"prompt": "a", "steps": ["b", "c"], "labels": [None, None]}])
+    run = launch("null", *options("prm", path, 60))
+    assert run.code == 2
+    assert run.output.count("\n") == 1
+    assert "null.jsonl: no step of its answers has a label" in run.output

@@ -296,7 +296,7 @@ def scores(run: Any) -> dict[int, dict[str, float]]:
     return {step: row for step, row in found.items() if row}
 
 
-def test_an_interrupt_in_the_cold_start_and_one_before_the_endpoint_end_the_run_soon(
+def test_an_interrupt_in_the_cold_start_and_one_before_the_endpoint_end_the_run(
     launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
     environment = environment | {"OFFTRAIL_CACHE": str(tmp_path / "cache")}

@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scoring(model: Path, *more: str) -> tuple[str, ...]:
     rm = f"scorer.models={{rm: {{path: {model}, empty: 0}}}}"
-    return (rm, "reward.weights.rm=0.1", "scorer.count=2", "generator.count=2", f"learner.steps={STEPS}", *more)
+    return (rm, "reward.weights.rm=0.1", "scorer.count=2", f"learner.steps={STEPS}", *more)
 
 
 def ledger(run_dir: Path, query: str) -> list[Any]:
@@ -79,7 +79,7 @@ def check_scores(model: Path, groups: list[Group]) -> set[int]:
 def test_scorers_that_are_killed_or_stand_still_lose_and_make_up_nothing(
     model: Path, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    run_dir, keys = tmp_path / "killed", scoring(model, "scorer.hang_seconds=1")
+    run_dir, keys = tmp_path / "killed", scoring(model, "generator.count=2", "scorer.hang_seconds=1")
     process = warm.Popen(command("killed", *keys), env=environment, cwd=tmp_path)
     wait_until("step 2", lambda: reached(run_dir, 2))
     for index in (0, 1):  # nobody is there to ask, until they are started again
@@ -101,7 +101,10 @@ def test_scorers_that_are_killed_or_stand_still_lose_and_make_up_nothing(
 def test_a_forced_refresh_mixes_no_versions_and_one_that_says_nan_is_no_score(
     model: Path, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    run_dir, keys = tmp_path / "fresh", scoring(model, "weights.channel=disk", "staleness.max_refusals=100000")
+    run_dir, keys = (
+        tmp_path / "fresh",
+        scoring(model, "generator.count=2", "weights.channel=disk", "staleness.max_refusals=100000"),
+    )
     process = warm.Popen(command("fresh", *keys), env=environment, cwd=tmp_path)
     wait_until("step 1", lambda: reached(run_dir, 1))
     own = {name.removeprefix("model."): p for name, p in Reader.open(model, longest=256).module.named_parameters()}
@@ -124,3 +127,15 @@ def test_a_forced_refresh_mixes_no_versions_and_one_that_says_nan_is_no_score(
     assert {1, 3} <= versions <= {0, 1, 3}
     [(reason,)] = ledger(run_dir, "SELECT DISTINCT detail FROM groups WHERE reason = 'unscored' LIMIT 1")
     assert "are no numbers" in reason
+
+
+@pytest.mark.prove
+def test_an_exact_run_with_scores_repeats_bit_for_bit(model: Path, launch: Any) -> None:
+    keys = scoring(model, "staleness.mode=exact")
+    first, second = launch("first", *keys), launch("second", *keys)
+    assert (first.code, second.code) == (0, 0), first.output + second.output
+    query = "SELECT version, checksum FROM versions ORDER BY version"
+    versions = [ledger(run.run_dir, query) for run in (first, second)]
+    assert versions[0] == versions[1]
+    assert len({checksum for _, checksum in versions[0]}) == STEPS + 1  # each step moved the weights
+    assert check_scores(model, trained(first.run_dir)) == {0}

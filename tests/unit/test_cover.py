@@ -40,3 +40,16 @@ def test_what_has_no_such_mark_is_left_alone(request: pytest.FixtureRequest) -> 
     items: list[Any] = [request.node]
     leave_a_cover(items)
     assert request.node.get_closest_marker("prove") is None
+
+
+@pytest.mark.parametrize("names", [(), ("one",)])
+def test_a_mark_that_names_no_pair_would_leave_nothing_and_is_refused(names: tuple[str, ...]) -> None:
+    class Item:
+        nodeid = "test_x[a]"
+
+        def get_closest_marker(self, _: str) -> pytest.Mark:
+            return pytest.mark.pairs(*names).mark
+
+    items: list[Any] = [Item()]
+    with pytest.raises(pytest.UsageError, match=r"test_x\[a\]: pairs\(.*names no pair"):
+        leave_a_cover(items)

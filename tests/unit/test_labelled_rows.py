@@ -66,7 +66,8 @@ def test_steps_and_labels_come_back_in_every_cut(tmp_path_factory: Any, told: li
     bare = [part.removeprefix("<step>").removesuffix("</step>").strip() for part in found]
     assert bare == steps
     assert numbers(row.labels) == numbers(labels)
-    assert row.outcome == float(not any(label is not None and label < 0.5 for label in labels))
+    known = [label for label in labels if label is not None]
+    assert numbers([row.outcome]) == [float(all(label >= 0.5 for label in known)) if known else None]
     if not any("<" in step for step in steps):
         assert cut.cut(row.text) == list(row.ends)
 
@@ -125,6 +126,8 @@ def test_an_answer_is_cut_as_it_says_and_may_have_an_outcome_of_its_own(tmp_path
     assert (alone.labels, alone.outcome) == ((), 1.0)
     (null,) = labelled(write(tmp_path, {"prompt": "q", "answer": "a", "labels": None, "label": 1}))
     assert (null.labels, null.outcome) == ((), 1.0)
+    (union,) = labelled(write(tmp_path, {"prompt": "q", "answer": "a\nb", "labels": [1, 0], "steps": None}))
+    assert (union.text, union.labels) == ("a\nb", (1.0, 0.0))
     (trl,) = labelled(write(tmp_path, {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}))
     assert (trl.text, trl.labels) == ("a\nb", (1.0, 0.0))
 
@@ -196,13 +199,25 @@ def test_judged_answers_take_the_names_of_their_file(tmp_path: Path) -> None:
     row = {"prompt": "q", "response": "a", "is_safe": False, "label": 1}
     (found,) = judged(write(tmp_path, row), answer="response", label="is_safe")
     assert (found.answer, found.label) == ("a", 0.0)
-    with pytest.raises(
-        TaskError, match=r"line 1: has no field 'good' .*, which reward_model.fields.answer names; mend"
-    ):
-        judged(write(tmp_path, row), answer="good")
+
+
+def test_a_field_that_a_key_names_must_be_there(tmp_path: Path) -> None:
+    pair = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    fields = r"line 1: has no field 'good' \(fields: 'prompt', 'chosen', 'rejected'\), which "
+    for job, ours in (("reward_model", "chosen"), ("prm", "answer")):
+        with pytest.raises(TaskError, match=rf"^{job}.path={pair}, {fields}{job}.fields.{ours} names; mend"):
+            read(compose([f"job={job}", f"{job}.path={pair}", f"{job}.fields={{{ours}: good}}"]))
 
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize("prompt", ["q", [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]])
+def test_a_pair_may_be_one_message_each_behind_a_prompt(prompt: Any, tmp_path: Path) -> None:
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    (found,) = pairs(write(tmp_path, {"prompt": prompt, **answers}))
+    (plain,) = pairs(write(tmp_path, {"prompt": prompt, "chosen": "chosen", "rejected": "rejected"}))
+    assert found == plain
 
 
 @pytest.mark.parametrize(
@@ -215,6 +230,10 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({**PAIR, "rejected": "<think>never closed"}, "answer", "field 'rejected' has no answer behind its thought"),
         ({"prompt": "q", "chosen": "a"}, "response", "field 'rejected' is missing .* or set reward_model.fields"),
         ({"chosen": "a", "rejected": "b"}, "response", "field 'prompt' is missing .* or set reward_model.fields"),
+        (
+            {n: [{"role": "assistant", "content": n}] for n in ("chosen", "rejected")},
+            "response", "must be the same but for the last one",
+        ),
         (
             {n: [{"role": "user", "content": n}, {"role": "assistant", "content": n}] for n in ("chosen", "rejected")},
             "response", "must be the same but for the last one",
@@ -273,6 +292,9 @@ def test_each_objective_asks_for_the_labels_that_it_learns_from(tmp_path: Path) 
     unknown = write(tmp_path, {"prompt": "q", "answer": "a", "label": None})
     with pytest.raises(TaskError, match="line 1: says neither 'label' nor 'labels'"):
         read(compose(["job=prm", f"prm.path={unknown}", "prm.objective=implicit"]))
+    null = write(tmp_path, {"prompt": "q", "answer": "a", "labels": [None]})
+    with pytest.raises(TaskError, match="line 1: says neither 'label' nor 'labels'"):
+        read(compose(["job=prm", f"prm.path={null}", "prm.objective=implicit"]))
 
 
 def test_steps_of_which_none_has_a_label_are_nothing_to_learn_from(tmp_path: Path) -> None:
