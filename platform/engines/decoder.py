@@ -98,10 +98,14 @@ class Decoder:
         C, D, M = spec.hidden_size, spec.head_size, spec.mlp_size
         qkv = (spec.heads + 2 * spec.kv_heads) * D
         self._eps = torch.tensor(spec.norm_eps, device=device)
-        self._plain_norm = device.type == "cpu" and dtype == torch.float32
+        self._plain = plain = device.type == "cpu" and dtype == torch.float32
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
+
+        def matrix(outputs: int, inputs: int) -> Tensor:
+            """[outputs, inputs]; in memory the other way round where a product with few rows is faster so."""
+            return empty(inputs, outputs).t() if plain else empty(outputs, inputs)
 
         self.embed = empty(spec.vocab_size, C)
         self.head = self.embed if spec.tied else empty(spec.vocab_size, C)
@@ -110,14 +114,14 @@ class Decoder:
             _Layer(
                 norm_1=empty(C),
                 norm_2=empty(C),
-                qkv=empty(qkv, C),
+                qkv=matrix(qkv, C),
                 qkv_bias=empty(qkv) if spec.qkv_bias else None,
                 qk_norm=empty(spec.heads + spec.kv_heads, D) if spec.qk_norm else None,
-                o=empty(C, spec.heads * D),
+                o=matrix(C, spec.heads * D),
                 o_bias=empty(C) if spec.o_bias else None,
-                gate_up=empty(2 * M, C),
+                gate_up=matrix(2 * M, C),
                 gate_up_bias=empty(2 * M) if spec.mlp_bias else None,
-                down=empty(C, M),
+                down=matrix(C, M),
                 down_bias=empty(C) if spec.mlp_bias else None,
             )
             for _ in range(spec.layers)
@@ -203,7 +207,7 @@ class Decoder:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm (arXiv:1910.07467, eq. 4) over the last dimension, times ``weight``: x's shape but for the first."""
-        if not self._plain_norm:
+        if not self._plain:
             shared = weight if weight.dim() == 1 else None
             normed = F.rms_norm(x, x.shape[-1:], shared, self.spec.norm_eps)
             return normed if shared is not None else normed.mul_(weight)
