@@ -14,6 +14,7 @@ from offtrail.rewards.grading.numeric import number
 
 REWRITTEN = (
     (re.compile(r"(?<![\w)}\]*`])(\*\*|__|`)(?=\S)([^*_`]+?)(?<=\S)\1(?![\w({\[*_`])"), r"\2"),
+    (re.compile(r"\\(?:textbf|textit|mathbf|boldsymbol|bm|emph) *\{([^{}A-Za-z]*)\}"), r"\1"),
     (re.compile("[−–‐‑]"), "-"),
     (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle)(?![a-z])"), ""),
@@ -28,13 +29,13 @@ REWRITTEN = (
 SUPERSCRIPTS = str.maketrans({"²": "^2", "³": "^3"})
 BOX = re.compile(r"\\(?:boxed|fbox) *\{")
 UNITS = (
-    r"mm|cm|k?m|m?g|kg|m?s|ml|sec|second|min(?:ute)?|hour|hr|day|week|month|year|deg(?:ree)?|inche?|feet|foot|ft|yard|mile|"
-    r"mph|dollar|cent|unit|square|cubic|lit(?:er|re)|met(?:er|re)|gram|rad(?:ian)?|point|oz|ounce|lb|pound"
+    r"mm|cm|k?m|m?g|kg|m?s|m?l|h|sec|second|min(?:ute)?|hour|hr|day|week|month|year|deg(?:ree)?|inche?|feet|foot|ft|"
+    r"yard|mile|mph|dollar|cent|unit|square|cubic|lit(?:er|re)|met(?:er|re)|gram|rad(?:ian)?|point|oz|ounce|lb|pound"
 )
 PERCENT = re.compile(r" *(?:\\?%|(?:\\text *\{ *)?(?:per ?cent(?:age points?)?|pct)\.? *\}?)$", re.IGNORECASE)
-DEGREES = re.compile(r"\^\{\\circ\}$")
+DEGREES = re.compile(r"\^\{\\circ\}(?: *(?:[CF]|\\(?:text|mathrm) *\{ *[CF] *\}))?$")
 TEXT = re.compile(r" *\\(?:text|mbox|mathrm|textrm) *\{([^{}]*)\}(?: *\^ *\{? *\d *\}?)?$")
-WORDS = re.compile(rf"(?<=[\d}})]) *\b((?:(?:{UNITS})s?\b[ /.]*(?:\^ *\{{? *\d *\}}?)?)+)$", re.IGNORECASE)
+WORDS = re.compile(rf"(?<=[\d}})]) *((?:(?:{UNITS})s?(?:[23]\b|\b)[ /.]*(?:\^ *\{{? *\d *\}}?)?)+)$", re.IGNORECASE)
 NOUN = re.compile(
     r"(?:(?<=[\d}]) +(?=[^\W\d_]{3})|(?<=\d)(?=[\u3040-\u9fff\uac00-\ud7af]))((?:[^\W\d_]++[.'’/ -]*+){1,5})$"
 )

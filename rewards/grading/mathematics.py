@@ -23,6 +23,8 @@ MISSING = "task.compare=math needs math-verify: pip install offtrail[math]"
 
 IN_TEXT = re.compile(r"\\(?:text|textbf|mbox|mathrm|textrm|operatorname) *\{([^{}]*)\}")
 WORDS = re.compile(r"[^\W\d_]{3,}(?:[ ,'-]+[^\W\d_]+)*")
+BLANK = re.compile(r" (?!(?<=\d )\d)| (?=\d{3}(?!\d))")
+"""Blanks that change nothing: all but those between digits, where they part no thousands."""
 BASE = re.compile(r"[0-9A-F]+ *_ *\{? *\d+ *\}?")
 TOWER = re.compile(r"(?:\^|\*\*)[ {(]*-?\d+[ )}]*(?:\^|\*\*)|[)}] *(?:\^|\*\*)[ {(]*\d{3}")
 HIGH_POWER = re.compile(r"(?:\^|\*\*)[ {(]*[-+]?\d{5}")
@@ -58,7 +60,7 @@ def grade(gold: str, answer: str, *, lenient: bool = False) -> Grade:
     expected, given = plain(unboxed(gold, lenient=True) or gold), plain(held)
     if not given:
         return Grade(False, "empty")
-    if given.replace(" ", "") == expected.replace(" ", ""):
+    if BLANK.sub("", given) == BLANK.sub("", expected):
         return Grade(True, "text")
     if IN_TEXT.fullmatch(expected) or WORDS.fullmatch(expected):
         return Grade(_words(given) == _words(expected), "words")

@@ -59,6 +59,9 @@ CASES = [
     (r"18 \text{ million}", "18000000", BOTH),
     (r"18 \text{ million}", "18 million dollars", BOTH),
     ("18", r"18 \text{ million}", LENIENT),
+    ("1800", "18 00", NEITHER),
+    (r"1800\pi", r"1 800\pi", BOTH),
+    (r"18\pi", r"1 8\pi", NEITHER),
     # units
     ("10", r"10 \text{ cm}", BOTH),
     (r"10 \text{ cm}", "10", BOTH),
@@ -67,6 +70,8 @@ CASES = [
     (r"90^\circ", "90", BOTH),
     ("90", "90 degrees", BOTH),
     ("90", "90°", BOTH),
+    ("20 °C", "20 °F", LENIENT),
+    (r"64 \text{ km/h}", "64 km/h", BOTH),
     ("10", "10 fewer apples", BOTH),
     ("10", "10 cm²", BOTH),
     ("2", r"2\pi", NEITHER),
@@ -126,6 +131,8 @@ OF_18 = {
         r"\boxed{\$18}", r"\boxed{18 \text{ eggs}}", "18 dollars", "18 dollars.", "18 eggs", "18 USD",
         "18 fewer apples", "18 miles per hour", "18 eggs per day", "18个", "18元", r"18 \text{ dollars}",
         r"18\text{ cm}^2", "18 cm^2", "18 cm²", "36/2", r"\frac{36}{2}", r"1.8 \times 10^1",
+        "18cm", "18 cm2", "18 m2", "18 L", "18 mL", "18 km/h", "18km/h", "18 m/s2", "18h", "18 °C", "18°F",
+        r"18^\circ \text{C}", r"\textbf{18}", r"$\mathbf{18}$ eggs", r"\boxed{\textbf{18}}",
     ],
     LENIENT: [
         "18%", r"18\%", "18 percent", "18 per cent", "18 percentage points", "18 million",
@@ -140,7 +147,7 @@ OF_18 = {
         "18 add two", "18 remainder three", "18 base eight", "18 halved", "18 doubled", "18 negative",
         "18 feet six inches", "18 dollars fifty cents", "18万", "18亿", "18百", "18千", "18半", "18割", "18万个",
         r"18\text{ or 19}", r"18 \text{ squared}", r"18 \text{ minus 1}", r"18 \text{ thirds}", r"18\mathrm{i}",
-        r"18 \text{ \%}",
+        r"18 \text{ \%}", "1 8", "1  8", "18 0", "18h30", "18 cm 2", "18 min 3", "5min18s", "18 V",
     ],
 }  # fmt: skip
 VALUES = [
