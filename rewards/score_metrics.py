@@ -97,8 +97,7 @@ def auc(scores: npt.ArrayLike, good: npt.ArrayLike) -> float:
     goods, bads = int(is_good.sum()), int((~is_good).sum())
     if not goods or not bads:
         return math.nan
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]
+    rank = _ranks(values)
     return float((rank[is_good].sum() - goods * (goods + 1) / 2) / (goods * bads))
 
 
@@ -110,6 +109,13 @@ def auc_by_depth(scores: npt.ArrayLike, good: npt.ArrayLike, depth: npt.ArrayLik
     place = np.minimum(np.asarray(depth, np.int64), DEEPEST)
     found = {int(d): auc(values[place == d], label[place == d]) for d in np.unique(place)}
     return {d: area for d, area in found.items() if not math.isnan(area)}
+
+
+def rank_correlation(scores: npt.ArrayLike, truth: npt.ArrayLike) -> float:
+    """Spearman's: Pearson's of the ranks, equal values sharing their mean rank. NaN where either is all equal."""
+    first, second = (_ranks(values) - (values.size + 1) / 2 for values in _both(scores, truth))
+    spread = math.sqrt(float(first @ first) * float(second @ second))
+    return float(first @ second) / spread if spread else math.nan
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,13 @@ def first_errors(p: Sequence[npt.ArrayLike], good: Sequence[npt.ArrayLike], thre
 def _first(wrong: npt.NDArray[np.bool_]) -> int:
     """The place of the first wrong step, −1 where there is none."""
     return int(np.argmax(wrong)) if wrong.any() else -1
+
+
+def _ranks(values: Array) -> Array:
+    """From 1; equal values share their mean rank."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    found: Array = (np.cumsum(count) - (count - 1) / 2)[place]
+    return found
 
 
 def _both(p: npt.ArrayLike, good: npt.ArrayLike) -> tuple[Array, Array]:

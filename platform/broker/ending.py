@@ -140,9 +140,10 @@ class Ending:
 
     def _told(self) -> dict[str, Any]:
         """What the run says of itself, and its trackers."""
+        onsets = self.diagnosis.onsets
         if self.sinks is None:
-            return {"warnings": self.diagnosis.lines}
-        return self.sinks.summary() | {"warnings": [*self.diagnosis.lines, *self.sinks.lines]}
+            return onsets | {"warnings": self.diagnosis.lines}
+        return onsets | self.sinks.summary() | {"warnings": [*self.diagnosis.lines, *self.sinks.lines]}
 
     def write_summary(self) -> None:
         """summary.json as things stand."""

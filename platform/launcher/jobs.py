@@ -1,7 +1,7 @@
 """What the launcher does for each job, and how it ends: `launch(config, run_dir)`.
 
 launch ─► start model (cold start if it is not in the cache) ─► what is there to go on from (resume.py)
-       ─► the roles of the job (run.py) ─► summary, learning.png
+       ─► the roles of the job (run.py) ─► summary, learning.png, hacking.png
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from offtrail.platform.model.scoring import check_tokenizers, scorings
 from offtrail.platform.model.start import StartError
 from offtrail.platform.tracking import cost
 from offtrail.platform.tracking.cost import RunCost, cost_of
+from offtrail.platform.tracking.hacking_plot import hacking_curves
 from offtrail.platform.tracking.plot import learning_curve
 from offtrail.platform.tracking.summary import LOSSES, read_summary, write_summary
 
@@ -155,9 +156,10 @@ def finish(run_dir: Path, status: str, reason: str, seconds: float) -> None:
             cost.write(run_dir, spent)
         if (run_dir / "metrics.jsonl").is_file():
             learning_curve(run_dir)
+            hacking_curves(run_dir)
     except (OSError, ValueError) as error:  # ValueError: a file that was cut where the disk was full
         words = " ".join(str(error).split())
-        print(f"offtrail: error: summary.json or learning.png could not be written: {words}", file=sys.stderr)
+        print(f"offtrail: error: summary.json or a figure could not be written: {words}", file=sys.stderr)
     with contextlib.suppress(OSError):  # a terminal that is gone
         report(run_dir, summary)
         if spent is not None:
@@ -206,6 +208,7 @@ def report(run_dir: Path, summary: dict[str, Any]) -> None:
         table.add_row("warning", line)
     named = (
         "learning.png",
+        "hacking.png",
         "eval.png",
         "few_shot.png",
         "data.jsonl",

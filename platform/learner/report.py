@@ -30,6 +30,7 @@ def batch_metrics(batch: Batch, reward: RewardConfig, vocabulary: int) -> dict[s
     components = {name: np.concatenate([g.components[name] for g in groups]) for name in _names(groups, "components")}
     counts = behaviour.added(group.counts for group in groups)
     metrics = means(reward, "reward", components) | reason_shares("reward", counts) | _channel_means(groups)
+    metrics |= _steps(groups)
     metrics |= behaviour.metrics(counts, "behaviour")
     metrics |= {
         "reward/mean": float(np.mean(np.concatenate(rewards))),
@@ -97,13 +98,33 @@ def _names(groups: tuple[Group, ...], field: Literal["components", "channels"]) 
 
 
 def _channel_means(groups: tuple[Group, ...]) -> dict[str, float]:
-    """Over tokens, steps or samples, of the scores (float32) that every group has; and how many steps a sample has."""
+    """Over tokens, steps or samples, of the scores (float32) that every group has."""
     scores = {name: [g.channels[name] for g in groups] for name in _names(groups, "channels")}
-    means = {
+    return {
         f"channel/{name}": float(np.mean(values))
         for name, channels in scores.items()
         if all(c.axis != "node" and c.values.dtype == np.float32 for c in channels)
         and len(values := np.concatenate([c.values for c in channels]))
     }
-    steps = sum(len(g.step_ends) for g in groups)
-    return means | ({"length/steps": steps / sum(g.size for g in groups)} if steps else {})
+
+
+def _steps(groups: tuple[Group, ...]) -> dict[str, float]:
+    """How many steps a sample has, where any has one or the groups' steps are scored, and how long they are."""
+    scored = any(channel.axis == "step" for group in groups for channel in group.channels.values())
+    counts = np.concatenate([np.bincount(g.step_samples, minlength=g.size) for g in groups])
+    if not scored and not counts.any():
+        return {}
+    tokens = sum(int(_in_steps(g).sum()) for g in groups)
+    return {
+        "length/steps": float(counts.mean()),
+        "length/no_step_share": float(np.mean(counts == 0)),
+        "length/one_step_share": float(np.mean(counts == 1)),
+    } | ({"length/tokens_per_step": tokens / int(counts.sum())} if counts.any() else {})
+
+
+def _in_steps(group: Group) -> np.ndarray:
+    """[S]: the tokens of each step."""
+    first_of_sample = (np.cumsum(group.lengths) - group.lengths)[group.step_samples]
+    before = np.concatenate(([0], group.step_ends[:-1])) if group.step_ends.size else group.step_ends
+    tokens: np.ndarray = group.step_ends - np.maximum(before, first_of_sample)
+    return tokens

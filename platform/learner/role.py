@@ -39,6 +39,7 @@ from offtrail.platform.learner.data import LocalSource, make_examples
 from offtrail.platform.learner.labelled import Labelled
 from offtrail.platform.learner.make import load_trained, make_head_trainer, make_sft_trainer, make_trainer
 from offtrail.platform.learner.objectives import StalenessError, rows_of_pairs
+from offtrail.platform.learner.proxies import proxy_metrics
 from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import DivergedError, Report, Trainer
@@ -194,6 +195,7 @@ class Learner:
         metrics["memory/learner_peak_bytes"] = float(peak_memory(self.world.device))
         if isinstance(batch, Batch):
             metrics |= batch_metrics(batch, self.context.config.reward, self.text.vocabulary)
+            metrics |= proxy_metrics(batch, self.context.config)
             histograms |= batch_histograms(batch)
             shown = 0 if batch.replay else self.context.config.tracking.sample_texts
             texts = sample_texts(batch, self.text.tokenizer.decode, shown)

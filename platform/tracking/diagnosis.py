@@ -1,4 +1,5 @@
-"""What does not move while a run goes on, each said once: in the broker's log, the progress view and summary.json.
+"""What does not move while a run goes on, or moves the wrong way (hacking.py), each said once: in the broker's log,
+the progress view and summary.json.
 
     broker ── each learner step's row ──► Diagnosis.take ──► new lines ──► log; Status.summary["warnings"] ──► launcher
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from offtrail.platform.config.learnable import GROUP_RELATIVE
 from offtrail.platform.config.schema import Config
+from offtrail.platform.tracking.hacking import Watch
 
 PATIENCE = 10
 """Learner steps that show the same thing before it is said."""
@@ -40,6 +42,7 @@ class Diagnosis:
         self._held = [0] * len(self._findings)
         """How many steps in a row each has held."""
         self._said = [False] * len(self._findings)
+        self._watches = [Watch(model) for model in config.scorer.models]
         self._without_room, self._said_without_room = _without_room(config), False
         for row in rows:
             self.take(row)
@@ -54,8 +57,16 @@ class Diagnosis:
             if self._held[i] >= self._patience and not self._said[i]:
                 self._said[i] = True
                 new.append(f"steps {step - self._held[i] + 1} to {step}: {shown}")
+        for watch in self._watches:
+            if words := watch.take(row):
+                new.append(f"steps {watch.onset} to {step}: {words}")
         self.lines += new
         return new
+
+    @property
+    def onsets(self) -> dict[str, int]:
+        """`hacking/MODEL/onset_step`, of the models whose alarm was raised."""
+        return {f"hacking/{watch.model}/onset_step": watch.onset for watch in self._watches if watch.found}
 
     def take_scores(self, version: int, scores: Row) -> list[str]:
         """Look at the scores of one version, if there are any, and say what is new."""

@@ -50,25 +50,25 @@ def _supervised(figure: Figure, rows: list[Row], loss: str) -> None:
     scores = {name: label for name, label in HELD_OUT.items() if curve(rows, name)[0]}
     left, *right = figure.subplots(1, 1 + bool(scores), squeeze=False)[0]
     for axes in (left, *right):
-        _frame(axes, rows[-1]["step"])
+        frame(axes, rows[-1]["step"])
         axes.set_xlabel("optimizer update")
-    _title(left, "Loss", "nats per token of the worked answers" if loss == "loss/sft" else "nats")
-    _draw(left, curve(rows, loss), "training batches", BLUE)
+    title(left, "Loss", "nats per token of the worked answers" if loss == "loss/sft" else "nats")
+    draw(left, curve(rows, loss), "training batches", BLUE)
     left.set_ylim(bottom=0)
-    _legend(left)
+    legend(left)
     for axes in right:
-        _title(axes, "Held-out answers", "")
+        title(axes, "Held-out answers", "")
         for (name, label), colour in zip(scores.items(), (ORANGE, BLUE, GREEN), strict=False):
-            _draw(axes, curve(rows, name), label, colour, "o-")
+            draw(axes, curve(rows, name), label, colour, "o-")
         axes.set_ylim(0, 1.02)
-        _legend(axes)
+        legend(axes)
 
 
 def _reinforced(figure: Figure, rows: list[Row]) -> None:
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
     last = max((row["step"] for row in rows), default=1)
     for axes in (top_left, top_right, bottom_left, bottom_right):
-        _frame(axes, last)
+        frame(axes, last)
     _accuracy(top_left, rows)
     _length(top_right, rows)
     _staleness(bottom_left, rows)
@@ -83,23 +83,27 @@ def curve(rows: list[Row], name: str) -> Curve:
     return [step for step, _ in found], [float(value) for _, value in found]
 
 
-def _frame(axes: Axes, last: int) -> None:
+def frame(axes: Axes, last: int | None) -> None:
+    """Of a panel over the learner steps up to ``last``, or (None) over another quantity."""
     from matplotlib.ticker import MaxNLocator
 
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_xlim(0, max(1, last) * 1.02)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=9, color=GREY)
+    if last is not None:
+        axes.set_xlim(0, max(1, last) * 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _title(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
+def title(axes: Axes, words: str, note: str) -> None:
+    """On the left what is shown, on the right its unit."""
+    axes.set_title(words, loc="left", fontsize=11)
     axes.set_title(note, loc="right", fontsize=9, color=GREY)
 
 
-def _draw(axes: Axes, data: Curve, label: str, colour: str, style: str = "-") -> None:
+def draw(axes: Axes, data: Curve, label: str, colour: str, style: str = "-") -> None:
+    """A curve, where it has points."""
     steps, values = data
     if steps:
         # A line of one point would be invisible.
@@ -107,7 +111,8 @@ def _draw(axes: Axes, data: Curve, label: str, colour: str, style: str = "-") ->
         axes.plot(steps, values, shown, color=colour, linewidth=1.6, markersize=5, label=label)
 
 
-def _legend(axes: Axes, place: str = "best") -> None:
+def legend(axes: Axes, place: str = "best") -> None:
+    """Of the curves that were drawn, or that none was recorded."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, loc=place)
     else:
@@ -115,8 +120,8 @@ def _legend(axes: Axes, place: str = "best") -> None:
 
 
 def _accuracy(axes: Axes, rows: list[Row]) -> None:
-    _title(axes, "Accuracy", "share of answers that are right")
-    _draw(axes, curve(rows, "reward/accuracy"), "training batches", BLUE)
+    title(axes, "Accuracy", "share of answers that are right")
+    draw(axes, curve(rows, "reward/accuracy"), "training batches", BLUE)
     steps, values = curve(rows, "eval/accuracy")
     if steps:
         axes.plot(steps, values, "o-", color=ORANGE, linewidth=2, markersize=6, label="held-out prompts", clip_on=False)
@@ -124,9 +129,9 @@ def _accuracy(axes: Axes, rows: list[Row]) -> None:
         if len(steps) > 1:
             _label(axes, steps[-1], values[-1], (0, -19), "right")
     for label, style in zip(_sets(rows), cycle((":", "-.", "--")), strict=False):
-        _draw(axes, curve(rows, f"eval/{label}/accuracy"), f"held-out: {label}", GREEN, style)
+        draw(axes, curve(rows, f"eval/{label}/accuracy"), f"held-out: {label}", GREEN, style)
     axes.set_ylim(0, 1.02)
-    _legend(axes, "best" if _sets(rows) else _free_corner(_later(rows)))
+    legend(axes, "best" if _sets(rows) else _free_corner(_later(rows)))
 
 
 def _sets(rows: list[Row]) -> list[str]:
@@ -158,32 +163,32 @@ def _label(axes: Axes, step: int, value: float, offset: tuple[int, int], side: s
 
 
 def _length(axes: Axes, rows: list[Row]) -> None:
-    _title(axes, "Answer length", "tokens")
-    _draw(axes, curve(rows, "length/mean"), "mean, training", BLUE)
-    _draw(axes, curve(rows, "length/max"), "longest, training", BLUE, ":")
-    _draw(axes, curve(rows, "eval/length_mean"), "mean, held-out", ORANGE, "o--")
+    title(axes, "Answer length", "tokens")
+    draw(axes, curve(rows, "length/mean"), "mean, training", BLUE)
+    draw(axes, curve(rows, "length/max"), "longest, training", BLUE, ":")
+    draw(axes, curve(rows, "eval/length_mean"), "mean, held-out", ORANGE, "o--")
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    legend(axes)
 
 
 def _staleness(axes: Axes, rows: list[Row]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    _title(axes, "Staleness of trained tokens", "versions")
-    _draw(axes, curve(rows, "staleness/max"), "oldest token", BLUE, ":")
-    _draw(axes, curve(rows, "staleness/mean"), "mean", BLUE)
-    _draw(axes, curve(rows, "staleness/in_queue_mean"), "mean, in the queue", GREEN, "--")
+    title(axes, "Staleness of trained tokens", "versions")
+    draw(axes, curve(rows, "staleness/max"), "oldest token", BLUE, ":")
+    draw(axes, curve(rows, "staleness/mean"), "mean", BLUE)
+    draw(axes, curve(rows, "staleness/in_queue_mean"), "mean, in the queue", GREEN, "--")
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]) * 1.35)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axes, "upper right")
+    legend(axes, "upper right")
 
 
 def _ratio(axes: Axes, rows: list[Row]) -> None:
     """The ratio in the upper half (left scale), what was clipped in the lower half (right scale): they never cross."""
-    _title(axes, "Importance ratio and clipping", "ratio left, clipped tokens right")
+    title(axes, "Importance ratio and clipping", "ratio left, clipped tokens right")
     ratio = curve(rows, "policy/ratio_mean")
     spread = max([0.005, *(abs(value - 1) for value in ratio[1])])
-    _draw(axes, ratio, "mean ratio", BLUE)
+    draw(axes, ratio, "mean ratio", BLUE)
     axes.axhline(1.0, color=GREY, linewidth=0.8)
     axes.set_ylim(1 - 4 * spread, 1 + 2 * spread)
     axes.ticklabel_format(axis="y", useOffset=False)
@@ -191,12 +196,12 @@ def _ratio(axes: Axes, rows: list[Row]) -> None:
     right.spines["top"].set_visible(False)
     right.tick_params(labelsize=9, color=GREY)
     clipped = [curve(rows, f"policy/clip_{side}_fraction") for side in ("low", "high")]
-    _draw(right, clipped[0], "clipped below", GREEN)
-    _draw(right, clipped[1], "clipped above", ORANGE, "--")
+    draw(right, clipped[0], "clipped below", GREEN)
+    draw(right, clipped[1], "clipped above", ORANGE, "--")
     right.set_ylim(0, 2.4 * max([0.01, *clipped[0][1], *clipped[1][1]]))
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     if handles:
         right.legend(handles=handles, frameon=False, fontsize=9, loc="upper center", ncols=3)
     else:
-        _legend(axes)
+        legend(axes)
