@@ -115,7 +115,8 @@ def test_a_server_takes_a_version_of_adapters_while_it_samples(launch: Any, kept
 def test_adapters_in_a_server_learn_the_demo_from_stale_data(launch: Any) -> None:
     run = launch(
         "demo", "engine=sglang", "eval.engine=local", "learner.lora.rank=16", "learner.optim.lr=2e-3", ALONE,
-        "sft.steps=1000", "batch.groups=16", "batch.group_size=8", "learner.steps=40", "eval.prompts=512", seconds=880,
+        "sft.steps=1000", "batch.groups=16", "batch.group_size=8", "learner.steps=40", "eval.prompts=512",
+        "broker.deadline_seconds=200", seconds=880,
     )  # fmt: skip
     assert run.code == 0, run.output
     assert run.summary["eval/accuracy_first"] <= 0.65
