@@ -68,7 +68,11 @@ def reward_of(fields: Mapping[str, Any], main: str, where: str) -> float | None:
     return None if math.isnan(given) else float(given)
 
 
-JUDGES = {"reject": ("neither a reward nor a", "reject.unscored=verify"), "label": ("no", "job=label")}
+JUDGES = {
+    "reject": ("neither a reward nor a", "reject.unscored=verify"),
+    "label": ("no", "job=label"),
+    "prefer": ("no", "prefer.by=verify"),
+}
 """Section of the settings → what a row lacks without a gold answer, and what judges by it."""
 
 

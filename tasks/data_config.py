@@ -1,5 +1,5 @@
-"""Settings of the jobs that make data: what is asked and how (sample), which answers are kept (reject), and how their
-steps are labelled (label). No torch and no numpy: `launch.py --help` imports this.
+"""Settings of the jobs that make data: what is asked and how (sample), which answers are kept (reject), how their steps
+are labelled (label), and which of two is preferred (prefer). No torch and no numpy: `launch.py --help` imports this.
 """
 
 from __future__ import annotations
@@ -7,13 +7,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from offtrail.core.settings import check_limits, setting
+from offtrail.core.settings import check_limits, section, setting
 from offtrail.rewards.step_config import StepSettings
 
 INSTRUCTION = (
     "{prompt}\n\nWork it out in detail, one step after another. After every step reflect on it: verify its result in "
     "a second way where there is one, and where you find a mistake, say so and correct it. Give the answer only when "
     "you have checked all of it."
+)
+
+COMPARISON = (
+    "Two assistants were asked the same. Which answer is more helpful: correct, relevant, clear and complete? Neither "
+    "its place nor its length speaks for one.\n\n[Question]\n{question}\n\n[Answer A]\n{a}\n\n[Answer B]\n{b}\n\n"
+    "Give your reasons in a few sentences, and end with your verdict in this very form: [[A]] if A is better, [[B]] if "
+    "B is better, [[C]] if neither is."
 )
 
 
@@ -177,6 +184,77 @@ class LabelConfig:
             raise ValueError("label.cut.by=tokens: label.method=exact reads the text alone; cut it by a mark")
         if self.labels == "hard" and self.method != "rollouts":
             raise ValueError(f"label.labels=hard: label.method={self.method} has no others; leave it out")
+
+
+@dataclass
+class JudgeConfig:
+    """The model that judges pairs: any endpoint with OpenAI's API, as job=serve is."""
+
+    url: str = ""
+    """Where it is, up to /v1, as http://host:8000/v1; its key in $OFFTRAIL_JUDGE_KEY."""
+    model: str = ""
+    """Its name there; empty = the endpoint's only one."""
+    api: Literal["chat", "completions"] = "chat"
+    """completions: for a model without a chat template."""
+    prompt: str = COMPARISON
+    """What it is asked, with {question}, {a} and {b}; it is to end with [[A]], [[B]] or [[C]]."""
+    max_tokens: int = setting(1024, "[1, 1e6]", resumable=True)
+    """Of a reply."""
+    temperature: float = setting(0.0, "[0, 100]")
+    """0 = greedy."""
+    requests: int = setting(8, "[1, 4096]", resumable=True)
+    """Pairs that are judged at a time."""
+    seconds: float = setting(300.0, "(0, 1e9]", resumable=True)
+    """The longest that a reply may take."""
+    tries: int = setting(5, "[1, 1000]", resumable=True)
+    """Requests before the job gives up on an endpoint that is busy, or not there."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a prompt that does not show what is to be judged, or a place that is none."""
+        check_limits(self, "prefer.judge")
+        for place in ("{question}", "{a}", "{b}"):
+            if self.prompt.count(place) != 1:
+                raise ValueError(f"prefer.judge.prompt={self.prompt!r}: must contain {place} once, where that goes")
+        if self.url and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"prefer.judge.url={self.url}: must be as http://host:8000/v1")
+
+
+@dataclass
+class PreferConfig:
+    """job=prefer: pairs of a better and a worse one of such answers. See docs/data.md."""
+
+    paths: list[str] = setting([], path="file")
+    """Files or folders of rows: data.jsonl of job=sample, or any with a prompt (or messages) and an answer, several to
+    a question."""
+    prompt_field: str = "prompt"
+    """Field of a row's prompt; a row without it may have `messages`."""
+    answer_field: str = "answer"
+    """Field of its answer."""
+    by: Literal["reward", "verify", "judge"] = "reward"
+    """reward: the one that the row has. verify: this run's, from the task's verifier. judge: a model that sees the
+    question and what stands behind the thoughts of both, in both orders."""
+    gold_field: str = "gold"
+    """verify: field of the gold answer."""
+    margin: float = setting(0.0, "[0, 1e9]")
+    """reward, verify: the better one's reward is higher by more than this."""
+    most: int = setting(1, "[0, 1e9]")
+    """At most so many pairs of a question, drawn by run.seed; 0 = all."""
+    ties: Literal["keep", "drop"] = "keep"
+    """judge: pairs of which neither is better, or which changed places and verdict, are lines with `tie: true`, which
+    job=reward_model leaves out, or none."""
+    judge: JudgeConfig = section(JudgeConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a value is out of bounds, or cannot go with another."""
+        check_limits(self, "prefer")
+        if "" in self.paths:
+            raise ValueError(f"prefer.paths={self.paths}: an empty path names no file; leave it out")
+        if self.by == "judge" and not self.judge.url:
+            raise ValueError(
+                "prefer.judge.url=: prefer.by=judge needs an endpoint: prefer.judge.url=http://HOST:PORT/v1"
+            )
+        if self.by != "judge" and self.judge.url:
+            raise ValueError(f"prefer.judge.url={self.judge.url}: prefer.by={self.by} asks nobody; say prefer.by=judge")
 
 
 MIX_KEYS = {"path": str, "share": float, "prompt_field": str, "answer_field": str, "repeat": bool}

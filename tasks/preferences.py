@@ -46,12 +46,13 @@ class Judged:
 
 
 def pairs_in(path: Path, fields: Mapping[str, str], key: str, of: Of) -> Iterator[Pair]:
-    """The pairs of the file or folder that ``key`` names, one by one. ``fields``: our names → the file's; ``of``: what
-    of an answer is read.
+    """The pairs of the file or folder that ``key`` names, one by one, but for those that say `tie: true`. ``fields``:
+    our names → the file's; ``of``: what of an answer is read.
 
     Raises TaskError with file and row; for a pair whose texts are equal, and for an empty answer, too.
     """
-    return (_pair(named(row, fields, f"{key}={path}", FIELDS), f"{key}={path}", of) for row in rows_in(path, key))
+    rows = (row for row in rows_in(path, key) if row.fields.get("tie") is not True)
+    return (_pair(named(row, fields, f"{key}={path}", FIELDS), f"{key}={path}", of) for row in rows)
 
 
 def judged_in(path: Path, fields: Mapping[str, str], key: str, of: Of) -> Iterator[Judged]:

@@ -19,7 +19,7 @@ from offtrail.rewards.config import RewardConfig
 from offtrail.search.config import SearchConfig
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.config import TaskConfig
-from offtrail.tasks.data_config import LabelConfig, RejectConfig, SampleConfig
+from offtrail.tasks.data_config import LabelConfig, PreferConfig, RejectConfig, SampleConfig
 
 SCHEMA_VERSION = 1
 
@@ -507,11 +507,11 @@ class Config:
     schema_version: int = SCHEMA_VERSION
     """Version of these keys; a configuration of another one is refused."""
     job: Literal[
-        "rl", "sft", "reward_model", "prm", "eval", "sample", "label", "reject", "distill", "serve", "chat"
+        "rl", "sft", "reward_model", "prm", "eval", "sample", "label", "reject", "prefer", "distill", "serve", "chat"
     ] = "rl"  # fmt: skip
     """rl: the asynchronous loop. sft: supervised fine-tuning. reward_model, prm: models that score. eval, sample: a
-    checkpoint's answers. label: their steps. reject: which are kept. distill: sample, reject, sft. serve, chat: a
-    checkpoint behind an API, in the terminal."""
+    checkpoint's answers. label: their steps. reject: which are kept. prefer: pairs of them. distill: sample, reject,
+    sft. serve, chat: a checkpoint behind an API, in the terminal."""
     checkpoint: str = setting("", path="model")
     """job=eval, sample, label, serve, chat: a run directory (its newest checkpoint), a checkpoint, a model's folder."""
     run: RunConfig = section(RunConfig)
@@ -537,6 +537,7 @@ class Config:
     sample: SampleConfig = section(SampleConfig)
     label: LabelConfig = section(LabelConfig)
     reject: RejectConfig = section(RejectConfig)
+    prefer: PreferConfig = section(PreferConfig)
     distill: DistillConfig = section(DistillConfig)
     weights: WeightsConfig = section(WeightsConfig, resumable=True)
     broker: BrokerConfig = section(BrokerConfig, resumable=True)

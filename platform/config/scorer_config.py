@@ -25,9 +25,7 @@ NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 
 @dataclass
 class ScorerConfig:
-    """Neural scores: reward models and process reward models, which generators ask about every group before it is
-    submitted (docs/scorer.md).
-    """
+    """Models that score every group of answers (docs/scorer.md)."""
 
     models: dict[str, dict[str, Any]] = setting({})
     """Name → a model that scores, as {rm: {path: DIR}}: a folder or a run, and what is to be otherwise than its

@@ -158,6 +158,7 @@ def files_of_lines_are_here(config: Config) -> None:
     files += [(f"{job}.{end}path", getattr(one, f"{end}path")) for job, one in heads.items() for end in ("", "eval_")]
     files += [("reject.paths", path) for path in reject.paths]
     files += [("label.paths", path) for path in config.label.paths]
+    files += [("prefer.paths", path) for path in config.prefer.paths]
     files += [(f"reject.mix.{name}.path", entry["path"]) for name, entry in reject.mix.items()]
     files += [("reject.decontaminate_against", path) for path in reject.decontaminate_against]
     if isinstance(task, JsonlConfig):
@@ -209,6 +210,10 @@ def gold_answers_are_enough(config: Config) -> None:
     task = config.task
     for name in task.weights if isinstance(task, MixtureConfig) else [task.name]:
         kind = "programs" if isinstance(task, ProgramsConfig) else name
+        if config.job == "prefer" and config.prefer.by == "verify" and kind in JUDGED_BY_MORE:
+            raise refuse(
+                "prefer.by", "verify", f"task={name} is judged by more than its gold answer; take reward, of job=sample"
+            )
         if config.job == "reject" and config.reject.unscored == "verify" and kind in JUDGED_BY_MORE:
             raise refuse(
                 "reject.unscored", "verify", f"task={name} is judged by more than its gold answer; take drop or keep"
@@ -468,6 +473,8 @@ def what_the_job_reads_is_named(config: Config, later: Collection[str] = ()) -> 
         raise ConfigError("label.paths=: job=label needs files of answers: label.paths=[FILE, …] (docs/data.md)")
     if config.job == "reject" and not config.reject.paths and "reject.paths" not in later:
         raise ConfigError("reject.paths=: job=reject needs files of answers: reject.paths=[FILE, …] (docs/data.md)")
+    if config.job == "prefer" and not config.prefer.paths:
+        raise ConfigError("prefer.paths=: job=prefer needs files of answers: prefer.paths=[FILE, …] (docs/data.md)")
     if config.head is not None and not config.head.path:
         what = "pairs or judged answers" if config.job == "reward_model" else "labelled steps"
         raise ConfigError(

@@ -172,6 +172,8 @@ def require_inputs(config: Config) -> None:
                 require_answers(one, note)
             elif one.job == "reject":
                 require_rows(one, handed)
+            elif one.job == "prefer":
+                require_pairs(one)
 
 
 @contextlib.contextmanager
@@ -401,6 +403,17 @@ def require_rows(config: Config, handed: Collection[str]) -> None:
         task = make_task(config.task, config.run.seed)
         held_index(given, config.task, task.held_out(config.eval.prompts) if given.held_out else [])
     except (PluginError, TaskError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def require_pairs(config: Config) -> None:
+    """Raise ConfigError when a file of job=prefer holds a row that cannot be compared."""
+    from offtrail.tasks.base import TaskError
+    from offtrail.tasks.pairs import answers_in
+
+    try:
+        deque(answers_in(config.prefer, config.reward.main, config.task), maxlen=0)
+    except TaskError as error:
         raise ConfigError(str(error)) from None
 
 

@@ -29,6 +29,7 @@ from offtrail.platform.launcher.hosts import LocalHosts
 from offtrail.platform.launcher.label import run_labelling
 from offtrail.platform.launcher.memory import check as check_memory
 from offtrail.platform.launcher.overlap import write_overlaps
+from offtrail.platform.launcher.prefer import run_preferring
 from offtrail.platform.launcher.recipe import Outcome, run_recipe
 from offtrail.platform.launcher.reject import run_rejection
 from offtrail.platform.launcher.resume import check_what_is_there
@@ -99,6 +100,7 @@ JOBS = {
     "sample": run_sampling,
     "label": run_labelling,
     "reject": run_rejection,
+    "prefer": run_preferring,
     "serve": run_serve,
 }
 

@@ -85,7 +85,7 @@ def placeholders(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n', encoding="utf-8")
     for name in ("pairs", "steps"):
         (folder / f"{name}.jsonl").write_text('{"prompt": "1+1?"}\n', encoding="utf-8")
-    for run in ("asked", "warm", "labelled"):
+    for run in ("asked", "warm", "labelled", "pairs"):
         (folder / "runs" / run).mkdir()
         row = '{"prompt": "1+1?", "answer": "<think>1+1=2</think>", "gold": "2", "labels": [true]}\n'
         (folder / "runs" / run / "data.jsonl").write_text(row, encoding="utf-8")
