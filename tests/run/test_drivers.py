@@ -37,6 +37,7 @@ def test_a_driver_of_two_rounds_trains_under_a_bound(launch: Any) -> None:
     assert ledger(run.run_dir, "SELECT samples, count(*) FROM groups WHERE batch IS NOT NULL GROUP BY 1") == [(5, 16)]
 
 
+@pytest.mark.prove
 def test_a_driver_of_two_rounds_repeats_bit_for_bit_in_exact_mode(launch: Any) -> None:
     exact = (*TWO_ROUNDS, "staleness.mode=exact", "staleness.max=1")
     first, second = launch("first", *exact), launch("second", *exact)

@@ -63,6 +63,7 @@ def test_staleness_zero_is_the_synchronous_loop_bit_for_bit(launch: Any) -> None
     assert len({digest for _, digest in checksums(run.run_dir)}) == config.learner.steps + 1
 
 
+@pytest.mark.prove
 def test_an_exact_run_repeats_bit_for_bit(launch: Any, shared: Any) -> None:
     first, second = shared(*UNDISTURBED), launch("second", *EXACT)
     assert second.code == 0, second.output
@@ -92,6 +93,7 @@ def test_an_exact_run_whose_learner_is_killed_between_checkpoints_makes_the_same
     assert resumed.summary["lineage"] == 0
 
 
+@pytest.mark.prove
 def test_an_exact_run_whose_generator_is_killed_in_the_middle_of_a_wave_makes_the_same_versions(
     shared: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -145,7 +147,7 @@ def test_a_killed_generator_and_evaluator_are_started_again_and_the_run_complete
     assert not shared_memory(run_dir)
 
 
-@pytest.mark.parametrize("role", ["learner", "broker"])
+@pytest.mark.parametrize("role", [pytest.param("learner", marks=pytest.mark.prove), "broker"])
 def test_a_dead_broker_or_learner_ends_the_run_with_its_name_and_how_it_died(
     role: str, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -202,6 +204,7 @@ def test_nothing_outlives_a_killed_launcher_not_even_a_role_that_hears_no_signal
     assert not (run_dir / "servers").exists()
 
 
+@pytest.mark.prove
 def test_a_role_of_a_killed_attempt_that_leaves_late_takes_nothing_of_the_resumed_runs(
     shared: Any, command: Any, environment: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -220,7 +220,7 @@ def show_that_it_loses_nothing(light: Any, tmp_path: Path, mode: str, kills: int
         assert len(set(checksums(storm.run_dir))) == storm.steps + 1
 
 
-@pytest.mark.parametrize("mode", ["bound", "exact"])
+@pytest.mark.parametrize("mode", ["bound", pytest.param("exact", marks=pytest.mark.prove)])
 def test_kills_lose_nothing_and_train_nothing_twice(mode: str, light: Any, tmp_path: Path) -> None:
     show_that_it_loses_nothing(light, tmp_path, mode, kills=4)
 

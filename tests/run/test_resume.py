@@ -59,6 +59,7 @@ def fragile(tokens):
 """
 
 
+@pytest.mark.prove
 def test_a_run_whose_loss_is_no_number_goes_on_under_a_lower_learning_rate(launch: Any, tmp_path: Path) -> None:
     """As its error says. The batch that it died of is in the log, and is trained again."""
     (tmp_path / "my_losses.py").write_text(FRAGILE)
