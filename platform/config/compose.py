@@ -58,6 +58,7 @@ UNSAVED = ("run.name", "run.resume", "run.resume_from")
 """What a saved configuration leaves out, so that it can be run again."""
 TRAINED = ("task", "reward", "prompt", "sampling", "model")
 """Sections that the jobs of QUESTIONING take from the run whose checkpoint they ask."""
+MODELS = "scorer.models"
 PRETRAINED = "pretrained"
 """The option of `model` that a given model.path stands for."""
 
@@ -104,10 +105,11 @@ def compose(argv: Sequence[str]) -> Config:
 def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
     """For a job of QUESTIONING with a run's checkpoint: how it was trained, below all that is given. A section whose
     variant is given is the command's own, and so is what a given option says of other sections. For job=distill the
-    same of its teacher, but for the model, which is the student's.
+    same of its teacher, but for the model, which is the student's. job=eval asks the models that have scored the run,
+    unless it is given others.
     """
     given = file.values | line.values
-    distils = given.get("job") == "distill"
+    distils, scored = given.get("job") == "distill", given.get("job") == "eval"
     checkpoint = given.get("distill.teacher" if distils else "checkpoint")
     if not (distils or given.get("job") in QUESTIONING) or not isinstance(checkpoint, str):
         return []
@@ -121,7 +123,10 @@ def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
     beside = {key for group, option in options for key in _option_values(group, option)[1]}
     beside |= {"model.path", "model.name"}  # the checkpoint is the model; its start may be gone
     saved = file_layer(run / "config.yaml").values
-    return [Layer(values={k: v for k, v in saved.items() if k.partition(".")[0] in taken and k not in beside})]
+    values = {k: v for k, v in saved.items() if k.partition(".")[0] in taken and k not in beside}
+    if scored and not any(key.startswith(MODELS) for key in given):
+        values |= {k: v for k, v in saved.items() if k.startswith(MODELS)}
+    return [Layer(values=values)]
 
 
 def stage_config(config: Config, stage: Stage, handed: Mapping[str, Raw]) -> Config:

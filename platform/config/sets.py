@@ -213,6 +213,8 @@ def check_sets(config: Config) -> None:
         weight, known = config.eval.vote_weight, (LOGPROB, *one.config.reward.components)
         if weight not in known:
             raise refuse("eval.vote_weight", weight, f"must be one of {', '.join(known)}{nearest_text(weight, known)}")
+    if clash := next((label for label in config.eval.sets if label in config.scorer.models), ""):
+        raise ConfigError(f"eval.sets.{clash}: scorer.models has a model of that name, for its scores; rename one")
     for one in sets_of(config)[config.job != "eval" :]:
         for line in _wrong_with(config, one):
             raise ConfigError(f"eval.sets.{one.label}: {line}")

@@ -8,14 +8,16 @@ the versions that wait for it keep as much memory as they may (eval.waiting_mb).
 cache only while it scores.
 Every version is asked the same prompts with the same random numbers: versions are compared paired. The task's own
 held-out prompts come first, then the sets of eval.sets, under the one version; their scores travel in one result, so
-that a version is scored on all of them or on none.
+that a version is scored on all of them or on none. What rules have judged the models of scorer.models are asked about,
+of the processes that generators ask; an answer without a score of theirs is counted as such.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -25,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from offtrail.core.protocols import Engine
+from offtrail.core.protocols import Engine, Scorer
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Problem, Sampling
 from offtrail.platform.config.sets import EvalSet, sets_of
 from offtrail.platform.engines.channels import engine_dtype
@@ -35,11 +37,14 @@ from offtrail.platform.evaluator.answers import Answers, Verifiers
 from offtrail.platform.model import lora
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
-from offtrail.platform.runtime.context import RoleContext, reuses_files
+from offtrail.platform.runtime.context import Connection, RoleContext, reuses_files
 from offtrail.platform.runtime.nice import Nice
+from offtrail.platform.scorer.asking import open_scorers
+from offtrail.platform.scorer.groups import score_groups
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber, pin_anew
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
+from offtrail.platform.wire.sockets import WaitError
 from offtrail.rewards import behaviour
 from offtrail.rewards.total import means, nothing_earned, reason_shares
 
@@ -48,13 +53,25 @@ T = TypeVar("T")
 
 STOP = FINISH_REASONS.index("stop")
 EVAL_SEED = 0x0E7A1  # held-out sampling never shares its random numbers with training
+SCORES_SECONDS = 0.005
+"""Between two looks for scores."""
+
+
+class StoppedError(Exception):
+    """The run ends while scores are waited for: those who make them leave too."""
 
 
 def main(context: RoleContext) -> None:
     """Run until the broker says stop."""
     connection, deadline = context.connect(), context.config.broker.deadline_seconds
     weights = Subscriber(context.weights_folder, reuse=reuses_files(context.config))
-    evaluation = Evaluation(context, connection.activity, lambda: not connection.heartbeat.trained)
+    evaluation = Evaluation(
+        context,
+        connection.activity,
+        lambda: not connection.heartbeat.trained,
+        lambda text: open_scorers(context, connection, text, unread=math.nan),
+        partial(wait_for_scores, connection, deadline),
+    )
     log.info("loaded")
     waiting_for = "broker"
     try:
@@ -70,9 +87,24 @@ def main(context: RoleContext) -> None:
                 connection.client.request(result, what="an acknowledged evaluation", deadline_s=deadline)
                 weights.unpin(job.version)  # not before: another process would have to evaluate it again
                 evaluation.engine.release()
+    except StoppedError:
+        return
     finally:
         evaluation.close()
         connection.close()
+
+
+def wait_for_scores(connection: Connection, deadline_s: float, on: str) -> None:
+    """A moment. Raises StoppedError when the run ends meanwhile, and WaitError when the broker, who knows where scorers
+    are, has answered no heartbeat for so long (I4).
+    """
+    heartbeat = connection.heartbeat
+    if heartbeat.stop:
+        raise StoppedError
+    if heartbeat.lost > deadline_s:
+        raise WaitError.passed("scores", f"the broker ({on})", time.time() - heartbeat.lost, heartbeat.lost)
+    with connection.activity.waiting("scores", on=on):
+        time.sleep(SCORES_SECONDS)
 
 
 def score(context: RoleContext, evaluation: Evaluation, weights: Subscriber, job: EvalJob) -> EvalResult:
@@ -147,7 +179,9 @@ class Asked:
         return self.answers.groups(self.problems, self.set.samples, sampling, step=version, reload=reload)
 
     def metrics(self, groups: Sequence[Group | None]) -> dict[str, float]:
-        """Mean of each reward component over all answers, their lengths, and what was counted in them."""
+        """Mean of each reward component over all answers, what models say of them, their lengths, and what was counted
+        in them.
+        """
         area, answered = self.set.area, [group for group in groups if group is not None]
         counts = behaviour.added(group.counts for group in answered)
         return means(self.set.config.reward, area, self._components(groups)) | {
@@ -155,6 +189,7 @@ class Asked:
             f"{area}/truncated_share": float(np.mean(np.concatenate([group.finish != STOP for group in answered]))),
             f"{area}/prompts": float(len(self.problems)),
             f"{area}/prompts_without_room": float(len(groups) - len(answered)),
+            **model_scores(area, answered, self.set.config.scorer.models),
             **reason_shares(area, counts),
             **behaviour.metrics(counts, f"{area}/behaviour"),
         }
@@ -178,12 +213,42 @@ class Asked:
         return {name: np.concatenate([one[name] for one in earned]) for name in reward.components}
 
 
+def model_scores(area: str, groups: Sequence[Group], models: Iterable[str]) -> dict[str, float]:
+    """Of each model that was asked: `area/NAME`, the mean of its scores, where there is one; `area/NAME/unscored`, how
+    many answers have none; `area/NAME/version_min` and `…/version_max`, of the model that made them.
+    """
+    found = dict[str, float]()
+    for name in models:
+        columns = [group.components[name] for group in groups if name in group.components]
+        if not columns:
+            continue
+        scores = np.concatenate(columns)
+        known = scores[~np.isnan(scores)]
+        found[f"{area}/{name}/unscored"] = float(scores.size - known.size)
+        if known.size:
+            versions = [group.scored_by[name].version for group in groups if name in group.scored_by]
+            found |= {
+                f"{area}/{name}": float(known.mean()),
+                f"{area}/{name}/version_min": float(min(versions)),
+                f"{area}/{name}/version_max": float(max(versions)),
+            }
+    return found
+
+
 class Evaluation:
     """Held-out problems and what answers them; ``run`` scores one published version. As long as the run is ``training``
     its engine and its verifiers are nicer than this process by eval.nice; an SGLang server is so to its end.
+    ``scorers`` are asked about every group; while they have not answered, ``wait`` is called with whom is waited for.
     """
 
-    def __init__(self, context: RoleContext, activity: Activity, training: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        context: RoleContext,
+        activity: Activity,
+        training: Callable[[], bool] = lambda: False,
+        scorers: Callable[[Text], Mapping[str, Scorer]] = lambda text: {},
+        wait: Callable[[str], None] = lambda on: None,
+    ) -> None:
         config = self.config = context.config
         self.activity = activity
         nice = config.eval.nice if training() else 0
@@ -193,6 +258,7 @@ class Evaluation:
         self._text, self._engine = self.compute(
             lambda: (Text(context.start_model, config.prompt), make_engine(context, loaded=False))
         )
+        self._scorers, self._wait = scorers(self._text), wait
         self.answers = self._answers(own, self._pool)
         self.problems = own.problems()
         self.asked = [
@@ -219,8 +285,8 @@ class Evaluation:
         return self._engine
 
     def run(self, reload: Callable[[], None] = lambda: None) -> tuple[dict[str, float], dict[str, str]]:
-        """Of each set the mean of each reward component over its prompts × samples answers, lengths, and a few of them
-        as text.
+        """Of each set the mean of each reward component and model's score over its prompts × samples answers, lengths,
+        and a few of them as text.
 
         A prompt that leaves no room for its answer counts as wrong; ValueError when none of a set does. ``reload``
         brings the version to a server that was started anew.
@@ -230,14 +296,18 @@ class Evaluation:
         for asked in self.asked:
             with self.activity.busy("evaluate"):
                 groups = asked.groups(config.eval.temperature, config.eval.top_p, reload)
+            score_groups((group for group in groups if group is not None), self._scorers, self._wait)
             metrics |= asked.metrics(groups)
             texts |= asked.texts(groups, config.tracking.sample_texts)
             told = metrics.get(f"{asked.set.area}/accuracy", np.nan)
             log.info("version %d: %s accuracy %.3f", version, asked.set.label or config.task.name, told)
-        self.activity.charge_totals({**self.engine.counters, **self.answers.verifiers.counters})
+        asked_models = {name: n for scorer in self._scorers.values() for name, n in scorer.counters.items()}
+        self.activity.charge_totals({**self.engine.counters, **self.answers.verifiers.counters, **asked_models})
         return metrics | {"eval/version": float(version)}, texts
 
     def close(self) -> None:
         """End the verifiers and the engine, once nothing computes."""
         self._nice.close()
         self.answers.close()
+        for scorer in self._scorers.values():
+            scorer.close()

@@ -12,10 +12,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from offtrail.core.protocols import Score, Scorer, Scores, Verdict, Verifier, Verify
 from offtrail.core.types import Float32, Group, Int32, Lease, Problem
+from offtrail.platform.scorer.groups import add
 from offtrail.rewards.total import Scored
 
 FAILED, UNSCORED = "failed", "unscored"
@@ -176,7 +175,7 @@ class Judges:
             judged.refused = judged.refused or answer
         elif isinstance(answer, Scores):
             try:
-                _add(judged.group, answer)
+                add(judged.group, answer)
             except ValueError as error:
                 judged.refused = judged.refused or Refused(str(error), UNSCORED)
         else:
@@ -191,15 +190,3 @@ class Judges:
         if judged.refused is None:
             group.rewards = self._total(group.components, group.problem.task, group.slot)
         self._ready.append(judged)
-
-
-def _add(group: Group, scores: Scores) -> None:
-    """Put a scorer's answer into the group. ValueError where it does not fit the group, or what others said of it."""
-    if scores.step_ends is not None:
-        if group.step_ends.size and not np.array_equal(group.step_ends, scores.step_ends):
-            raise ValueError(f"{scores.by.model} cuts the samples into other steps than those that the group has")
-        group.step_ends = scores.step_ends
-    group.components |= scores.components
-    group.channels |= scores.channels
-    group.scored_by |= dict.fromkeys((*scores.components, *scores.channels), scores.by)
-    group.check()

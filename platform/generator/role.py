@@ -16,9 +16,9 @@ from offtrail.platform.engines.channels import open_reader
 from offtrail.platform.engines.make import make_engine
 from offtrail.platform.generator.judges import Judges
 from offtrail.platform.generator.rollout import Rollout
-from offtrail.platform.generator.scorers import open_scorers
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import Connection, RoleContext
+from offtrail.platform.scorer.asking import open_scorers
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.rewards.total import total
 from offtrail.search.registry import make_driver

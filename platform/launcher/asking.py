@@ -1,6 +1,7 @@
 """Problems put to a model, and every answer kept: what job=eval, job=sample and job=label have in common.
 
-    Questions ─► Part (64 of them) ─► Answers.rounds (engine, verifiers) ─► answers/NAME-K.parquet ─► groups_of
+    Questions ─► Part (64 of them) ─► Answers.rounds (engine, verifiers) ─► models that score, where there are some
+              ─► answers/NAME-K.parquet ─► groups_of
 
 Invariants: a part is sealed by rename and holds every answer, so that what was cut short goes on where it was
 (run.resume=true); the number of a question keys its randomness, so that with the embedded engine it then says what an
@@ -15,8 +16,7 @@ import itertools
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from offtrail.core.protocols import Engine
+from offtrail.core.protocols import Engine, Scorer
 from offtrail.core.types import Group, Int32, Problem, Sampling
 from offtrail.platform.broker.archive import SCHEMA, read_groups, tables
 from offtrail.platform.config.errors import ConfigError, FinalError
@@ -40,9 +40,11 @@ from offtrail.platform.model.start import StartError
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import RoleContext
 from offtrail.platform.runtime.devices import devices_of
+from offtrail.platform.scorer.groups import score_groups
 from offtrail.platform.tracking.held import Meter
 from offtrail.platform.tracking.summary import read_summary, write_atomic, write_summary
 from offtrail.platform.verifier.pool import VerifierPool
+from offtrail.rewards.behaviour import added
 from offtrail.tasks.base import TaskError
 
 ANSWERS = "answers"
@@ -177,10 +179,11 @@ def ask(
     interrupted: list[int],
     meter: Meter,
     total: int,
+    scorers: Mapping[str, Scorer] | None = None,
 ) -> None:
     """Seal every part that is not sealed yet. Raises StoppedError when a signal came in between. A set is asked for
     when those before it are sealed, so that it may follow from their answers; ``total`` questions are looked for in
-    all.
+    all. ``scorers``: models that say of every answer what it is worth, by name.
 
     The embedded engine is asked part by part, so that a job that was cut makes the very same batches; SGLang, whose
     answers depend on what runs beside them anyway, begins a part while the last answers of others are made.
@@ -201,11 +204,12 @@ def ask(
         Progress(*COLUMNS, console=console, disable=not console.is_terminal) as shown,
     ):
         began, waited, pools = time.monotonic(), 0.0, list[VerifierPool]()
+        models = list((scorers or {}).values())
 
         def note() -> None:
             busy = time.monotonic() - began - waited
-            judged = sum((Counter(pool.counters) for pool in pools), Counter[str]())
-            meter.note({**engine.counters, **judged, f"busy_{manner.doing}_seconds": busy})
+            counters = [engine.counters, *(pool.counters for pool in pools), *(one.counters for one in models)]
+            meter.note({**added(counters), f"busy_{manner.doing}_seconds": busy})
 
         def tick(made: int) -> None:
             if meter.due:
@@ -224,6 +228,7 @@ def ask(
                 answers = Answers(questions.config, engine, text, verifiers, f"{manner.role}-0")
                 rounds = (part.round(sampling) for part in parts.values())
                 for round, groups in answers.rounds(rounds, step=version, some=False, ahead=ahead, tick=tick):
+                    score_groups((group for group in groups if group is not None), scorers or {}, lambda on: look())
                     parts[round.first].seal(config.run.name, groups)
                     note()
                     bar.answered(groups.count(None))

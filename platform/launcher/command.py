@@ -157,7 +157,7 @@ def require_inputs(config: Config) -> None:
     for where, one, handed in runs_of(config):
         with named(where):
             require_devices(one)
-            require_scorers(one, handed, note)
+            require_scorers(one, handed)
             require_trackers(one)
             require_models(one, handed)
             if one.job in ("rl", "sft"):
@@ -201,18 +201,21 @@ def require_devices(config: Config) -> None:
             raise ConfigError(reason)
 
 
-def require_scorers(config: Config, handed: Collection[str], note: Callable[[str], None]) -> None:
-    """Raise ConfigError where a model that scores cannot be read, does not read the start model's tokens, or is served
-    by no role of the job. ``note`` hears of what is not scored.
+def require_scorers(config: Config, handed: Collection[str]) -> None:
+    """Raise ConfigError where a model that scores cannot be read, does not read the tokens of the model whose answers
+    it scores, or where the job asks none.
     """
+    from offtrail.platform.config.checkpoints import model_folder
+
     models = scorings(config)
     if not models:
         return
     names = ", ".join(models)
-    if not any(spec.role == "scorer" for spec in roles_of(config)):
-        raise refuse("scorer.models", f"{{{names}}}", f"no role of job={config.job} serves them; leave it empty")
-    note(f"scorer.models={{{names}}}: score what is trained on; held-out answers (eval/…) are scored by rules alone")
-    if config.model.path and "model.path" not in handed and (folder := folder_of(config.model.path)) is not None:
+    if config.job != "eval" and not any(spec.role == "scorer" for spec in roles_of(config)):
+        raise refuse("scorer.models", f"{{{names}}}", f"job={config.job} asks none; leave it empty")
+    key, given = ("checkpoint", config.checkpoint) if config.job == "eval" else ("model.path", config.model.path)
+    folder = (model_folder(given) or folder_of(given)) if given and key not in handed else None
+    if folder is not None:
         check_tokenizers(models.values(), folder)
 
 

@@ -3,7 +3,8 @@
     problems ─► asking.py: parts of answers, sealed ─► answers/SET-K.parquet ─► measures.py
              ─► eval.json, eval.png, summary.json and the table on the terminal
 
-Everything that is said is said of the sealed parts.
+Everything that is said is said of the sealed parts, what the models of scorer.models say too: they are asked in this
+process.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from offtrail.platform.launcher.asking import (
 from offtrail.platform.launcher.serve import served_model, text_of
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.device import require_device
+from offtrail.platform.scorer.local import load_scorers
 from offtrail.platform.tracking.held import Meter
 
 EVAL_SEED = 0xE7A15E7
@@ -44,6 +46,8 @@ def run_evaluation(config: Config, run_dir: Path, interrupted: list[int]) -> Out
 def evaluate(config: Config, run_dir: Path, interrupted: list[int], meter: Meter) -> Outcome:
     """Ask what was not asked yet, then say what came of all of it."""
     require_device("engine.device", config.engine.device)
+    if config.scorer.models:
+        require_device("scorer.device", config.scorer.device)
     model = served_model(config)
     link_model(run_dir, model)
     check_same(config, run_dir, "evaluation")
@@ -51,7 +55,8 @@ def evaluate(config: Config, run_dir: Path, interrupted: list[int], meter: Meter
     manner = Manner("evaluator", held.temperature, held.top_p, config.run.seed ^ EVAL_SEED)
     sets = [(one, questions_of(one, text)) for one in sets_of(config)]
     questions, total = [asked for _, asked in sets], sum(len(asked.problems) for _, asked in sets)
-    ask(config, run_dir, text, questions, manner, interrupted, meter, total)
+    scorers = load_scorers(config, run_dir, text)
+    ask(config, run_dir, text, questions, manner, interrupted, meter, total, scorers)
     found = [asked_of(one, asked.problems, dict(groups_of(run_dir, asked)), text) for one, asked in sets]
     longest = config.sampling.longest_at(version_of(run_dir))
     Console().print(write_results(config, run_dir, model, found, longest))

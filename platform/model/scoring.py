@@ -30,7 +30,7 @@ class Scoring:
     """A model that scores, by its ``name`` in scorer.models; it is ``given`` as, and lies in ``folder``.
 
     ``aggregate``: what makes an answer's one score of those of its steps or tokens. ``empty``: the score of an answer
-    that has nothing to read; None: the group of such an answer is refused.
+    that has nothing to read, NaN: it has none; None: the group of such an answer is refused.
     """
 
     name: str
@@ -46,9 +46,11 @@ class Scoring:
         return f"scorer.models.{self.name}.path"
 
 
-def scorings(config: Config) -> dict[str, Scoring]:
-    """Name → model, as configured. Raises ConfigError, one line that names the key, where one cannot be read."""
-    found = {name: _scoring(name, entry) for name, entry in config.scorer.models.items()}
+def scorings(config: Config, *, unread: float | None = None) -> dict[str, Scoring]:
+    """Name → model, as configured; ``unread`` is `empty` where an entry has none. Raises ConfigError, one line that
+    names the key, where one cannot be read.
+    """
+    found = {name: _scoring(name, {"empty": unread, **entry}) for name, entry in config.scorer.models.items()}
     _check_steps(found.values())
     return found
 
@@ -68,9 +70,7 @@ def _scoring(name: str, entry: Mapping[str, Any]) -> Scoring:
             "beta·log π/π_ref, and reference=DIR is π_ref"
         )  # fmt: skip
     one_a_token = spec.beta or spec.reads == "tokens"
-    return Scoring(
-        name, given, folder, spec, entry.get("aggregate", "sum" if one_a_token else "min"), entry.get("empty")
-    )
+    return Scoring(name, given, folder, spec, entry.get("aggregate", "sum" if one_a_token else "min"), entry["empty"])
 
 
 def _check_steps(models: Iterable[Scoring]) -> None:

@@ -4,6 +4,7 @@ score that one version of the model has for it, and none is lost or trained twic
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -60,6 +61,12 @@ def trained(run_dir: Path) -> list[Group]:
     return [g for file in sorted((run_dir / "trajectories").glob("*.parquet")) for g in read_groups(file, wanted)]
 
 
+def scores_of_held_out(run_dir: Path) -> list[dict[str, Any]]:
+    """The evaluated versions' rows of metrics.jsonl."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "eval/accuracy" in row]
+
+
 def check_scores(model: Path, groups: list[Group]) -> set[int]:
     """Of every group the scores are those of one version; the versions. Version v says 1 + v times what 0 says."""
     reader, text = Reader.open(model, longest=256), Text(model)
@@ -79,7 +86,7 @@ def check_scores(model: Path, groups: list[Group]) -> set[int]:
 def test_scorers_that_are_killed_or_stand_still_lose_and_make_up_nothing(
     model: Path, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    run_dir, keys = tmp_path / "killed", scoring(model, "generator.count=2", "scorer.hang_seconds=1")
+    run_dir, keys = tmp_path / "killed", scoring(model, "generator.count=2", "scorer.hang_seconds=1", "eval.every=4")
     process = warm.Popen(command("killed", *keys), env=environment, cwd=tmp_path)
     wait_until("step 2", lambda: reached(run_dir, 2))
     for index in (0, 1):  # nobody is there to ask, until they are started again
@@ -96,6 +103,11 @@ def test_scorers_that_are_killed_or_stand_still_lose_and_make_up_nothing(
     groups = trained(run_dir)
     assert len(groups) == STEPS * 4
     assert check_scores(model, groups) == {0}
+    held_out = scores_of_held_out(run_dir)
+    assert [row["eval/version"] for row in held_out] == list(range(0, STEPS + 1, 4))
+    for row in held_out:
+        assert (row["eval/rm/unscored"], row["eval/rm/version_min"], row["eval/rm/version_max"]) == (0, 0, 0)
+    assert len({row["eval/rm"] for row in held_out}) > 1
 
 
 def test_a_forced_refresh_mixes_no_versions_and_one_that_says_nan_is_no_score(
@@ -125,6 +137,8 @@ def test_a_forced_refresh_mixes_no_versions_and_one_that_says_nan_is_no_score(
     assert len(groups) == STEPS * 4
     versions = check_scores(model, groups)
     assert {1, 3} <= versions <= {0, 1, 3}
+    held_out = scores_of_held_out(run_dir)
+    assert [(row["eval/rm/version_min"], row["eval/rm/version_max"]) for row in held_out] == [(0, 0), (3, 3)]
     [(reason,)] = ledger(run_dir, "SELECT DISTINCT detail FROM groups WHERE reason = 'unscored' LIMIT 1")
     assert "are no numbers" in reason
 

@@ -16,16 +16,16 @@ from offtrail.core.types import Problem
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.scorers import Lines, ModelScorer, ScorerError
-from offtrail.platform.generator.shown import Show
 from offtrail.platform.model.reader import Question
 from offtrail.platform.model.scoring import check_tokenizers, scorings
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import score_weights_folder
+from offtrail.platform.scorer.asking import Lines, ModelScorer, ScorerError
 from offtrail.platform.scorer.desk import Desk
 from offtrail.platform.scorer.served import Served
 from offtrail.platform.scorer.service import Service
+from offtrail.platform.scorer.shown import Show
 from offtrail.platform.weights.store import Publisher
 from offtrail.platform.wire.messages import Error, Message, Scored, ScorerAt, ScoreRequest, StatusRequest, Unscored
 from offtrail.platform.wire.sockets import Envelope

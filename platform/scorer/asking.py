@@ -1,4 +1,4 @@
-"""The scorer processes as a generator asks them: each question of the one that has least to do, until it has a score.
+"""The scorer processes as generators and the evaluator ask them: whoever has least to do, until there is a score.
 
     submit ──► waiting ──► a line (asked) ──► Scored ──► poll
                   ▲            ├─ it has died, or its heartbeats are lost: its questions wait again
@@ -21,15 +21,15 @@ from offtrail.core.protocols import Scores
 from offtrail.core.types import Group, Int32, Problem
 from offtrail.platform.config.errors import FinalError
 from offtrail.platform.config.schema import Config
-from offtrail.platform.generator.shown import Show, Shown
 from offtrail.platform.model.scoring import scorings
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.context import Connection, RoleContext
+from offtrail.platform.scorer.shown import Show, Shown
 from offtrail.platform.wire.codec import Array
 from offtrail.platform.wire.messages import Message, Scored, ScorerAt, ScoreRequest, Unscored
 from offtrail.platform.wire.sockets import Client, ClientKeys, Endpoint
 
-log = logging.getLogger("offtrail.generator")
+log = logging.getLogger("offtrail.scores")
 
 
 class ScorerError(FinalError):
@@ -235,9 +235,13 @@ class ModelScorer:
         self._lines.close()
 
 
-def open_scorers(context: RoleContext, connection: Connection, text: Text) -> Mapping[str, ModelScorer]:
-    """Name → model of scorer.models. Raises ConfigError where one cannot be read."""
-    config, models = context.config, scorings(context.config)
+def open_scorers(
+    context: RoleContext, connection: Connection, text: Text, *, unread: float | None = None
+) -> Mapping[str, ModelScorer]:
+    """Name → model of scorer.models. ``unread``: the score of an answer that has nothing to read, where the model's
+    entry has no `empty`; None: such a group has none. Raises ConfigError where one cannot be read.
+    """
+    config, models = context.config, scorings(context.config, unread=unread)
     if not models:
         return {}
     broker, keys = Endpoint.read(context.run_dir / "endpoint.json", 0.0), ClientKeys.read(context.run_dir)
