@@ -178,6 +178,7 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
             status, answer = post(curl[1], key, ask)
             assert (status, answer["choices"][0]["text"]) == (200, greedy("1+1", room=43))
             assert post(curl[1], "wrong", ask)[0] == 401
+            judged(shown["url"], key, saved.name, greedy, tmp_path)
             family = psutil.Process(served.pid).children(recursive=True)
             served.send_signal(signal.SIGINT)
             assert served.wait(PATIENCE_S) == 130
@@ -188,6 +189,26 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
     run = tmp_path / "runs" / "api"
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml", "logs", "servers", "summary.json"]
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+
+
+def judged(url: str, key: str, model: str, greedy: Greedy, folder: Path) -> None:
+    """A served model is asked which answer is better (job=prefer): in both orders, and what it says is kept."""
+    rows = [{"prompt": "1+1", "answer": f"<think>%</think>{answer}"} for answer in (2, 3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [
+        "job=prefer", "run.name=pairs", "prefer.paths=[rows.jsonl]", "prefer.by=judge", f"prefer.judge.url={url}",
+        f"prefer.judge.model={model}", "prefer.judge.api=completions", "prefer.judge.prompt={question}={a};{b}",
+        "prefer.judge.max_tokens=40",
+    ]  # fmt: skip
+    environment = os.environ | {"OFFTRAIL_JUDGE_KEY": key}
+    done = warm.run([sys.executable, str(ROOT / "launch.py"), *settings], 280, cwd=folder, env=environment)
+    assert done.returncode == 1, done.stdout
+    assert "2 rows make no pair (1 unreadable)" in done.stderr  # it is no judge
+    [verdict] = map(json.loads, (folder / "runs" / "pairs" / "verdicts.jsonl").read_text().splitlines())
+    texts = {
+        name: greedy(prompt, room=len(prompt) + 40) for name, prompt in (("straight", "1+1=2;3"), ("turned", "1+1=3;2"))
+    }
+    assert verdict == {"pair": [0, 1]} | texts
 
 
 @pytest.mark.prove
