@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two busy processes on two cores want one thread each; the launcher sets its roles' own.
 export OMP_NUM_THREADS ?= 1
-# Tests on two cores, three at a time, for they wait for processes; tests/conftest.py says how they are handed out.
-WORKERS ?= 3
-PYTEST := $(BIN)/pytest -n $(WORKERS)
+# Tests on two cores, four at a time, for they wait for processes, and three of the long ones, which compute;
+# tests/conftest.py says how they are handed out.
+WORKERS ?= 4
+PROVERS ?= 3
 
 .PHONY: demo test lint prove bench real real-model oracles sglang-cpu clean
 
@@ -13,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/python launch.py
 
 test: .venv/installed .venv/sglang-installed lint
-	$(PYTEST) -m "not prove" --durations 20
+	$(BIN)/pytest -n $(WORKERS) -m "not prove" --durations 20
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -22,7 +23,7 @@ lint: .venv/installed
 
 # What takes long: learning runs, series of kills, more combinations (CONTRIBUTING.md).
 prove: .venv/installed .venv/sglang-installed
-	$(PYTEST) -m prove --timeout 3600 --durations 0
+	$(BIN)/pytest -n $(PROVERS) -m prove --timeout 3600 --durations 0
 
 # Real SGLang servers on a CPU; the tests start them, the demo does without.
 sglang-cpu: .venv/sglang-installed

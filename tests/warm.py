@@ -3,7 +3,8 @@
 torch and transformers take four CPU seconds and sglang seven, which every run and every server of the suite would pay
 again. Here a worker of pytest pays them once. `Popen` and `run` are subprocess's for a command line of launch.py, and
 what they start is a child of the caller, which runs launch.py from its first line. It has its fork server
-(runtime/forkserver.py) beside it from the start, forked too; all else is as in a process of its own. `ServerPopen` is
+(runtime/forkserver.py) beside it from the start, forked too, and that makes its broker, besides the roles that compute;
+all else is as in a process of its own. `ServerPopen` is
 subprocess's for what engines/sglang/child.py starts: a server is a child of the caller, too, and runs serve.py, or
 fake_sglang.py, from its first line; anything else is started as ever. Whoever wants other imports than the worker's, or
 to see the command from nothing, takes subprocess (test_learning's demo, test_serving's pipe, test_wheel); so do the
@@ -27,12 +28,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from offtrail.platform.launcher import forks
+import pyarrow
+
+from offtrail.platform.config.compose import compose
+from offtrail.platform.launcher import forks, hosts
 from offtrail.platform.runtime import forkserver
 from offtrail.platform.runtime.host import adopt_orphans, die_with, rename_process
+from offtrail.platform.runtime.roles import RoleSpec
 
-ALSO = ("offtrail.platform.launcher.jobs", "rich.progress", "matplotlib.pyplot")
-"""What launchers import, besides what roles do."""
+ALSO = ("offtrail.platform.launcher.jobs", "offtrail.platform.broker.role", "rich.progress", "matplotlib.pyplot")
+"""What launchers and brokers import, besides what the other roles do."""
 SERVERS = ("offtrail.platform.engines.sglang.serve", "fake_sglang")
 """The modules that a server is, the real one and what stands in for it."""
 OF_SERVERS = ("sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
@@ -156,6 +161,8 @@ def main(worker: int, kind: str) -> int:
     else:
         for module in (*forkserver.PRELOADED, *ALSO):
             importlib.import_module(module)
+        compose([])  # the tree of the schema
+        pyarrow.array([0])  # imports pandas
     gc.collect()
     gc.freeze()
     line.send(READY)
@@ -216,7 +223,12 @@ def command(arguments: list[str]) -> int:
     def begun(self: forks.ForkServer) -> None:
         self._line, self._process = line, Server(server)
 
+    def forked(self: hosts.LocalHosts, spec: RoleSpec, words: list[str], env: dict[str, str], out: int) -> Any:
+        made = forks.fork_server()
+        return made.fork(words, env, out) if made is not None else None
+
     forks.ForkServer.__init__ = begun
+    hosts.LocalHosts._forked = forked
     _, *sys.argv = arguments
     runpy.run_path(arguments[1], run_name="__main__")
     raise AssertionError(f"{arguments[1]} ends by sys.exit")

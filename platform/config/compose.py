@@ -35,7 +35,7 @@ from offtrail.platform.config.build import build
 from offtrail.platform.config.checkpoints import model_folder, run_folder
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, shortened, show
 from offtrail.platform.config.families import check_families
-from offtrail.platform.config.files import MAX_DEPTH, Raw, read_file, read_text
+from offtrail.platform.config.files import MAX_DEPTH, Raw, as_text, read_file
 from offtrail.platform.config.keys import (
     GROUPS,
     QUESTIONING,
@@ -136,7 +136,7 @@ def stage_config(config: Config, stage: Stage, handed: Mapping[str, Raw]) -> Con
     Raises ConfigError that names the stage.
     """
     base, own = Layer(), Layer(values={})
-    tree = read_text(to_yaml(config))
+    tree = as_text(saved_tree(config))
     del tree["recipe"]
     asks = MODEL_KEYS.get(stage.job) == "checkpoint" and not stage.start_from
     tree["checkpoint"] = config.model.path if asks else ""
@@ -358,10 +358,16 @@ def refuse_new_science(started: Config, wanted: Config) -> None:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, without run.name and what resumes a run, so that it can be run again."""
+    return yaml.safe_dump(saved_tree(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def saved_tree(config: Config) -> dict[str, Any]:
+    """What ``to_yaml`` writes."""
     tree = dataclasses.asdict(config)
     for key in UNSAVED:
         del tree["run"][key.removeprefix("run.")]
-    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=120)
+    plain: dict[str, Any] = _plain(tree)
+    return plain
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ YAML's own guesses would turn `progress: off` into false, `1e-4` into a string a
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,18 @@ def read_file(path: Path) -> dict[str, Raw]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must be a mapping of keys, such as `learner: {{steps: 20}}`, not a {_kind(loaded)}")
     return loaded
+
+
+def as_text(value: Any) -> Raw:
+    """What ``read_text`` makes of a plain value's YAML: texts within lists and mappings."""
+    if isinstance(value, dict):
+        return {str(name): as_text(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [as_text(item) for item in value]
+    if isinstance(value, float):
+        text = {math.inf: ".inf", -math.inf: "-.inf"}.get(value, repr(value) if value == value else ".nan")
+        return text if "." in text else text.replace("e", ".0e")
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def guess(value: Raw) -> Raw:

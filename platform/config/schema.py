@@ -457,6 +457,8 @@ class TrackingConfig:
     """Trackers beside it: wandb, trackio, mlflow, or module:class of your own (docs/trackers.md)."""
     sink_settings: dict[str, dict[str, Any]] = setting({})
     """Tracker → its keywords, as {wandb: {project: r1, mode: offline}}."""
+    figures: bool = True
+    """Draw runs/NAME/learning.png and hacking.png at the end."""
     sample_texts: int = setting(2, "[0, inf)")
     """Sample groups whose texts are logged at each learner step."""
     behaviour: bool = True

@@ -71,7 +71,7 @@ def run_to_its_end(config: Config, run_dir: Path, interrupted: list[int]) -> Out
         outcome = "interrupted", str(stopped)
     except (StartError, OSError) as error:
         outcome = "failed", str(error)
-    finish(run_dir, *outcome, time.monotonic() - started)
+    finish(run_dir, *outcome, time.monotonic() - started, figures=config.tracking.figures)
     return outcome
 
 
@@ -137,8 +137,8 @@ def say(text: str) -> None:
         os.write(2, f"{text}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
 
 
-def finish(run_dir: Path, status: str, reason: str, seconds: float) -> None:
-    """Say what happened, set the final status (the broker may have died before it could), draw the curves.
+def finish(run_dir: Path, status: str, reason: str, seconds: float, *, figures: bool = True) -> None:
+    """Say what happened, set the final status (the broker may have died before it could), draw the curves if wanted.
 
     The reason comes first: a disk that is full may have been it, and takes no summary either.
     """
@@ -156,7 +156,7 @@ def finish(run_dir: Path, status: str, reason: str, seconds: float) -> None:
         write_summary(run_dir, summary)
         if spent is not None:
             cost.write(run_dir, spent)
-        if (run_dir / "metrics.jsonl").is_file():
+        if figures and (run_dir / "metrics.jsonl").is_file():
             learning_curve(run_dir)
             hacking_curves(run_dir)
     except (OSError, ValueError) as error:  # ValueError: a file that was cut where the disk was full

@@ -122,6 +122,7 @@ SMALL = (
 )
 
 
+@pytest.mark.prove
 def test_a_component_and_a_task_are_a_module_and_a_line_of_yaml_and_a_role_is_a_row_and_its_module(
     tree: Tree, tmp_path: Path
 ) -> None:

@@ -139,7 +139,16 @@ def only(engine: SglangEngine, version: int) -> None:
         assert time.monotonic() < limit, loaded(engine)
 
 
-@pytest.mark.parametrize("ends", [ALL, ("q_proj",), ("v_proj", "up_proj"), ("o_proj", "gate_proj")])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ALL,
+        *(
+            pytest.param(e, marks=pytest.mark.prove)
+            for e in [("q_proj",), ("v_proj", "up_proj"), ("o_proj", "gate_proj")]
+        ),
+    ],
+)
 def test_a_loaded_adapter_says_what_the_merged_weights_say(
     engine: SglangEngine, weights: tuple[Weights, Weights], channel: tuple[Publisher, Subscriber], ends: Sequence[str]
 ) -> None:
@@ -179,7 +188,7 @@ def test_version_0_is_the_start_model_and_one_can_go_back_to_it(
     load(engine, channel, 101, tensors)
 
 
-@pytest.mark.parametrize("kept", ["recompute", "keep"])
+@pytest.mark.parametrize("kept", ["recompute", pytest.param("keep", marks=pytest.mark.prove)])
 def test_a_version_comes_while_samples_run_and_the_one_before_goes_with_the_last_of_its_own(
     engine: SglangEngine, weights: tuple[Weights, Weights], channel: tuple[Publisher, Subscriber], kept: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -239,6 +248,7 @@ def test_adapters_of_another_model_are_refused_before_anything_is_sent(
     assert engine.version == version
 
 
+@pytest.mark.prove
 def test_a_server_that_was_killed_is_given_the_adapters_again(
     weights: tuple[Weights, Weights], channel: tuple[Publisher, Subscriber], tmp_path: Path
 ) -> None:

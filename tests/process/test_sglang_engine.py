@@ -359,7 +359,7 @@ def main_pid(engine: SglangEngine, place: int = 0) -> int:
     return engine.servers._places[place]._child.pid  # type: ignore[attr-defined, no-any-return]
 
 
-@pytest.fixture(params=["fake", "real"])
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.prove)])
 def mortal(request: pytest.FixtureRequest, weights: tuple[Weights, Weights], tmp_path: Path) -> Iterator[SglangEngine]:
     """An engine of its own, to be ill-treated."""
     config = SglangConfig(max_running=32, start_seconds=240.0, hang_seconds=6.0)

@@ -91,7 +91,7 @@ def command_in(folder: Path) -> Command:
         small = [
             "sft.steps=150", "batch.groups=4", "batch.group_size=4", "learner.steps=4", "learner.checkpoint_every=3",
             "eval.prompts=16", "eval.every=0", "broker.deadline_seconds=60", "broker.lease_heartbeats=10",
-            "eval.nice=0", "tracking.tensorboard=false",
+            "eval.nice=0", "tracking.tensorboard=false", "tracking.figures=false",
         ]  # fmt: skip
         given = {override.split("=")[0] for override in overrides}
         kept = [override for override in small if override.split("=")[0] not in given]

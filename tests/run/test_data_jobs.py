@@ -79,6 +79,7 @@ def test_a_sampling_that_is_killed_goes_on_and_makes_the_same_data(
     assert (other.returncode, "keeps what decides its numbers" in other.stderr) == (2, True), other.stderr
 
 
+@pytest.mark.prove
 def test_a_labelling_that_is_killed_goes_on_and_makes_the_same_data(
     trained: Path, environment: dict[str, str], command: Any, tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_labelling_that_is_killed_goes_on_and_makes_the_same_data(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.prove
 def test_a_server_that_runs_already_is_asked_as_it_is(
     trained: Path, environment: dict[str, str], command: Any, tmp_path: Path
 ) -> None:

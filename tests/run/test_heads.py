@@ -99,7 +99,7 @@ def test_a_process_reward_model_finds_planted_errors_and_measures_what_a_budget_
     launch: Any, tmp_path: Path
 ) -> None:
     """After some 220 updates of 768 tokens, wherever the heartbeats have it end; before the 150th it finds nothing."""
-    run = launch("prm", *options("prm", steps(tmp_path), 2000, "run.budget_tokens=170000"))
+    run = launch("prm", *options("prm", steps(tmp_path), 2000, "run.budget_tokens=170000"), "tracking.figures=true")
     assert run.code == 0, run.output
     summary = run.summary
     assert summary["status"] == "completed"

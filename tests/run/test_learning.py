@@ -67,6 +67,7 @@ def test_the_embedded_default_learns_from_stale_data(environment: dict[str, str]
     assert all(row["eval/prompts"] >= 512 for row in rows if "eval/accuracy" in row)
 
 
+@pytest.mark.prove
 def test_a_saved_config_repeats_and_a_model_directory_goes_through_the_same_code(
     launch: object, environment: dict[str, str], tmp_path: Path
 ) -> None:

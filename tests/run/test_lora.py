@@ -47,6 +47,7 @@ def probes(run: Any) -> list[float]:
     return [row["mismatch/probe_abs_dlogp_max"] for row in run.rows if "mismatch/probe_abs_dlogp_max" in row]
 
 
+@pytest.mark.prove
 def test_a_killed_run_goes_on_with_the_same_versions_and_its_checkpoint_is_what_was_published(
     whole: Any, launch: Any, command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def charged(run_dir: Path, name: str) -> float:
 @pytest.fixture
 def whole(shared: Any) -> Any:
     """One rank to the end."""
-    return shared("sft", *SMALL)
+    return shared("sft", *SMALL, "tracking.figures=true")
 
 
 def test_a_run_has_a_row_for_every_update_its_flops_and_a_checkpoint(whole: Any) -> None:

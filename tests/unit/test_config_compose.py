@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from offtrail.core.plugins import OUTSIDE
 from offtrail.core.settings import inside, limits_text
 from offtrail.platform.config import keys as module
-from offtrail.platform.config.compose import OPTIONS_DIR, compose, load_config, options_of, to_yaml
+from offtrail.platform.config.compose import OPTIONS_DIR, compose, load_config, options_of, saved_tree, to_yaml
 from offtrail.platform.config.errors import ConfigError, nearest
-from offtrail.platform.config.files import read_file
+from offtrail.platform.config.files import as_text, read_file, read_text
 from offtrail.platform.config.keys import GROUPS, VARIANTS, all_paths, flatten, variant_keys
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.validate import RULES
@@ -300,6 +300,7 @@ def check_that_it_repeats_itself(argv, tmp_path_factory):
     if "task.name=jsonl" in argv:
         argv = [*argv, f"task.path={problems}"]
     config = valid(argv)
+    assert as_text(saved_tree(config)) == read_text(to_yaml(config))
     saved = folder / "config.yaml"
     saved.write_text(to_yaml(config), encoding="utf-8", newline="")
     again = compose([str(saved)])
