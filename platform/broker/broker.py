@@ -42,7 +42,7 @@ from offtrail.platform.tracking.diagnosis import Diagnosis
 from offtrail.platform.tracking.recorder import Recorder
 from offtrail.platform.wire.auth import is_remote
 from offtrail.platform.wire.codec import WireError
-from offtrail.platform.wire.groups import group_frames, group_from
+from offtrail.platform.wire.groups import group_frames, group_from, unpack_group
 from offtrail.platform.wire.messages import (
     LAUNCHER,
     Acknowledged,
@@ -65,6 +65,8 @@ from offtrail.platform.wire.messages import (
     Message,
     NextBatch,
     NextEval,
+    NextRefresh,
+    RefreshJob,
     ReturnLeases,
     Serving,
     StatusRequest,
@@ -150,6 +152,7 @@ class Broker:
             NextEval: self.on_next_eval,
             EvalResult: self.on_eval_result,
             HeldOut: self.on_held_out,
+            NextRefresh: self.on_next_refresh,
             Serving: self.on_serving,
             Heartbeat: self.on_heartbeat,
             Failure: self.on_failure,
@@ -484,6 +487,37 @@ class Broker:
         self.deadlines.progress()
         log.info("%s answers at %s", member.name, message.url)
         return Acknowledged(), NO_ARRAYS
+
+    def on_next_refresh(self, request: NextRefresh, envelope: Envelope) -> Answer | None:
+        """What a model of scorer.models is to be trained on next; held while the policy has not come that far."""
+        every = self.config.scorer.refresh_every
+
+        def serve() -> Answer | None:
+            version = self.scheduler.version
+            if self.ending.status:
+                return RefreshJob(version=-1, stop=True), NO_ARRAYS
+            due = version - version % every
+            if due <= request.after or version >= self.ledger.last:  # of the last version nothing is asked any more
+                return None
+            self.deadlines.progress()
+            return self._refresh_job(due, self.scheduler.trained(request.after, due, request.groups))
+
+        def empty(sentence: str) -> Message:
+            return RefreshJob(version=-1, waiting=sentence)
+
+        def why() -> str:
+            coming = max(request.after, self.scheduler.version) // every * every + every
+            return f"version {coming} from learner-0" if coming < self.ledger.last else "the end of the run"
+
+        # Never idle: that it waits says nothing of whether the run stands still.
+        return self.polls.hold(LongPoll(envelope, serve, empty, why, lambda: False))
+
+    def _refresh_job(self, due: int, ids: Sequence[int]) -> Answer:
+        bodies = self.ledger.payloads(ids)
+        frames = [group_frames(unpack_group(bodies[group])) for group in ids if group in bodies]
+        arrays = [array for _, parts in frames for array in parts]
+        headers = [header for header, _ in frames]
+        return RefreshJob(version=due, headers=headers, archived=self.ledger.archived(ids)), arrays
 
     # ------------------------------------------------------------------ all roles, and the launcher
 

@@ -89,6 +89,7 @@ class RunMetrics:
             "time/step_seconds": seconds,
             **self._shares,
             **self.mismatch(),
+            **self.scores(),
             **self.compute(),
         }
 
@@ -142,6 +143,11 @@ class RunMetrics:
         gauges = [m.beat.gauges for m in self.roster if m.beat is not None]
         found = sorted({name for gauge in gauges for name in gauge if name.startswith("mismatch/")})
         return {name: max(gauge[name] for gauge in gauges if name in gauge) for name in found}
+
+    def scores(self) -> Metrics:
+        """scores/MODEL/*: what the refresher has said last of the model that it trains."""
+        gauges = [m.beat.gauges for m in self.roster if m.role == "refresher" and m.beat is not None]
+        return {name: value for gauge in gauges for name, value in gauge.items() if name.startswith("scores/")}
 
     def busy_fraction(self, role: str) -> float | None:
         """Busy share of the time from the first version to the last commit, over all processes of a role; None where

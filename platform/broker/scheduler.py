@@ -296,6 +296,11 @@ class Scheduler:
             self.handed = step
         return groups
 
+    def trained(self, first: int, end: int, most: int) -> list[int]:
+        """The ids of at most ``most`` groups of the batches ``first`` … ``end`` − 1, the newest, in their order."""
+        batches = (self.ledger.batch(step) or [] for step in range(first, end))
+        return [group for batch in batches for group in batch][-most:]
+
     def contents(self, step: int, ids: Sequence[int]) -> list[Group] | None:
         """The groups of a logged batch. None where one of them cannot be read or trained: it is set aside, and the
         batch is to be formed anew.

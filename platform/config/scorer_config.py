@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from offtrail.core.settings import setting
+from offtrail.core.settings import section, setting
 from offtrail.rewards.config import COMPONENTS
 from offtrail.rewards.step_config import Aggregate, StepSettings
 
@@ -21,6 +21,39 @@ TYPES: dict[str, type] = {"path": str, "steps": dict, "insert": str, "closed": b
 ENTRY = (*TYPES, *CHOICES, "empty")
 """What an entry of scorer.models may say; all but path, aggregate and empty stand in a model's scores.json too."""
 NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
+
+
+@dataclass
+class RefreshConfig:
+    """How a model of scorer.models is trained while the run trains the policy (scorer.refresh_every)."""
+
+    model: str = ""
+    """Which of scorer.models; empty = the only one."""
+    method: Literal["outcome", "rollouts", "exact"] = "outcome"
+    """Labels of the policy's answers. outcome: the verifier's verdict on the whole answer. Of steps also rollouts:
+    answers that the policy goes on to from their ends; exact: the task's own checker."""
+    rollouts: int = setting(4, "[1, 65536]")
+    """rollouts: answers from the end of each step."""
+    labels: Literal["soft", "hard"] = "soft"
+    """rollouts: a step's label is the share of right answers from its end, or whether any is right."""
+    groups: int = setting(64, "[1, 65536]")
+    """The most groups that are labelled for a version: of those trained on since the one before, the newest."""
+    updates: int = setting(8, "[0, inf)")
+    """Optimizer updates of a version; 0 = none: the model stays as it is, and is measured on the labels."""
+    batch_size: int = setting(32, "[1, inf)")
+    """Labelled answers (of a pairwise reward model: pairs) of an update."""
+    lr: float = setting(1e-5, "(0, 10]", resumable="noted")
+    """Learning rate of AdamW, constant."""
+    betas: tuple[float, float] = setting((0.9, 0.98), "[0, 1)")
+    """Decay of AdamW's first and second moment."""
+    keep: int = setting(2, "[2, inf)", resumable=True)
+    """Versions that runs/NAME/scorers keeps, the newest."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N: where it trains and makes rollouts."""
+    threads: int = setting(1, "[1, 1024]", resumable=True)
+    """torch threads."""
+    max_restarts: int = setting(3, "[0, inf)", resumable=True)
+    """A refresher that dies is started again so often in one launch; then the run fails."""
 
 
 @dataclass
@@ -42,7 +75,8 @@ class ScorerConfig:
     """Tokens of one forward pass, of the requests of all generators together; with staleness.mode=exact each request is
     by itself."""
     refresh_every: int = setting(0, "[0, inf)")
-    """Learner steps between two versions of a model that is trained in the run; 0 = never."""
+    """Learner steps between two versions of a model that is trained in the run; 0 = never. Nobody waits for one."""
+    refresh: RefreshConfig = section(RefreshConfig)
     on_refresh: Literal["finish", "again"] = "finish"
     """New weights: what was asked before is answered under the old ones first, or scored again under the new."""
     deadline_seconds: float = setting(300.0, "(0, 1e9]", resumable=True)
@@ -65,6 +99,11 @@ class ScorerConfig:
                     f"rewards/components: {', '.join(COMPONENTS)}"
                 )
             _check_entry(f"scorer.models.{name}", entry)
+
+    @property
+    def refreshed(self) -> str:
+        """The name of the model that is trained in the run; empty where none is."""
+        return (self.refresh.model or next(iter(self.models), "")) if self.refresh_every else ""
 
 
 def _check_entry(key: str, entry: dict[str, Any]) -> None:

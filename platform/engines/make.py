@@ -11,11 +11,12 @@ from offtrail.platform.runtime.context import RoleContext
 
 
 def make_engine(context: RoleContext, *, loaded: bool = True) -> Engine:
-    """The engine of one generator or of the evaluator, over the start model; an embedded one that is not ``loaded`` has
-    no weights before `load_weights`.
+    """The engine of one generator, of the evaluator or of the refresher, over the start model; an embedded one that is
+    not ``loaded`` has no weights before `load_weights`.
     """
     config, evaluates = context.config, context.role == "evaluator"
-    threads = config.eval.threads if evaluates else config.generator.threads
+    refresh = config.scorer.refresh if context.role == "refresher" else None
+    threads = config.eval.threads if evaluates else refresh.threads if refresh else config.generator.threads
     longest = config.model.max_length
     if isinstance(config.engine, SglangConfig) and not (evaluates and config.eval.engine == "local"):
         from offtrail.platform.engines.sglang.engine import SglangEngine  # aiohttp: only where it is used
@@ -32,6 +33,7 @@ def make_engine(context: RoleContext, *, loaded: bool = True) -> Engine:
             adapters=config.learner.lora if config.publishes_adapters else None,
         )
     start, local = context.start_model, local_config(config.engine)
+    local = replace(local, device=refresh.device) if refresh else local
     if config.publishes_adapters:
         from offtrail.platform.engines.adapters import AdaptedEngine
 

@@ -213,6 +213,10 @@ def require_scorers(config: Config, handed: Collection[str]) -> None:
     names = ", ".join(models)
     if config.job != "eval" and not any(spec.role == "scorer" for spec in roles_of(config)):
         raise refuse("scorer.models", f"{{{names}}}", f"job={config.job} asks none; leave it empty")
+    if config.job == "rl" and config.scorer.refreshed:
+        from offtrail.platform.launcher.refreshable import require_refresh
+
+        require_refresh(config, models)
     key, given = ("checkpoint", config.checkpoint) if config.job == "eval" else ("model.path", config.model.path)
     folder = (model_folder(given) or folder_of(given)) if given and key not in handed else None
     if folder is not None:
@@ -232,6 +236,7 @@ def require_models(config: Config, handed: Collection[str] = ()) -> None:
     """
     from offtrail.platform.config.checkpoints import model_folder
     from offtrail.platform.model.folder import check_model, check_tokenizer, folder_of
+    from offtrail.platform.model.layouts import require_trained_head
 
     served = config.job in ASKING
     elsewhere = bool(getattr(config.engine, "urls", [])) and config.job in QUESTIONING  # its weights are
@@ -247,17 +252,6 @@ def require_models(config: Config, handed: Collection[str] = ()) -> None:
                 require_trained_head(key, given, folder)
             elif config.job != "serve" and not elsewhere:
                 _require_architecture(config, key, given, folder)
-
-
-def require_trained_head(key: str, given: str, folder: Path) -> None:
-    """Raise ConfigError where the model has a score head that cannot be trained, or one of a wrong shape."""
-    from offtrail.platform.model.layouts import layout_of
-
-    if (head := layout_of(folder, key, given).head) not in ("none", "linear"):
-        raise refuse(
-            key, given, f"its score head ({head}) can be asked, but not trained and saved as transformers' classifiers "
-            "are; name the language model that it was made from, or a model with a linear head"
-        )  # fmt: skip
 
 
 def _require_architecture(config: Config, key: str, given: str, folder: Path) -> None:

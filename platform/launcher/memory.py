@@ -54,9 +54,11 @@ TOKEN_KEYS = "learner.tokens_per_microbatch or activation_checkpointing"
 SAMPLE_KEYS = {
     "generator": "engine.kv_cache_mb, engine.max_running, batch.group_size or staleness.max",
     "evaluator": "engine.kv_cache_mb, engine.max_running or eval.prompts",
+    "refresher": "engine.kv_cache_mb or engine.max_running",
 }
 SCORER_KEYS = "scorer.tokens_per_batch"
-LOWER = {"learner": TOKEN_KEYS, "scorer": SCORER_KEYS, **SAMPLE_KEYS}
+REFRESHER_KEYS = "learner.tokens_per_microbatch or scorer.refresh.groups"
+LOWER = {"learner": TOKEN_KEYS, "scorer": SCORER_KEYS, **SAMPLE_KEYS, "refresher": REFRESHER_KEYS}
 """Role → the keys that lower its memory."""
 
 
@@ -190,7 +192,8 @@ def estimate(config: Config, start: Path) -> Iterator[Part]:
     yield Part("launcher", "Python", BASE)
     for role, count in counts.items():
         yield Part(role, "Python", count * BASES.get(role, OTHER_ROLE))
-        parts = {"learner": _learner, "generator": _generators, "evaluator": _evaluator, "scorer": _scorers}
+        parts = {"learner": _learner, "generator": _generators, "evaluator": _evaluator, "scorer": _scorers,
+                 "refresher": _refresher}  # fmt: skip
         yield from parts.get(role, _nothing)(config, shape, count)
     if "generator" in counts and config.weights.channel == "shm":
         alone = config.publishes_adapters
@@ -271,6 +274,27 @@ def _scorers(config: Config, shape: Shape, count: int) -> Iterator[Part]:
     tokens = max(settings.tokens_per_batch, config.model.max_length)
     widest = max((2 * one.mlp + 2 * one.hidden + 2 * one.qkv_size for one in shapes), default=0)
     yield Part("scorer", f"activations of {tokens} tokens", count * tokens * widest * FLOAT32, SCORER_KEYS)
+
+
+def _refresher(config: Config, shape: Shape, count: int) -> Iterator[Part]:
+    """As a learner, of the model that it trains; and the engine that makes rollouts. Its versions wait for the scorers
+    in memory, too.
+    """
+    refresh = config.scorer.refresh
+    scoring = scorings(config)[config.scorer.refreshed]
+    own = read_shape(scoring.folder)
+    if own is None:
+        return
+    if refresh.updates and config.weights.channel == "shm":
+        yield Part("refresher", "2 versions for the scorers", 2 * own.parameters * FLOAT32)
+    if refresh.device != "cpu":
+        return
+    copies = 5 if scoring.spec.beta else 4
+    yield Part("refresher", "parameters, gradients and optimizer", copies * FLOAT32 * own.parameters)
+    tokens = max(config.model.max_length, config.learner.tokens_per_microbatch)
+    yield Part("refresher", f"activations of {tokens} tokens", tokens * own.kept_numbers * FLOAT32, REFRESHER_KEYS)
+    if refresh.method == "rollouts":
+        yield from _engines("refresher", config, shape, count, _running(config, shape))
 
 
 def _engines(role: str, config: Config, shape: Shape, count: int, samples: int) -> Iterator[Part]:

@@ -4,6 +4,7 @@ with? Each refusal names the file and the way out, and changes nothing.
     settings     each key that decides numbers: its value is in the ledger from the first launch on (broker/resume.py)
     inputs       each file that a key names: its hash is in the ledger from the first launch on
     ledger       there, where there are checkpoints, and as new as they are
+    scores       the newest version of the model that scores and is trained in the run
     checkpoint   the one that the ledger names: every file as it was written
     resume_from  an older one in its place (broker/older.py)
 """
@@ -22,6 +23,7 @@ from offtrail.platform.launcher.inputs import Input, hashes, inputs_of
 from offtrail.platform.ledger.database import LedgerError
 from offtrail.platform.ledger.ledger import FILE, Ledger
 from offtrail.platform.runtime.contents import cut_short, damage_of
+from offtrail.platform.runtime.context import newest_score_model
 
 SET_ASIDE = "set_aside"
 """In checkpoints/: those that were later than the one that run.resume_from chose."""
@@ -33,6 +35,7 @@ def check_what_is_there(config: Config, run_dir: Path) -> None:
     refuse_cut_weights(inputs)
     steps = steps_of(run_dir)
     refuse_without_ledger(run_dir, steps)
+    refuse_damaged_scores(config, run_dir)
     try:
         ledger = Ledger(run_dir / FILE)
         try:
@@ -113,6 +116,13 @@ def refuse_unusable(ledger: Ledger, run_dir: Path, step: int, steps: list[int]) 
             key, value, f"{damage}; restore it, or go on from an older checkpoint, {older}, which trains the batches "
             "after it again",
         )  # fmt: skip
+
+
+def refuse_damaged_scores(config: Config, run_dir: Path) -> None:
+    """Of a model that scores and is trained in the run the newest version: its number is never given to another."""
+    _, folder = newest_score_model(run_dir, config.scorer.refreshed)
+    if folder is not None and (damage := damage_of(folder)):
+        raise refuse("run.resume", True, f"{damage}; restore it, or start a new run from its config.yaml")
 
 
 def set_aside(run_dir: Path, later: list[int]) -> None:

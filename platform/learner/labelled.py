@@ -64,9 +64,8 @@ class Labelled:
 
     def table(self, step: int) -> Any:
         """See LocalSource."""
-        n, size = len(self.items), self.head.batch_size
-        places = (divmod(step * size + i, n) for i in range(size))
-        return self.batch_of([self.items[permutation(n, self.head.seed, epoch)[i]] for epoch, i in places])
+        places = drawn(len(self.items), self.head.batch_size, step, self.head.seed)
+        return self.batch_of([self.items[place] for place in places])
 
     def _items(self, config: Config, text: Text, rows: Sequence[Row]) -> list[Item]:
         """Raises TaskError for a row that is too long, unless such are dropped."""
@@ -80,6 +79,12 @@ class Labelled:
         if long:
             log.warning("%d of %d rows are longer than model.max_length, and left out", len(long), len(items))
         return [item for item in items if item.longest <= longest]
+
+
+def drawn(n: int, size: int, update: int, seed: int) -> list[int]:
+    """The places of an update's items among n: all of them once in each epoch, in an order of its own."""
+    places = (divmod(update * size + i, n) for i in range(size))
+    return [permutation(n, seed, epoch)[i] for epoch, i in places]
 
 
 def items_of(config: Config, text: Text, rows: Sequence[Row]) -> list[Item]:

@@ -246,6 +246,14 @@ class Ledger:
             self.file.fetch(f"SELECT id, CAST(body AS BLOB) FROM payloads WHERE id IN ({','.join(map(str, groups))})")
         )
 
+    def archived(self, groups: Sequence[int]) -> dict[str, list[int]]:
+        """Shard → its groups, of those that have left the spool."""
+        rows = self.file.rows(
+            f"SELECT shard, id FROM groups WHERE id IN ({','.join(map(str, groups))}) AND shard IS NOT NULL "
+            "AND id NOT IN (SELECT id FROM payloads) ORDER BY shard, id"
+        )
+        return {shard: [group for name, group in rows if name == shard] for shard, _ in rows}
+
     def log_batch(self, step: int, groups: Sequence[int]) -> None:
         """Queued → training: the ordered ids are durable when this returns, before anyone trains on them."""
         with self.file.change() as db:

@@ -50,3 +50,12 @@ def layout_of(folder: Path, key: str, given: str) -> Layout:
             f"number or [2, {width}] for two classes; name a model with such a head"
         )  # fmt: skip
     return Layout(head, shape[0], architecture)
+
+
+def require_trained_head(key: str, given: str, folder: Path) -> None:
+    """Raise ConfigError where the model has a score head that cannot be trained, or one of a wrong shape."""
+    if (head := layout_of(folder, key, given).head) not in ("none", "linear"):
+        raise refuse(
+            key, given, f"its score head ({head}) can be asked, but not trained and saved as transformers' classifiers "
+            "are; name the language model that it was made from, or a model with a linear head"
+        )  # fmt: skip

@@ -123,6 +123,11 @@ class Activity:
         with self._lock:
             self._gauges[name] = value
 
+    def forget_gauges(self, area: str) -> None:
+        """Those whose names begin so: what was measured before."""
+        with self._lock:
+            self._gauges = {name: value for name, value in self._gauges.items() if not name.startswith(area)}
+
     def snapshot(self) -> ActivitySnapshot:
         """A consistent copy; the open spans are booked up to now."""
         with self._lock:

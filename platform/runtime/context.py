@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from offtrail.platform.config.checkpoints import steps_of
 from offtrail.platform.config.schema import Config
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.attempt import current
@@ -117,6 +118,20 @@ def weights_folder(config: Config, run_dir: Path, attempt: str = "") -> Path:
 def score_weights_folder(config: Config, run_dir: Path, model: str) -> Path:
     """Where new versions of a model of scorer.models are published, in the attempt's weights folder."""
     return weights_folder(config, run_dir) / f"{SCORES}{model}"
+
+
+def score_models_folder(run_dir: Path, model: str) -> Path:
+    """Where the newest versions of a model of scorer.models are kept that the run trains: version v is step_v of its
+    checkpoints/, as those of a run.
+    """
+    return run_dir / "scorers" / model
+
+
+def newest_score_model(run_dir: Path, model: str) -> tuple[int, Path | None]:
+    """The newest of these versions, and where it is; 0 and None where there is none."""
+    folder = score_models_folder(run_dir, model)
+    version = max(steps_of(folder), default=0)
+    return version, folder / "checkpoints" / f"step_{version}" if version else None
 
 
 def own_name(run_dir: Path) -> str:

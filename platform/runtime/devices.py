@@ -49,8 +49,9 @@ def gpus_of(config: Config, role: str, index: int) -> range:
     if role == "learner":
         first = int(config.learner.device.partition(":")[2] or 0)
         return range(index, index + 1) if config.learner.ranks > 1 else range(first, first + 1)
-    if role == "scorer":
-        first = int(config.scorer.device.partition(":")[2] or 0)
+    if role in ("scorer", "refresher"):
+        device = config.scorer.device if role == "scorer" else config.scorer.refresh.device
+        first = int(device.partition(":")[2] or 0)
         return range(first, first + 1)
     first, engine = int(config.engine.device.partition(":")[2] or 0), served(config, role)
     if engine is None:

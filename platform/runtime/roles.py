@@ -46,6 +46,13 @@ ROLES = (
         needed="scorer.models",
     ),
     RoleRow(
+        "refresher",
+        threads="scorer.refresh.threads",
+        device="scorer.refresh.device",
+        restarts="scorer.refresh.max_restarts",
+        needed="scorer.refresh_every",
+    ),
+    RoleRow(
         "generator",
         count="generator.count",
         threads="generator.threads",
@@ -60,7 +67,7 @@ ROLES = (
     ),
 )
 JOBS = {
-    "rl": ("broker", "learner", "scorer", "generator", "evaluator"),
+    "rl": ("broker", "learner", "scorer", "refresher", "generator", "evaluator"),
     **dict.fromkeys(("sft", "reward_model", "prm"), ("broker", "learner")),
 }
 """Job → its roles in the order in which they start: the broker first, for every other one dials it."""

@@ -20,7 +20,7 @@ from offtrail.core.types import Float32
 from offtrail.platform.config.schema import Config
 from offtrail.platform.model.reader import Question, Reader
 from offtrail.platform.model.scoring import Scoring
-from offtrail.platform.runtime.context import reuses_files, score_weights_folder
+from offtrail.platform.runtime.context import newest_score_model, reuses_files, score_weights_folder
 from offtrail.platform.weights.store import Subscriber
 from offtrail.rewards.score_metrics import sigmoid
 
@@ -29,7 +29,9 @@ log = logging.getLogger("offtrail.scorer")
 
 @dataclass
 class Served:
-    """``weights``: where newer versions come from; ``version`` 0 is the model's own folder."""
+    """``weights``: where newer versions come from; ``version`` 0 is the model's own folder. A model that the run trains
+    begins with the newest version that is kept, also in a run that goes on.
+    """
 
     scoring: Scoring
     reader: Reader
@@ -42,11 +44,13 @@ class Served:
     def open(cls, config: Config, run_dir: Path, scoring: Scoring) -> Served:
         """Load the model. Raises ConfigError, ValueError or ModelError, naming its key, where it cannot be read."""
         settings, longest = config.scorer, config.model.max_length
+        version, kept = newest_score_model(run_dir, scoring.name)
         reader = Reader.open(
-            scoring.folder, scoring.spec, key=scoring.key, longest=longest, device=settings.device, dtype=settings.dtype
-        )
+            kept or scoring.folder, scoring.spec, key=scoring.key, longest=longest, device=settings.device,
+            dtype=settings.dtype,
+        )  # fmt: skip
         weights = Subscriber(score_weights_folder(config, run_dir, scoring.name), reuse=reuses_files(config))
-        return cls(scoring, reader, weights, longest, settings.tokens_per_batch)
+        return cls(scoring, reader, weights, longest, settings.tokens_per_batch, version)
 
     @property
     def counters(self) -> dict[str, float]:

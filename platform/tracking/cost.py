@@ -152,7 +152,7 @@ def _price(device: str, settings: CostConfig) -> float:
 
 def _roles(summary: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
     """Those that hold devices, in the order in which they are told."""
-    order = ("learner", "generator", "scorer", "evaluator")
+    order = ("learner", "generator", "scorer", "refresher", "evaluator")
     return sorted(held, key=lambda role: (order.index(role) if role in order else len(order), role))
 
 
@@ -195,7 +195,12 @@ def _role(
     if made:
         tokens = {"trained": charges.get("tokens", 0.0)}
     seconds = sum(spent for spent, _ in held.values())
-    dtypes = {"learner": config.learner.dtype, COLD_START: config.learner.dtype, "scorer": config.scorer.dtype}
+    dtypes = {
+        "learner": config.learner.dtype,
+        COLD_START: config.learner.dtype,
+        "scorer": config.scorer.dtype,
+        "refresher": config.learner.dtype,
+    }
     could = _capacity(held, dtypes.get(role, config.engine.dtype), settings)
     priced = settings.prices and all(entry_of(name, settings.prices) for name in held)
     return RoleCost(

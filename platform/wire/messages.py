@@ -3,6 +3,7 @@
     generator ── Hello, LeaseRequest, SubmitGroup, FailGroup, ReturnLeases ──► broker
     learner 0 ── Hello, NextBatch, Commit, Checkpointed, HeldOut ────────────► broker
     evaluator ── Hello, NextEval, EvalResult ────────────────────────────────► broker
+    refresher ── Hello, NextRefresh ─────────────────────────────────────────► broker
     scorer ── Hello, Serving ────────────────────────────────────────────────► broker
     generator ── ScoreRequest ───────────────────────────────────────────────► scorer
     all roles ── Heartbeat, Failure ─────────────────────────────────────────► broker
@@ -10,7 +11,8 @@
     broker ── VersionHint (PUB) ──► all
 
 Arrays travel as raw frames behind the header (codec.py); here stand only the headers. A reply to a long poll
-(LeaseRequest, NextBatch, NextEval) may be empty: `waiting` says for what the broker waits, and the role asks again.
+(LeaseRequest, NextBatch, NextEval, NextRefresh) may be empty: `waiting` says for what the broker waits, and the role
+asks again.
 
 Invariant: what a peer sends is within the ranges of its fields, or the codec refuses it: every integer fits SQLite's 64
 bits and an exact float. What is measured may be any float here: who counts with it leaves out what is no number.
@@ -25,7 +27,7 @@ from msgspec import Meta
 
 from offtrail.core.types import Axis, Lease, Problem, ScoredBy
 
-PROTOCOL = 7
+PROTOCOL = 8
 
 Index = Annotated[int, Meta(ge=0, lt=1 << 16)]
 """Of a process among those of its role."""
@@ -225,6 +227,26 @@ class EvalResult(Message, frozen=True):
     lost: Text = ""
 
 
+class NextRefresh(Message, frozen=True):
+    """Ask for the newest ``groups`` that were trained on, of the batches from learner step ``after`` on."""
+
+    after: Version
+    groups: Count
+
+
+class RefreshJob(Message, frozen=True):
+    """Groups of the batches before ``version``, the newest multiple of scorer.refresh_every, newest batch last (−1: it
+    is not above ``after`` yet, ``waiting`` says for what). ``archived``: shard in trajectories/ → further ones that
+    stand in it.
+    """
+
+    version: int
+    headers: list[GroupHeader] = []
+    archived: dict[str, list[int]] = {}
+    stop: bool = False
+    waiting: str = ""
+
+
 class Heartbeat(Message, frozen=True):
     """Sent by a thread of every role, from a socket of its own, at broker.heartbeat_seconds.
 
@@ -350,7 +372,7 @@ class VersionHint(Message, frozen=True):
 
 RequestMessage = (
     Hello | LeaseRequest | SubmitGroup | FailGroup | ReturnLeases | NextBatch | Commit | Checkpointed | HeldOut
-    | NextEval | EvalResult | Heartbeat | Failure | StatusRequest | StopRun | Serving | ScoreRequest
+    | NextEval | EvalResult | NextRefresh | Heartbeat | Failure | StatusRequest | StopRun | Serving | ScoreRequest
 )  # fmt: skip
 LAUNCHER = "launcher"
 SENDERS: dict[type[Message], str] = {
@@ -358,12 +380,13 @@ SENDERS: dict[type[Message], str] = {
     **dict.fromkeys((NextBatch, Commit, Checkpointed, HeldOut), "learner"),
     **dict.fromkeys((NextEval, EvalResult), "evaluator"),
     Serving: "scorer",
+    NextRefresh: "refresher",
     StopRun: LAUNCHER,
 }
 """Whose message it is. Hello and StatusRequest are anybody's; a Heartbeat or a Failure speaks of the process that sends
 it, and the launcher may send the Failure of any.
 """
 ReplyMessage = (
-    Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | Beat | Status | Scored | Unscored | Acknowledged
-    | Error
+    Welcome | Leases | GroupAck | BatchReply | Committed | EvalJob | RefreshJob | Beat | Status | Scored | Unscored
+    | Acknowledged | Error
 )  # fmt: skip

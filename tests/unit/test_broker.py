@@ -46,6 +46,7 @@ from offtrail.platform.wire.messages import (
     Message,
     NextBatch,
     NextEval,
+    NextRefresh,
     ReturnLeases,
     Status,
     StatusRequest,
@@ -71,6 +72,7 @@ OWN = {
     "learner": [NextBatch(step=0), Commit(step=-1, version=0, checksum="evil"), Checkpointed(step=0, path="x")],
     "evaluator": [NextEval(), EvalResult(version=0, metrics={"eval/accuracy": 9.0})],
     "launcher": [StopRun(status="completed")],
+    "refresher": [NextRefresh(after=0, groups=8)],
 }  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def test_launch_from_a_checkout_without_links_is_one_line(tmp_path):
 
 FLOORS = (
     "config wire", "ledger weights", "runtime", "tracking model verifier", "engines",
-    "broker scorer generator evaluator", "learner", "launcher",
+    "broker scorer generator evaluator", "learner", "refresher", "launcher",
 )  # fmt: skip
 """The rooms of platform/, floor by floor: a room imports from its own floor's left, or from floors below."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 AREAS = ("archive", "reward", "length", "loss", "policy", "offpolicy", "mismatch", "staleness", "queue", "throughput",
          "time", "compute", "channel", "weights", "eval", "groups", "tokens", "learner", "generator", "value",
-         "memory", "budget", "cost", "behaviour", "hacking")  # fmt: skip
+         "memory", "budget", "cost", "behaviour", "hacking", "scores")  # fmt: skip
 NAME = re.compile(rf"(?:{'|'.join(AREAS)})(?:/[a-z0-9_*]+)+")
 
 
