@@ -28,8 +28,8 @@ def require_refresh(config: Config, models: Mapping[str, Scoring]) -> None:
         field, value = ("insert", spec.insert) if spec.insert else ("closed", True)
         way = "take a model of job=prm" if spec.insert else f"set {key}.closed=false"
         raise refuse(
-            f"{key}.{field}", value, "a model that reads more than the policy's own tokens can be asked, not trained in "
-            f"the run; {way}",
+            f"{key}.{field}", value, "a model that reads more than the policy's own tokens can be asked, not trained "
+            f"in the run; {way}",
         )  # fmt: skip
     if method != "outcome" and (spec.reads != "steps" or spec.beta):
         what = "learns from outcomes" if spec.beta else f"reads the {spec.reads}"

@@ -39,7 +39,8 @@ def refreshing(model: Path, *more: str) -> tuple[str, ...]:
     rm = f"scorer.models={{rm: {{path: {model}, empty: 0, closed: false, squash: sigmoid}}}}"
     return (
         rm, "reward.weights.rm=0.1", "scorer.count=2", "generator.count=2", f"scorer.refresh_every={EVERY}",
-        "scorer.refresh.keep=100", "scorer.refresh.lr=1e-2", "scorer.refresh.updates=4", f"learner.steps={STEPS}", *more,
+        "scorer.refresh.keep=100", "scorer.refresh.lr=1e-2", "scorer.refresh.updates=4", f"learner.steps={STEPS}",
+        *more,
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def check_versions(run_dir: Path) -> None:
     log = (run_dir / "logs" / "refresher-0.log").read_text()
     made_ones = [int(number) for number in re.findall(r"rm: version (\d+), of", log)]
     assert made_ones == sorted(set(made_ones))
-    assert set(kept(run_dir)) - set(made_ones) <= {v for v in kept(run_dir)}
+    assert set(made_ones) <= set(kept(run_dir))
 
 
 def complete(run_dir: Path) -> list[Group]:

@@ -350,7 +350,7 @@ def test_settings_that_cannot_be_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("entry", "more", "message"),
     [
-        (ENTRIES["pairwise"], ["scorer.refresh.method=exact"], "scorer.refresh.method=exact: labels steps, and m reads"),
+        (ENTRIES["pairwise"], ["scorer.refresh.method=exact"], "scorer.refresh.method=exact: labels steps, and m"),
         (ENTRIES["implicit"], ["scorer.refresh.method=rollouts"], "scorer.refresh.method=rollouts: labels steps, and"),
         ("path: FOLDER/prm, reads: tokens", [], "scorer.models.m.reads=tokens: nothing labels tokens"),
         ("path: FOLDER/rm", [], "scorer.models.m.closed=true: a model that reads more"),
