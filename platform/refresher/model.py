@@ -9,7 +9,8 @@ it opens as a model, and the next process goes on with its optimizer. Invariant:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,6 +94,7 @@ class Refreshed:
         if refresh.updates:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.rehearse(folder, model, text, trainer)
+            # Before the folder in it is made, or it would be open to others.
             context.weights_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             channel = score_weights_folder(context.config, context.run_dir, scoring.name)
             publisher = Publisher(channel, reuse=reuses_files(context.config))
@@ -102,18 +104,17 @@ class Refreshed:
 
     def measure(self, labelled: Labelled, seen: int) -> None:
         """scores/MODEL/…: the version that is out, on labels that it has not seen, of answers up to a learner step."""
-        name = self.scoring.name
         found = held_out.scores(self.config, self.trainer, labelled.items) if labelled.items else {}
         short = {key.removeprefix("eval/").removeprefix("outcome_"): value for key, value in found.items()}
+        self.activity.forget_gauges(self._area)
         self._tell(
-            {f"scores/{name}/{key}": value for key, value in short.items()}
-            | {
-                f"scores/{name}/measured_version": float(self.version),
-                f"scores/{name}/policy_version": float(seen),
-                f"scores/{name}/answers": float(labelled.answers),
-                f"scores/{name}/label_share": labelled.used / max(1, labelled.answers),
-                f"scores/{name}/good_share": labelled.good_share,
-            }
+            **short,
+            version=self.version,
+            measured_version=self.version,
+            policy_version=seen,
+            answers=labelled.answers,
+            label_share=labelled.used / max(1, labelled.answers),
+            good_share=labelled.good_share,
         )
 
     def train(self, labelled: Labelled, version: int, look: Callable[[], None]) -> None:
@@ -131,7 +132,7 @@ class Refreshed:
         self.version = version
         self._keep()
         self._publish()
-        self._tell({f"scores/{self.scoring.name}/loss": sum(losses) / max(1, len(losses))}, beside=True)
+        self._tell(loss=sum(losses) / len(losses))
         log.info("%s: version %d, of %d labelled answers", self.scoring.name, version, labelled.used)
 
     def _keep(self) -> None:
@@ -145,18 +146,17 @@ class Refreshed:
         if self.publisher is not None and self.version:
             with self.activity.busy("publish"):
                 self.publisher.publish(self.version, checkpoint.gather(self.trainer.module))
-        self._tell({f"scores/{self.scoring.name}/version": float(self.version)}, beside=True)
+        self._tell(version=self.version)
 
-    def _tell(self, values: Mapping[str, float], *, beside: bool = False) -> None:
-        """For TensorBoard, with the next heartbeat; but for ``beside``, in place of what was said of the version
-        before.
-        """
-        if not beside:
-            self.activity.forget_gauges("scores/")
-            values = {**values, f"scores/{self.scoring.name}/version": float(self.version)}
+    @property
+    def _area(self) -> str:
+        return f"scores/{self.scoring.name}/"
+
+    def _tell(self, **values: float) -> None:
+        """For TensorBoard, with the next heartbeat."""
         for name, value in values.items():
-            if value == value:
-                self.activity.gauge(name, value)
+            if not math.isnan(value):
+                self.activity.gauge(f"{self._area}{name}", float(value))
 
     def close(self) -> None:
         """Let go of the channel; the launcher removes it."""

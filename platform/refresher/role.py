@@ -67,7 +67,7 @@ class Refresher:
         """
         connection, config = context.connect(), context.config
         scoring = scorings(config)[config.scorer.refreshed]
-        with connection.activity.busy("load_weights"):
+        with connection.activity.busy("load"):
             model = Refreshed.open(context, scoring, connection.activity)
             labeller = Labeller(context, scoring, connection.activity)
         return cls(context, connection, model, labeller, model.version * config.scorer.refresh_every)
