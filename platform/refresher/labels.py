@@ -20,12 +20,12 @@ import numpy as np
 from offtrail.core.types import Float32, Group, Int32, Sampling
 from offtrail.platform.engines.make import make_engine
 from offtrail.platform.evaluator.answers import Answers, Round
-from offtrail.platform.generator.shown import Show
 from offtrail.platform.learner.labelled import Item
 from offtrail.platform.model.scoring import Scoring
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext, reuses_files
+from offtrail.platform.scorer.shown import Show
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber
 from offtrail.tasks.base import Task

@@ -17,7 +17,6 @@ from offtrail.platform.broker.archive import read_groups
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config, ModelConfig
-from offtrail.platform.generator.shown import Show
 from offtrail.platform.launcher.memory import estimate
 from offtrail.platform.launcher.refreshable import require_refresh
 from offtrail.platform.model.scoring import Scoring, scorings
@@ -28,6 +27,7 @@ from offtrail.platform.refresher.model import Refreshed
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext, newest_score_model, score_weights_folder
 from offtrail.platform.scorer.served import Served
+from offtrail.platform.scorer.shown import Show
 from offtrail.platform.weights.store import Subscriber
 from offtrail.platform.wire.messages import NextRefresh, RefreshJob
 from offtrail.tasks.chain import ChainConfig
