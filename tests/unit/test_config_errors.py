@@ -44,7 +44,11 @@ MISTAKES = [
     (["sft.lr=fast"], "sft.lr=fast: must be a number", []),
     (["run.resume=maybe"], "run.resume=maybe: must be true or false", []),
     (["staleness.mode=exakt"], "staleness.mode=exakt: must be one of bound, exact", ["nearest: exact"]),
-    (["job=ppo"], "job=ppo: must be one of rl, sft, reward_model, prm, eval, sample, label, reject, distill", []),
+    (
+        ["job=ppo"],
+        "job=ppo: must be one of rl, sft, reward_model, prm, eval, sample, label, reject, prefer, distill",
+        [],
+    ),
     (["job=prm"], "prm.path=: job=prm needs a file of labelled steps: prm.path=FILE", []),
     (["job=reward_model"], "reward_model.path=: job=reward_model needs a file of pairs or judged answers", []),
     (["job=prm", "prm.path=/no/such"], "prm.path=/no/such: no such file or folder", []),
