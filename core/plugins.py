@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,14 @@ def _defined(spec: ModuleSpec) -> dict[str, ast.stmt] | None:
     if spec.origin is None or not spec.origin.endswith(".py"):
         return None
     try:
-        tree = ast.parse(Path(spec.origin).read_bytes())
+        return _bound(Path(spec.origin).read_bytes())
     except (OSError, SyntaxError):
         return None  # importing it says it better
+
+
+@lru_cache(maxsize=64)
+def _bound(source: bytes) -> dict[str, ast.stmt] | None:
+    tree = ast.parse(source)
     names: dict[str, ast.stmt] = {}
     for node in tree.body:
         match node:

@@ -5,8 +5,8 @@ Types, paths and texts are checked here, rules between fields in validate.py.
 
 from __future__ import annotations
 
-import copy
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,16 +76,18 @@ def build(values: Mapping[str, Raw]) -> Config:
         raise ConfigError(str(error).split("\n", maxsplit=1)[0]) from None
 
 
-_TREES: dict[tuple[Any, ...], DictConfig] = {}
-"""By the variant of each group: to make one takes longer than all else here."""
+_TREES: dict[tuple[Any, ...], bytes] = {}
+"""By the variant of each group, pickled: to make one takes longer than all else here, to copy one half as long."""
 
 
 def _tree(base: Config) -> DictConfig:
     """The keys of ``base``, whose values are all defaults, as OmegaConf holds them."""
+    if is_plugin(base.task.name):  # a pickle knows classes by their names, and a name may be another file's by now
+        return cast(DictConfig, OmegaConf.structured(base))
     chosen = (*(type(getattr(base, group)) for group in VARIANTS), base.task.name)
     if chosen not in _TREES:
-        _TREES[chosen] = OmegaConf.structured(base)
-    return copy.deepcopy(_TREES[chosen])
+        _TREES[chosen] = pickle.dumps(OmegaConf.structured(base))
+    return cast(DictConfig, pickle.loads(_TREES[chosen]))
 
 
 def _task_from_outside(name: str) -> TaskConfig:

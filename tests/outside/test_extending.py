@@ -213,8 +213,8 @@ def test_a_run_with_task_reward_loss_and_advantage_from_outside_completes(folder
         "algo.advantage=my_advantages:bounded", "algo.advantage_settings={limit: 0.5}",
         "reward.weights={accuracy: 1, my_rewards:brevity: 0.5, my_rewards:shortest_right: 0.1, format: 10}",
         "reward.settings.my_rewards:brevity.longest=10", "reward.only.format.from_step=1", "run.name=outside",
-        "learner.steps=3", "eval.prompts=64", "batch.groups=4", "sft.steps=60", "sft.warmup_steps=5",
-        "staleness.mode=exact", "staleness.max=0", "tracking.progress=off",
+        "learner.steps=3", "eval.prompts=16", "batch.groups=4", "batch.group_size=4", "sft.steps=60",
+        "sft.warmup_steps=5", "staleness.mode=exact", "staleness.max=0", "tracking.progress=off",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = folder / "runs" / "outside"

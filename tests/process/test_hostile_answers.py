@@ -33,7 +33,11 @@ HANGS = r"9^{9 \cdot 9^9}"
 
 @pytest.mark.parametrize(
     ("where", "policy"),
-    [("tags", "strict"), pytest.param("tags", "lenient", marks=pytest.mark.prove), ("boxed", "lenient")],
+    [
+        pytest.param("tags", "strict", marks=pytest.mark.prove),
+        pytest.param("tags", "lenient", marks=pytest.mark.prove),
+        ("boxed", "lenient"),
+    ],
 )
 def test_each_gets_a_score_or_a_reason_and_the_next_answer_is_judged(where: str, policy: str):
     """HANGS passes the filter: where math-verify is asked, its worker is killed at the deadline and replaced."""

@@ -26,6 +26,7 @@ class Steps:
 """
 
 
+@pytest.mark.prove
 def test_a_budget_ends_a_run_as_completed_and_a_larger_one_goes_on(launch: Any, tmp_path: Path) -> None:
     # A step trains 4·4 answers of about 22 tokens: 4,000 decoded tokens are about 11 steps.
     (tmp_path / "my_sinks.py").write_text(TRACKER)

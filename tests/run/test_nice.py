@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 import warm
 
 from .conftest import PATIENCE_S
@@ -24,6 +25,7 @@ def ticks(pid: int) -> Counter[int]:
     return found
 
 
+@pytest.mark.prove
 def test_the_evaluator_is_nice_while_the_run_trains_and_no_longer(
     command: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import warm
 
 STAGES = (
@@ -23,6 +24,7 @@ def written(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.prove
 def test_a_recipe_killed_in_a_stage_goes_on_with_it_and_touches_no_earlier_one(
     command: Any, launch: Any, environment: dict[str, str], tmp_path: Path
 ) -> None:

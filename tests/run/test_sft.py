@@ -63,6 +63,7 @@ def test_a_run_has_a_row_for_every_update_its_flops_and_a_checkpoint(whole: Any)
     assert (whole.run_dir / "learning.png").stat().st_size > 1000
 
 
+@pytest.mark.prove
 def test_two_ranks_with_activation_checkpointing_train_what_one_does(whole: Any, launch: Any) -> None:
     two = launch("two", *SMALL, "learner.ranks=2", "learner.activation_checkpointing=true")
     assert two.code == 0, two.output

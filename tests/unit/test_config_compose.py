@@ -278,7 +278,7 @@ def valid(argv):
             argv = kept if len(kept) < len(argv) else argv[:-1]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(argv=command_lines())
 def test_a_saved_configuration_repeats_itself(argv, tmp_path_factory):
     check_that_it_repeats_itself(argv, tmp_path_factory)
