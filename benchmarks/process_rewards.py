@@ -55,11 +55,11 @@ from offtrail.platform.config.sets import sets_of
 from offtrail.platform.evaluator.answers import STOP
 from offtrail.platform.evaluator.role import EVAL_SEED
 from offtrail.platform.generator.shown import Show
-from offtrail.platform.learner.proxies import proxy_metrics
 from offtrail.platform.learner.report import batch_metrics
 from offtrail.platform.learner.synchronous import Synchronous
 from offtrail.platform.model.reader import Question, Reader
 from offtrail.platform.model.scoring import scorings
+from offtrail.platform.scorer.proxies import proxy_metrics
 from offtrail.platform.tracking.hacking import Watch
 from offtrail.rewards import behaviour
 from offtrail.rewards.score_metrics import rank_correlation
@@ -163,7 +163,7 @@ def result(folder: Path, arm: str, seed: int, start: Path, keys: Sequence[str], 
     for step in loop.run(steps):
         row = {"step": float(step.batch.step + 1), **step.report.metrics}
         row |= batch_metrics(step.batch, config.reward, loop.answers.text.vocabulary)
-        row |= proxy_metrics(step.batch, config)
+        row |= proxy_metrics(step.batch.groups, config)
         watch.take(row)
         rows.append(row)
         if len(rows) % EVERY == 0:

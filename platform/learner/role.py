@@ -39,7 +39,6 @@ from offtrail.platform.learner.data import LocalSource, make_examples
 from offtrail.platform.learner.labelled import Labelled
 from offtrail.platform.learner.make import load_trained, make_head_trainer, make_sft_trainer, make_trainer
 from offtrail.platform.learner.objectives import StalenessError, rows_of_pairs
-from offtrail.platform.learner.proxies import proxy_metrics
 from offtrail.platform.learner.report import batch_histograms, batch_metrics, sample_texts
 from offtrail.platform.learner.sources import BrokerSource
 from offtrail.platform.learner.train import DivergedError, Report, Trainer
@@ -51,6 +50,7 @@ from offtrail.platform.model.tiny import save_start
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import Connection, RoleContext
 from offtrail.platform.runtime.roles import JOBS
+from offtrail.platform.scorer.proxies import proxy_metrics
 from offtrail.platform.weights.probe import probe_text
 from offtrail.platform.weights.store import checksum as checksum_of
 from offtrail.platform.wire.messages import Checkpointed, Commit, Committed, HeldOut
@@ -195,7 +195,7 @@ class Learner:
         metrics["memory/learner_peak_bytes"] = float(peak_memory(self.world.device))
         if isinstance(batch, Batch):
             metrics |= batch_metrics(batch, self.context.config.reward, self.text.vocabulary)
-            metrics |= proxy_metrics(batch, self.context.config)
+            metrics |= proxy_metrics(batch.groups, self.context.config)
             histograms |= batch_histograms(batch)
             shown = 0 if batch.replay else self.context.config.tracking.sample_texts
             texts = sample_texts(batch, self.text.tokenizer.decode, shown)

@@ -12,8 +12,8 @@ import pytest
 from offtrail.core.types import Batch, Channel, Group, Problem, ScoredBy
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
-from offtrail.platform.learner.proxies import proxy_metrics
 from offtrail.platform.learner.report import batch_metrics
+from offtrail.platform.scorer.proxies import proxy_metrics
 from offtrail.platform.tracking.diagnosis import Diagnosis
 from offtrail.platform.tracking.hacking import alarm, alarms
 from offtrail.platform.tracking.hacking_plot import hacking_curves
@@ -61,23 +61,33 @@ def batch() -> Batch:
 
 def test_what_a_model_pays_is_its_component_or_what_the_run_learns_from() -> None:
     """Least scores .8 .2 0 and .5 .7 .6: of the 9 pairs of a right and a wrong one 2 are out of order (.5 under .6)."""
-    plain = proxy_metrics(batch(), config_of())
+    plain = proxy_metrics(batch().groups, config_of())
     assert plain["hacking/prm/proxy"] == pytest.approx(2.8 / 6)
     assert plain["hacking/prm/auc"] == pytest.approx(8 / 9)
     # Ranks 3 2 1 against 3 1.5 1.5; 1 3 2 against 2.5 2.5 1
     assert plain["hacking/prm/rank_correlation"] == pytest.approx((3**0.5 / 2 + 0) / 2)
-    summed = proxy_metrics(batch(), config_of("algo.process.channel=prm"))
+    summed = proxy_metrics(batch().groups, config_of("algo.process.channel=prm"))
     assert summed["hacking/prm/proxy"] == pytest.approx((1.7 + 2.0 + 0 + 0.5 + 0.7 + 0.6) / 6)
     assert summed["hacking/prm/auc"] == plain["hacking/prm/auc"]
-    clipped = proxy_metrics(batch(), config_of("algo.process.channel=prm", "algo.process.form=clip"))
+    clipped = proxy_metrics(batch().groups, config_of("algo.process.channel=prm", "algo.process.form=clip"))
     assert clipped["hacking/prm/proxy"] == 0
 
 
 def test_what_cannot_be_told_is_left_out() -> None:
-    all_right = Batch(0, (group([1.0, 1.0], [[0.5], [0.7]]),))
-    assert proxy_metrics(all_right, config_of()) == {"hacking/prm/proxy": pytest.approx(0.6)}
-    assert proxy_metrics(batch(), Config()) == {}
-    assert proxy_metrics(batch(), config_of(model="other")) == {}
+    all_right = group([1.0, 1.0], [[0.5], [0.7]])
+    assert proxy_metrics([all_right], config_of()) == {"hacking/prm/proxy": pytest.approx(0.6)}
+    assert proxy_metrics(batch().groups, Config()) == {}
+    assert proxy_metrics(batch().groups, config_of(model="other")) == {}
+
+
+def test_answers_without_a_score_or_a_truth_count_for_nothing() -> None:
+    """Held out, NaN says that there is none; of the rest .8 is right, .2 wrong."""
+    one = group(*FIRST)
+    one.components["prm"][2] = np.nan
+    told = proxy_metrics([one], config_of(), "eval")
+    assert told == {"eval/prm/proxy": pytest.approx(0.5), "eval/prm/rank_correlation": 1, "eval/prm/auc": 1}
+    one.components["accuracy"][:] = np.nan
+    assert proxy_metrics([one], config_of(), "eval") == {}
 
 
 def test_steps_are_counted_and_measured_where_there_are_none_too() -> None:
