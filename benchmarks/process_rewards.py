@@ -48,7 +48,8 @@ import numpy as np
 from common import machine, say
 
 from offtrail.ablations.intervals import Interval, sign_flip, two_way
-from offtrail.core.types import Batch, Group, Sampling
+from offtrail.core.protocols import Scores
+from offtrail.core.types import Batch, Channel, Group, Sampling, ScoredBy
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.sets import sets_of
@@ -62,7 +63,7 @@ from offtrail.platform.model.scoring import scorings
 from offtrail.platform.scorer.proxies import proxy_metrics
 from offtrail.platform.tracking.hacking import Watch
 from offtrail.rewards import behaviour
-from offtrail.rewards.score_metrics import rank_correlation
+from offtrail.rewards.score_metrics import rank_correlation, sigmoid
 from offtrail.rewards.total import total
 
 EVERY = 20
@@ -132,8 +133,11 @@ class Scored(Synchronous):
         ]
         told = iter(self.reader.ask(questions, self.config.scorer.tokens_per_batch) if questions else ())
         for group, one in zip(groups, shown, strict=True):
-            logits = np.concatenate(next(told)) if one.asked else np.zeros(0)
-            scores = one.scores(0, (1 / (1 + np.exp(-logits))).astype(np.float32))
+            if one.asked:
+                scores = one.scores(0, sigmoid(np.concatenate(next(told))).astype(np.float32))
+            else:
+                nothing = np.zeros(group.size, np.float32)
+                scores = Scores(ScoredBy(self.name, 0), {self.name: nothing}, {self.name: Channel("step", nothing[:0])})
             group.components |= scores.components
             group.channels |= scores.channels
             group.step_ends = group.step_ends if scores.step_ends is None else scores.step_ends
