@@ -48,22 +48,20 @@ import numpy as np
 from common import machine, say
 
 from offtrail.ablations.intervals import Interval, sign_flip, two_way
-from offtrail.core.protocols import Scores
-from offtrail.core.types import Batch, Channel, Group, Sampling, ScoredBy
+from offtrail.core.types import Batch, Channel, Group, Sampling
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.sets import sets_of
 from offtrail.platform.evaluator.answers import STOP
 from offtrail.platform.evaluator.role import EVAL_SEED
-from offtrail.platform.generator.shown import Show
 from offtrail.platform.learner.report import batch_metrics
 from offtrail.platform.learner.synchronous import Synchronous
-from offtrail.platform.model.reader import Question, Reader
-from offtrail.platform.model.scoring import scorings
+from offtrail.platform.scorer.groups import score_groups
+from offtrail.platform.scorer.local import load_scorers
 from offtrail.platform.scorer.proxies import proxy_metrics
 from offtrail.platform.tracking.hacking import Watch
 from offtrail.rewards import behaviour
-from offtrail.rewards.score_metrics import rank_correlation, sigmoid
+from offtrail.rewards.score_metrics import rank_correlation
 from offtrail.rewards.total import total
 
 EVERY = 20
@@ -110,11 +108,9 @@ class Scored(Synchronous):
 
     def __init__(self, config: Config, start: Path) -> None:
         super().__init__(config, start)
-        [one] = scorings(config).values()
-        self.show, self.name = Show(one, self.answers.text), one.name
-        self.reader = Reader.open(one.folder, one.spec, key=one.key, longest=config.model.max_length)
-        [self.held_out] = sets_of(config)
-        self.problems = self.held_out.problems()
+        self.scorers = load_scorers(config, Path(), self.answers.text)
+        [held_out] = sets_of(config)
+        self.problems = held_out.problems()
 
     def generate(self, step: int) -> Batch:
         """With scores, and rewards that count them."""
@@ -126,21 +122,11 @@ class Scored(Synchronous):
 
     def score(self, groups: Sequence[Group]) -> None:
         """Component, channel and step ends of each group."""
-        shown = [self.show(g.problem, g.prompt_tokens, [s.tokens for s in g.samples()]) for g in groups]
-        asked = [one for one in shown if one.asked]
-        questions = [
-            Question(one.prompt, [one.parts[i] for i in one.asked], [one.ends[i] for i in one.asked]) for one in asked
-        ]
-        told = iter(self.reader.ask(questions, self.config.scorer.tokens_per_batch) if questions else ())
-        for group, one in zip(groups, shown, strict=True):
-            if one.asked:
-                scores = one.scores(0, sigmoid(np.concatenate(next(told))).astype(np.float32))
-            else:
+        score_groups(groups, self.scorers, lambda on: None)
+        for group in groups:
+            if "prm" not in group.channels:
                 nothing = np.zeros(group.size, np.float32)
-                scores = Scores(ScoredBy(self.name, 0), {self.name: nothing}, {self.name: Channel("step", nothing[:0])})
-            group.components |= scores.components
-            group.channels |= scores.channels
-            group.step_ends = group.step_ends if scores.step_ends is None else scores.step_ends
+                group.components["prm"], group.channels["prm"] = nothing, Channel("step", nothing[:0])
             texts = [self.answers.text.answer_text(group.problem, sample.tokens) for sample in group.samples()]
             group.counts = behaviour.counted(texts, (group.finish == STOP).tolist(), "en")
 
@@ -153,7 +139,7 @@ class Scored(Synchronous):
         groups = [g for g in self.answers.groups(self.problems, 1, sampling, step=version) if g is not None]
         self.score(groups)
         right = [int(group.components["accuracy"][0]) for group in groups]
-        return right, float(np.mean([group.components[self.name][0] for group in groups]))
+        return right, float(np.mean([group.components["prm"][0] for group in groups]))
 
 
 def result(folder: Path, arm: str, seed: int, start: Path, keys: Sequence[str], steps: int) -> dict[str, Any]:

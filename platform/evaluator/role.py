@@ -41,6 +41,7 @@ from offtrail.platform.runtime.context import Connection, RoleContext, reuses_fi
 from offtrail.platform.runtime.nice import Nice
 from offtrail.platform.scorer.asking import open_scorers
 from offtrail.platform.scorer.groups import score_groups
+from offtrail.platform.scorer.proxies import proxy_metrics
 from offtrail.platform.verifier.pool import VerifierPool
 from offtrail.platform.weights.store import Subscriber, pin_anew
 from offtrail.platform.wire.messages import EvalJob, EvalResult, NextEval
@@ -190,6 +191,7 @@ class Asked:
             f"{area}/prompts": float(len(self.problems)),
             f"{area}/prompts_without_room": float(len(groups) - len(answered)),
             **model_scores(area, answered, self.set.config.scorer.models),
+            **proxy_metrics(answered, self.set.config, area),
             **reason_shares(area, counts),
             **behaviour.metrics(counts, f"{area}/behaviour"),
         }
