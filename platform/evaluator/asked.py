@@ -7,23 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from offtrail.core.types import FINISH_REASONS, Float32, Group, Problem
+from offtrail.platform.config.schema import Config
 from offtrail.platform.config.sets import LOGPROB, EvalSet
 from offtrail.platform.evaluator.measures import Values
+from offtrail.platform.model.scoring import scorings
 from offtrail.platform.model.text import Text
 from offtrail.rewards import behaviour
 from offtrail.rewards.answer import find_answer
 from offtrail.rewards.format import parse
 from offtrail.rewards.grading.choice import letter
 from offtrail.rewards.grading.latex import said
+from offtrail.rewards.step_config import Aggregate
+from offtrail.rewards.steps import aggregate
 from offtrail.tasks.base import Measured
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.registry import make_task
 
 STOP = FINISH_REASONS.index("stop")
+AGGREGATE_NAMES: tuple[Aggregate, ...] = get_args(Aggregate)
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,28 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """What a model of scorer.models, which lies in ``folder``, says of each of the n answers in one number: ``values``
+    [Q, n], NaN without a score, of its steps by an aggregate where it reads steps. ``own``: by the one that its entry
+    names. ``weighs``: whether none is below 0, so that it can weigh votes. ``unscored``: answers that were given and
+    have none; ``versions`` of the model that made them.
+    """
+
+    model: str
+    folder: Path
+    values: Values
+    own: bool
+    weighs: bool
+    unscored: int
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Asked:
     """The n answers to each of a set's Q questions: their [Q, n] scores of the main component, texts (None: no answer)
     by which they vote, weights of these votes, lengths in tokens, and whether they were cut at the longest length.
     ``room`` [Q]: whether the prompt left room for an answer. ``ratios``: further measures by name. ``shots`` and
-    ``beside``: see EvalSet.
+    ``beside``: see EvalSet. ``marks`` by NAME, or NAME/AGGREGATE.
     """
 
     name: str
@@ -52,6 +76,7 @@ class Asked:
     ratios: dict[str, Ratio] = field(default_factory=dict)
     shots: int = 0
     beside: str = ""
+    marks: dict[str, Marks] = field(default_factory=dict)
 
 
 def asked_of(one: EvalSet, problems: Sequence[Problem], made: Mapping[int, Group], text: Text) -> Asked:
@@ -79,7 +104,43 @@ def asked_of(one: EvalSet, problems: Sequence[Problem], made: Mapping[int, Group
                 _note(counts, (Q, n), (place, i), "", task.counts(problem, answer))
     room = np.array([place in made for place in range(Q)], np.float64)
     ratios = _ratios(counts, task.RATIOS if isinstance(task, Measured) else {})
-    return Asked(one.label, scores, answers, lengths, cut, weights, room, ratios, one.shots, one.beside)
+    marks = marks_of(one.config, (Q, n), made)
+    return Asked(one.label, scores, answers, lengths, cut, weights, room, ratios, one.shots, one.beside, marks)
+
+
+def marks_of(config: Config, shape: tuple[int, int], made: Mapping[int, Group]) -> dict[str, Marks]:
+    """Of each model that was asked, by each aggregate of its steps, where it reads steps. A product of what is no
+    probability, and a vote that weighs less than 0, would say nothing: there is none.
+    """
+    found: dict[str, Marks] = {}
+    for name, model in scorings(config).items():
+        asked = {place: group for place, group in made.items() if name in group.components}
+        if not asked:
+            continue
+        probable, steps = model.spec.squash == "sigmoid", model.spec.reads == "steps"
+        unscored = sum(int(np.isnan(group.components[name]).sum()) for group in asked.values())
+        versions = {group.scored_by[name].version for group in asked.values() if name in group.scored_by}
+        for how in AGGREGATE_NAMES if steps else (model.aggregate,):
+            if how == "product" and steps and not probable:
+                continue
+            values = np.full(shape, np.nan)
+            for place, group in asked.items():
+                values[place] = marks(group, name, how)
+            found[f"{name}/{how}" if steps else name] = Marks(
+                name, model.folder, values, how == model.aggregate, probable, unscored, tuple(sorted(versions))
+            )
+    return found
+
+
+def marks(group: Group, name: str, how: Aggregate) -> Values:
+    """[n]: an aggregate of the scores of each answer's steps; of one without steps, or a model that reads none, what
+    its component says, NaN without a score.
+    """
+    component, channel = group.components[name].astype(np.float64), group.channels.get(name)
+    if channel is None or channel.axis != "step":
+        return component
+    by_sample = [channel.values[group.step_samples == i] for i in range(group.size)]
+    return np.array([aggregate(of, how) if of.size else component[i] for i, of in enumerate(by_sample)])
 
 
 def vote_weights(group: Group, name: str) -> Float32:

@@ -1,8 +1,9 @@
 """What n answers to each of Q questions say of a model: avg@n, pass@k, cons@k, and how sure that is. Pure numpy.
 
-    scores [Q, n] ──► average, pass_at ──┐
-    answers, scores ──► consensus ───────┴──► one value a question ──► over_questions
-    counts above and below [Q, n] ─────────────────────────────────► ratio
+    scores [Q, n] ──► average, pass_at ─────────────────┐
+    answers, scores ──► consensus ──────────────────────┼──► one value a question ──► over_questions
+    marks, scores ──► best_of, and answers ──► weighted ┘
+    counts above and below [Q, n] ──────────────────────────────────────────────────► ratio
 
 Every measure gives one value a question, its expectation over the draw of the answers, so that an interval can be taken
 over questions: the answers to one question are no independent observations (Miller 2024, arXiv:2411.00640).
@@ -11,7 +12,7 @@ over questions: the answers to one question are no independent observations (Mil
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,20 +58,49 @@ def consensus(answers: Sequence[Sequence[str | None]], scores: Values, k: int, w
 
     The n answers are cut into ⌊n/k⌋ votes of k, whose mean is taken. Equal texts vote together; None, no answer, does
     not vote, and a vote without any is lost. Of several with as many votes one is drawn at random: their mean counts.
-    ``weights`` [Q, n] ≥ 0, such as a reward model's scores, count in place of 1. ValueError unless 1 ≤ k ≤ n.
+    ``weights`` [Q, n] ≥ 0 count in place of 1. ValueError unless 1 ≤ k ≤ n.
     """
-    Q, n = scores.shape
+    weighed = np.ones(scores.shape) if weights is None else weights
+    return _in_parts(
+        lambda q, part: _vote(answers[q][part], scores[q, part], weighed[q, part]), scores.shape, k, f"cons@{k}"
+    )
+
+
+def weighted_vote(answers: Sequence[Sequence[str | None]], marks: Values, scores: Values, k: int) -> Values:
+    """cons@k with votes that weigh ``marks`` [Q, n] ≥ 0, such as a process reward model's (Li et al. 2023,
+    arXiv:2206.02336): [Q]. An answer without a mark (NaN) does not vote.
+    """
+    voting = [
+        [None if np.isnan(mark) else answer for answer, mark in zip(row, of_row, strict=True)]
+        for row, of_row in zip(answers, marks, strict=True)
+    ]
+    return consensus(voting, scores, k, np.nan_to_num(marks))
+
+
+def best_of(marks: Values, scores: Values, k: int) -> Values:
+    """Best of k by ``marks`` [Q, n], such as a reward model's (Cobbe et al. 2021, arXiv:2110.14168, section 4.2): [Q]
+    chance that the one with the highest mark is right.
+
+    Cut and drawn as `consensus` does it: ⌊n/k⌋ choices of k, whose mean is taken, and of several with the highest mark
+    the mean counts. An answer without a mark (NaN) is never taken; a choice in which none has one is lost. ValueError
+    unless 1 ≤ k ≤ n.
+    """
+
+    def choose(q: int, part: slice) -> float:
+        of_part = marks[q, part]
+        known = of_part[~np.isnan(of_part)]
+        return float(scores[q, part][of_part == known.max()].mean()) if known.size else 0.0
+
+    return _in_parts(choose, scores.shape, k, f"best of {k}")
+
+
+def _in_parts(value: Callable[[int, slice], float], shape: tuple[int, ...], k: int, what: str) -> Values:
+    """[Q]: of each question the mean value of its ⌊n/k⌋ parts of k answers."""
+    Q, n = shape
     if not 1 <= k <= n:
-        raise ValueError(f"cons@{k}: needs 1 ≤ k ≤ n = {n} answers a question")
-    weighed = np.ones((Q, n)) if weights is None else weights
-    values = np.zeros(Q)
-    for q in range(Q):
-        votes = [
-            _vote(answers[q][at : at + k], scores[q, at : at + k], weighed[q, at : at + k])
-            for at in range(0, n - k + 1, k)
-        ]
-        values[q] = np.mean(votes)
-    return values
+        raise ValueError(f"{what}: needs 1 ≤ k ≤ n = {n} answers a question")
+    parts = [slice(at, at + k) for at in range(0, n - k + 1, k)]
+    return np.array([np.mean([value(q, part) for part in parts]) for q in range(Q)])
 
 
 def _vote(answers: Sequence[str | None], scores: Values, weights: Values) -> float:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,13 @@ from offtrail.platform.evaluator.measures import (
     Estimate,
     Values,
     average,
+    best_of,
     consensus,
     over_questions,
     pass_at,
     ratio,
     sizes_up_to,
+    weighted_vote,
 )
 from offtrail.platform.tracking.plot import BLUE, GREEN, GREY, ORANGE
 from offtrail.platform.tracking.summary import read_summary, write_atomic, write_summary
@@ -41,12 +44,16 @@ if TYPE_CHECKING:
 RESULTS, FIGURE, COMPARED = "eval.json", "eval.png", "few_shot.png"
 OF_WORDS = {f"behaviour/{word}_per_1000_words" for word in REFLECTION}
 """In eval.json, and not in the table."""
-ONE_DIGIT = re.compile(r"^length$|_1000_|words_mean$")
+ONE_DIGIT = re.compile(r"^length$|_1000_|words_mean$|/unscored$")
 """Measures that are no shares."""
+CHOSEN = re.compile(r"(best_of_n|weighted_vote)/(.*)@(\d+)")
+"""What an answer is chosen by the scores of a model: the use, the model and its aggregate, of how many."""
+SHADES = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+"""Of models that choose: what is left of Okabe and Ito's palette."""
 
 
 def by_question(asked: Asked) -> dict[str, Values]:
-    """Measure → [Q] one value a question; pass@k, cons@k and wcons@k at the powers of 2 and at n."""
+    """Measure → [Q] one value a question; pass@k, cons@k, wcons@k and what models choose: k the powers of 2, and n."""
     n = asked.scores.shape[1]
     sizes = sizes_up_to(n)[1:]
     return {
@@ -54,16 +61,45 @@ def by_question(asked: Asked) -> dict[str, Values]:
         **{f"pass@{k}": pass_at(asked.scores, k) for k in sizes},
         **{f"cons@{k}": consensus(asked.answers, asked.scores, k) for k in sizes},
         **{f"wcons@{k}": consensus(asked.answers, asked.scores, k, asked.weights) for k in sizes},
+        **{
+            f"best_of_n/{name}@{k}": best_of(marks.values, asked.scores, k)
+            for name, marks in asked.marks.items()
+            for k in sizes
+        },
+        **{
+            f"weighted_vote/{name}@{k}": weighted_vote(asked.answers, marks.values, asked.scores, k)
+            for name, marks in asked.marks.items()
+            if marks.weighs
+            for k in sizes
+        },
+    }
+
+
+def reranked(asked: Asked) -> dict[str, dict[str, Estimate]]:
+    """What a model chooses of all n answers → what it is compared with, the vote and one answer alone → the paired
+    difference, question by question.
+    """
+    values, n = by_question(asked), asked.scores.shape[1]
+    chosen = [measure for measure in values if (found := CHOSEN.fullmatch(measure)) and int(found[3]) == n]
+    return {
+        measure: {other: over_questions(values[measure] - values[other]) for other in (f"cons@{n}", f"avg@{n}")}
+        for measure in chosen
     }
 
 
 def measured(asked: Asked) -> dict[str, Estimate]:
-    """Measure → estimate, in the order in which they are shown."""
+    """Measure → estimate, in the order in which they are shown. A model's mean score is of the answers that have one;
+    how many have none is a count.
+    """
     answered = np.array([[answer is not None for answer in row] for row in asked.answers], np.float64)
     values = by_question(asked) | {
         "answered": average(answered), "truncated": average(asked.cut), "length": average(asked.lengths),
     }  # fmt: skip
     found = {measure: over_questions(value) for measure, value in values.items()}
+    for one in (marks for marks in asked.marks.values() if marks.own):
+        known = ~np.isnan(one.values)
+        found[one.model] = ratio(np.nan_to_num(one.values), known.astype(np.float64))
+        found[f"{one.model}/unscored"] = Estimate(float(one.unscored), math.nan, math.nan, math.nan)
     return found | {measure: ratio(one.above, one.below) for measure, one in asked.ratios.items()}
 
 
@@ -102,6 +138,7 @@ def compared(sets: Sequence[Asked]) -> list[Comparison]:
 def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Asked], longest: int) -> Table:
     """Write the files; the table for the terminal. ``longest``: the most tokens that an answer could have."""
     rows, comparisons = {asked.name: measured(asked) for asked in sets}, compared(sets)
+    chosen = {asked.name: found for asked in sets if (found := reranked(asked))}
     told = {
         "results": {name: _harness(found) for name, found in rows.items()},
         "n-shot": {asked.name: asked.shots for asked in sets},
@@ -111,6 +148,8 @@ def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Ask
             for name, found in rows.items()
         },
         **({"comparisons": {one.name: _told(one) for one in comparisons}} if comparisons else {}),
+        **({"reranking": {name: _differences(found) for name, found in chosen.items()}} if chosen else {}),
+        **({"scored_by": {a.name: _scored_by(a) for a in sets if a.marks}} if any(a.marks for a in sets) else {}),
         "config": {
             "model": str(model), "checkpoint": config.checkpoint, "answers": config.eval.samples,
             "answers_by_set": {a.name: a.scores.shape[1] for a in sets},
@@ -123,34 +162,66 @@ def write_results(config: Config, run_dir: Path, model: Path, sets: Sequence[Ask
     flat = {f"eval/{name}/{measure}": _number(e.mean) for name, found in rows.items() for measure, e in found.items()}
     for one in comparisons:
         flat |= {f"eval/{one.name}/{measure}_less_plain": _number(e.mean) for measure, e in one.differences.items()}
+    for name, found in chosen.items():
+        flat |= {
+            f"eval/{name}/{measure}_less_{other}": _number(e.mean)
+            for measure, against in found.items()
+            for other, e in against.items()
+        }
     write_summary(run_dir, read_summary(run_dir) | flat)
-    draw(run_dir / FIGURE, config, rows)
+    draw(run_dir / FIGURE, config, rows, {asked.name: own_of(asked) for asked in sets})
     if comparisons:
         draw_comparisons(run_dir / COMPARED, config, comparisons)
     return table(rows, sets, comparisons)
 
 
+def own_of(asked: Asked) -> list[str]:
+    """The marks of each model by the aggregate that its entry names."""
+    return [name for name, marks in asked.marks.items() if marks.own]
+
+
 def _told(one: Comparison) -> dict[str, Any]:
     return {
         "with": one.beside, "n_shot": one.shots, "questions": one.questions, "left_out": one.left_out,
-        "differences": {
-            measure: {"mean": e.mean, "stderr": _number(e.error), "low": _number(e.low), "high": _number(e.high)}
-            for measure, e in one.differences.items()
-        },
+        "differences": {measure: _estimate(e) for measure, e in one.differences.items()},
     }  # fmt: skip
 
 
+def _differences(found: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
+    return {
+        measure: {f"less_{other}": _estimate(e) for other, e in against.items()} for measure, against in found.items()
+    }
+
+
+def _scored_by(asked: Asked) -> dict[str, Any]:
+    return {
+        one.model: {"folder": str(one.folder), "versions": list(one.versions), "unscored": one.unscored}
+        for one in asked.marks.values()
+        if one.own
+    }
+
+
+def _estimate(e: Estimate) -> dict[str, float | None]:
+    return {"mean": e.mean, "stderr": _number(e.error), "low": _number(e.low), "high": _number(e.high)}
+
+
 def table(rows: dict[str, dict[str, Estimate]], sets: Sequence[Asked], comparisons: Sequence[Comparison] = ()) -> Table:
-    """A line for each measure of each set, and for each difference of one that was asked both ways: however many sets
-    there are, a terminal of 80 columns cuts no number.
+    """A line for each measure of each set, and for each difference of one that was asked both ways, or that models have
+    chosen from by the aggregates of their entries: however many sets there are, a terminal of 80 columns cuts no
+    number. What models choose of fewer than all answers stands in eval.json and the figure.
     """
     shown, by_name = Table("set", "measure", "mean", "95 % interval", box=None), {one.name: one for one in comparisons}
     for asked, found in zip(sets, rows.values(), strict=True):
         name = f"{asked.name} ({len(asked.scores)} × {asked.scores.shape[1]})"
         for measure, estimate in found.items():
-            if measure not in OF_WORDS:
+            of_fewer = (chosen := CHOSEN.fullmatch(measure)) and int(chosen[3]) < asked.scores.shape[1]
+            if measure not in OF_WORDS and not of_fewer:
                 shown.add_row(name, measure, *_cells(estimate, ".1f" if ONE_DIGIT.search(measure) else ".3f"))
                 name = ""
+        for measure, against in reranked(asked).items():
+            if any(f"/{own}@" in measure for own in own_of(asked)):
+                for other, estimate in against.items():
+                    shown.add_row("", f"{measure}, less {other}", *_cells(estimate, "+.3f"))
         if (one := by_name.get(asked.name)) is not None:
             for measure, estimate in one.differences.items():
                 mean, interval = _cells(estimate, "+.3f")
@@ -177,8 +248,10 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def draw(path: Path, config: Config, rows: dict[str, dict[str, Estimate]]) -> None:
-    """pass@k, cons@k and wcons@k over k with their intervals, a panel a set."""
+def draw(path: Path, config: Config, rows: dict[str, dict[str, Estimate]], chosen: Mapping[str, Sequence[str]]) -> None:
+    """pass@k, cons@k and wcons@k over k with their intervals, and what models choose by the marks ``chosen`` of a set;
+    a panel a set.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -190,7 +263,7 @@ def draw(path: Path, config: Config, rows: dict[str, dict[str, Estimate]]) -> No
     )  # fmt: skip
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, (name, found) in zip(panels, rows.items(), strict=True):
-        _panel(axes, name, found)
+        _panel(axes, name, found, chosen[name])
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, format="png")
     partial.replace(path)
@@ -230,14 +303,19 @@ def draw_comparisons(path: Path, config: Config, comparisons: Sequence[Compariso
     partial.replace(path)
 
 
-def _panel(axes: Axes, name: str, found: dict[str, Estimate]) -> None:
+def _panel(axes: Axes, name: str, found: dict[str, Estimate], chosen: Sequence[str]) -> None:
     alone = next(estimate for measure, estimate in found.items() if measure.startswith("avg@"))
-    for measure, colour in (("pass", BLUE), ("cons", ORANGE), ("wcons", GREEN)):
+    by_models = [f"{use}/{marks}" for marks in chosen for use in ("best_of_n", "weighted_vote")]
+    shades = [("pass", BLUE), ("cons", ORANGE), ("wcons", GREEN), *zip(by_models, cycle(SHADES), strict=False)]
+    for measure, colour in shades:
         curve = [(1, alone)] + [
             (int(known.partition("@")[2]), e) for known, e in found.items() if known.startswith(f"{measure}@")
         ]
+        if len(curve) == 1 and measure in by_models:
+            continue
         k, mean = [k for k, _ in curve], [e.mean for _, e in curve]
-        axes.plot(k, mean, marker="o", color=colour, label=f"{measure}@k")
+        label = f"best of k by {measure.partition('/')[2]}" if measure.startswith("best_of_n/") else f"{measure}@k"
+        axes.plot(k, mean, marker="o", color=colour, label=label)
         if not any(math.isnan(e.low) for _, e in curve):
             low, high = [max(0.0, e.low) for _, e in curve], [min(1.0, e.high) for _, e in curve]
             axes.fill_between(k, low, high, color=colour, alpha=0.15, linewidth=0)

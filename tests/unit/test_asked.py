@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offtrail.core.types import Channel, Group, Problem
+from fakes.scores import made
+from offtrail.core.types import Channel, Group, Problem, ScoredBy
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.sets import sets_of
 from offtrail.platform.evaluator.asked import Asked, asked_of, vote_weights
-from offtrail.platform.evaluator.report import compared, measured, write_results
+from offtrail.platform.evaluator.report import compared, measured, reranked, write_results
 from offtrail.platform.model.text import Text
 from offtrail.tasks.base import TaskError
 from offtrail.tasks.shots import Shot, others
@@ -132,6 +133,71 @@ def test_what_is_written_can_be_read_by_what_reads_lm_evaluation_harness(start_d
     assert "behaviour/reflection_share" in shown
     assert "behaviour/wait_per_1000_words" not in shown
     assert (tmp_path / "eval.png").stat().st_size > 10_000
+
+
+def test_what_models_choose_stands_beside_the_vote_with_paired_differences(start_dir: Path, tmp_path: Path) -> None:
+    """Three questions of four answers, the third without room. The steps' scores and the right answers are the test's;
+    every number is by hand.
+    """
+    config = Config(job="eval", checkpoint="here")
+    config.eval.samples = 4
+    config.scorer.models = {
+        "prm": {"path": str(made(tmp_path / "prm", "steps")), "aggregate": "mean"},
+        "rm": {"path": str(made(tmp_path / "rm", "outcome"))},
+    }
+    [one] = sets_of(config)
+    text, problem = Text(start_dir), Problem("chain", 0, "q", "3")
+    answers = ["<think></think><answer>3</answer>", *["<think></think><answer>4</answer>"] * 3]
+    groups = {}
+    for place, steps in enumerate([[[0.9, 0.5], [0.6, 0.6], [0.8, 0.1], []], [[0.2, 0.4], [0.5], [0.3], [0.3]]]):
+        groups[place] = with_scores(group(text, problem, answers, [1, 0, 0, 0], [-1] * 4), steps, [0.5, -2, -1, -3])
+    found = asked_of(one, [problem] * 3, groups, text)
+    assert {name: (m.own, m.weighs, m.unscored) for name, m in found.marks.items()} == {
+        **{f"prm/{how}": (how == "mean", True, 1) for how in ("min", "mean", "product", "last", "sum")},
+        "rm": (True, False, 0),
+    }
+    assert found.marks["prm/product"].values[0, :3] == pytest.approx([0.45, 0.36, 0.08])
+    assert np.isnan(found.marks["prm/mean"].values[0, 3])
+    assert np.isnan(found.marks["prm/mean"].values[2]).all()
+    said = measured(found)
+    means = {name: estimate.mean for name, estimate in said.items()}
+    third = pytest.approx(1 / 3)
+    assert (means["best_of_n/prm/mean@4"], means["best_of_n/prm/min@4"], means["best_of_n/prm/last@4"]) == (third, 0, 0)
+    assert (means["best_of_n/prm/sum@4"], means["best_of_n/prm/product@4"]) == (pytest.approx(2 / 3), third)
+    assert means["best_of_n/rm@4"] == pytest.approx(2 / 3)
+    assert "weighted_vote/rm@4" not in means  # its votes would weigh less than 0
+    assert (means["weighted_vote/prm/mean@4"], means["cons@4"], means["avg@4"]) == (0, 0, pytest.approx(2 / 12))
+    assert means["best_of_n/prm/mean@2"] == pytest.approx(1 / 6)  # the first two answers, of two questions
+    assert means["prm/unscored"] == 1
+    assert means["prm"] == pytest.approx(np.mean([0.7, 0.6, 0.45, 0.3, 0.5, 0.3, 0.3]))
+    against = reranked(found)["best_of_n/prm/mean@4"]["avg@4"]  # +.75, −.25, 0 a question
+    assert (against.mean, against.error) == pytest.approx((1 / 6, np.std([0.75, -0.25, 0], ddof=1) / np.sqrt(3)))
+    table = write_results(config, tmp_path, start_dir, [found], 40)
+    told = json.loads((tmp_path / "eval.json").read_text())
+    assert told["scored_by"]["chain"]["prm"] == {"folder": str(tmp_path / "prm"), "versions": [4], "unscored": 1}
+    assert told["reranking"]["chain"]["best_of_n/prm/mean@4"]["less_avg@4"]["mean"] == pytest.approx(1 / 6)
+    assert told["results"]["chain"]["weighted_vote/prm/last@2,none"] is not None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["eval/chain/best_of_n/rm@4_less_cons@4"] == pytest.approx(2 / 3)
+    shown = [str(cell) for cell in table.columns[1].cells]
+    assert "best_of_n/prm/min@4" in shown
+    assert "best_of_n/prm/mean@4, less cons@4" in shown
+    assert not any("@2" in line and "prm" in line for line in shown)
+    assert not any("prm/min@4, less" in line for line in shown)
+    assert (tmp_path / "eval.png").stat().st_size > 10_000
+
+
+def with_scores(one: Group, steps: list[list[float]], outcomes: list[float]) -> Group:
+    """Scores of two models: of steps, whose ends are an answer's first tokens, and of outcomes."""
+    starts = np.cumsum(one.lengths) - one.lengths
+    ends = [start + i + 1 for start, of in zip(starts, steps, strict=True) for i in range(len(of))]
+    one.step_ends = np.array(ends, np.int32)
+    one.channels["prm"] = Channel("step", np.array([x for of in steps for x in of], np.float32))
+    one.components["prm"] = np.array([np.mean(of) if of else np.nan for of in steps], np.float32)
+    one.components["rm"] = np.array(outcomes, np.float32)
+    one.scored_by = {"prm": ScoredBy("prm", 4), "rm": ScoredBy("rm", 0)}
+    one.check()
+    return one
 
 
 def scored(name: str, scores: list[list[float]], room: list[float], shots: int = 0, beside: str = "") -> Asked:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from offtrail.platform.evaluator.measures import average, consensus, over_questions, pass_at, ratio, sizes_up_to
+from offtrail.platform.evaluator.measures import (
+    average,
+    best_of,
+    consensus,
+    over_questions,
+    pass_at,
+    ratio,
+    sizes_up_to,
+    weighted_vote,
+)
 from offtrail.platform.evaluator.report import Asked, measured, table
 
 SCORES = np.array([[1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0.5, 0, 1, 0]], np.float64)
@@ -52,6 +61,51 @@ def test_the_most_frequent_answer_wins_and_a_tie_is_drawn() -> None:
     assert voted(["7", "7", "3", "9"], "3", 4) == 0
     assert voted(["7", "7", "3", "3", "9"], "3", 5) == 0.5
     assert voted(["7", "3", "9"], "9", 3) == pytest.approx(1 / 3)
+
+
+def best(marks: list[float], right: list[float], k: int) -> float:
+    return float(best_of(np.array([marks]), np.array([right]), k)[0])
+
+
+NONE = np.nan
+
+
+def test_the_answer_with_the_highest_mark_is_taken_and_a_tie_is_drawn() -> None:
+    assert best([0.1, 0.9, 0.5], [1, 0, 1], 3) == 0
+    assert best([-5, -0.2, -0.1], [0, 1, 0.25], 3) == 0.25  # no probabilities, and partial credit
+    assert best([0.9, 0.9, 0.5, 0.9], [1, 0, 0, 0], 4) == pytest.approx(1 / 3)
+    assert best([0.1, 0.2, 0.9, 0.3, 0.8], [0, 1, 0, 1, 1], 2) == 0.5  # of two choices of two; the fifth is left over
+    assert best([0.1, 0.2], [0, 1], 1) == 0.5  # is avg
+
+
+def test_an_answer_without_a_mark_is_never_taken_and_a_choice_of_such_is_lost() -> None:
+    assert best([NONE, 0.1, NONE], [1, 0, 1], 3) == 0
+    assert best([NONE, -3.0], [0, 1], 2) == 1
+    assert best([NONE, NONE], [1, 1], 2) == 0
+    with pytest.raises(ValueError, match="best of 3: needs 1 ≤ k ≤ n = 2"):
+        best([0.1, 0.2], [0, 1], 3)
+
+
+def test_a_tie_counts_what_draws_at_random_come_to() -> None:
+    """Few marks, so that ties are many: the mean over 4,000 random draws is the expectation, up to .03."""
+    rng = np.random.default_rng(3)
+    marks, right = rng.integers(0, 3, (20, 8)).astype(np.float64), rng.integers(0, 2, (20, 8)).astype(np.float64)
+    drawn = np.zeros(20)
+    for _ in range(4000):
+        drawn += right[np.arange(20), (marks + rng.random((20, 8)) / 2).argmax(1)]
+    assert best_of(marks, right, 8) == pytest.approx(drawn / 4000, abs=0.03)
+
+
+def test_a_vote_weighs_what_a_model_says_of_its_answer() -> None:
+    def weighed(marks: list[float], right: str, answers: list[str | None]) -> float:
+        scores = np.array([[float(answer == right) for answer in answers]])
+        return float(weighted_vote([answers], np.array([marks]), scores, len(answers))[0])
+
+    assert weighed([0.9, 0.3, 0.5], "7", ["7", "3", "3"]) == 1  # .9 against .8
+    assert weighed([0.9, 0.3, NONE], "3", ["7", "3", "3"]) == 0  # without a mark there is no vote
+    assert weighed([0.9, NONE, 0.3], "7", [None, "7", "3"]) == 0  # nor without an answer
+    assert weighed([NONE, NONE, NONE], "7", ["7", "7", "7"]) == 0
+    assert weighed([0.5, 0.25, 0.25], "3", ["7", "3", "3"]) == 0.5
 
 
 def test_who_gives_no_answer_does_not_vote() -> None:
