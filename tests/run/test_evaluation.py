@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import warm
 
+from fakes.scores import made
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
 
@@ -85,6 +86,39 @@ def test_a_checkpoint_is_asked_as_it_was_trained_and_a_cut_changes_nothing(
     assert other.returncode == 1
     assert other.stderr.startswith("offtrail: error: checkpoint: its files hold something else than when")
     assert asked(tmp_path, "cut") == told
+
+
+def test_models_score_and_choose_among_the_answers_of_an_evaluation(
+    trained: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    models = f"scorer.models={{prm: {{path: {made(tmp_path / 'prm', 'steps')}}}}}"
+    keys = ["job=eval", f"checkpoint={trained}", "eval.prompts=70", "eval.samples=4", models]
+    line = [sys.executable, str(ROOT / "launch.py"), "run.name=scored", f"run.dir={tmp_path}", *keys]
+    done = warm.run(line, 280, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [row for file in sorted((tmp_path / "scored" / "answers").glob("*.parquet"))
+            for row in pq.read_table(file).to_pylist()]  # fmt: skip
+    assert len(rows) == 70 * 4
+    column = {name: np.array([dict(row["rewards"])[name] for row in rows], np.float64) for name in ("prm", "accuracy")}
+    scores, right = (column[name].reshape(70, 4) for name in ("prm", "accuracy"))
+    for row, score in zip(rows, scores.ravel(), strict=True):
+        steps = row["step/prm"] or []
+        assert len(steps) == len(row["step_ends"])
+        assert score == pytest.approx(min(steps), abs=1e-6) if steps else np.isnan(score)
+        assert not steps or dict(row["scored_by"])["prm"] == {"model": "prm", "version": 0}
+    told = asked(tmp_path, "scored")
+    marks = np.where(np.isnan(scores), -1.0, scores)  # those of steps are probabilities
+    best = (right * (marks == marks.max(1, keepdims=True))).sum(1) / (marks == marks.max(1, keepdims=True)).sum(1)
+    best[marks.max(1) < 0] = 0
+    assert told["results"]["chain"]["best_of_n/prm/min@4,none"] == pytest.approx(best.mean())
+    assert told["results"]["chain"]["prm,none"] == pytest.approx(np.nanmean(scores))
+    assert told["scored_by"]["chain"]["prm"]["unscored"] == np.isnan(scores).sum()
+    difference = told["reranking"]["chain"]["best_of_n/prm/min@4"]["less_avg@4"]["mean"]
+    assert difference == pytest.approx(
+        told["results"]["chain"]["best_of_n/prm/min@4,none"] - told["results"]["chain"]["avg@4,none"]
+    )
+    summary = json.loads((tmp_path / "scored" / "summary.json").read_text())
+    assert summary["compute/evaluator_scored_tokens"] > 0
 
 
 def test_sets_are_scored_while_training_beside_the_tasks_own_prompts(trained: Path) -> None:
