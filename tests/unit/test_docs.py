@@ -62,6 +62,7 @@ def placeholders(folder: Path) -> None:
     for model in (
         "models/Qwen2.5-0.5B-Instruct",
         "models/smollm2-135m-instruct",
+        "models/prm",
         "runs/NAME/checkpoints/step_40",
         "runs/NAME/start",
     ):

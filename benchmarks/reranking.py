@@ -1,0 +1,188 @@
+"""A process reward model that chooses among answers: best of N and weighted votes against the majority, over seeds.
+
+    python benchmarks/reranking.py [--seeds 8] [--policy-steps 100] [--questions 256] [--out FOLDER] [KEY=VALUE …]
+
+One process reward model is made (benchmarks/labelled_answers.py, then job=prm) and left as it is. For each seed job=sft
+trains a policy of middling accuracy from random weights of its own, and job=eval has it answer held-out questions N = 8
+times at T = 1 and the model score every step: the questions, the policy and the drawn numbers are the seed's, the
+process reward model is the same. Every job is the real command. KEY=VALUE goes to the policies' jobs.
+
+The answer's one score is the least of its steps' (`aggregate` min, the default); other aggregates are shown beside it.
+Intervals are Student's t over seeds of differences that are paired within a seed, with the exact sign-flip test
+(ablations/intervals.py). FOLDER keeps the process reward model and every seed's numbers: what is there is not made
+again, and reranking.csv and reranking.png are made from all that is there. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from common import ROOT, launch, machine, say
+
+from offtrail.ablations.intervals import over_seeds, sign_flip
+from offtrail.platform.tracking.summary import read_summary
+
+N = 8
+TASK = ("task=chain", "task.modulus=3", "task.max_operand=3")
+LABELS = ("--rows", "8000", "--spoiled", "0", *TASK, "task.noise=0.25")
+PRM = (
+    "job=prm", "prm.steps=1000", "prm.lr=3e-3", 'prm.cut={by: separator, separator: ";", within: thought}',
+    "learner.checkpoint_every=250", "tracking.tensorboard=false",
+)  # fmt: skip
+"""docs/reward_models.md's setting."""
+MIN = f"best_of_n/prm/min@{N}", f"weighted_vote/prm/min@{N}"
+"""What is claimed; all else is shown."""
+
+
+def process_reward_model(folder: Path) -> dict[str, Any]:
+    """Where it is, and what it says of held-out steps: from ``folder``, or made now."""
+    made, file = folder / "prm", folder / "steps.jsonl"
+    summary = read_summary(made)
+    if summary.get("status") != "completed":
+        if not file.is_file():
+            labels = [sys.executable, str(ROOT / "benchmarks" / "labelled_answers.py"), "steps", "--out", str(file)]
+            subprocess.run([*labels, *LABELS], check=True, stdout=subprocess.DEVNULL)
+        begun = ["run.resume=true"] if (made / "config.yaml").is_file() else []
+        launch(folder, "prm", [*PRM, f"prm.path={file}", *begun])
+        summary = read_summary(made)
+    return {name: summary[f"eval/{name}_last"] for name in ("auc", "accuracy", "first_error_f1")}
+
+
+def result(folder: Path, seed: int, steps: int, questions: int, keys: Sequence[str]) -> dict[str, Any]:
+    """One seed's numbers: from ``folder`` if they were made before with the same keys, else made now."""
+    file = folder / f"seed-{seed}.json"
+    policy = [*TASK, f"sft.steps={steps}", f"run.seed={seed}", *keys]
+    asked = [f"eval.prompts={questions}", f"eval.samples={N}", "eval.temperature=1", "eval.top_p=1"]
+    if file.is_file() and (known := json.loads(file.read_text()))["keys"] == policy + asked:
+        return dict(known)
+    with tempfile.TemporaryDirectory(prefix="reranking-") as runs:
+        launch(Path(runs), "policy", ["job=sft", "tracking.tensorboard=false", *policy])
+        models = f"scorer.models={{prm: {{path: {folder / 'prm'}}}}}"
+        checkpoint = f"checkpoint={Path(runs) / 'policy'}"
+        run = launch(Path(runs), "answers", ["job=eval", checkpoint, models, f"run.seed={seed}", *asked])
+        told = json.loads((run.folder / "eval.json").read_text())
+    [(_, results)] = told["results"].items()
+    measures = {name.removesuffix(",none"): value for name, value in results.items() if "_stderr" not in name}
+    [(_, by)] = told["scored_by"].items()
+    found = {"seed": seed, "keys": policy + asked, "unscored": by["prm"]["unscored"], "measures": measures}
+    file.write_text(json.dumps(found))
+    return found
+
+
+def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a measure at N: the mean over seeds, and its differences from the majority and from one answer."""
+    names = [f"avg@{N}", f"cons@{N}", f"pass@{N}"]
+    names += [name for name in found[0]["measures"] if name.endswith(f"@{N}") and "/" in name]
+    return [
+        {
+            "measure": name, "seeds": len(found), **estimate("mean", [one["measures"][name] for one in found]),
+            **less(found, name, f"cons@{N}", "less_majority"), **less(found, name, f"avg@{N}", "less_one_answer"),
+        }
+        for name in names
+    ]  # fmt: skip
+
+
+def less(found: Sequence[dict[str, Any]], name: str, other: str, column: str) -> dict[str, Any]:
+    """The paired difference over seeds."""
+    pairs = [one["measures"][name] - one["measures"][other] for one in found]
+    if name == other:
+        return {}
+    return estimate(column, pairs) | {f"{column}_p": round(sign_flip(pairs), 4)}
+
+
+def estimate(column: str, values: Sequence[float]) -> dict[str, Any]:
+    """Mean and 95 % interval over seeds, where there are two."""
+    told = {column: round(statistics.fmean(values), 4)}
+    if len(values) < 2:
+        return told
+    around = over_seeds(values)
+    return told | {f"{column}_low": round(around.low, 4), f"{column}_high": round(around.high, 4)}
+
+
+def draw(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Left: accuracy over k, mean over seeds. Right: what each use of the model adds to the majority, seed by seed."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1, 1.25))
+    sizes = [1 << i for i in range(N.bit_length())]
+    curves = {
+        "pass@k": ("pass@{}", "#0072B2"), "majority": ("cons@{}", "#D55E00"),
+        "best of k by PRM (min)": ("best_of_n/prm/min@{}", "#CC79A7"),
+        "vote weighed by PRM (min)": ("weighted_vote/prm/min@{}", "#E69F00"),
+    }  # fmt: skip
+    for label, (name, colour) in curves.items():
+        means = [
+            statistics.fmean(one["measures"][f"avg@{N}" if k == 1 else name.format(k)] for one in found) for k in sizes
+        ]
+        left.plot(sizes, means, marker="o", color=colour, label=label)
+    left.set_xscale("log", base=2)
+    left.set_xticks(sizes, [str(k) for k in sizes])
+    left.set_xlabel("k answers (k = 1: one answer alone)")
+    left.set_ylabel(f"share of held-out questions, mean of {len(found)} seeds")
+    left.legend(frameon=False, fontsize=8)
+    shown = [row for row in rows if "/" in row["measure"]]
+    for place, row in enumerate(shown):
+        colour = "#CC79A7" if row["measure"].startswith("best") else "#E69F00"
+        pairs = [one["measures"][row["measure"]] - one["measures"][f"cons@{N}"] for one in found]
+        right.plot(pairs, [place] * len(pairs), ".", color="0.65", zorder=1)
+        reach = [[row["less_majority"] - row.get("less_majority_low", row["less_majority"])],
+                 [row.get("less_majority_high", row["less_majority"]) - row["less_majority"]]]  # fmt: skip
+        right.errorbar([row["less_majority"]], [place], xerr=reach, fmt="o", color=colour, capsize=3)
+    right.axvline(0, color="0.5", linewidth=0.8)
+    right.set_yticks(range(len(shown)), [row["measure"].removesuffix(f"@{N}").replace("/prm/", " ") for row in shown])
+    right.set_ylim(len(shown) - 0.5, -0.5)
+    right.set_xlabel(f"less majority of {N}: share of questions, 95 % over seeds; grey: each seed")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--policy-steps", type=int, default=100, help="sft.steps of the policies")
+    parser.add_argument("--questions", type=int, default=256, help="held-out questions a seed")
+    parser.add_argument("--out", type=Path, default=Path("reranking-results"))
+    parser.add_argument("keys", nargs="*", help="further keys of the policies' jobs, as launch.py takes them")
+    args = parser.parse_args()
+    folder = args.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    judge = process_reward_model(folder)
+    say(f"process reward model: {judge}")
+    found = []
+    for seed in range(args.seeds):
+        found.append(result(folder, seed, args.policy_steps, args.questions, args.keys))
+        told = found[-1]["measures"]
+        say(f"seed {seed}: " + ", ".join(f"{name} {told[name]:.3f}" for name in (f"avg@{N}", f"cons@{N}", *MIN)))
+    rows = rows_of(found)
+    with (folder / "reranking.csv").open("w", newline="") as file:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(found, rows, folder / "reranking.png")
+    claimed = {row["measure"]: row for row in rows if row["measure"] in MIN}
+    print(
+        json.dumps(
+            {
+                "benchmark": "reranking", **machine(), "prm": judge, "seeds": len(found),
+                "policy_steps": args.policy_steps, "questions": args.questions,
+                "unscored": sum(one["unscored"] for one in found), **claimed,
+            }
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
