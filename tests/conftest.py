@@ -97,6 +97,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def warmed() -> Iterator[None]:
+    """The process that runs are forks of; it imports beside the tests that come first."""
+    import warm
+
+    server = warm.warm()
+    yield
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def start_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of a two-layer model, with its tokenizer."""
     from offtrail.platform.model.tiny import save_start

@@ -1,14 +1,13 @@
 """The real command, and SGLang's servers, forked from a process that has already imported what they import.
 
 torch and transformers take four CPU seconds and sglang seven, which every run and every server of the suite would pay
-again. Here a worker of pytest pays them once. `Popen` and `run` are subprocess's for a command line of launch.py, and
-what they start is a child of the caller, which runs launch.py from its first line. It has its fork server
-(runtime/forkserver.py) beside it from the start, forked too, and that makes its broker, besides the roles that compute;
-all else is as in a process of its own. `ServerPopen` is
-subprocess's for what engines/sglang/child.py starts: a server is a child of the caller, too, and runs serve.py, or
-fake_sglang.py, from its first line; anything else is started as ever. Whoever wants other imports than the worker's, or
-to see the command from nothing, takes subprocess (test_learning's demo, test_serving's pipe, test_wheel); so do the
-servers of runs.
+again. Here a worker of pytest pays them once. `Popen` and `run` are subprocess's for a command line of launch.py, or of
+another script that ends by sys.exit (fsdp_worker.py), and what they start is a child of the caller, which runs it from
+its first line. It has its fork server (runtime/forkserver.py) beside it from the start, forked too, and that makes its
+broker, besides the roles that compute; all else is as in a process of its own. `ServerPopen` is subprocess's for what
+engines/sglang/child.py starts: a server is a child of the caller, too, and runs serve.py, or fake_sglang.py, from its
+first line; anything else is started as ever. Whoever wants other imports than the worker's, or to see the command from
+nothing, takes subprocess (test_learning's demo, test_serving's pipe, test_wheel); so do the servers of runs.
 """
 
 from __future__ import annotations

@@ -8,10 +8,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import warm
 import yaml
 
 from offtrail.algos.advantages import estimate
@@ -35,13 +39,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def from_nothing(command: list[str], **given: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, **given)
+
+
+def command(
+    folder: Path, *arguments: str, run: Callable[..., subprocess.CompletedProcess[str]] = from_nothing
+) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["OFFTRAIL_CACHE"] = str(folder / "cache")
-    return subprocess.run(
-        [sys.executable, ROOT / "launch.py", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return run([sys.executable, str(ROOT / "launch.py"), *arguments], cwd=folder, env=environment)
 
 
 def test_a_tasks_settings_are_keys_like_any_other_and_are_saved(folder: Path):
@@ -206,7 +213,7 @@ def test_what_is_no_loss_and_no_advantage_is_named(importable: None):
             estimate(GrpoConfig(advantage=f"shapeless:{name}"), torch.ones(2), torch.zeros(2), torch.tensor([1, 1]))
 
 
-def test_a_run_with_task_reward_loss_and_advantage_from_outside_completes(folder: Path):
+def test_a_run_with_task_reward_loss_and_advantage_from_outside_completes(folder: Path, warmed: None):
     """Three steps through every process. Format counts from step 1 on, so that the first batch earns less."""
     done = command(
         folder, "task=my_tasks:Largest", "task.digits=3", "algo.loss=my_losses:soft_clip",
@@ -215,6 +222,7 @@ def test_a_run_with_task_reward_loss_and_advantage_from_outside_completes(folder
         "reward.settings.my_rewards:brevity.longest=10", "reward.only.format.from_step=1", "run.name=outside",
         "learner.steps=3", "eval.prompts=16", "batch.groups=4", "batch.group_size=4", "sft.steps=60",
         "sft.warmup_steps=5", "staleness.mode=exact", "staleness.max=0", "tracking.progress=off",
+        run=partial(warm.run, timeout=280),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = folder / "runs" / "outside"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,5 +134,9 @@ def check_broadcast(world: World) -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
+    # of SWIG's types (pyproject.toml): as an error it crashes Python when that ends
+    warnings.filterwarnings("ignore", "builtin type")
     torch.set_num_threads(1)
     main(json.loads(Path(sys.argv[1]).read_text()))
+    sys.exit()

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from offtrail.core.types import Batch
@@ -36,9 +37,8 @@ def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     source = str(Path(__file__).parents[2] / "src")
     processes = [
-        subprocess.Popen(
-            # of SWIG's types (pyproject.toml): as an error it crashes Python when that ends
-            [sys.executable, "-W", "error", "-W", "ignore:builtin type", str(WORKER), str(listing)],
+        warm.Popen(
+            [sys.executable, str(WORKER), str(listing)],
             env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": source},
             stderr=subprocess.PIPE,
             text=True,
@@ -65,7 +65,7 @@ def load_worker() -> Any:
 
 @pytest.fixture(scope="module")
 def results(
-    tmp_path_factory: pytest.TempPathFactory, start_dir: Path, make_batch: Callable[..., Batch]
+    tmp_path_factory: pytest.TempPathFactory, start_dir: Path, make_batch: Callable[..., Batch], warmed: None
 ) -> Callable[[str], Path]:
     """Folders of four runs: one rank and two ranks from the start, and each from the other's checkpoint of step 2."""
     folder = tmp_path_factory.mktemp("fsdp")

@@ -56,14 +56,6 @@ Command = Callable[..., list[str]]
 Launch = Callable[..., Finished]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def warmed() -> Iterator[None]:
-    """Imports what runs import, beside the worker's first tests."""
-    server = warm.warm()
-    yield
-    server.close()
-
-
 @pytest.fixture(autouse=True)
 def nothing_goes_on(warmed: None) -> Iterator[None]:
     """A run that its test left by a failed assertion ends with it."""

@@ -28,15 +28,14 @@ from .test_invariants import ROLE_NAMES, checksums, pid_of
 
 B = 4
 BLOWS = ("one", "one", "several", "all", "launcher")
-MORE = 40
-"""Learner steps that a launch may take; if it ends before a blow, the next goes on."""
 
 
 class Storm:
     """One run that is killed again and again, and goes on."""
 
-    def __init__(self, launch: Any, run_dir: Path, seed: str) -> None:
-        self.launch, self.run_dir, self.rng = launch, run_dir, random.Random(seed)
+    def __init__(self, launch: Any, run_dir: Path, seed: str, more: int) -> None:
+        """``more``: learner steps that a launch may take; if it ends before a blow, the next goes on."""
+        self.launch, self.run_dir, self.rng, self.more = launch, run_dir, random.Random(seed), more
         self.kills: Counter[str] = Counter()
         self.process: subprocess.Popen[bytes] | None = None
         self.steps = 0
@@ -64,7 +63,7 @@ class Storm:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Go on, to some steps more."""
-        self.steps = max(self.steps, self.rows() + MORE)
+        self.steps = max(self.steps, self.rows() + self.more)
         return self.launch(self.steps, (self.run_dir / "config.yaml").is_file())
 
     def moment(self) -> bool:
@@ -190,7 +189,7 @@ def light(command: Any, environment: dict[str, str], start_dir: Path, tmp_path: 
 
 def weather(light: Any, tmp_path: Path, mode: str, kills: int) -> Storm:
     """A storm, and a last launch that takes the run to an end."""
-    storm = Storm(partial(light, "killed", mode), tmp_path / "killed", f"{mode} {kills}")
+    storm = Storm(partial(light, "killed", mode), tmp_path / "killed", f"{mode} {kills}", min(10 + kills, 40))
     storm.run(kills)
     if storm.process is not None:
         storm.process.kill()

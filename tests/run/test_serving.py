@@ -157,7 +157,7 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(start_dir: Path, greedy
     key = "a-key-of-mine"
     saved = save_checkpoint(start_dir, tmp_path / "runs" / "trained")
     settings = ["job=serve", f"checkpoint={saved}", "serve.port=0", "run.name=api"]
-    with subprocess.Popen(
+    with warm.Popen(
         [sys.executable, str(ROOT / "launch.py"), *settings],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env=os.environ | {"OFFTRAIL_SGLANG_KEY": key},

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = "offtrail.platform.engines.sglang.serve"
@@ -63,7 +64,7 @@ def test_two_ranks_push_to_two_servers_of_which_one_is_killed(
         "engine=sglang", "engine.servers=2", "weights.channel=distributed", "learner.ranks=2", f"learner.steps={steps}",
         "eval.engine=local", "broker.deadline_seconds=200", "weights.probe_every=5",
     )  # fmt: skip
-    process = subprocess.Popen(
+    process = warm.Popen(
         command("pushed", *keys),
         env=environment,
         cwd=tmp_path,
