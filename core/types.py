@@ -75,11 +75,12 @@ class Channel:
     values: Int32 | Float32
 
 
-LOWEST_LOGPROB, LARGEST_REWARD = -1e4, 1e9
-"""No sampled token is less likely; no reward larger: its square must stay a float32."""
+LOWEST_LOGPROB, HIGHEST_LOGPROB, LARGEST_REWARD = -1e4, 1e-4, 1e9
+"""No sampled token is less likely, and none more but for rounding; no reward larger: its square must stay a float32."""
 SHORT = 4096
 """Below so many elements argmax is the cheaper way to a largest value."""
-_UNSIGNED = np.dtype(np.uint32)
+_SIGNED, _UNSIGNED = np.dtype(np.int32), np.dtype(np.uint32)
+_LOWEST_BITS, _HIGHEST_BITS = map(int, np.array([LOWEST_LOGPROB, HIGHEST_LOGPROB], np.float32).view(_UNSIGNED))
 PARENT = "parent"
 """The node channel that makes nodes a tree: each node's parent, an earlier node, or −1 for a root."""
 
@@ -164,14 +165,14 @@ class Group:
         if self.scored_by:
             self._check_scored_by()
         # Few reductions, one value each: this runs for every group that arrives.
-        lowest, highest = _range(self.logprobs)
+        lowest, highest = (0.0, 0.0) if _are_logprobs(self.logprobs) else _range(self.logprobs)
         rewards = self.rewards.tolist()
         if not (-math.inf < lowest <= highest < math.inf and math.isfinite(sum(rewards))):
             raise ValueError(f"group {self.group}: a reward or log-probability is not finite")
         if lowest < LOWEST_LOGPROB or max(rewards) > LARGEST_REWARD or min(rewards) < -LARGEST_REWARD:
             raise ValueError(
-                f"group {self.group}: a log-probability of {lowest:.4g} or a reward of {max(map(abs, rewards)):.4g} is "
-                f"beyond {LOWEST_LOGPROB:.0e} or {LARGEST_REWARD:.0e}"
+                f"group {self.group}: a log-probability of {_range(self.logprobs)[0]:.4g} or a reward of "
+                f"{max(map(abs, rewards)):.4g} is beyond {LOWEST_LOGPROB:.0e} or {LARGEST_REWARD:.0e}"
             )
         for name, column in self.components.items():
             values = column.tolist()
@@ -179,7 +180,7 @@ class Group:
                 raise ValueError(f"group {self.group}: component {name} is infinite (NaN says that it does not apply)")
         if self.counts and not math.isfinite(sum(self.counts.values())):
             raise ValueError(f"group {self.group}: a count is not finite")
-        if highest > 1e-4:
+        if highest > HIGHEST_LOGPROB:
             raise ValueError(f"group {self.group}: a log-probability is above 0 ({highest:.4g})")
         if not math.isfinite(sum(self.times.reshape(-1).tolist())):
             raise ValueError(f"group {self.group}: a time is not finite")
@@ -271,12 +272,26 @@ def _range(array: npt.NDArray[Any]) -> tuple[float, float]:
     return np.minimum.reduce(array).item(), np.maximum.reduce(array).item()
 
 
-def _largest_id(ids: Int32) -> int:
+def _are_logprobs(array: Float32) -> bool:
+    """Whether all are finite and within LOWEST_LOGPROB and HIGHEST_LOGPROB, or there are none.
+
+    The bits of floats are compared: among those of one sign they grow with the magnitude, infinity and NaN last; as
+    signed integers every negative float is below all others, as unsigned ones above. So where all are negative, which
+    is common, one reduction tells.
+    """
+    bits = _largest(array.view(_SIGNED)) if array.size else 0
+    if bits < 0:
+        return bits + (1 << 32) <= _LOWEST_BITS
+    return bits <= _HIGHEST_BITS and _largest_id(array) <= _LOWEST_BITS
+
+
+def _largest_id(ids: Int32 | Float32) -> int:
     """Largest id, 0 when empty. Unsigned, a negative one is the largest: one reduction finds both ends."""
-    unsigned = ids.view(_UNSIGNED)
-    if ids.size >= SHORT:
-        return int(np.maximum.reduce(unsigned))
-    return unsigned.item(unsigned.argmax()) if ids.size else 0
+    return _largest(ids.view(_UNSIGNED)) if ids.size else 0
+
+
+def _largest(array: npt.NDArray[Any]) -> int:
+    return int(np.maximum.reduce(array)) if array.size >= SHORT else array.item(array.argmax())
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offtrail.core.types import Axis, Channel, Group, Problem, ScoredBy
+from offtrail.core.types import SHORT, Axis, Channel, Group, Problem, ScoredBy
 from offtrail.platform.wire.codec import WireError, decode, encode
 from offtrail.platform.wire.groups import arrays_per_group, group_frames, group_from, pack_group, unpack_group
 from offtrail.platform.wire.messages import Acknowledged, BatchReply, SubmitGroup
@@ -119,6 +119,29 @@ def test_arrays_of_a_batch_are_cut_by_the_headers():
         assert plain(group_from(header, arrays[:count])) == plain(group)
         arrays = arrays[count:]
     assert arrays == []
+
+
+EDGES = np.array([0.0, -0.0, 1e-45, -1e-45, 1e-4, -1e4], np.float32)
+BEYOND = np.array(
+    [np.nextafter(np.float32(1e-4), np.float32(1)), np.nextafter(np.float32(-1e4), np.float32(-2e4)),
+     1.0, -3e38, np.inf, -np.inf, np.nan, -np.nan],
+    np.float32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [3, SHORT + 1])
+@pytest.mark.parametrize("others", [-0.5, 0.0])
+def test_logprobs_are_checked_to_the_last_bit(tokens, others):
+    def logprobs(value):
+        found = np.full(tokens, others, np.float32)
+        found[1] = value
+        return replace(make_group([tokens]), logprobs=found)
+
+    for value in EDGES:
+        logprobs(value).check()
+    for value in BEYOND:
+        with pytest.raises(ValueError, match="log-probability"):
+            logprobs(value).check()
 
 
 @pytest.mark.parametrize(
