@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from offtrail.core.plugins import is_plugin
 from offtrail.core.settings import PathKind
 from offtrail.platform.config.errors import ConfigError, nearest_text, refuse, show
-from offtrail.platform.config.files import Raw, guess, read_text, yaml_problem
+from offtrail.platform.config.files import Raw, as_text, guess, read_text, yaml_problem
 from offtrail.platform.config.keys import (
     GROUPS,
     VARIANTS,
@@ -139,6 +139,8 @@ def _assign(tree: DictConfig, key: Key, value: Raw) -> None:
         value = guess(value)
     if key.type_text == "{name: {name: value}}":
         value = _paths_within(key, guess(value))
+    if isinstance(value, str) and key.default is not None and value == as_text(key.default):
+        return  # it is there: so is most of a saved configuration
     try:
         OmegaConf.update(tree, key.path, _literal(value), merge=False)
     except OmegaConfBaseException:

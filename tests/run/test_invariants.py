@@ -325,12 +325,13 @@ def test_an_interrupt_in_the_cold_start_and_one_before_the_endpoint_end_the_run(
     assert not [entry for entry in ("broker", "learner", "generator", "evaluator") if running(entry, run_dir)]
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize(
     "options",
     [
         ("correction=none", "algo.kl=k3", "algo.kl_coef=0.01"),
-        pytest.param(("correction=none",), marks=pytest.mark.prove),
-        pytest.param(("algo.kl=k3", "algo.kl_coef=0.01"), marks=pytest.mark.prove),
+        ("correction=none",),
+        ("algo.kl=k3", "algo.kl_coef=0.01"),
     ],
 )
 def test_without_a_correction_and_with_a_kl_penalty_all_is_finite(launch: Any, options: tuple[str, ...]) -> None:
