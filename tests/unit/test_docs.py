@@ -42,16 +42,16 @@ def blocks(language: str) -> Iterator[tuple[Path, str]]:
 
 
 def commands() -> list[tuple[str, str]]:
-    """(where it stands, command without its comment), and those that --help shows."""
+    """(where it stands first, command without its comment), and those that --help shows; each once."""
     shell = [(page.name, code) for page, code in blocks("sh")]
     usage = "\n".join(line.strip() for line in USAGE.splitlines() if line.startswith("  python"))
-    found = []
+    found: dict[str, str] = {}
     for name, code in [*shell, ("--help", usage)]:
         for line in code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:
-                found.append((name, shlex.join(words)))
-    return found
+                found.setdefault(shlex.join(words), name)
+    return [(name, command) for command, name in found.items()]
 
 
 def placeholders(folder: Path) -> None:
