@@ -98,6 +98,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     assert resumed.summary["lineage"] == 0
 
 
+@pytest.mark.prove
 def test_a_file_of_prompts_and_answers_is_learned_by_heart(launch: Any, tmp_path: Path) -> None:
     lines = [{"prompt": f"{i}+{i}=", "answer": f"{2 * i}"} for i in range(1, 9)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
