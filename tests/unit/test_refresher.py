@@ -17,18 +17,28 @@ from offtrail.platform.broker.archive import read_groups
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.errors import ConfigError
 from offtrail.platform.config.schema import Config, ModelConfig
+from offtrail.platform.engines.decoder import read_weights
 from offtrail.platform.launcher.memory import estimate
 from offtrail.platform.launcher.refreshable import require_refresh
 from offtrail.platform.model.scoring import Scoring, scorings
 from offtrail.platform.model.text import Text
 from offtrail.platform.model.tiny import save_start
-from offtrail.platform.refresher.labels import Answer, Labelled, answers_of, by_checker, by_outcome, by_pairs, by_policy
+from offtrail.platform.refresher.labels import (
+    Answer,
+    Labelled,
+    Labeller,
+    answers_of,
+    by_checker,
+    by_outcome,
+    by_pairs,
+    by_policy,
+)
 from offtrail.platform.refresher.model import Refreshed
 from offtrail.platform.runtime.activity import Activity
 from offtrail.platform.runtime.context import RoleContext, newest_score_model, score_weights_folder
 from offtrail.platform.scorer.served import Served
 from offtrail.platform.scorer.shown import Show
-from offtrail.platform.weights.store import Subscriber
+from offtrail.platform.weights.store import Publisher, Subscriber
 from offtrail.platform.wire.messages import NextRefresh, RefreshJob
 from offtrail.tasks.chain import ChainConfig
 from offtrail.tasks.registry import make_task
@@ -154,6 +164,29 @@ def test_an_answer_without_a_verdict_or_without_anything_to_read_is_left_out(fol
     empty = [text.stop_token_ids[0]]
     group.tokens, group.lengths = np.array(empty * 4, np.int32), np.ones(4, np.int32)
     assert answers_of([group], Show(scoring, text), "accuracy") == []
+
+
+def test_the_newest_policy_is_asked_for_the_rollouts_and_they_are_judged(folder: Path, tmp_path: Path) -> None:
+    """A policy of random weights: nothing that it goes on to is right."""
+    config = config_of(folder, tmp_path, "steps", "scorer.refresh.method=rollouts", "scorer.refresh.rollouts=2")
+    (tmp_path / "start").symlink_to(folder / "lm")
+    context, activity, looks = RoleContext(config, tmp_path, "refresher", 0), Activity(), list[None]()
+    publisher = Publisher(context.weights_folder)
+    publisher.publish(7, read_weights(folder / "lm"))
+    labeller = Labeller(context, scorings(config)["m"], activity)
+    try:
+        group = group_of(Text(folder / "lm"), 0)
+        labelled = labeller([group], 8, lambda: looks.append(None))
+    finally:
+        labeller.close()
+        publisher.close()
+    assert (labelled.answers, labelled.used, labelled.good_share) == (4, 4, 0.0)
+    assert all(len(item.labels) == len(item.ends) > 0 for item in labelled.items)
+    spent = activity.snapshot().compute
+    steps = sum(len(item.ends) for item in labelled.items)
+    assert spent["verified_samples"] == 2 * steps
+    assert spent["decoded_tokens"] > 2 * steps
+    assert looks
 
 
 # --- the model ---
