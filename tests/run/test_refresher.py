@@ -117,7 +117,7 @@ def test_a_run_that_goes_on_begins_with_the_newest_version(
     process.wait()
     newest = kept(run_dir)[-1]
     [(arrived,)] = ledger(run_dir, "SELECT max(queued_at) FROM groups")
-    again = launch("again", "run.resume=true")
+    again = launch("again", *refreshing(model), "run.resume=true")
     assert again.code == 0, again.output
     groups = complete(run_dir)
     check_scores(run_dir, model, groups)
