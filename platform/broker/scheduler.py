@@ -298,8 +298,12 @@ class Scheduler:
 
     def trained(self, first: int, end: int, most: int) -> list[int]:
         """The ids of at most ``most`` groups of the batches ``first`` … ``end`` − 1, the newest, in their order."""
-        batches = (self.ledger.batch(step) or [] for step in range(first, end))
-        return [group for batch in batches for group in batch][-most:]
+        found: list[int] = []
+        for step in reversed(range(first, end)):
+            if len(found) >= most:
+                break
+            found = [*(self.ledger.batch(step) or []), *found]
+        return found[max(0, len(found) - most) :]
 
     def contents(self, step: int, ids: Sequence[int]) -> list[Group] | None:
         """The groups of a logged batch. None where one of them cannot be read or trained: it is set aside, and the
