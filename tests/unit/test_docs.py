@@ -65,6 +65,7 @@ def placeholders(folder: Path) -> None:
         "models/prm",
         "runs/NAME/checkpoints/step_40",
         "runs/NAME/start",
+        "runs/refreshed/scorers/prm/checkpoints/step_1",
     ):
         (folder / model).mkdir(parents=True)
         (folder / model / "config.json").write_text("{}", encoding="utf-8")
