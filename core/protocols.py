@@ -211,10 +211,11 @@ class Verdict:
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What one version of a scorer says of n outputs. ``components`` name → [n] enter the reward; ``channels`` stand
-    beside it, with the axes that a group of these outputs would have, and ``step_ends`` [S] where one is by steps.
+    beside it, with the axes that a group of these outputs would have, and ``step_ends`` [S] where one is by steps. With
+    ``by`` None no version has said it: there was nothing to read in any output, and settings say what that is worth.
     """
 
-    by: ScoredBy
+    by: ScoredBy | None
     components: Mapping[str, Float32] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
     step_ends: Int32 | None = None

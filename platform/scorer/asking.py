@@ -216,7 +216,7 @@ class ModelScorer:
         if shown.asked:
             self._lines.ask(key, shown, self._done)
         else:
-            self._done.append((key, f"every answer is empty, so that no version of {self._name} has scored the group"))
+            self._done.append((key, shown.unread()))
 
     def poll(self) -> list[tuple[int, Scores | None]]:
         """See core.protocols.Scorer."""

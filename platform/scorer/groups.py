@@ -32,14 +32,16 @@ def add(group: Group, scores: Scores) -> None:
     ends = group.step_ends
     if scores.step_ends is not None:
         if ends.size and not np.array_equal(ends, scores.step_ends):
-            raise ValueError(f"{scores.by.model} cuts the samples into other steps than those that the group has")
+            name = next(iter(scores.components))
+            raise ValueError(f"{name} cuts the samples into other steps than those that the group has")
         ends = scores.step_ends
+    names = (*scores.components, *scores.channels)
     whole = dataclasses.replace(
         group,
         components={**group.components, **scores.components},
         channels={**group.channels, **scores.channels},
         step_ends=ends,
-        scored_by=group.scored_by | dict.fromkeys((*scores.components, *scores.channels), scores.by),
+        scored_by=group.scored_by | ({} if scores.by is None else dict.fromkeys(names, scores.by)),
     )
     whole.check()
     group.components, group.channels = whole.components, whole.channels

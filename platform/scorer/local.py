@@ -28,6 +28,7 @@ class LocalScorer:
     def __init__(self, config: Config, served: Served, show: Show) -> None:
         self._reward, self._served, self._show = config.reward, served, show
         self._asked: list[tuple[int, Shown, Question]] = []
+        self._unread: list[tuple[int, Scores | None]] = []
         self._reasons: dict[int, str] = {}
 
     @property
@@ -48,7 +49,8 @@ class LocalScorer:
         """See core.protocols.Scorer."""
         shown = self._show(problem, prompt_tokens, outputs)
         if not shown.asked:
-            raise ValueError(f"every answer is empty, so that {self._served.scoring.name} has nothing to read")
+            self._unread.append((key, shown.unread()))
+            return
         question = question_of(shown.arrays(), steps=shown.scoring.spec.reads == "steps")
         if why := self._served.unfit(question):
             raise ValueError(why)
@@ -58,7 +60,7 @@ class LocalScorer:
         """See core.protocols.Scorer."""
         asked, self._asked = self._asked, []
         answers = self._served.score([question for _, _, question in asked]) if asked else []
-        done: list[tuple[int, Scores | None]] = []
+        done, self._unread = self._unread, []
         for (key, shown, _), answer in zip(asked, answers, strict=True):
             if isinstance(answer, str):
                 self._reasons[key] = answer

@@ -8,6 +8,8 @@ as in job=reward_model; steps end with tokens (rewards/steps.py).
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,8 +68,8 @@ class Shown:
         if numbers.shape != (sum(counts),) or numbers.dtype != np.float32 or not np.isfinite(numbers).all():
             raise ValueError(f"{name} answered {numbers.shape} numbers, expected {sum(counts)}, all finite float32")
         each = [_NOTHING.astype(np.float32)] * len(self.parts)
-        for i, some in zip(self.asked, np.split(numbers, np.cumsum(counts)[:-1]), strict=True):
-            each[i] = some
+        for i, end, count in zip(self.asked, np.cumsum(counts), counts, strict=True):
+            each[i] = numbers[end - count : end]
         component = np.array([self._one(some) for some in each], np.float32)
         if spec.reads == "outcome":
             return Scores(by, {name: component})
@@ -80,6 +82,18 @@ class Shown:
         for some, start, begin in zip(each, starts, self.begins, strict=True):
             values[start + begin : start + begin + len(some)] = some
         return Scores(by, {name: component}, {name: Channel("token", values)})
+
+    def unread(self) -> Scores:
+        """Where there is nothing to read in any output: `empty` of each, by no version. ValueError where the entry has
+        no `empty`.
+        """
+        name = self.scoring.name
+        if self.scoring.empty is None or math.isnan(self.scoring.empty):
+            raise ValueError(
+                f"every answer is empty, so that {name} has nothing to read; scorer.models.{name}.empty=SCORE says "
+                "what that is worth"
+            )
+        return dataclasses.replace(self.scores(0, _NOTHING.astype(np.float32)), by=None)
 
     def _count(self, i: int) -> int:
         return {"outcome": 1, "steps": len(self.ends[i]), "tokens": len(self.parts[i])}[self.scoring.spec.reads]

@@ -12,6 +12,7 @@ prompts each, is taken for independent; a trend inside a window widens it.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -79,7 +80,9 @@ class Watch:
 
     model: str
     found: Alarm | None = None
-    _series: list[tuple[int, float, float]] = field(default_factory=list)
+    _steps: array[int] = field(default_factory=lambda: array("q"))
+    _proxy: array[float] = field(default_factory=lambda: array("d"))
+    _truth: array[float] = field(default_factory=lambda: array("d"))
 
     @property
     def onset(self) -> int:
@@ -91,8 +94,9 @@ class Watch:
         proxy, truth = row.get(f"hacking/{self.model}/proxy"), row.get(TRUTH)
         if self.found or proxy is None or truth is None or not math.isfinite(proxy + truth):
             return ""
-        self._series.append((int(row["step"] or 0), proxy, truth))
-        self.found = alarm(*zip(*self._series, strict=True))
+        for series, value in ((self._steps, int(row["step"] or 0)), (self._proxy, proxy), (self._truth, truth)):
+            series.append(value)  # type: ignore[arg-type]
+        self.found = alarm(self._steps, self._proxy, self._truth)
         if not self.found:
             return ""
         return (

@@ -80,7 +80,7 @@ def test_each_answer_has_the_numbers_of_the_model_and_one_with_nothing_to_read_h
         one.check()
     assert caplog.messages == [
         f"1 of 3 questions have no score of {name}; question 2: every answer is empty, so that {name} has nothing to "
-        "read" for name in ("prm", "rm")
+        f"read; scorer.models.{name}.empty=SCORE says what that is worth" for name in ("prm", "rm")
     ]  # fmt: skip
     told = model_scores("eval", [first, second, third], ["prm", "rm", "another"])
     known = [*first.components["prm"], second.components["prm"][0]]
@@ -109,8 +109,12 @@ def test_an_entry_may_say_what_an_empty_answer_is_worth_and_a_task_may_be_left_o
     models = f"scorer.models={{rm: {{path: {folder / 'rm'}, empty: -3}}}}"
     keys = [models, "reward.weights.rm=0.1", f"weights.dir={tmp_path}"]
     one, two = group(folder, 0, "1", ""), group(folder, 0, "1", "")
-    score_groups([one], load_scorers(compose(keys), tmp_path, Text(folder / "rm")), never)
+    none = group(folder, 0, "", "")
+    score_groups([one, none], load_scorers(compose(keys), tmp_path, Text(folder / "rm")), never)
     assert one.components["rm"][1] == -3
+    assert none.components["rm"].tolist() == [-3, -3]
+    assert set(none.scored_by) == set()
+    none.check()
     only = compose(keys)
     only.reward.only["rm"] = {"tasks": ["addition"]}
     score_groups([two], load_scorers(only, tmp_path, Text(folder / "rm")), never)

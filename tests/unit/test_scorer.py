@@ -305,6 +305,17 @@ def test_an_empty_answer_has_the_score_that_was_said_or_none(folder: Path) -> No
     _, one = shown(folder, "1", "", of="response", empty=-2.0)
     assert one.asked == [0]
     assert one.scores(0, np.ones(1, np.float32)).components["m"].tolist() == [1, -2]
+    for spec, axis in (("outcome", None), ("steps", "step"), ("tokens", "token")):
+        _, none = shown(folder, "", "", reads=spec, empty=-2.0)
+        assert none.asked == []
+        scores = none.unread()
+        assert (scores.by, scores.components["m"].tolist()) == (None, [-2, -2])
+        assert [channel.axis for channel in scores.channels.values()] == [axis] * (axis is not None)
+    _, unknown = shown(folder, "", "", empty=np.nan)
+    with pytest.raises(
+        ValueError, match=r"^every answer is empty, so that m has nothing to read; scorer.models.m.empty"
+    ):
+        unknown.unread()
     with pytest.raises(ValueError, match=r"^answer 1 has nothing for m to read .*; scorer.models.m.empty=SCORE says"):
         shown(folder, "1", "")
     with pytest.raises(ValueError, match=r"^answer 0 has nothing for m to read"):
