@@ -1,6 +1,6 @@
 """A process reward model that chooses among answers: best of N and weighted votes against the majority, over seeds.
 
-    python benchmarks/reranking.py [--seeds 8] [--policy-steps 100] [--questions 256] [--out FOLDER] [KEY=VALUE …]
+    python benchmarks/reranking.py [--seeds 8] [--policy-steps 200] [--questions 256] [--out FOLDER] [KEY=VALUE …]
 
 One process reward model is made (benchmarks/labelled_answers.py, then job=prm) and left as it is. For each seed job=sft
 trains a policy of middling accuracy from random weights of its own, and job=eval has it answer held-out questions N = 8
@@ -9,8 +9,8 @@ process reward model is the same. Every job is the real command. KEY=VALUE goes 
 
 The answer's one score is the least of its steps' (`aggregate` min, the default); other aggregates are shown beside it.
 Intervals are Student's t over seeds of differences that are paired within a seed, with the exact sign-flip test
-(ablations/intervals.py). FOLDER keeps the process reward model and every seed's numbers: what is there is not made
-again, and reranking.csv and reranking.png are made from all that is there. The last line of stdout is one JSON object.
+(ablations/intervals.py). FOLDER keeps every run: what is there is not made again, and what was cut goes on. Beside them
+stand seeds.csv, reranking.csv and reranking.png. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,46 +36,49 @@ TASK = ("task=chain", "task.modulus=3", "task.max_operand=3")
 LABELS = ("--rows", "8000", "--spoiled", "0", *TASK, "task.noise=0.25")
 PRM = (
     "job=prm", "prm.steps=1000", "prm.lr=3e-3", 'prm.cut={by: separator, separator: ";", within: thought}',
-    "learner.checkpoint_every=250", "tracking.tensorboard=false",
+    "learner.checkpoint_every=250",
 )  # fmt: skip
 """docs/reward_models.md's setting."""
 MIN = f"best_of_n/prm/min@{N}", f"weighted_vote/prm/min@{N}"
 """What is claimed; all else is shown."""
 
 
-def process_reward_model(folder: Path) -> dict[str, Any]:
-    """Where it is, and what it says of held-out steps: from ``folder``, or made now."""
-    made, file = folder / "prm", folder / "steps.jsonl"
-    summary = read_summary(made)
-    if summary.get("status") != "completed":
-        if not file.is_file():
-            labels = [sys.executable, str(ROOT / "benchmarks" / "labelled_answers.py"), "steps", "--out", str(file)]
-            subprocess.run([*labels, *LABELS], check=True, stdout=subprocess.DEVNULL)
-        begun = ["run.resume=true"] if (made / "config.yaml").is_file() else []
-        launch(folder, "prm", [*PRM, f"prm.path={file}", *begun])
-        summary = read_summary(made)
-    return {name: summary[f"eval/{name}_last"] for name in ("auc", "accuracy", "first_error_f1")}
+def made(folder: Path, name: str, keys: Sequence[str]) -> Path:
+    """A completed run in ``folder``: made or gone on with now, unless it is there. SystemExit where it was begun with
+    other keys.
+    """
+    run, note = folder / name, folder / f"{name}.keys"
+    wanted = "\n".join(keys)
+    if note.is_file() and note.read_text() != wanted:
+        raise SystemExit(f"{run}: was made with other settings ({note}); take another --out")
+    note.write_text(wanted)
+    if read_summary(run).get("status") != "completed":
+        begun = ["run.resume=true"] if (run / "config.yaml").is_file() else []
+        launch(folder, name, [*keys, "tracking.tensorboard=false", *begun])
+    return run
+
+
+def process_reward_model(folder: Path) -> Path:
+    """Of the labelled steps in ``folder``, which are made first."""
+    file = folder / "steps.jsonl"
+    if not file.is_file():
+        script = str(ROOT / "benchmarks" / "labelled_answers.py")
+        subprocess.run(
+            [sys.executable, script, "steps", "--out", str(file), *LABELS], check=True, stdout=subprocess.DEVNULL
+        )
+    return made(folder, "prm", [*PRM, f"prm.path={file}"])
 
 
 def result(folder: Path, seed: int, steps: int, questions: int, keys: Sequence[str]) -> dict[str, Any]:
-    """One seed's numbers: from ``folder`` if they were made before with the same keys, else made now."""
-    file = folder / f"seed-{seed}.json"
-    policy = [*TASK, f"sft.steps={steps}", f"run.seed={seed}", *keys]
-    asked = [f"eval.prompts={questions}", f"eval.samples={N}", "eval.temperature=1", "eval.top_p=1"]
-    if file.is_file() and (known := json.loads(file.read_text()))["keys"] == policy + asked:
-        return dict(known)
-    with tempfile.TemporaryDirectory(prefix="reranking-") as runs:
-        launch(Path(runs), "policy", ["job=sft", "tracking.tensorboard=false", *policy])
-        models = f"scorer.models={{prm: {{path: {folder / 'prm'}}}}}"
-        checkpoint = f"checkpoint={Path(runs) / 'policy'}"
-        run = launch(Path(runs), "answers", ["job=eval", checkpoint, models, f"run.seed={seed}", *asked])
-        told = json.loads((run.folder / "eval.json").read_text())
-    [(_, results)] = told["results"].items()
-    measures = {name.removesuffix(",none"): value for name, value in results.items() if "_stderr" not in name}
-    [(_, by)] = told["scored_by"].items()
-    found = {"seed": seed, "keys": policy + asked, "unscored": by["prm"]["unscored"], "measures": measures}
-    file.write_text(json.dumps(found))
-    return found
+    """One seed's numbers: measure → share of questions, and how many answers have no score."""
+    policy = made(folder, f"policy-{seed}", ["job=sft", *TASK, f"sft.steps={steps}", f"run.seed={seed}", *keys])
+    asked = [
+        "job=eval", f"checkpoint={policy}", f"scorer.models={{prm: {{path: {folder / 'prm'}}}}}", f"run.seed={seed}",
+        f"eval.prompts={questions}", f"eval.samples={N}", "eval.temperature=1", "eval.top_p=1",
+    ]  # fmt: skip
+    told = json.loads((made(folder, f"answers-{seed}", asked) / "eval.json").read_text())
+    measures = {name.removesuffix(",none"): value for name, value in told["results"]["chain"].items()}
+    return {"seed": seed, "unscored": told["scored_by"]["chain"]["prm"]["unscored"], "measures": measures}
 
 
 def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,14 +153,15 @@ def draw(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], file: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--policy-steps", type=int, default=100, help="sft.steps of the policies")
+    parser.add_argument("--policy-steps", type=int, default=200, help="sft.steps of the policies")
     parser.add_argument("--questions", type=int, default=256, help="held-out questions a seed")
     parser.add_argument("--out", type=Path, default=Path("reranking-results"))
     parser.add_argument("keys", nargs="*", help="further keys of the policies' jobs, as launch.py takes them")
     args = parser.parse_args()
     folder = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    judge = process_reward_model(folder)
+    summary = read_summary(process_reward_model(folder))
+    judge = {name: summary[f"eval/{name}_last"] for name in ("auc", "accuracy", "first_error_f1")}
     say(f"process reward model: {judge}")
     found = []
     for seed in range(args.seeds):
@@ -166,11 +169,14 @@ def main() -> None:
         told = found[-1]["measures"]
         say(f"seed {seed}: " + ", ".join(f"{name} {told[name]:.3f}" for name in (f"avg@{N}", f"cons@{N}", *MIN)))
     rows = rows_of(found)
-    with (folder / "reranking.csv").open("w", newline="") as file:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    names = [row["measure"] for row in rows]
+    seeds = [{"seed": one["seed"], **{name: one["measures"][name] for name in names}} for one in found]
+    for name, table in (("reranking", rows), ("seeds", seeds)):
+        columns = list(dict.fromkeys(column for row in table for column in row))
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
     draw(found, rows, folder / "reranking.png")
     claimed = {row["measure"]: row for row in rows if row["measure"] in MIN}
     print(
