@@ -7,7 +7,9 @@ trains a policy of middling accuracy from random weights of its own, and job=eva
 times at T = 1 and the model score every step: the questions, the policy and the drawn numbers are the seed's, the
 process reward model is the same. Every job is the real command. KEY=VALUE goes to the policies' jobs.
 
-The answer's one score is the least of its steps' (`aggregate` min, the default); other aggregates are shown beside it.
+The answer's one score is the least of its steps' (`aggregate` min, the default); other aggregates are shown beside it,
+and the majority of the answers that have steps at all. Of the policies' own scored answers `auc` is the model's, right
+against wrong, and `wrong_passed` the share of wrong ones in which it finds no step below ½.
 Intervals are Student's t over seeds of differences that are paired within a seed, with the exact sign-flip test
 (ablations/intervals.py). FOLDER keeps every run: what is there is not made again, and what was cut goes on. Beside them
 stand seeds.csv, reranking.csv and reranking.png. The last line of stdout is one JSON object.
@@ -26,10 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from common import ROOT, launch, machine, say
 
 from offtrail.ablations.intervals import over_seeds, sign_flip
+from offtrail.platform.config.compose import load_config
+from offtrail.platform.config.sets import sets_of
+from offtrail.platform.evaluator.asked import Asked, asked_of
+from offtrail.platform.evaluator.measures import weighted_vote
+from offtrail.platform.launcher.asking import groups_of
+from offtrail.platform.launcher.evaluate import questions_of
+from offtrail.platform.model.text import Text
 from offtrail.platform.tracking.summary import read_summary
+from offtrail.rewards.score_metrics import auc
 
 N = 8
 TASK = ("task=chain", "task.modulus=3", "task.max_operand=3")
@@ -41,6 +52,8 @@ PRM = (
 """docs/reward_models.md's setting."""
 MIN = f"best_of_n/prm/min@{N}", f"weighted_vote/prm/min@{N}"
 """What is claimed; all else is shown."""
+SCORED = f"cons_of_scored@{N}"
+"""The majority of the answers that have a score: what leaving out those without steps does alone."""
 
 
 def made(folder: Path, name: str, keys: Sequence[str]) -> Path:
@@ -71,20 +84,37 @@ def process_reward_model(folder: Path) -> Path:
 
 def result(folder: Path, seed: int, steps: int, questions: int, keys: Sequence[str]) -> dict[str, Any]:
     """One seed's numbers: measure → share of questions, and how many answers have no score."""
-    policy = made(folder, f"policy-{seed}", ["job=sft", *TASK, f"sft.steps={steps}", f"run.seed={seed}", *keys])
+    policy = made(folder, f"policy-{seed}", [f"sft.seed={seed}", "job=sft", *TASK, f"sft.steps={steps}", *keys])
     asked = [
         "job=eval", f"checkpoint={policy}", f"scorer.models={{prm: {{path: {folder / 'prm'}}}}}", f"run.seed={seed}",
         f"eval.prompts={questions}", f"eval.samples={N}", "eval.temperature=1", "eval.top_p=1",
     ]  # fmt: skip
-    told = json.loads((made(folder, f"answers-{seed}", asked) / "eval.json").read_text())
+    run = made(folder, f"answers-{seed}", asked)
+    told = json.loads((run / "eval.json").read_text())
     measures = {name.removesuffix(",none"): value for name, value in told["results"]["chain"].items()}
-    return {"seed": seed, "unscored": told["scored_by"]["chain"]["prm"]["unscored"], "measures": measures}
+    answers = answers_of(run)
+    marks = answers.marks["prm/min"].values
+    known = ~np.isnan(marks)
+    measures[SCORED] = float(weighted_vote(answers.answers, np.where(known, 1.0, np.nan), answers.scores, N).mean())
+    return {
+        "seed": seed, "unscored": told["scored_by"]["chain"]["prm"]["unscored"],
+        "auc": auc(marks[known], answers.scores[known]),
+        "wrong_passed": float((marks[known & (answers.scores < 1)] >= 0.5).mean()), "measures": measures,
+    }  # fmt: skip
+
+
+def answers_of(run: Path) -> Asked:
+    """The sealed answers of a run of job=eval."""
+    config, text = load_config(run / "config.yaml"), Text(run / "start")
+    [one] = sets_of(config)
+    questions = questions_of(one, text)
+    return asked_of(one, questions.problems, dict(groups_of(run, questions)), text)
 
 
 def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a measure at N: the mean over seeds, and its differences from the majority and from one answer."""
     names = [f"avg@{N}", f"cons@{N}", f"pass@{N}"]
-    names += [name for name in found[0]["measures"] if name.endswith(f"@{N}") and "/" in name]
+    names += [SCORED, *(name for name in found[0]["measures"] if name.endswith(f"@{N}") and "/prm/" in name)]
     return [
         {
             "measure": name, "seeds": len(found), **estimate("mean", [one["measures"][name] for one in found]),
@@ -133,9 +163,9 @@ def draw(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], file: 
     left.set_xlabel("k answers (k = 1: one answer alone)")
     left.set_ylabel(f"share of held-out questions, mean of {len(found)} seeds")
     left.legend(frameon=False, fontsize=8)
-    shown = [row for row in rows if "/" in row["measure"]]
+    shown = [row for row in rows if "/" in row["measure"] or row["measure"] == SCORED]
     for place, row in enumerate(shown):
-        colour = "#CC79A7" if row["measure"].startswith("best") else "#E69F00"
+        colour = {"best": "#CC79A7", "weig": "#E69F00"}.get(row["measure"][:4], "0.3")
         pairs = [one["measures"][row["measure"]] - one["measures"][f"cons@{N}"] for one in found]
         right.plot(pairs, [place] * len(pairs), ".", color="0.65", zorder=1)
         reach = [[row["less_majority"] - row.get("less_majority_low", row["less_majority"])],
@@ -144,7 +174,7 @@ def draw(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], file: 
     right.axvline(0, color="0.5", linewidth=0.8)
     right.set_yticks(range(len(shown)), [row["measure"].removesuffix(f"@{N}").replace("/prm/", " ") for row in shown])
     right.set_ylim(len(shown) - 0.5, -0.5)
-    right.set_xlabel(f"less majority of {N}: share of questions, 95 % over seeds; grey: each seed")
+    right.set_xlabel(f"share of questions, less majority of {N} (95 % over seeds)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)
@@ -170,7 +200,14 @@ def main() -> None:
         say(f"seed {seed}: " + ", ".join(f"{name} {told[name]:.3f}" for name in (f"avg@{N}", f"cons@{N}", *MIN)))
     rows = rows_of(found)
     names = [row["measure"] for row in rows]
-    seeds = [{"seed": one["seed"], **{name: one["measures"][name] for name in names}} for one in found]
+    seeds = [
+        {
+            "seed": one["seed"], "unscored": one["unscored"],
+            **{name: round(one[name], 4) for name in ("auc", "wrong_passed")},
+            **{name: round(one["measures"][name], 4) for name in names},
+        }
+        for one in found
+    ]  # fmt: skip
     for name, table in (("reranking", rows), ("seeds", seeds)):
         columns = list(dict.fromkeys(column for row in table for column in row))
         with (folder / f"{name}.csv").open("w", newline="") as file:
@@ -184,7 +221,9 @@ def main() -> None:
             {
                 "benchmark": "reranking", **machine(), "prm": judge, "seeds": len(found),
                 "policy_steps": args.policy_steps, "questions": args.questions,
-                "unscored": sum(one["unscored"] for one in found), **claimed,
+                "unscored": sum(one["unscored"] for one in found),
+                **{name: round(statistics.fmean(one[name] for one in found), 4) for name in ("auc", "wrong_passed")},
+                **claimed,
             }
         )
     )  # fmt: skip
