@@ -228,12 +228,11 @@ def model_scores(area: str, groups: Sequence[Group], models: Iterable[str]) -> d
         known = scores[~np.isnan(scores)]
         found[f"{area}/{name}/unscored"] = float(scores.size - known.size)
         if known.size:
-            versions = [group.scored_by[name].version for group in groups if name in group.scored_by]
-            found |= {
-                f"{area}/{name}": float(known.mean()),
-                f"{area}/{name}/version_min": float(min(versions)),
-                f"{area}/{name}/version_max": float(max(versions)),
-            }
+            found[f"{area}/{name}"] = float(known.mean())
+        versions = [group.scored_by[name].version for group in groups if name in group.scored_by]
+        if versions:  # what its entry says of empty answers no version has said
+            found[f"{area}/{name}/version_min"] = float(min(versions))
+            found[f"{area}/{name}/version_max"] = float(max(versions))
     return found
 
 

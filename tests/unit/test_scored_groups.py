@@ -115,6 +115,7 @@ def test_an_entry_may_say_what_an_empty_answer_is_worth_and_a_task_may_be_left_o
     assert none.components["rm"].tolist() == [-3, -3]
     assert set(none.scored_by) == set()
     none.check()
+    assert model_scores("eval", [none], ["rm"]) == {"eval/rm/unscored": 0, "eval/rm": -3}
     only = compose(keys)
     only.reward.only["rm"] = {"tasks": ["addition"]}
     score_groups([two], load_scorers(only, tmp_path, Text(folder / "rm")), never)
