@@ -52,8 +52,10 @@ PRM = (
 """docs/reward_models.md's setting."""
 MIN = f"best_of_n/prm/min@{N}", f"weighted_vote/prm/min@{N}"
 """What is claimed; all else is shown."""
-SCORED = f"cons_of_scored@{N}"
-"""The majority of the answers that have a score: what leaving out those without steps does alone."""
+SCORED, ONE_SCORED = f"cons_of_scored@{N}", f"avg_of_scored@{N}"
+"""Controls: the majority of the answers that have a score, and one of them drawn blindly: what leaving out those
+without steps does alone.
+"""
 
 
 def made(folder: Path, name: str, keys: Sequence[str]) -> Path:
@@ -95,6 +97,10 @@ def result(folder: Path, seed: int, steps: int, questions: int, keys: Sequence[s
     answers = answers_of(run)
     marks = answers.marks["prm/min"].values
     known = ~np.isnan(marks)
+    rights = [
+        float(right[have].mean()) if have.any() else 0.0 for right, have in zip(answers.scores, known, strict=True)
+    ]
+    measures[ONE_SCORED] = statistics.fmean(rights)
     measures[SCORED] = float(weighted_vote(answers.answers, np.where(known, 1.0, np.nan), answers.scores, N).mean())
     return {
         "seed": seed, "unscored": told["scored_by"]["chain"]["prm"]["unscored"],
@@ -112,13 +118,20 @@ def answers_of(run: Path) -> Asked:
 
 
 def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a measure at N: the mean over seeds, and its differences from the majority and from one answer."""
+    """A row a measure at N: the mean over seeds, and its differences from the majority and from one answer, of all
+    answers and of those that have a score.
+    """
     names = [f"avg@{N}", f"cons@{N}", f"pass@{N}"]
-    names += [SCORED, *(name for name in found[0]["measures"] if name.endswith(f"@{N}") and "/prm/" in name)]
+    names += [
+        ONE_SCORED,
+        SCORED,
+        *(name for name in found[0]["measures"] if name.endswith(f"@{N}") and "/prm/" in name),
+    ]
     return [
         {
             "measure": name, "seeds": len(found), **estimate("mean", [one["measures"][name] for one in found]),
             **less(found, name, f"cons@{N}", "less_majority"), **less(found, name, f"avg@{N}", "less_one_answer"),
+            **less(found, name, ONE_SCORED, "less_one_scored"), **less(found, name, SCORED, "less_majority_scored"),
         }
         for name in names
     ]  # fmt: skip
