@@ -48,7 +48,7 @@ import numpy as np
 from common import machine, say
 
 from offtrail.ablations.intervals import Interval, sign_flip, two_way
-from offtrail.core.types import Batch, Channel, Group, Sampling
+from offtrail.core.types import Batch, Group, Sampling
 from offtrail.platform.config.compose import compose
 from offtrail.platform.config.schema import Config
 from offtrail.platform.config.sets import sets_of
@@ -60,6 +60,7 @@ from offtrail.platform.scorer.groups import score_groups
 from offtrail.platform.scorer.local import load_scorers
 from offtrail.platform.scorer.proxies import proxy_metrics
 from offtrail.platform.tracking.hacking import Watch
+from offtrail.platform.tracking.summary import write_atomic
 from offtrail.rewards import behaviour
 from offtrail.rewards.score_metrics import rank_correlation
 from offtrail.rewards.total import total
@@ -102,9 +103,7 @@ FEWEST = 6
 
 
 class Scored(Synchronous):
-    """The synchronous loop whose groups a model scores, in the same process, as judges do it in a run. A group without
-    a single step, which a run would refuse as unscored, has the score 0.
-    """
+    """The synchronous loop whose groups a model scores, in the same process, as judges do it in a run."""
 
     def __init__(self, config: Config, start: Path) -> None:
         super().__init__(config, start)
@@ -125,8 +124,7 @@ class Scored(Synchronous):
         score_groups(groups, self.scorers, lambda on: None)
         for group in groups:
             if "prm" not in group.channels:
-                nothing = np.zeros(group.size, np.float32)
-                group.components["prm"], group.channels["prm"] = nothing, Channel("step", nothing[:0])
+                raise SystemExit(f"the model has no score of the answers to problem {group.problem.index}")
             texts = [self.answers.text.answer_text(group.problem, sample.tokens) for sample in group.samples()]
             group.counts = behaviour.counted(texts, (group.finish == STOP).tolist(), "en")
 
@@ -145,7 +143,8 @@ class Scored(Synchronous):
 def result(folder: Path, arm: str, seed: int, start: Path, keys: Sequence[str], steps: int) -> dict[str, Any]:
     """One run's numbers: from ``folder`` if it was made before, else made now."""
     file, wanted = folder / f"{arm}-{seed}.json", [*keys, f"run.seed={seed}", f"learner.steps={steps}"]
-    if file.is_file() and (known := json.loads(file.read_text()))["keys"] == wanted:
+    made_with = [*wanted, f"start={start.resolve()}"]
+    if file.is_file() and (known := json.loads(file.read_text()))["keys"] == made_with:
         return dict(known)
     began, config = time.perf_counter(), compose([*wanted, f"learner.checkpoint_every={steps}"])
     loop, watch = Scored(config, start), Watch("prm")
@@ -159,12 +158,12 @@ def result(folder: Path, arm: str, seed: int, start: Path, keys: Sequence[str], 
         if len(rows) % EVERY == 0:
             held.append(loop.evaluate(len(rows)))
     found = {
-        "arm": arm, "seed": seed, "keys": wanted, "seconds": time.perf_counter() - began,
+        "arm": arm, "seed": seed, "keys": made_with, "seconds": time.perf_counter() - began,
         "right": ["".join(map(str, right)) for right, _ in held], "held_out_proxy": [paid for _, paid in held],
         "onset": watch.found.onset if watch.found else None,
         "series": {name: [row.get(tag) for row in rows] for name, tag in SERIES.items()},
     }  # fmt: skip
-    file.write_text(json.dumps(found))
+    write_atomic(file, json.dumps(found))
     return found
 
 
@@ -313,6 +312,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--out", type=Path, default=Path("process-results"))
     args = parser.parse_args()
+    if args.steps < EVERY or args.steps % EVERY:
+        parser.error(f"--steps {args.steps}: must be a multiple of {EVERY}, so that the last step is measured")
     models = f"scorer.models={{prm: {{path: {args.prm.resolve()}, empty: 0, aggregate: sum}}}}"
     args.out.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms}

@@ -190,7 +190,7 @@ class LabelConfig:
 class JudgeConfig:
     """The model that judges pairs: any endpoint with OpenAI's API, as job=serve is."""
 
-    url: str = ""
+    url: str = setting("", resumable=True)
     """Where it is, up to /v1, as http://host:8000/v1; its key in $OFFTRAIL_JUDGE_KEY."""
     model: str = ""
     """Its name there; empty = the endpoint's only one."""
@@ -253,6 +253,10 @@ class PreferConfig:
             raise ValueError(
                 "prefer.judge.url=: prefer.by=judge needs an endpoint: prefer.judge.url=http://HOST:PORT/v1"
             )
+        if self.by == "judge" and self.margin:
+            raise ValueError(f"prefer.margin={self.margin:g}: prefer.by=judge compares no rewards; leave it out")
+        if self.by != "judge" and self.ties == "drop":
+            raise ValueError(f"prefer.ties=drop: prefer.by={self.by} makes no ties; leave it out")
         if self.by != "judge" and self.judge.url:
             raise ValueError(f"prefer.judge.url={self.judge.url}: prefer.by={self.by} asks nobody; say prefer.by=judge")
 

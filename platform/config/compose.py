@@ -126,7 +126,18 @@ def _of_the_checkpoint(file: Layer, line: Layer) -> list[Layer]:
     values = {k: v for k, v in saved.items() if k.partition(".")[0] in taken and k not in beside}
     if scored and not any(key.startswith(MODELS) for key in given):
         values |= {k: v for k, v in saved.items() if k.startswith(MODELS)}
+    gone = set(saved.get(MODELS) or ()) - _models_in(given) - set(values.get(MODELS) or ())
+    for key in ("reward.weights", "reward.only"):  # what is judged by rules, or by other models, is paid by those
+        if isinstance(weighed := values.get(key), dict):
+            values[key] = {name: value for name, value in weighed.items() if name not in gone}
     return [Layer(values=values)]
+
+
+def _models_in(given: Mapping[str, Raw]) -> set[str]:
+    """The names in scorer.models of dotted keys."""
+    whole = given.get(MODELS)
+    dotted = {key.removeprefix(MODELS + ".").partition(".")[0] for key in given if key.startswith(MODELS + ".")}
+    return dotted | (set(whole) if isinstance(whole, dict) else set())
 
 
 def stage_config(config: Config, stage: Stage, handed: Mapping[str, Raw]) -> Config:

@@ -20,6 +20,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 TYPES: dict[str, type] = {"path": str, "steps": dict, "insert": str, "closed": bool, "beta": float, "reference": str}
 ENTRY = (*TYPES, *CHOICES, "empty")
 """What an entry of scorer.models may say; all but path, aggregate and empty stand in a model's scores.json too."""
+TAKEN = (
+    "accuracy", "proxy", "version", "prompts", "prompts_without_room", "length_mean", "truncated_share", "behaviour",
+    "answered", "truncated", "length", "samples",
+)  # fmt: skip
+"""What eval/NAME and the measures of job=eval mean already."""
 NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 
 
@@ -93,10 +98,10 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for a name or an entry of models that cannot be."""
         for name, entry in self.models.items():
-            if not NAME.fullmatch(name) or name in COMPONENTS:
+            if not NAME.fullmatch(name) or name in (*COMPONENTS, *TAKEN):
                 raise ValueError(
-                    f"scorer.models.{name}: a name is letters, digits, - and _, and none of the components of "
-                    f"rewards/components: {', '.join(COMPONENTS)}"
+                    f"scorer.models.{name}: a name is letters, digits, - and _, and none that means something already: "
+                    f"{', '.join((*COMPONENTS, *TAKEN))}"
                 )
             _check_entry(f"scorer.models.{name}", entry)
 

@@ -60,6 +60,7 @@ async def _judge(
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = aiohttp.ClientTimeout(total=config.seconds)
     coming, running = iter(pairs), set[asyncio.Task[tuple[int, Verdict]]]()
+    failed: BaseException | None = None
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
         try:
             while True:
@@ -68,8 +69,12 @@ async def _judge(
                 if not running:
                     return
                 done, running = await asyncio.wait(running, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    note(*task.result())
+                for task in done:  # all of them: what was said counts, and no error goes unread
+                    if (error := task.exception()) is None:
+                        note(*task.result())
+                    failed = failed or error
+                if failed is not None:
+                    raise failed
                 if interrupted:
                     raise StoppedError
         finally:

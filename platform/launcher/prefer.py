@@ -219,7 +219,7 @@ def lines_of(
     """The lines of data.jsonl, in the order of the pairs; ``found`` is told of them."""
     for pair, verdict in judged:
         better = by_reward(pair) if verdict is None else verdict.preferred
-        if verdict is not None:
+        if verdict is not None and better is not None:
             found.judged += 1
             found.by_place += verdict.by_place
         if better is None or (better < 0 and config.prefer.ties == "drop"):

@@ -12,6 +12,7 @@ Invariant: nothing is tokenised again; a label stands at the token at which the 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -189,7 +190,7 @@ class Labeller:
         assert rollouts is not None
         if not asks:
             return []
-        self._load_policy(rollouts)
+        self._load_policy(rollouts, look)
         sampling = self._config.sampling
         drawn = Sampling(
             max_new_tokens=sampling.longest_at(version), temperature=sampling.temperature, top_p=sampling.top_p,
@@ -205,12 +206,14 @@ class Labeller:
         main = self._config.reward.main
         return [float("nan") if one is None else _right_share(one.components[main]) for one in made]
 
-    def _load_policy(self, rollouts: Answers) -> None:
+    def _load_policy(self, rollouts: Answers, look: Look) -> None:
         while (newest := self._weights.newest()) is not None:
             try:
                 with self._weights.open(newest) as weights:
                     rollouts.engine.load_weights(newest, weights)
-            except FileNotFoundError:  # retired meanwhile: a newer one is out
+            except FileNotFoundError:  # retired meanwhile: a newer one is out, or soon
+                look()
+                time.sleep(0.05)
                 continue
             return
         raise FileNotFoundError(f"the policy has no version in {self._weights.folder}")

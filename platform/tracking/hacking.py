@@ -101,7 +101,7 @@ class Watch:
             return ""
         return (
             f"what {self.model} pays rose, {self.found.proxy}, while {TRUTH} fell, {self.found.truth}, against as many "
-            "steps before: the policy learns what the model likes and not what is right; see hacking.png"
+            "steps before: the policy learns what the model likes and not what is right (hacking/… in TensorBoard)"
         )
 
 

@@ -29,8 +29,9 @@ REWRITTEN = (
 SUPERSCRIPTS = str.maketrans({"²": "^2", "³": "^3"})
 BOX = re.compile(r"\\(?:boxed|fbox) *\{")
 UNITS = (
-    r"mm|cm|k?m|m?g|kg|m?s|m?l|h|sec|second|min(?:ute)?|hour|hr|day|week|month|year|deg(?:ree)?|inche?|feet|foot|ft|"
-    r"yard|mile|mph|dollar|cent|unit|square|cubic|lit(?:er|re)|met(?:er|re)|gram|rad(?:ian)?|point|oz|ounce|lb|pound"
+    r"mm|cm|k?m */ *h|k?m|m?g|kg|m?s|ml|(?-i:L)|sec|second|min(?:ute)?|hour|hr|day|week|month|year|deg(?:ree)?|inche?|"
+    r"feet|foot|ft|yard|mile|mph|dollar|cent|unit|square|cubic|lit(?:er|re)|met(?:er|re)|gram|rad(?:ian)?|point|oz|ounce|"
+    r"lb|pound"
 )
 PERCENT = re.compile(r" *(?:\\?%|(?:\\text *\{ *)?(?:per ?cent(?:age points?)?|pct)\.? *\}?)$", re.IGNORECASE)
 DEGREES = re.compile(r"\^\{\\circ\}(?: *(?:[CF]|\\(?:text|mathrm) *\{ *[CF] *\}))?$")

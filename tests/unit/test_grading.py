@@ -131,7 +131,7 @@ OF_18 = {
         r"\boxed{\$18}", r"\boxed{18 \text{ eggs}}", "18 dollars", "18 dollars.", "18 eggs", "18 USD",
         "18 fewer apples", "18 miles per hour", "18 eggs per day", "18个", "18元", r"18 \text{ dollars}",
         r"18\text{ cm}^2", "18 cm^2", "18 cm²", "36/2", r"\frac{36}{2}", r"1.8 \times 10^1",
-        "18cm", "18 cm2", "18 m2", "18 L", "18 mL", "18 km/h", "18km/h", "18 m/s2", "18h", "18 °C", "18°F",
+        "18cm", "18 cm2", "18 m2", "18 L", "18 mL", "18 km/h", "18km/h", "18 m/s2", "18 °C", "18°F",
         r"18^\circ \text{C}", r"\textbf{18}", r"$\mathbf{18}$ eggs", r"\boxed{\textbf{18}}",
     ],
     LENIENT: [
@@ -147,7 +147,8 @@ OF_18 = {
         "18 add two", "18 remainder three", "18 base eight", "18 halved", "18 doubled", "18 negative",
         "18 feet six inches", "18 dollars fifty cents", "18万", "18亿", "18百", "18千", "18半", "18割", "18万个",
         r"18\text{ or 19}", r"18 \text{ squared}", r"18 \text{ minus 1}", r"18 \text{ thirds}", r"18\mathrm{i}",
-        r"18 \text{ \%}", "1 8", "1  8", "18 0", "18h30", "18 cm 2", "18 min 3", "5min18s", "18 V",
+        r"18 \text{ \%}", "1 8", "1  8", "18 0", "18h30", "18 cm 2", "18 min 3", "5min18s", "18 V", "18h",
+        "18l", "18 h", "18 l",
     ],
 }  # fmt: skip
 VALUES = [

@@ -49,6 +49,7 @@ ANSWERS = st.lists(st.tuples(st.sampled_from([0.0, 0.25, 1.0]), st.sampled_from(
 def test_the_pairs_of_a_question(held: list[tuple[float, bytes]], by: str, most: int, margin: float) -> None:
     answers = [Answer(place, reward, read) for place, (reward, read) in enumerate(held)]
     judge = JudgeConfig(url="http://here" if by == "judge" else "")
+    margin = 0.0 if by == "judge" else margin
     config = PreferConfig(by=by, most=most, margin=margin, judge=judge)  # type: ignore[arg-type]
     pairs, why = drawn(answers, config, seed=3)
     fit = {
@@ -80,6 +81,11 @@ def test_what_is_compared_never_fills_a_place_of_the_prompt() -> None:
         ({"judge": JudgeConfig(url="http://x")}, r"prefer\.judge\.url=http://x: prefer\.by=reward asks nobody"),
         ({"paths": [""]}, r"prefer\.paths=\[''\]: an empty path"),
         ({"margin": -1.0}, r"prefer\.margin=-1\.0: must be in"),
+        ({"ties": "drop"}, r"prefer\.ties=drop: prefer\.by=reward makes no ties"),
+        (
+            {"by": "judge", "margin": 0.5, "judge": JudgeConfig(url="http://x")},
+            r"prefer\.margin=0\.5: prefer\.by=judge",
+        ),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:

@@ -244,6 +244,38 @@ def test_a_busy_endpoint_is_asked_again_and_one_that_refuses_is_named(
     assert url in outcome[1]
 
 
+def test_what_was_said_before_an_endpoint_failed_counts_and_another_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the real command, which ends with one line and a summary; many requests fail at once."""
+    monkeypatch.setattr(judge, "PAUSE_SECONDS", 0.01)
+    file = written(tmp_path / "rows.jsonl", ROWS)
+    keys = [
+        f"run.dir={tmp_path}",
+        "run.name=cut",
+        "job=prefer",
+        f"prefer.paths=[{file}]",
+        "prefer.by=judge",
+        "prefer.judge.tries=2",
+    ]
+
+    def breaking(body: dict[str, Any], number: int) -> tuple[int, Any]:
+        return longer(body, number) if number < 8 else (500, {"error": "gone"})
+
+    with endpoint(breaking) as (url, _):
+        assert main([*keys, f"prefer.judge.url={url}"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "never retrieved" not in error
+    assert error.count("offtrail: error:") == 1
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["status"] == "failed"
+    known = len(lines(tmp_path / "cut" / "verdicts.jsonl"))
+    with endpoint(longer) as (url, asked):  # at another port
+        assert main([*keys, f"prefer.judge.url={url}", "run.resume=true"]) == 0
+    assert len(asked) == 2 * (12 - known)
+    assert len(lines(tmp_path / "cut" / "data.jsonl")) == 12
+
+
 @pytest.mark.parametrize(
     ("rows", "keys", "message"),
     [

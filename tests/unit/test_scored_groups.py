@@ -200,7 +200,11 @@ def test_an_evaluation_asks_the_models_of_the_run_unless_others_are_named(folder
     )
     of_run = compose(["job=eval", f"checkpoint={run}"])
     assert (of_run.scorer.models, of_run.scorer.count) == ({"prm": {"path": str(folder / "prm")}}, 1)
-    others = [f"scorer.models={{rm: {{path: {folder / 'rm'}}}}}", "reward.weights={accuracy: 1}"]
-    assert list(compose(["job=eval", f"checkpoint={run}", *others]).scorer.models) == ["rm"]
+    assert of_run.reward.weights == {"accuracy": 1, "prm": 0.1}
+    for others in ([f"scorer.models={{rm: {{path: {folder / 'rm'}}}}}"], [f"scorer.models.rm.path={folder / 'rm'}"]):
+        of_others = compose(["job=eval", f"checkpoint={run}", *others])
+        assert (list(of_others.scorer.models), of_others.reward.weights) == (["rm"], {"accuracy": 1})
+    by_rules = compose(["job=sample", f"checkpoint={run}"])
+    assert (by_rules.scorer.models, by_rules.reward.weights) == ({}, {"accuracy": 1})
     with pytest.raises(ConfigError, match=r"^reward\.weights\.prm: unknown; must be one of .* scorer\.models"):
-        compose(["job=sample", f"checkpoint={run}"])
+        compose(["job=sample", f"checkpoint={run}", "reward.weights.prm=1"])
