@@ -31,7 +31,6 @@ from offtrail.platform.launcher.asking import (
 from offtrail.platform.launcher.serve import served_model, text_of
 from offtrail.platform.model.text import Text
 from offtrail.platform.runtime.device import require_device
-from offtrail.platform.scorer.local import load_scorers
 from offtrail.platform.tracking.held import Meter
 
 EVAL_SEED = 0xE7A15E7
@@ -45,6 +44,8 @@ def run_evaluation(config: Config, run_dir: Path, interrupted: list[int]) -> Out
 
 def evaluate(config: Config, run_dir: Path, interrupted: list[int], meter: Meter) -> Outcome:
     """Ask what was not asked yet, then say what came of all of it."""
+    from offtrail.platform.scorer.local import load_scorers  # torch: no other job of the launcher needs it
+
     require_device("engine.device", config.engine.device)
     if config.scorer.models:
         require_device("scorer.device", config.scorer.device)

@@ -16,10 +16,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from offtrail.core.types import Group
-from offtrail.platform.broker.archive import read_groups
 from offtrail.platform.model.scoring import scorings
 from offtrail.platform.refresher.labels import Labelled, Labeller
 from offtrail.platform.refresher.model import Refreshed
@@ -98,6 +95,10 @@ class Refresher:
 
     def _archived(self, job: RefreshJob) -> list[Group]:
         """Those that have left the ledger's spool; none of a shard that cannot be read."""
+        import pyarrow as pa  # it starts a thread, and nothing that does can be forked (runtime/forkserver.py)
+
+        from offtrail.platform.broker.archive import read_groups
+
         found: list[Group] = []
         for name, ids in job.archived.items():
             file = self.context.run_dir / "trajectories" / name

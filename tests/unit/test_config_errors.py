@@ -185,7 +185,11 @@ MISTAKES = [
     (["scorer.models.rm={path: ., closed: 1}"], "scorer.models.rm.closed=1: must be true or false", []),
     (["scorer.models.rm={path: ., empty: low}"], "scorer.models.rm.empty=low: must be a number", []),
     (["scorer.models.rm={path: ., steps: {by: line}}"], "scorer.models.rm.steps.by=line: must be one of newline", []),
-    (["scorer.models.format.path=."], "scorer.models.format: a name is letters, digits", ["none of the components"]),
+    (
+        ["scorer.models.format.path=."],
+        "scorer.models.format: a name is letters, digits",
+        ["none that means something already: accuracy"],
+    ),
     (["scorer.models.a:b.path=."], "scorer.models.a:b: a name is letters, digits, - and _", []),
     (["scorer.device=tpu"], "scorer.device=tpu: must be cpu, cuda or cuda:N", []),
     (["scorer.address=myhost"], "scorer.address=myhost: must be an IP address", []),

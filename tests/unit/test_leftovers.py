@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def test_processes_shared_memory_and_folders_are_named_and_removed(session: Sess
 def test_who_has_ended_is_not_alive_and_has_no_words() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     seen = psutil.Process(process.pid)
+    while not words(seen):  # for a moment it has none
+        time.sleep(0.001)
     assert (alive(seen), alive(process.pid), words(seen)[1:]) == (True, True, ["-c", "input()"])
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
