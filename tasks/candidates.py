@@ -76,6 +76,14 @@ JUDGES = {
 """Section of the settings → what a row lacks without a gold answer, and what judges by it."""
 
 
+def text_of_answer(answer: Any, field: str, where: str, section: str) -> str:
+    """A row's answer. Raises TaskError, which names ``section``'s key, where there is none, or it is no text."""
+    if isinstance(answer, str):
+        return answer
+    what = "is missing" if answer is None else "is not text"
+    raise TaskError(f"{where}: field {field!r} {what}; mend the line, or set {section}.answer_field")
+
+
 def gold_of(fields: Mapping[str, Any], name: str, where: str, section: str) -> str:
     """A row's gold answer as text. Raises TaskError where there is none."""
     given = fields.get(name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from offtrail.tasks.base import TaskError
-from offtrail.tasks.candidates import family_of, gold_of, reward_of
+from offtrail.tasks.candidates import family_of, gold_of, reward_of, text_of_answer
 from offtrail.tasks.config import TaskConfig
 from offtrail.tasks.data_config import PreferConfig
 from offtrail.tasks.examples import question_and_answer
@@ -86,11 +86,7 @@ def answers_in(config: PreferConfig, main: str, task: TaskConfig) -> Iterator[Ca
         for row in rows_in(Path(path), "prefer.paths"):
             problem, answer = question_and_answer(row, name, config.prompt_field, config.answer_field)
             where = f"{name}, {row.place}"
-            if not isinstance(answer, str):
-                what = "is missing" if answer is None else "is not text"
-                raise TaskError(
-                    f"{where}: field {config.answer_field!r} {what}; mend the line, or set prefer.answer_field"
-                )
+            answer = text_of_answer(answer, config.answer_field, where, "prefer")
             reward, gold, family = reward_of({"reward": row.fields.get("reward")}, main, where), "", ""
             if config.by == "reward" and reward is None:
                 raise TaskError(

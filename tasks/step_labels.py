@@ -21,7 +21,7 @@ from typing import Any
 from offtrail.core.problem import Problem
 from offtrail.rewards.steps import Steps
 from offtrail.tasks.base import Task, TaskError
-from offtrail.tasks.candidates import family_of, gold_of
+from offtrail.tasks.candidates import family_of, gold_of, text_of_answer
 from offtrail.tasks.config import JUDGED_BY_MORE, TaskConfig
 from offtrail.tasks.data_config import LabelConfig
 from offtrail.tasks.examples import question_and_answer
@@ -122,11 +122,7 @@ def answers_in(config: LabelConfig, task: Task, kind: TaskConfig) -> Iterator[Ca
         for row in rows_in(Path(path), "label.paths"):
             problem, answer = question_and_answer(row, name, config.prompt_field, config.answer_field)
             where = f"{name}, {row.place}"
-            if not isinstance(answer, str):
-                what = "is missing" if answer is None else "is not text"
-                raise TaskError(
-                    f"{where}: field {config.answer_field!r} {what}; mend the line, or set label.answer_field"
-                )
+            answer = text_of_answer(answer, config.answer_field, where, "label")
             gold = gold_of(row.fields, config.gold_field, where, "label")
             family = family_of(row.fields, kind, where, "label")
             finished = row.fields.get("finish") in (None, "stop")

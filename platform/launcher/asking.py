@@ -67,6 +67,7 @@ COLUMNS = (
 )
 Outcome = tuple[str, str]
 Job = Callable[[Config, Path, list[int], Meter], Outcome]
+Reading = Callable[[Config, Path, list[int]], Outcome]
 
 
 class StoppedError(Exception):
@@ -168,6 +169,24 @@ def run_asking(job: Job, role: str, config: Config, run_dir: Path, interrupted: 
         with contextlib.suppress(OSError, ValueError):  # a full disk has been told already
             meter.note()
             write_summary(run_dir, read_summary(run_dir) | meter.summary())
+
+
+def run_reading(
+    job: Callable[[Config, Path, list[int]], Outcome],
+    config: Config,
+    run_dir: Path,
+    interrupted: list[int],
+    resumed: str,
+) -> Outcome:
+    """A job that reads files and has no engine: how it ended, and why. ``resumed``: what run.resume=true does."""
+    save(run_dir)
+    try:
+        with reaped(config, run_dir):
+            return job(config, run_dir, interrupted)
+    except StoppedError:
+        return "interrupted", f"stopped by signal {interrupted[0]}; run.resume=true {resumed}"
+    except (ConfigError, FinalError, TaskError, ValueError, OSError) as error:
+        return "failed", str(error)
 
 
 def ask(

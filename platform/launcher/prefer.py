@@ -20,19 +20,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from offtrail.platform.config.errors import ConfigError, FinalError
-from offtrail.platform.config.rundir import save
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.asking import COLUMNS, Bar, Outcome, StoppedError, check_same
+from offtrail.platform.launcher.asking import COLUMNS, Bar, Outcome, check_same, run_reading
 from offtrail.platform.launcher.dataset import as_line, write_about, write_data
 from offtrail.platform.launcher.inputs import hashes, inputs_of
 from offtrail.platform.launcher.judge import Shown, judge
-from offtrail.platform.launcher.reaper import reaped
 from offtrail.platform.launcher.reject import asked, place_of, scored
 from offtrail.platform.launcher.spool import Spool, spooled
 from offtrail.platform.tracking.summary import read_summary, write_summary
 from offtrail.rewards.total import columns, total
-from offtrail.tasks.base import TaskError
 from offtrail.tasks.pairs import Answer, Pair, Verdict, answers_in, drawn
 from offtrail.tasks.preferences import answer_part
 from offtrail.tasks.rejection import Candidate, digest
@@ -94,14 +90,7 @@ class Found:
 
 def run_preferring(config: Config, run_dir: Path, interrupted: list[int]) -> Outcome:
     """job=prefer: how it ended, and why."""
-    save(run_dir)
-    try:
-        with reaped(config, run_dir):
-            return prefer(config, run_dir, interrupted)
-    except StoppedError:
-        return "interrupted", f"stopped by signal {interrupted[0]}; run.resume=true goes on"
-    except (ConfigError, FinalError, TaskError, ValueError, OSError) as error:
-        return "failed", str(error)
+    return run_reading(prefer, config, run_dir, interrupted, "goes on")
 
 
 def prefer(config: Config, run_dir: Path, interrupted: list[int]) -> Outcome:

@@ -28,17 +28,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from offtrail.core.problem import Problem
-from offtrail.platform.config.errors import ConfigError, FinalError, refuse
-from offtrail.platform.config.rundir import save
+from offtrail.platform.config.errors import refuse
 from offtrail.platform.config.schema import Config
-from offtrail.platform.launcher.asking import COLUMNS, Outcome, StoppedError, check_same
+from offtrail.platform.launcher.asking import COLUMNS, Outcome, StoppedError, check_same, run_reading
 from offtrail.platform.launcher.dataset import as_line, rewards_of, write_about, write_data
 from offtrail.platform.launcher.inputs import hashes, inputs_of
-from offtrail.platform.launcher.reaper import reaped
 from offtrail.platform.launcher.spool import Spool, spooled
 from offtrail.platform.tracking.summary import read_summary, write_atomic, write_summary
 from offtrail.platform.verifier.pool import VerifierPool
-from offtrail.tasks.base import TaskError
 from offtrail.tasks.candidates import candidates_in, examples_of_mix, held_index
 from offtrail.tasks.data_config import RejectConfig
 from offtrail.tasks.overlap import Held
@@ -55,14 +52,7 @@ log = logging.getLogger("offtrail.reject")
 
 def run_rejection(config: Config, run_dir: Path, interrupted: list[int]) -> Outcome:
     """job=reject: how it ended, and why."""
-    save(run_dir)
-    try:
-        with reaped(config, run_dir):
-            return reject(config, run_dir, interrupted)
-    except StoppedError:
-        return "interrupted", f"stopped by signal {interrupted[0]}; run.resume=true begins it anew"
-    except (ConfigError, FinalError, TaskError, ValueError, OSError) as error:
-        return "failed", str(error)
+    return run_reading(reject, config, run_dir, interrupted, "begins it anew")
 
 
 @dataclass
